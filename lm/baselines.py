@@ -1,0 +1,68 @@
+"""What can be predicted without a neural network: the losses that a model has to beat."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK_TOKENS = 1 << 22
+
+
+def uniform_loss_nats(vocab_size: int) -> float:
+    """Loss of guessing every token alike, in nats per token: ln V."""
+    return math.log(vocab_size)
+
+
+class Bigram:
+    """Interpolated bigram model of a token sequence, with its unigram model inside.
+
+    Witten and Bell 1991, as in Chen and Goodman 1999, eq. 15 to 17, with h the token before w:
+
+        P(w | h) = (c(h, w) + n(h) P(w)) / (c(h) + n(h))      n(h): distinct followers of h
+        P(w)     = (c(w) + 1) / (N + V)
+
+    Only the pairs that occur are stored, as sorted keys h * V + w.
+    """
+
+    def __init__(self, tokens: NDArray[Any], vocab_size: int):
+        self.vocab_size = vocab_size
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        self.keys = np.empty(0, dtype=np.int64)
+        self.pair_counts = np.empty(0, dtype=np.int64)
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            chunk = np.asarray(tokens[start : start + CHUNK_TOKENS + 1], dtype=np.int64)
+            counts += np.bincount(chunk[:CHUNK_TOKENS], minlength=vocab_size)
+            self._add(*np.unique(chunk[:-1] * vocab_size + chunk[1:], return_counts=True))
+        self.unigram = (counts + 1) / (len(tokens) + vocab_size)  # (V,)
+        first = self.keys // vocab_size
+        self.history_counts = np.zeros(vocab_size, dtype=np.int64)
+        np.add.at(self.history_counts, first, self.pair_counts)
+        self.followers = np.bincount(first, minlength=vocab_size)
+
+    def _add(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        merged, places = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
+        total = np.zeros(len(merged), dtype=np.int64)
+        np.add.at(total, places, np.concatenate([self.pair_counts, counts]))
+        self.keys, self.pair_counts = merged, total
+
+    def losses_nats(self, tokens: NDArray[Any]) -> tuple[float, float]:
+        """Unigram and bigram loss, nats per token, of every token but the first."""
+        unigram = bigram = 0.0
+        for start in range(0, len(tokens) - 1, CHUNK_TOKENS):
+            chunk = np.asarray(tokens[start : start + CHUNK_TOKENS + 1], dtype=np.int64)
+            history, targets = chunk[:-1], chunk[1:]
+            unigram -= float(np.log(self.unigram[targets]).sum())
+            bigram -= float(np.log(self.probability(history, targets)).sum())
+        return unigram / (len(tokens) - 1), bigram / (len(tokens) - 1)
+
+    def probability(
+        self, history: NDArray[np.int64], targets: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """P(target | history), element by element."""
+        keys = history * self.vocab_size + targets
+        places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        pairs = np.where(self.keys[places] == keys, self.pair_counts[places], 0)
+        followers, seen = self.followers[history], self.history_counts[history]
+        backed_off = pairs + followers * self.unigram[targets]
+        return np.where(seen > 0, backed_off / np.maximum(seen + followers, 1), self.unigram[targets])

@@ -1,0 +1,286 @@
+"""Training state and models as files that are whole, verified and safe to open.
+
+A checkpoint is one safetensors file: model and optimizer tensors, and everything else as JSON in
+its metadata; opening it runs no code. Beside it stands a manifest with its size and SHA-256:
+
+    step-00000500.safetensors   written first
+    step-00000500.json          its rename is the commit: without it there is no checkpoint
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lm.config import read_section
+from lm.errors import Busy, InputError
+from lm.files import atomic_write, read_json, sha256_file, sync_directory, to_json, write_json
+from lm.model import ModelConfig, TransformerLM
+from lm.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = 1
+Extra = dict[str, Any]
+
+
+def save_checkpoint(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    out: str | os.PathLike[str] | BinaryIO,
+    extra: Extra | None = None,
+) -> None:
+    """Write model, optimizer, iteration and JSON-able extras to a path or a binary file.
+
+    A path is replaced atomically. The bytes depend on nothing but what is saved.
+    """
+    state = optimizer.state_dict()
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                values.setdefault(str(index), {})[name] = value
+    header = {
+        "format": FORMAT,
+        "iteration": iteration,
+        "optimizer": {"param_groups": state["param_groups"], "values": values},
+        "extra": extra or {},
+    }
+    # one metadata key only: safetensors writes several in random order
+    metadata = {"checkpoint": json.dumps(header, sort_keys=True, default=float)}
+    tensors = _unshared(tensors)
+    if isinstance(out, str | os.PathLike):
+        _save_tensors(tensors, metadata, Path(out))
+    else:
+        out.write(safetensors.torch.save(tensors, metadata))
+
+
+def load_checkpoint(
+    src: str | os.PathLike[str] | BinaryIO,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> int:
+    """Restore model and optimizer from a path or a binary file; returns the iteration.
+
+    Raises InputError for a file that is damaged, no checkpoint, of a newer format or of another
+    model; then neither model nor optimizer has changed.
+    """
+    tensors, header = _read(src)
+    _restore(str(getattr(src, "name", src)), tensors, header, model, optimizer)
+    return int(header["iteration"])
+
+
+def read_extra(path: Path) -> Extra:
+    """What was saved beside model and optimizer, with the "iteration". Reads the header only."""
+    with _opened(path) as file:
+        header = _header(str(path), file.metadata())
+    return {**header["extra"], "iteration": header["iteration"]}
+
+
+def _restore(
+    name: str,
+    tensors: dict[str, Tensor],
+    header: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    own = model.state_dict()
+    for key in sorted(own.keys() | weights.keys()):
+        expected = tuple(own[key].shape) if key in own else "nothing"
+        found = tuple(weights[key].shape) if key in weights else "nothing"
+        if expected != found:
+            raise InputError(f"{name}: another model: {key} is {found}, expected {expected}")
+    if optimizer is not None:
+        saved = header["optimizer"]
+        state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in saved["values"].items()}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, entry = key.split(".", 2)
+                state.setdefault(int(index), {})[entry] = tensor
+        try:
+            optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        except ValueError as error:
+            raise InputError(f"{name}: another optimizer: {error}") from None
+    model.load_state_dict(weights)
+
+
+def _read(src: str | os.PathLike[str] | BinaryIO) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if isinstance(src, str | os.PathLike):
+        with _opened(Path(src)) as file:
+            header = _header(str(src), file.metadata())
+            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
+    data, name = src.read(), str(getattr(src, "name", "checkpoint"))
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__")
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{name}: not a safetensors file ({error})") from None
+    return tensors, _header(name, metadata)
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({error})") from None
+
+
+def _header(name: str, metadata: dict[str, str] | None) -> dict[str, Any]:
+    if not metadata or "checkpoint" not in metadata:
+        raise InputError(f"{name}: holds tensors but no checkpoint of this project")
+    header: dict[str, Any] = json.loads(metadata["checkpoint"])
+    if header["format"] > FORMAT:
+        raise InputError(
+            f"{name}: written by a newer version (format {header['format']}, "
+            f"this one reads <= {FORMAT})"
+        )
+    return header
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous, each with memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        if tensor.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        result[name] = tensor
+    return result
+
+
+def _save_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        safetensors.torch.save_file(tensors, scratch, metadata)
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        scratch.chmod(0o666 & ~_umask())  # safetensors makes it readable by the owner alone
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def commit(path: Path) -> None:
+    """Write the manifest of a checkpoint that is on disk; from now on it counts."""
+    manifest = {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    write_json(path.with_suffix(".json"), manifest)
+
+
+def verify(path: Path) -> None:
+    """Raises InputError unless a checkpoint is the file that its manifest describes."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    manifest = read_json(path.with_suffix(".json"))
+    if path.stat().st_size != manifest["size_bytes"]:
+        raise InputError(
+            f"{path}: {path.stat().st_size} bytes, its manifest says {manifest['size_bytes']}"
+        )
+    if sha256_file(path) != manifest["sha256"]:
+        raise InputError(f"{path}: content differs from the hash in its manifest")
+
+
+class ResumeDirectory:
+    """The checkpoints of one unfinished run, in a folder that only one process may use.
+
+    It lies outside of every DVC output, because DVC deletes those before it starts a stage.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        """Lock the folder, making it first. Raises Busy if another process holds it."""
+        self.folder, self.keep = folder, keep
+        self.best = folder / "best.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(folder / "lock", "a+")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            raise Busy(f"{folder}: process {holder} is training this run; wait or stop it") from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        for litter in folder.glob("*.tmp"):
+            litter.unlink()
+
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
+    ) -> None:
+        """Write the checkpoint of a step, then drop all but the newest `keep`."""
+        path = self.folder / f"step-{step:08d}.safetensors"
+        save_checkpoint(model, optimizer, step, path, extra)
+        commit(path)
+        for old in self._newest_first()[self.keep :]:
+            old.with_suffix(".json").unlink(missing_ok=True)
+            old.unlink()
+
+    def save_best(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
+    ) -> None:
+        """Write the checkpoint with the lowest validation loss so far."""
+        save_checkpoint(model, optimizer, step, self.best, extra)
+        commit(self.best)
+
+    def intact(self) -> Iterator[tuple[Path, str | None]]:
+        """The checkpoints, newest first, each with what is wrong with it, or None."""
+        for path in self._newest_first():
+            try:
+                verify(path)
+                yield path, None
+            except InputError as error:
+                yield path, str(error)
+
+    def remove(self) -> None:
+        """Delete the folder: the run is finished and its outputs are published."""
+        shutil.rmtree(self.folder)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+
+
+def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write weights, configuration and tokenizer: all that using the model needs."""
+    tokenizer.save(folder)
+    atomic_write(folder / "config.json", to_json(asdict(model.config)))
+    _save_tensors(_unshared(model.state_dict()), {"format": "pt"}, folder / "model.safetensors")
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:
+    """A saved model, in evaluation mode, and its tokenizer.
+
+    Raises InputError if a file is missing, damaged or does not fit the others.
+    """
+    config = read_section(
+        ModelConfig, {"model": read_json(folder / "config.json")}, "model", str(folder / "config.json")
+    )
+    model = TransformerLM(config)
+    path = folder / "model.safetensors"
+    with _opened(path) as file:
+        weights = {f"model.{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    _restore(str(path), weights, {}, model, None)
+    return model.to(device).eval(), load_tokenizer(folder)

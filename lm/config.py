@@ -1,0 +1,204 @@
+"""Settings: one section of params.yaml becomes one frozen dataclass, strict and typed.
+
+    params.yaml --load_params--> dict --(-S key=value)--> dict --read_section--> TrainConfig(...)
+
+A dataclass has no defaults, because DVC cannot see a default that lives in code: every
+setting stands in params.yaml. Types come from the annotations; a bound is an Annotated:
+
+    lr: Annotated[float, POSITIVE]
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from lm.errors import InputError
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A condition on a value and the words that state it."""
+
+    holds: Callable[[Any], bool]
+    text: str
+
+
+POSITIVE = Bound(lambda x: x > 0, "must be > 0")
+NOT_NEGATIVE = Bound(lambda x: x >= 0, "must be >= 0")
+AT_LEAST_ONE = Bound(lambda x: x >= 1, "must be >= 1")
+BELOW_ONE = Bound(lambda x: 0 <= x < 1, "must be in [0, 1)")
+UP_TO_ONE = Bound(lambda x: 0 <= x <= 1, "must be in [0, 1]")
+INSIDE_ONE = Bound(lambda x: 0 < x < 1, "must be in (0, 1)")
+SEED = Bound(lambda x: 0 <= x < 2**63, "must be in [0, 2**63)")
+
+Count = Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    """The section `runtime`: where and how visibly to run. No DVC stage depends on it."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    log_interval: Count  # steps between two lines on the console
+    checkpoint_interval: Count  # steps between two checkpoints
+    keep_checkpoints: Annotated[int, Bound(lambda x: x >= 2, "must be >= 2")]
+
+
+SECTIONS = ("data", "tokenizer", "model", "train", "evaluate", "runtime")
+
+
+def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """params.yaml as nested dicts, with `section.key=value` overrides applied.
+
+    Raises InputError for a file that is missing or malformed and for an override of a key
+    that the file does not have.
+    """
+    try:
+        params = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run from the project's root folder") from None
+    if not isinstance(params, dict):
+        raise InputError(f"{path}: holds no sections; expected {', '.join(SECTIONS)}")
+    for name, section in params.items():
+        if name not in SECTIONS:
+            raise InputError(f"{path}: unknown section {name}{_suggest(str(name), SECTIONS)}")
+        if not isinstance(section, dict):
+            raise InputError(f"{path}: section {name} holds no keys")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot):
+            raise InputError(f"-S {override}: expected section.key=value, as in -S train.lr=1e-3")
+        known = [f"{s}.{k}" for s, keys in params.items() for k in keys]
+        if key not in known:
+            raise InputError(f"-S {override}: unknown key {key}{_suggest(key, known)}")
+        params[section][name] = parse_yaml(text, f"-S {override}")
+    return params
+
+
+def read_section(
+    kind: type[Config],
+    params: Mapping[str, Mapping[str, Any]],
+    name: str,
+    where: str = "params.yaml",
+) -> Config:
+    """Section `name` as the frozen dataclass `kind`.
+
+    Raises InputError naming the key for an unknown or missing key, a wrong type, a value out
+    of bounds, and for whatever the dataclass itself refuses in __post_init__.
+    """
+    try:
+        if name not in params:
+            raise InputError(f"missing section {name}")
+        return _build(kind, params[name], name)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _build(kind: type[Config], values: Mapping[str, Any], section: str) -> Config:
+    hints = get_type_hints(kind, include_extras=True)
+    for key in values:
+        if key not in hints:
+            known = [f"{section}.{name}" for name in hints]
+            suggestion = _suggest(f"{section}.{key}", known)
+            raise InputError(f"unknown key {section}.{key}{suggestion}")
+    for key in hints:
+        if key not in values:
+            raise InputError(f"missing key {section}.{key}")
+    return kind(**{key: _convert(values[key], hints[key], f"{section}.{key}") for key in hints})
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the type `hint` says, or InputError: key = value, what is wrong with it."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        value = _convert(value, arguments[0], key)
+        for bound in arguments[1:]:
+            if not bound.holds(value):
+                raise InputError(f"{key} = {value}: {bound.text}")
+        return value
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not NoneType)
+        return _convert(value, inner, key)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise InputError(f"{key} = {value}: must be one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise InputError(f"{key} = {_show(value)}, wanted a list")
+        return [_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint:
+        raise InputError(f"{key} = {_show(value)}, wanted {_TYPE_NAMES[hint]}")
+    if hint is float and not math.isfinite(value):
+        raise InputError(f"{key} = {value}: must be finite")
+    return value
+
+
+_TYPE_NAMES = {float: "a number", int: "an integer", bool: "true or false", str: "text"}
+
+
+def _show(value: Any) -> str:
+    kinds = {bool: "a boolean", str: "text", float: "not whole", int: "a number", list: "a list"}
+    if value is None:
+        return "null"
+    return f"{value!r} is {kinds.get(type(value), 'a ' + type(value).__name__)}"
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+# --- YAML 1.2 scalars -------------------------------------------------------------------
+# PyYAML follows YAML 1.1, where 1e-3 and DVC's own 2e-05 are text, yes is true and 0777 is
+# octal. DVC reads YAML 1.2. This loader reads what DVC writes, and no more than is safe.
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key} stands twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9]\d*)", list("-+0123456789")),
+    ("float", rf"(?!0\d)({_FLOAT})", list("-+.0123456789")),  # 0777 is neither: ambiguous
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:float",
+    lambda loader, node: float(re.sub(r"\.(?=inf|nan)", "", node.value.lower())),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text, its scalars read as YAML 1.2 does. Raises InputError."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None

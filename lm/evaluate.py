@@ -1,0 +1,123 @@
+"""How well a model predicts a split: one deterministic pass, summed, then turned into metrics."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from lm.config import NOT_NEGATIVE, POSITIVE, SEED, UP_TO_ONE, Count
+from lm.device import Dtype, autocast, to_device
+from lm.model import TransformerLM
+from lm.tokens import Split, windows
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The section `evaluate`."""
+
+    batch_size: Count  # windows at a time; changes memory and speed alone
+    stride: Count | None  # tokens a window advances; null: context_length, no overlap
+    prompts: list[str]  # of the samples
+    max_new_tokens: Count
+    temperature: Annotated[float, NOT_NEGATIVE]
+    top_k: Count | None
+    top_p: Annotated[float, POSITIVE, UP_TO_ONE] | None
+    seed: Annotated[int, SEED]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a pass over a split adds up."""
+
+    nats: NDArray[np.float64]  # (T,), by position in the window
+    counts: NDArray[np.int64]  # (T,)
+    n_bytes: int  # of text behind the targets
+
+
+@torch.no_grad()
+def evaluate(
+    model: TransformerLM,
+    split: Split,
+    batch_size: int,
+    byte_lengths: NDArray[np.int64],
+    *,
+    stride: int | None = None,
+    max_batches: int | None = None,
+    dtype: Dtype = "float32",
+) -> Sums:
+    """Sum the loss of every token but the first; each is a target exactly once.
+
+    Windows start every `stride` tokens and only their new targets count, so a smaller stride
+    gives each target more context. The last window is moved back to fit. With `max_batches`,
+    as many batches of windows, evenly spread over the split, are taken.
+    """
+    length = model.config.context_length
+    split.require(length)
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    nats, counts, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), 0
+    table = _windows(len(split.tokens), length, stride or length)
+    if max_batches is not None and len(table) > max_batches * batch_size:
+        table = table[np.arange(max_batches * batch_size) * len(table) // (max_batches * batch_size)]
+    for rows in np.split(table, range(batch_size, len(table), batch_size)):
+        starts, first_new = rows[:, 0], rows[:, 1]
+        x, y = windows(split.tokens, starts, length)  # (B, T)
+        with autocast(device, dtype):
+            logits = model(to_device(x, device))
+        targets = to_device(y, device)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        new = np.arange(length) >= first_new[:, None]  # (B, T)
+        nats += np.where(new, losses.double().cpu().numpy(), 0).sum(axis=0)
+        counts += new.sum(axis=0)
+        n_bytes += int(byte_lengths[y[new]].sum())
+    model.train(was_training)
+    return Sums(nats, counts, n_bytes)
+
+
+def _windows(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
+    """Rows (start, first new position) of windows that make each target new exactly once."""
+
+    def rows() -> Iterator[tuple[int, int]]:
+        done, start = 0, 0  # targets 0 .. done - 1 are counted; target t follows token t
+        while done < n_tokens - 1:
+            start = min(start, n_tokens - 1 - length)
+            yield start, done - start
+            done, start = start + length, start + min(stride, length)
+
+    return np.array(list(rows()), dtype=np.int64)
+
+
+def loss_nats(sums: Sums) -> float:
+    """Mean negative log-likelihood, in nats per token."""
+    return float(sums.nats.sum() / sums.counts.sum())
+
+
+def bits_per_byte(sums: Sums) -> float:
+    """Cross-entropy of the targets in bits per byte of their text: nats / (ln 2 * bytes).
+
+    Independent of the vocabulary, so models with different tokenizers can be compared.
+    Raises ValueError if there are no bytes.
+    """
+    if sums.n_bytes == 0:
+        raise ValueError("bits per byte of no text")
+    return float(sums.nats.sum() / (math.log(2) * sums.n_bytes))
+
+
+METRICS: dict[str, Callable[[Sums], float]] = {
+    "loss_nats": loss_nats,
+    "perplexity": lambda sums: math.exp(loss_nats(sums)),
+    "bits_per_byte": bits_per_byte,
+    "tokens": lambda sums: int(sums.counts.sum()),
+    "bytes": lambda sums: sums.n_bytes,
+}
+
+
+def loss_by_position(sums: Sums) -> NDArray[np.float64]:
+    """Mean loss in nats at each position of the window, (T,); nan where nothing was counted."""
+    with np.errstate(invalid="ignore"):
+        return sums.nats / sums.counts

@@ -1,0 +1,71 @@
+"""The curves of a training run, in bounded space and as a pure function of its steps."""
+
+import csv
+import io
+from typing import Any
+
+MAX_ROWS = 1000
+COLUMNS = ("step", "tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm")
+_SMOOTHING = 0.95  # of the average loss: it looks back about 20 steps
+
+
+class History:
+    """One row per `interval` steps; when MAX_ROWS is reached, neighbours merge and it doubles.
+
+    Losses and gradient norms are means over the row's steps, in nats and as L2 norms; the step,
+    the learning rate and the validation loss are the row's last. So the rows depend on the
+    steps alone: not on the planned length, not on where a run was interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.interval = 1
+        self.rows: list[dict[str, Any]] = []
+        self.pending: list[dict[str, Any]] = []
+        self._sum = self._weight = 0.0
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take in one step's record; keys beyond COLUMNS are left out."""
+        self._sum = _SMOOTHING * self._sum + record["train_loss"]
+        self._weight = _SMOOTHING * self._weight + 1
+        self.pending.append({key: record.get(key) for key in COLUMNS})
+        if len(self.pending) == self.interval:
+            self.rows.append(_merge(self.pending))
+            self.pending = []
+        if len(self.rows) == MAX_ROWS:
+            pairs = zip(self.rows[::2], self.rows[1::2], strict=True)
+            self.rows = [_merge(list(pair)) for pair in pairs]
+            self.interval *= 2
+
+    @property
+    def average_loss(self) -> float:
+        """Exponential moving average of the training loss, in nats; a true mean from the start."""
+        return self._sum / self._weight
+
+    def to_csv(self) -> bytes:
+        """The rows as CSV; a row without a validation says nan, which plots leave out."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in self.rows + ([_merge(self.pending)] if self.pending else []):
+            writer.writerow("nan" if row[c] is None else f"{row[c]:.9g}" for c in COLUMNS)
+        return text.getvalue().encode()
+
+    def state(self) -> dict[str, Any]:
+        """Everything above as JSON, for the checkpoint."""
+        return dict(vars(self))
+
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> "History":
+        """The history that `state` was taken from."""
+        history = cls()
+        vars(history).update(state)
+        return history
+
+
+def _merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    valid = [row["valid_loss"] for row in rows if row["valid_loss"] is not None]
+    return rows[-1] | {
+        "train_loss": sum(row["train_loss"] for row in rows) / len(rows),
+        "grad_norm": sum(row["grad_norm"] for row in rows) / len(rows),
+        "valid_loss": valid[-1] if valid else None,
+    }

@@ -1,0 +1,341 @@
+"""The Transformer language model.
+
+    ids (B, T) -> token_embeddings -> num_layers x Block -> ln_final -> lm_head -> logits (B, T, V)
+    Block:  x + attention(norm(x)),  then  x + feed_forward(norm(x))
+
+Letters in shapes:
+    B batch    T time     C d_model    V vocab_size    F d_ff
+    H heads    G key/value heads       D head dimension (C / H)      S cached and new positions
+
+The architecture is Llama's (Touvron et al. 2023): pre-norm with RMSNorm, rotary positions,
+SwiGLU, no biases. Every deviation is one setting of ModelConfig.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lm.config import BELOW_ONE, POSITIVE, Count
+from lm.errors import InputError
+
+CROSS_ENTROPY_CHUNK = 1 << 26  # logits turned into float32 at once: 256 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The section `model`, and the vocabulary size, which the tokenizer decides."""
+
+    vocab_size: Count
+    context_length: Count
+    d_model: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count | None  # null: as many as num_heads
+    d_ff: Count
+    rope_theta: Annotated[float, POSITIVE]
+    norm_eps: Annotated[float, POSITIVE]
+    dropout: Annotated[float, BELOW_ONE]
+    qk_norm: bool
+    tie_embeddings: bool
+    norm: Literal["rmsnorm", "none"]
+    norm_position: Literal["pre", "post"]
+    position_embedding: Literal["rope", "none"]
+    ffn: Literal["swiglu", "silu"]
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.num_heads:
+            raise InputError(
+                f"model.d_model = {self.d_model} is not divisible by "
+                f"model.num_heads = {self.num_heads}; use {_divisors(self.d_model)}"
+            )
+        if self.num_heads % self.kv_heads:
+            raise InputError(
+                f"model.num_heads = {self.num_heads} is not a multiple of "
+                f"model.num_kv_heads = {self.kv_heads}; use {_divisors(self.num_heads)}"
+            )
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise InputError(
+                f"model.d_model / model.num_heads = {self.head_dim}: rotary positions need an even "
+                "head dimension; change model.num_heads or set model.position_embedding: none"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Features per attention head, D."""
+        return self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values, G."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4).
+
+    Computed in float32 whatever the input's dtype, which is also the output's.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns each pair of features (2i, 2i + 1) by position * theta^(-2i / D) (RoFormer, eq. 15)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, context_length: int, theta: float):
+        super().__init__()
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.outer(torch.arange(context_length, dtype=torch.float64), frequencies)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)  # (T, D / 2)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, x: Float[Tensor, "B H T D"], start: int = 0) -> Float[Tensor, "B H T D"]:
+        """Rotate queries or keys whose first position is `start`."""
+        cos = self.cos[start : start + x.shape[2]]
+        sin = self.sin[start : start + x.shape[2]]
+        even, odd = x[..., 0::2], x[..., 1::2]
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        return turned.flatten(-2).to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of the positions seen so far, for one layer; room for context_length."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
+        shape = (batch_size, config.kv_heads, config.context_length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)  # (B, G, S, D)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (B, G, T, D); returns all of them, (B, G, S, D)."""
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention (Vaswani et al. 2017), grouped (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width, kv_width = config.d_model, config.kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.groups = config.num_heads // config.kv_heads
+        self.dropout = config.dropout
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.output_proj = nn.Linear(width, width, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        rope: RotaryEmbedding | None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        start = cache.length if cache else 0
+        q = self.q_norm(self._heads(self.q_proj(x)))  # (B, H, T, D)
+        k = self.k_norm(self._heads(self.k_proj(x)))  # (B, G, T, D)
+        v = self._heads(self.v_proj(x))  # (B, G, T, D)
+        if rope is not None:
+            q, k = rope(q, start), rope(k, start)
+        if cache:
+            k, v = cache.append(k, v)  # (B, G, S, D)
+        if self.groups > 1:
+            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, S, D)
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_causal_mask(q, k) if start else None,
+            is_causal=start == 0,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # (B, H, T, D)
+        return self.output_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Float[Tensor, "B T E"]) -> Float[Tensor, "B heads T D"]:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _causal_mask(q: Tensor, k: Tensor) -> Tensor | None:
+    """True where the newest queries may look, (T, S); None where they may look everywhere."""
+    new, total = q.shape[2], k.shape[2]
+    if new == 1:
+        return None
+    return torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, eq. 6); "silu": w2(silu(w1 x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.w2 = nn.Linear(config.d_ff, config.d_model, bias=False)
+        gated = config.ffn == "swiglu"
+        self.w3 = nn.Linear(config.d_model, config.d_ff, bias=False) if gated else None
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        hidden = F.silu(self.w1(x))  # (B, T, F)
+        if self.w3 is not None:
+            hidden = hidden * self.w3(x)
+        return self.w2(hidden)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each on a residual branch with its norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.attn = Attention(config)
+        self.ffn = FeedForward(config)
+        self.ln1 = _norm(config)
+        self.ln2 = _norm(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        rope: RotaryEmbedding | None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        if self.pre_norm:
+            x = x + self.drop(self.attn(self.ln1(x), rope, cache))
+            return x + self.drop(self.ffn(self.ln2(x)))
+        x = self.ln1(x + self.drop(self.attn(x, rope, cache)))
+        return self.ln2(x + self.drop(self.ffn(x)))
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    return RMSNorm(config.d_model, config.norm_eps) if config.norm == "rmsnorm" else nn.Identity()
+
+
+class TransformerLM(nn.Module):
+    """The language model: token ids to the logits of each next token."""
+
+    def __init__(self, config: ModelConfig, gradient_checkpointing: bool = False):
+        """Random weights from torch's global generator.
+
+        `gradient_checkpointing` recomputes each block in the backward pass instead of keeping
+        its activations (Chen et al. 2016).
+        """
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        # post-norm blocks end with a norm of their own
+        self.ln_final = _norm(config) if config.norm_position == "pre" else nn.Identity()
+        tied = config.tie_embeddings
+        self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.rope = (
+            RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta)
+            if config.position_embedding == "rope"
+            else None
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Truncated normal: linear layers std sqrt(2 / (d_in + d_out)), embeddings std 1, at 3 std.
+
+        A tied embedding is the head as well and takes the head's std, or its logits would
+        start with a std of sqrt(d_model).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                std = math.sqrt(2 / sum(module.weight.shape))
+                if isinstance(module, nn.Embedding) and not self.config.tie_embeddings:
+                    std = 1.0
+                nn.init.trunc_normal_(module.weight, 0.0, std, -3 * std, 3 * std)
+
+    def forward(
+        self, ids: Int[Tensor, "B T"], caches: list[KeyValueCache] | None = None
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the token after each position.
+
+        With `caches`, one per layer, `ids` continue the positions already seen.
+        Raises ValueError if the positions would exceed context_length.
+        """
+        seen = caches[0].length if caches else 0
+        if seen + ids.shape[1] > self.config.context_length:
+            raise ValueError(
+                f"{seen + ids.shape[1]} positions exceed context_length {self.config.context_length}"
+            )
+        x = self.drop(self.token_embeddings(ids))  # (B, T, C)
+        for i, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, self.rope, use_reentrant=False)
+            else:
+                x = layer(x, self.rope, caches[i] if caches else None)
+        x = self.ln_final(x)
+        return self.lm_head(x) if self.lm_head else F.linear(x, self.token_embeddings.weight)
+
+    def new_caches(self, batch_size: int) -> list[KeyValueCache]:
+        """Empty key/value caches, one per layer."""
+        like = self.token_embeddings.weight
+        return [KeyValueCache(self.config, batch_size, like) for _ in self.layers]
+
+    def num_parameters(self) -> int:
+        """Trainable numbers, each counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations to train on one token, forward and backward.
+
+        6 per weight that multiplies an activation and 12 L C T for attention over a full
+        context (Chowdhery et al. 2022, appendix B; causality is not subtracted).
+        """
+        config = self.config
+        looked_up = 0 if config.tie_embeddings else self.token_embeddings.weight.numel()
+        attention = 12 * config.num_layers * config.d_model * config.context_length
+        return 6.0 * (self.num_parameters() - looked_up) + attention
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*batch V"], targets: Int[Tensor, "*batch"]
+) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the targets, in nats, computed in float32.
+
+    Where a float32 copy of all logits would weigh on memory, chunks of rows are converted one
+    at a time, in the forward pass and again in the backward pass.
+    """
+    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)  # (N, V), (N,)
+    rows = max(1, CROSS_ENTROPY_CHUNK // logits.shape[1])
+    if len(targets) <= rows:
+        return _summed_cross_entropy(logits, targets) / len(targets)
+    parts = [
+        checkpoint(_summed_cross_entropy, chunk, target, use_reentrant=False)
+        for chunk, target in zip(logits.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(targets)
+
+
+def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum")

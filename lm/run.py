@@ -1,0 +1,212 @@
+"""One training run from its first step to its published files, killable at any point between.
+
+    Run(...)  locks .../lm-resume/<fingerprint>/ and restores the newest intact checkpoint
+    log       history, console, best checkpoint
+    save      a checkpoint; a caught signal then ends the process
+    publish   models and metrics appear, the resume directory goes
+"""
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lm.checkpoint import (
+    ResumeDirectory,
+    commit,
+    load_checkpoint,
+    read_extra,
+    save_checkpoint,
+    save_model,
+    verify,
+)
+from lm.config import RuntimeConfig
+from lm.console import Progress, duration, say
+from lm.errors import InputError
+from lm.files import atomic_write, sha256_file, sha256_json, write_json
+from lm.history import History
+from lm.signals import CatchSignals
+from lm.tokenizer import Tokenizer
+from lm.train import Record, TrainConfig, TrainState
+
+
+class Run:
+    """The life of one training run; a context manager."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: TrainConfig,
+        runtime: RuntimeConfig,
+        identity: dict[str, Any],
+        resume_from: Path | None = None,
+    ):
+        """Lock the run's directory and bring `state` to where the run was.
+
+        `identity` is all that decides the result: a run is resumed only by one that agrees in
+        every part of it. Raises Busy if another process trains this run, InputError for a
+        checkpoint that does not fit.
+        """
+        self.state, self.config, self.runtime = state, config, runtime
+        self.identity = {"model": asdict(state.model.config), "train": asdict(config), **identity}
+        if resume_from is not None:
+            verify(resume_from)
+            self.identity["resume_from"] = sha256_file(resume_from)
+        root = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp", "lm-resume")
+        fingerprint = sha256_json(self.identity)[:32]
+        self.directory = ResumeDirectory(root / fingerprint, runtime.keep_checkpoints)
+        self.history = History()
+        self.best: dict[str, Any] = {"valid_loss": None, "step": None, "misses": 0}
+        self.valid_loss: float | None = None
+        self.step_seconds: list[float] = []
+        if not self._resume() and resume_from is not None:
+            self._continue(resume_from)
+        tokens = config.batch_size * state.model.config.context_length
+        self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
+        self.signals = CatchSignals()
+
+    def __enter__(self) -> "Run":
+        self.signals.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.progress.close()
+        self.signals.__exit__(kind, error, traceback)
+
+    def _resume(self) -> bool:
+        for path, fault in self.directory.intact():
+            if fault is not None:
+                say(f"warning: {fault}; going on from the checkpoint before it")
+                continue
+            self._restore(path)
+            say(f"Resumed at step {self.state.step}")
+            return True
+        return False
+
+    def _continue(self, path: Path) -> None:
+        """Start from another run's checkpoint: same model, tokenizer and data, any settings."""
+        theirs = read_extra(path)["identity"]
+        for part in ("model", "tokens"):
+            if theirs[part] != self.identity[part]:
+                raise InputError(f"{path}: made with other {part}; {_difference(theirs, self.identity, part)}")
+        self._restore(path)
+        if self.state.step >= self.config.max_steps:
+            raise InputError(
+                f"{path}: is at step {self.state.step}, train.max_steps = {self.config.max_steps}; "
+                "nothing is left to do, raise train.max_steps"
+            )
+        best = path.with_name(self.directory.best.name)
+        if best.exists():
+            verify(best)
+            shutil.copy(best, self.directory.best)
+            commit(self.directory.best)
+        else:
+            self.best = {"valid_loss": None, "step": None, "misses": 0}
+        say(f"Continuing {path} from step {self.state.step}")
+
+    def _restore(self, path: Path) -> None:
+        self.state.step = load_checkpoint(path, self.state.model, self.state.optimizer)
+        extra = read_extra(path)
+        self.state.scaler.load_state_dict(extra["scaler"])
+        self.history = History.restore(extra["history"])
+        self.best, self.valid_loss = extra["best"], extra["valid_loss"]
+
+    def _extra(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity,
+            "scaler": self.state.scaler.state_dict(),
+            "history": self.history.state(),
+            "best": self.best,
+            "valid_loss": self.valid_loss,
+        }
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done or validation has stopped improving."""
+        return self.state.step >= self.config.max_steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether train.early_stopping validations have passed without a new best."""
+        patience = self.config.early_stopping
+        return patience is not None and bool(self.best["misses"] >= patience)
+
+    def log(self, record: Record) -> None:
+        """Take in a finished step, with "valid_loss" if it was validated."""
+        self.history.add(record)
+        self.step_seconds.append(record["step_s"])
+        self.progress.show(record, self.history.average_loss)
+        if "valid_loss" in record:
+            self.valid_loss = record["valid_loss"]
+            if self.best["valid_loss"] is None or self.valid_loss < self.best["valid_loss"]:
+                self.best = {"valid_loss": self.valid_loss, "step": self.state.step, "misses": 0}
+                self.directory.save_best(
+                    self.state.model, self.state.optimizer, self.state.step, self._extra()
+                )
+            else:
+                self.best["misses"] += 1
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint at its interval; on a signal write one and leave."""
+        if due(self.state.step, self.runtime.checkpoint_interval) or self.signals.caught:
+            self.directory.save(
+                self.state.model, self.state.optimizer, self.state.step, self._extra()
+            )
+        self.signals.leave(f"stopped, saved at step {self.state.step}; run again to go on")
+
+    def publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
+        """Write the outputs; only then delete what a resumed run would need.
+
+        models/model holds the last weights, or with early stopping the best.
+        """
+        state, checkpoints = self.state, models / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
+        save_checkpoint(state.model, state.optimizer, state.step, last, self._extra())
+        shutil.copy(self.directory.best, best)
+        commit(last)
+        commit(best)
+        atomic_write(metrics / "curves.csv", self.history.to_csv())
+        write_json(
+            metrics / "train.json",
+            {
+                "step": state.step,
+                "tokens": state.step * self.config.batch_size * state.model.config.context_length,
+                "parameters": state.model.num_parameters(),
+                "train_loss": self.history.average_loss,
+                "valid_loss": self.valid_loss,
+                "best_valid_loss": self.best["valid_loss"],
+                "best_step": self.best["step"],
+            },
+        )
+        if self.config.early_stopping is not None:
+            load_checkpoint(best, state.model)
+        save_model(state.model, tokenizer, models / "model")
+        self.directory.remove()
+        say(
+            f"Final loss {self.history.average_loss:.4f}, validation {self.valid_loss:.4f}, "
+            f"in {duration(self.progress.elapsed_s())}; model in {models / 'model'}, "
+            f"checkpoints in {checkpoints}, curves in {metrics / 'curves.csv'}"
+        )
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something done every `interval` steps is done after this one."""
+    return step % interval == 0
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any], part: str) -> str:
+    if not isinstance(ours[part], dict):
+        return f"{theirs[part]} there, {ours[part]} here"
+    return ", ".join(
+        f"{part}.{key} = {theirs[part].get(key)} there, {value} here"
+        for key, value in ours[part].items()
+        if theirs[part].get(key) != value
+    )

@@ -1,0 +1,172 @@
+"""The user's files as a stream of documents, split into training and validation text.
+
+    data.path --source_files--> files --READERS--> documents --split_documents--> (split, document)
+
+Memory holds one document at a time. Nothing is repaired in silence: what cannot be read is an
+error that names the place; what was replaced or left out on request is counted in a tally.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from lm.config import INSIDE_ONE
+from lm.errors import InputError
+
+CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The section `data`: which text, and how it is split."""
+
+    packages: list[str]  # the default corpus, as name==version; only stage corpus reads it
+    path: str  # a file or a folder
+    glob: str  # which files of a folder, e.g. "**/*.py"
+    text_field: str  # of .jsonl objects
+    separator: str | None  # cuts plain-text files into documents; null: one file, one document
+    encoding_errors: Literal["strict", "replace"]
+    split: Literal["hash", "tail"]
+    valid_fraction: Annotated[float, INSIDE_ONE]
+
+
+class Document(NamedTuple):
+    """One text and where it comes from, e.g. "notes/a.md" or "books.jsonl:17"."""
+
+    name: str
+    text: str
+
+
+def source_files(config: DataConfig) -> list[Path]:
+    """The files to read, sorted by path; hidden ones are left out.
+
+    Raises InputError when there are none.
+    """
+    path = Path(config.path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        hint = "; a pattern goes into data.glob" if set("*?[") & set(config.path) else ""
+        raise InputError(f"data.path = {config.path}: no such file or folder{hint}")
+    files = [
+        file
+        for file in path.glob(config.glob)
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise InputError(f"data.path = {config.path}: no file matches data.glob = {config.glob}")
+    return sorted(files, key=lambda file: file.as_posix())
+
+
+def documents(config: DataConfig, tally: Counter[str]) -> Iterator[Document]:
+    """Every document that holds more than white space, in a fixed order.
+
+    Adds to tally["empty_documents"] and tally["replaced_bytes"]. Raises InputError for bytes
+    that are not UTF-8 (unless data.encoding_errors is "replace") and for a malformed file.
+    """
+    found = False
+    for file in source_files(config):
+        for name, raw in READERS.get(file.suffix, _read_plain_text)(file, config):
+            text = _decode(raw, name, config, tally)
+            if text.strip():
+                found = True
+                yield Document(name, text)
+            else:
+                tally["empty_documents"] += 1
+    if not found:
+        raise InputError(f"data.path = {config.path}: no text")
+
+
+def _read_plain_text(file: Path, config: DataConfig) -> Iterator[tuple[str, bytes]]:
+    if config.separator is None:
+        yield str(file), file.read_bytes()
+        return
+    separator, number, rest = config.separator.encode(), 0, b""
+    with open(file, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            *whole, rest = (rest + chunk).split(separator)
+            for part in whole:
+                number += 1
+                yield f"{file}#{number}", part.strip(b"\r\n")  # they belong to the separator
+    yield f"{file}#{number + 1}", rest.strip(b"\r\n")
+
+
+def _read_jsonl(file: Path, config: DataConfig) -> Iterator[tuple[str, bytes]]:
+    field = config.text_field
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            name = f"{file}:{number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(_decode(line, name, config, Counter()))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"{name}: not valid JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{name}: not an object with a field '{field}'")
+            if field not in record:
+                raise InputError(f"{name}: no field '{field}' (has: {', '.join(record)})")
+            if not isinstance(record[field], str):
+                raise InputError(f"{name}: field '{field}' is not text; name one in data.text_field")
+            # JSON can spell half a surrogate pair; its bytes are then refused as not UTF-8
+            yield name, record[field].encode("utf-8", "surrogatepass")
+
+
+READERS: dict[str, Callable[[Path, DataConfig], Iterator[tuple[str, bytes]]]] = {
+    ".jsonl": _read_jsonl,
+}  # every other suffix is plain text
+
+
+def _decode(raw: bytes, name: str, config: DataConfig, tally: Counter[str]) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if config.encoding_errors == "strict":
+            raise InputError(
+                f"{name}: byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8; "
+                "convert the file, leave it out, or set data.encoding_errors: replace"
+            ) from None
+    text = raw.decode("utf-8", "replace")
+    tally["replaced_bytes"] += text.count("\ufffd") - raw.count("\ufffd".encode())
+    return text
+
+
+def split_documents(config: DataConfig, tally: Counter[str]) -> Iterator[tuple[str, Document]]:
+    """Every document with its split, "train" or "valid".
+
+    "hash": by the SHA-256 of the text, so a document keeps its side when others come or go,
+    and exact duplicates stay together. "tail": the last data.valid_fraction of the bytes, in
+    reading order, cut at a line break where there is one.
+    """
+    if config.split == "hash":
+        for document in documents(config, tally):
+            digest = hashlib.sha256(document.text.encode()).digest()
+            draw = int.from_bytes(digest[:8], "little") / 2**64
+            yield ("valid" if draw < config.valid_fraction else "train"), document
+        return
+    total = sum(len(document.text.encode()) for document in documents(config, Counter()))
+    boundary, seen = int(total * (1 - config.valid_fraction)), 0
+    for document in documents(config, tally):
+        data = document.text.encode()
+        cut = _cut_position(data, boundary - seen)
+        if cut > 0:
+            yield "train", Document(document.name, data[:cut].decode())
+        if cut < len(data):
+            yield "valid", Document(document.name, data[cut:].decode())
+        seen += len(data)
+
+
+def _cut_position(data: bytes, wanted: int) -> int:
+    """Where to cut UTF-8 text near byte `wanted`: after a line break, else between characters."""
+    if wanted <= 0 or wanted >= len(data):
+        return min(max(wanted, 0), len(data))
+    after_line = data.find(b"\n", wanted) + 1
+    if 0 < after_line < len(data):
+        return after_line
+    while wanted < len(data) and data[wanted] & 0xC0 == 0x80:  # inside a character
+        wanted += 1
+    return wanted

@@ -1,0 +1,230 @@
+"""Text to token ids and back, as one tokenizer.json that Hugging Face opens.
+
+Every tokenizer here is byte-level: each id stands for known bytes, no text is unknown and
+none is lost, which is what makes bits per byte exact.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tiktoken
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from lm.config import Count
+from lm.errors import EnvironmentFault, InputError
+from lm.files import atomic_write, read_json, to_json
+
+END_TOKEN = "<|endoftext|>"  # noqa: S105 - a separator, not a password
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The section `tokenizer`."""
+
+    kind: Literal["bpe", "bytes", "file", "tiktoken"]
+    vocab_size: Count  # of "bpe", the end token included
+    source: str | None  # "file": a name in data/tokenizers/; "tiktoken": an encoding's name
+    end_token: str  # stands between documents
+
+    def __post_init__(self) -> None:
+        if self.kind == "bpe" and self.vocab_size < 257:
+            raise InputError(
+                f"tokenizer.vocab_size = {self.vocab_size}: must be >= 257 (256 bytes, one end token)"
+            )
+        if self.kind in ("file", "tiktoken") and self.source is None:
+            raise InputError(f"tokenizer.source = null: tokenizer.kind = {self.kind} needs a name")
+
+
+class Tokenizer:
+    """A byte-level tokenizer with one token that ends a document."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, end_token: str = END_TOKEN):
+        """Raises InputError if the tokenizer is not byte-level or lacks the end token."""
+        if "ByteLevel" not in json.dumps(json.loads(backend.to_str())["decoder"]):
+            raise InputError("tokenizer.json: not byte-level; bits per byte would not be exact")
+        end_id = backend.token_to_id(end_token)
+        if end_id is None:
+            special = [t.content for t in backend.get_added_tokens_decoder().values()] or ["none"]
+            raise InputError(
+                f"tokenizer.json: no token {end_token!r}; set tokenizer.end_token to one of its "
+                f"special tokens: {', '.join(special[:20])}"
+            )
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.end_token = end_token
+        self.end_id: int = end_id
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id, so that ids index a table of this size."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Token ids of a text. The text of a special token is plain text unless allowed."""
+        return self.encode_batch([text], allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+        """Token ids of several texts, on all cores."""
+        self.backend.encode_special_tokens = not allow_special
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The exact bytes of some ids. A special token gives the bytes of its name."""
+        return b"".join(self._bytes_of_id[i] for i in ids)
+
+    @cached_property
+    def _bytes_of_id(self) -> dict[int, bytes]:
+        special = self.backend.get_added_tokens_decoder()
+        bytes_of_character = {c: bytes([b]) for b, c in enumerate(_byte_characters())}
+        return {
+            i: token.encode()
+            if i in special
+            else b"".join(bytes_of_character.get(c, c.encode()) for c in token)
+            for token, i in self.backend.get_vocab(with_added_tokens=True).items()
+        }
+
+    @cached_property
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Bytes of text behind each id, (vocab_size,). Special tokens stand for no text: 0."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for i, data in self._bytes_of_id.items():
+            lengths[i] = len(data)
+        lengths[[i for i, t in self.backend.get_added_tokens_decoder().items() if t.special]] = 0
+        lengths[self.end_id] = 0
+        return lengths
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and the tokenizer_config.json that Hugging Face reads beside it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "tokenizer.json", self.backend.to_str(pretty=True).encode() + b"\n")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token}
+        atomic_write(folder / "tokenizer_config.json", to_json(settings))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer saved in a folder. Raises InputError if it is missing or damaged."""
+    return open_tokenizer_json(
+        folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")["eos_token"]
+    )
+
+
+def open_tokenizer_json(file: Path, end_token: str) -> Tokenizer:
+    """Any byte-level tokenizer.json. Raises InputError if it is missing, damaged or another kind."""
+    try:
+        backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except Exception as error:  # the library raises no narrower class
+        raise InputError(f"{file}: not a tokenizer.json ({error})") from None
+    return Tokenizer(backend, end_token)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = END_TOKEN) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016) with GPT-2's pre-tokenizer, learnt from texts.
+
+    Ids: the 256 bytes in GPT-2's order, then the merges as learnt, the end token last. Of equally
+    frequent pairs the one with the smallest ids is merged first, whatever the thread count.
+    """
+    backend = _byte_level_backend(models.BPE(), use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([end_token])
+    return Tokenizer(backend, end_token)
+
+
+def byte_tokenizer(end_token: str = END_TOKEN) -> Tokenizer:
+    """Each byte is its own id, 256 in all. Id 255 ends a document: UTF-8 has no byte 0xff."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    del vocabulary[_byte_characters()[255]]
+    vocabulary[end_token] = 255
+    backend = _byte_level_backend(models.BPE(vocab=vocabulary, merges=[]), use_regex=False)
+    backend.add_special_tokens([end_token])
+    return Tokenizer(backend, end_token)
+
+
+def from_tiktoken(name: str, samples: Iterable[str], end_token: str = END_TOKEN) -> Tokenizer:
+    """A named tiktoken encoding as a tokenizer.json, its ids compared on some texts.
+
+    tiktoken keeps the rank of each token; the merge that makes it is found by applying the
+    lower ranks to its bytes. Raises InputError for an unknown name, EnvironmentFault when
+    tiktoken cannot fetch its data.
+    """
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except ValueError:
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise InputError(f"tokenizer.source = {name}: tiktoken knows {known}") from None
+    except OSError as error:  # requests' errors are OSErrors
+        raise EnvironmentFault(
+            f"tokenizer.source = {name}: tiktoken could not fetch its data "
+            f"({type(error).__name__}); go online once or set TIKTOKEN_CACHE_DIR"
+        ) from None
+    characters, ranks = _byte_characters(), encoding._mergeable_ranks
+
+    def spell(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    vocabulary = {spell(token): rank for token, rank in ranks.items()} | encoding._special_tokens
+    merges = [
+        (spell(left), spell(right))
+        for token in sorted(ranks, key=ranks.__getitem__)
+        if len(token) > 1
+        for left, right in [_last_merge(token, ranks)]
+    ]
+    backend = _byte_level_backend(models.BPE(vocab=vocabulary, merges=merges), use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(encoding._pat_str), behavior="isolated"),
+            backend.pre_tokenizer,
+        ]
+    )
+    backend.add_special_tokens(list(encoding._special_tokens))
+    tokenizer = Tokenizer(backend, end_token)
+    for sample in samples:
+        if tokenizer.encode(sample) != encoding.encode_ordinary(sample):
+            raise InputError(f"tokenizer.source = {name}: ids differ from tiktoken's; cannot be used")
+    return tokenizer
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The pair whose merge makes `token`: byte-pair encode it with the lower ranks only."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _byte_level_backend(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_characters() -> list[str]:
+    """The character that spells each byte in a byte-level vocabulary (GPT-2's encoder.py).
+
+    Printable Latin-1 characters spell themselves; the other bytes take U+0100 and on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -1,0 +1,47 @@
+"""Stage evaluate: how good models/model/ is on the validation split, beside simple baselines."""
+
+import argparse
+from pathlib import Path
+
+from lm.baselines import Bigram, uniform_loss_nats
+from lm.checkpoint import load_model
+from lm.config import RuntimeConfig, read_section
+from lm.console import say
+from lm.device import choose_device, make_deterministic
+from lm.evaluate import METRICS, EvaluateConfig, evaluate, loss_by_position
+from lm.files import atomic_write, sha256_file, write_json
+from lm.generate import complete
+from lm.report import samples, summary
+from lm.tokens import open_tokens
+from stages.run import Params, run
+
+MODEL, TOKENS, RESULTS = Path("models/model"), Path("data/tokens"), Path("metrics")
+
+
+def evaluate_stage(params: Params, arguments: argparse.Namespace) -> None:
+    """Write metrics/eval.json, loss_by_position.csv, samples.md and summary.md."""
+    config = read_section(EvaluateConfig, params, "evaluate")
+    device = choose_device(read_section(RuntimeConfig, params, "runtime").device)
+    make_deterministic(device)
+    model, tokenizer = load_model(MODEL, device)
+    tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"))
+    sums = evaluate(model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride)
+    metrics = {name: metric(sums) for name, metric in METRICS.items()}
+    unigram, bigram = Bigram(tokens.train.tokens, tokens.vocab_size).losses_nats(tokens.valid.tokens)
+    baselines = {"uniform": uniform_loss_nats(tokens.vocab_size), "unigram": unigram, "bigram": bigram}
+    options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    texts = [
+        (prompt, "".join(complete(model, tokenizer, prompt, config.max_new_tokens, **options)))
+        for prompt in config.prompts
+    ]
+    curve = "".join(f"{i},{loss:.6f}\n" for i, loss in enumerate(loss_by_position(sums)))
+    write_json(RESULTS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
+    atomic_write(RESULTS / "loss_by_position.csv", b"position,loss_nats\n" + curve.encode())
+    atomic_write(RESULTS / "samples.md", samples(texts).encode())
+    atomic_write(RESULTS / "summary.md", summary(metrics, baselines, texts[0]).encode())
+    say(f"Validation loss {metrics['loss_nats']:.4f} nats per token (bigram {bigram:.4f}), "
+        f"{metrics['bits_per_byte']:.4f} bits per byte")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(evaluate_stage)
