@@ -65,4 +65,6 @@ class Bigram:
         pairs = np.where(self.keys[places] == keys, self.pair_counts[places], 0)
         followers, seen = self.followers[history], self.history_counts[history]
         backed_off = pairs + followers * self.unigram[targets]
-        return np.where(seen > 0, backed_off / np.maximum(seen + followers, 1), self.unigram[targets])
+        return np.where(
+            seen > 0, backed_off / np.maximum(seen + followers, 1), self.unigram[targets]
+        )

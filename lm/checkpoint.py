@@ -8,13 +8,14 @@ its metadata; opening it runs no code. Beside it stands a manifest with its size
 """
 
 import fcntl
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,6 +29,7 @@ from lm.model import ModelConfig, TransformerLM
 from lm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
+BinaryFile = io.BufferedIOBase | io.RawIOBase
 Extra = dict[str, Any]
 
 
@@ -35,7 +37,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     iteration: int,
-    out: str | os.PathLike[str] | BinaryIO,
+    out: str | os.PathLike[str] | BinaryFile,
     extra: Extra | None = None,
 ) -> None:
     """Write model, optimizer, iteration and JSON-able extras to a path or a binary file.
@@ -67,7 +69,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    src: str | os.PathLike[str] | BinaryIO,
+    src: str | os.PathLike[str] | BinaryFile,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
@@ -116,7 +118,7 @@ def _restore(
     model.load_state_dict(weights)
 
 
-def _read(src: str | os.PathLike[str] | BinaryIO) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if isinstance(src, str | os.PathLike):
         with _opened(Path(src)) as file:
             header = _header(str(src), file.metadata())
@@ -172,7 +174,7 @@ def _save_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Pa
         with open(scratch, "rb") as file:
             os.fsync(file.fileno())
         scratch.chmod(0o666 & ~_umask())  # safetensors makes it readable by the owner alone
-        os.replace(scratch, path)
+        scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
@@ -221,7 +223,10 @@ class ResumeDirectory:
         except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
-            raise Busy(f"{folder}: process {holder} is training this run; wait or stop it") from None
+            self._lock.close()
+            raise Busy(
+                f"{folder}: process {holder} is training this run; wait or stop it"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -259,6 +264,10 @@ class ResumeDirectory:
         """Delete the folder: the run is finished and its outputs are published."""
         shutil.rmtree(self.folder)
 
+    def unlock(self) -> None:
+        """Let others use the folder."""
+        self._lock.close()
+
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
 
@@ -276,7 +285,10 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
     Raises InputError if a file is missing, damaged or does not fit the others.
     """
     config = read_section(
-        ModelConfig, {"model": read_json(folder / "config.json")}, "model", str(folder / "config.json")
+        ModelConfig,
+        {"model": read_json(folder / "config.json")},
+        "model",
+        str(folder / "config.json"),
     )
     model = TransformerLM(config)
     path = folder / "model.safetensors"

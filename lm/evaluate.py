@@ -36,7 +36,7 @@ class Sums:
 
     nats: NDArray[np.float64]  # (T,), by position in the window
     counts: NDArray[np.int64]  # (T,)
-    n_bytes: int  # of text behind the targets
+    n_bytes: int  # of text behind the targets; 0 if not asked for
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def evaluate(
     model: TransformerLM,
     split: Split,
     batch_size: int,
-    byte_lengths: NDArray[np.int64],
+    byte_lengths: NDArray[np.int64] | None = None,
     *,
     stride: int | None = None,
     max_batches: int | None = None,
@@ -54,7 +54,8 @@ def evaluate(
 
     Windows start every `stride` tokens and only their new targets count, so a smaller stride
     gives each target more context. The last window is moved back to fit. With `max_batches`,
-    as many batches of windows, evenly spread over the split, are taken.
+    as many batches of windows, evenly spread over the split, are taken. `byte_lengths` (V,) says
+    how many bytes each id stands for.
     """
     length = model.config.context_length
     split.require(length)
@@ -63,7 +64,9 @@ def evaluate(
     nats, counts, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), 0
     table = _windows(len(split.tokens), length, stride or length)
     if max_batches is not None and len(table) > max_batches * batch_size:
-        table = table[np.arange(max_batches * batch_size) * len(table) // (max_batches * batch_size)]
+        table = table[
+            np.arange(max_batches * batch_size) * len(table) // (max_batches * batch_size)
+        ]
     for rows in np.split(table, range(batch_size, len(table), batch_size)):
         starts, first_new = rows[:, 0], rows[:, 1]
         x, y = windows(split.tokens, starts, length)  # (B, T)
@@ -74,7 +77,8 @@ def evaluate(
         new = np.arange(length) >= first_new[:, None]  # (B, T)
         nats += np.where(new, losses.double().cpu().numpy(), 0).sum(axis=0)
         counts += new.sum(axis=0)
-        n_bytes += int(byte_lengths[y[new]].sum())
+        if byte_lengths is not None:
+            n_bytes += int(byte_lengths[y[new]].sum())
     model.train(was_training)
     return Sums(nats, counts, n_bytes)
 

@@ -23,7 +23,7 @@ def atomic_write(path: Path, chunks: bytes | Iterable[bytes]) -> None:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, path)
+        scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise

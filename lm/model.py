@@ -263,7 +263,7 @@ class TransformerLM(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Truncated normal: linear layers std sqrt(2 / (d_in + d_out)), embeddings std 1, at 3 std.
+        """Normal cut at 3 std: linear layers std sqrt(2 / (d_in + d_out)), embeddings std 1.
 
         A tied embedding is the head as well and takes the head's std, or its logits would
         start with a std of sqrt(d_model).
@@ -283,11 +283,9 @@ class TransformerLM(nn.Module):
         With `caches`, one per layer, `ids` continue the positions already seen.
         Raises ValueError if the positions would exceed context_length.
         """
-        seen = caches[0].length if caches else 0
-        if seen + ids.shape[1] > self.config.context_length:
-            raise ValueError(
-                f"{seen + ids.shape[1]} positions exceed context_length {self.config.context_length}"
-            )
+        positions = ids.shape[1] + (caches[0].length if caches else 0)
+        if positions > self.config.context_length:
+            raise ValueError(f"{positions} positions exceed {self.config.context_length=}")
         x = self.drop(self.token_embeddings(ids))  # (B, T, C)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:

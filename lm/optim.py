@@ -114,24 +114,20 @@ class Muon(AdamW):
         if "momentum" not in group:
             super()._update(group)
             return
-        momentum, stacks = group["momentum"], dict[torch.Size, list[Tensor]]()
+        lr, momentum = group["lr"], group["momentum"]
+        stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for p in group["params"]:
             if p.grad is not None:
-                stacks.setdefault(p.shape, []).append(p)
-        for (rows, columns), parameters in stacks.items():
-            for p in parameters:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            updates = orthogonalise(
-                torch.stack(
-                    [p.grad.lerp(self.state[p]["momentum_buffer"], momentum) for p in parameters]
-                )
-            )
+                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                stacks.setdefault(p.shape, []).append((p, p.grad.lerp(buffer, momentum)))
+        for (rows, columns), stack in stacks.items():
             scale = max(1.0, rows / columns) ** 0.5
-            for p, update in zip(parameters, updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
+            directions = orthogonalise(torch.stack([u for _, u in stack]))
+            for (p, _), direction in zip(stack, directions, strict=True):
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(direction.to(p.dtype), alpha=-lr * scale)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -155,7 +151,9 @@ def parameter_groups(
     Norms never decay; embeddings, and a head tied to them, only on request.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices, decayed, undecayed = [], [], []
+    matrices: list[Tensor] = []
+    decayed: list[Tensor] = []
+    undecayed: list[Tensor] = []
     for name, p in model.named_parameters():
         if id(p) in embeddings:
             (decayed if decay_embeddings else undecayed).append(p)

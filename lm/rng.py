@@ -13,7 +13,7 @@ _ROUNDS = 4  # Luby and Rackoff 1988: four Feistel rounds give a pseudorandom pe
 
 
 def seed(root: int, purpose: str, *steps: int) -> int:
-    """A 63-bit seed for one purpose at one step, e.g. seed(1337, "dropout", step, micro_batch)."""
+    """63 bits for one purpose and step: seed(1337, "dropout", step, micro_batch)."""
     text = "/".join([str(root), purpose, *map(str, steps)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -35,7 +35,8 @@ def random_integers(key: int, count: int, high: int) -> NDArray[np.int64]:
 
 def random_uniforms(key: int, count: int) -> NDArray[np.float64]:
     """`count` floats in [0, 1) with 53 random bits each."""
-    return (random_bits(key, np.arange(count, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
+    bits = random_bits(key, np.arange(count, dtype=np.uint64)) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
 
 
 def permuted(key: int, indices: NDArray[np.int64], size: int) -> NDArray[np.int64]:

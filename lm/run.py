@@ -1,9 +1,9 @@
 """One training run from its first step to its published files, killable at any point between.
 
-    Run(...)  locks .../lm-resume/<fingerprint>/ and restores the newest intact checkpoint
-    log       history, console, best checkpoint
-    save      a checkpoint; a caught signal then ends the process
-    publish   models and metrics appear, the resume directory goes
+Run(...)  locks .../lm-resume/<fingerprint>/ and restores the newest intact checkpoint
+log       history, console, best checkpoint
+save      a checkpoint; a caught signal then ends the process
+publish   models and metrics appear, the resume directory goes
 """
 
 import os
@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch
 
 from lm.checkpoint import (
     ResumeDirectory,
@@ -24,6 +26,7 @@ from lm.checkpoint import (
 )
 from lm.config import RuntimeConfig
 from lm.console import Progress, duration, say
+from lm.device import performance
 from lm.errors import InputError
 from lm.files import atomic_write, sha256_file, sha256_json, write_json
 from lm.history import History
@@ -78,6 +81,7 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self.progress.close()
+        self.directory.unlock()
         self.signals.__exit__(kind, error, traceback)
 
     def _resume(self) -> bool:
@@ -95,7 +99,9 @@ class Run:
         theirs = read_extra(path)["identity"]
         for part in ("model", "tokens"):
             if theirs[part] != self.identity[part]:
-                raise InputError(f"{path}: made with other {part}; {_difference(theirs, self.identity, part)}")
+                raise InputError(
+                    f"{path}: made with other {part}; {_difference(theirs, self.identity, part)}"
+                )
         self._restore(path)
         if self.state.step >= self.config.max_steps:
             raise InputError(
@@ -196,6 +202,14 @@ class Run:
             f"checkpoints in {checkpoints}, curves in {metrics / 'curves.csv'}"
         )
 
+    def write_performance(self, device: torch.device, metrics: Path) -> None:
+        """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
+        if self.step_seconds:
+            tokens = self.config.batch_size * self.state.model.config.context_length
+            flops = self.state.model.flops_per_token()
+            speed = performance(device, self.config.dtype, self.step_seconds, tokens, flops)
+            write_json(metrics / "performance.json", speed)
+
 
 def due(step: int, interval: int) -> bool:
     """Whether something done every `interval` steps is done after this one."""
@@ -203,10 +217,11 @@ def due(step: int, interval: int) -> bool:
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any], part: str) -> str:
-    if not isinstance(ours[part], dict):
-        return f"{theirs[part]} there, {ours[part]} here"
+    mine, other = ours[part], theirs[part]
+    if not isinstance(mine, dict):
+        return f"sha256 {other} there, {mine} here"
     return ", ".join(
-        f"{part}.{key} = {theirs[part].get(key)} there, {value} here"
-        for key, value in ours[part].items()
-        if theirs[part].get(key) != value
+        f"{part}.{key} = {other.get(key)} there, {mine[key]} here"
+        for key in mine
+        if other.get(key) != mine[key]
     )

@@ -62,7 +62,7 @@ def get_lr_wsd_schedule(
     decay_iters: int,
     total_iters: int,
 ) -> float:
-    """Warm-up, stable, linear decay over the last `decay_iters` (Hu et al. 2024, MiniCPM, sec. 4)."""
+    """Warm-up, stable, linear decay over the last `decay_iters`: WSD (Hu et al. 2024, sec. 4)."""
     if it < warmup_iters:
         return it / warmup_iters * max_learning_rate
     if it >= total_iters:
@@ -88,5 +88,5 @@ SCHEDULES: dict[str, Callable[[int, ScheduleConfig], float]] = {
 
 
 def learning_rate_fraction(update: int, config: ScheduleConfig) -> float:
-    """The share of the peak rate that an update uses; updates count from 1, so none is lost at 0."""
+    """Share of the peak rate for an update; updates count from 1, so none is lost at rate 0."""
     return SCHEDULES[config.schedule](update, config)

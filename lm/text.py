@@ -111,7 +111,9 @@ def _read_jsonl(file: Path, config: DataConfig) -> Iterator[tuple[str, bytes]]:
             if field not in record:
                 raise InputError(f"{name}: no field '{field}' (has: {', '.join(record)})")
             if not isinstance(record[field], str):
-                raise InputError(f"{name}: field '{field}' is not text; name one in data.text_field")
+                raise InputError(
+                    f"{name}: field '{field}' is not text; name one in data.text_field"
+                )
             # JSON can spell half a surrogate pair; its bytes are then refused as not UTF-8
             yield name, record[field].encode("utf-8", "surrogatepass")
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.kind == "bpe" and self.vocab_size < 257:
             raise InputError(
-                f"tokenizer.vocab_size = {self.vocab_size}: must be >= 257 (256 bytes, one end token)"
+                f"tokenizer.vocab_size = {self.vocab_size}: must be >= 257 (256 bytes, an end)"
             )
         if self.kind in ("file", "tiktoken") and self.source is None:
             raise InputError(f"tokenizer.source = null: tokenizer.kind = {self.kind} needs a name")
@@ -78,7 +79,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        """The text of some ids, special tokens included; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -122,7 +123,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def open_tokenizer_json(file: Path, end_token: str) -> Tokenizer:
-    """Any byte-level tokenizer.json. Raises InputError if it is missing, damaged or another kind."""
+    """Any byte-level tokenizer.json. Raises InputError if it is missing, damaged or otherwise."""
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -199,7 +200,9 @@ def from_tiktoken(name: str, samples: Iterable[str], end_token: str = END_TOKEN)
     tokenizer = Tokenizer(backend, end_token)
     for sample in samples:
         if tokenizer.encode(sample) != encoding.encode_ordinary(sample):
-            raise InputError(f"tokenizer.source = {name}: ids differ from tiktoken's; cannot be used")
+            raise InputError(
+                f"tokenizer.source = {name}: ids differ from tiktoken's; cannot be used"
+            )
     return tokenizer
 
 
@@ -207,7 +210,7 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The pair whose merge makes `token`: byte-pair encode it with the lower ranks only."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
         i = pairs.index(min(pairs))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]

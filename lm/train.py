@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm import rng
-from lm.config import BELOW_ONE, POSITIVE, SEED, Count
+from lm.config import POSITIVE, SEED, Count
 from lm.device import Dtype, autocast, compiled, to_device
 from lm.errors import Diverged, EnvironmentFault, InputError
 from lm.model import ModelConfig, TransformerLM, cross_entropy

@@ -25,10 +25,18 @@ def evaluate_stage(params: Params, arguments: argparse.Namespace) -> None:
     make_deterministic(device)
     model, tokenizer = load_model(MODEL, device)
     tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"))
-    sums = evaluate(model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride)
+    sums = evaluate(
+        model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride
+    )
     metrics = {name: metric(sums) for name, metric in METRICS.items()}
-    unigram, bigram = Bigram(tokens.train.tokens, tokens.vocab_size).losses_nats(tokens.valid.tokens)
-    baselines = {"uniform": uniform_loss_nats(tokens.vocab_size), "unigram": unigram, "bigram": bigram}
+    unigram, bigram = Bigram(tokens.train.tokens, tokens.vocab_size).losses_nats(
+        tokens.valid.tokens
+    )
+    baselines = {
+        "uniform": uniform_loss_nats(tokens.vocab_size),
+        "unigram": unigram,
+        "bigram": bigram,
+    }
     options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
     texts = [
         (prompt, "".join(complete(model, tokenizer, prompt, config.max_new_tokens, **options)))

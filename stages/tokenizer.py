@@ -25,13 +25,17 @@ def tokenizer(params: Params, arguments: argparse.Namespace) -> None:
     """Write data/tokenizer/."""
     config = read_section(TokenizerConfig, params, "tokenizer")
     data = read_section(DataConfig, params, "data")
-    texts = (document.text for split, document in split_documents(data, Counter()) if split == "train")
+    texts = (
+        document.text for split, document in split_documents(data, Counter()) if split == "train"
+    )
     if config.kind == "bpe":
         result = train_bpe(texts, config.vocab_size, config.end_token)
     elif config.kind == "bytes":
         result = byte_tokenizer(config.end_token)
     elif config.kind == "tiktoken":
-        result = from_tiktoken(str(config.source), islice(texts, TIKTOKEN_SAMPLES), config.end_token)
+        result = from_tiktoken(
+            str(config.source), islice(texts, TIKTOKEN_SAMPLES), config.end_token
+        )
     else:
         result = open_tokenizer_json(OWN_TOKENIZERS / str(config.source), config.end_token)
     result.save(TOKENIZER)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from lm.config import RuntimeConfig, read_section
 from lm.console import say
-from lm.device import choose_device, describe, environment, make_deterministic, performance
+from lm.device import choose_device, describe, environment, make_deterministic
 from lm.evaluate import evaluate, loss_nats
-from lm.files import sha256_file, write_json
-from lm.model import ModelConfig
+from lm.files import sha256_file
+from lm.model import ModelConfig, TransformerLM
 from lm.run import Run, due
 from lm.tokenizer import load_tokenizer
-from lm.tokens import open_tokens
+from lm.tokens import Split, open_tokens
 from lm.train import TrainConfig, new_state, train
 from stages.run import Params, imported_code, run
 
@@ -20,7 +20,7 @@ MODELS, METRICS = Path("models"), Path("metrics")
 
 
 def train_stage(params: Params, arguments: argparse.Namespace) -> None:
-    """Write models/model/, models/checkpoints/, metrics/train.json, curves.csv, performance.json."""
+    """Write models/model, models/checkpoints, metrics/{train.json,curves.csv,performance.json}."""
     config = read_section(TrainConfig, params, "train")
     runtime = read_section(RuntimeConfig, params, "runtime")
     device = choose_device(runtime.device)
@@ -30,30 +30,35 @@ def train_stage(params: Params, arguments: argparse.Namespace) -> None:
     tokens = open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json"))
     params["model"]["vocab_size"] = tokens.vocab_size
     model_config = read_section(ModelConfig, params, "model")
-    for split in (tokens.train, tokens.valid):
-        split.require(model_config.context_length)
+    tokens.valid.require(model_config.context_length)
     say(f"Loaded dataset with {len(tokens.train.tokens):,} tokens")
     state = new_state(model_config, config, device)
     say(f"Model has {state.model.num_parameters():,} parameters")
-    identity = {"tokens": tokens.sha256, "code": imported_code(), "environment": environment(device)}
-    with Run(state, config, runtime, identity, arguments.resume_from) as run_:
+    inputs = {
+        "tokens": tokens.sha256,
+        "code": imported_code(),
+        "environment": environment(device),
+    }
+    with Run(state, config, runtime, inputs, arguments.resume_from) as this_run:
         steps = train(state, tokens.train, config)
-        while not run_.finished:
+        while not this_run.finished:
             record = next(steps)
             if due(state.step, config.eval_interval) or state.step == config.max_steps:
-                sums = evaluate(state.model, tokens.valid, config.batch_size, tokenizer.byte_lengths,
-                                max_batches=config.eval_batches, dtype=config.dtype)  # fmt: skip
-                record["valid_loss"] = loss_nats(sums)
-            run_.log(record)
-            run_.save_if_due()
-        run_.publish(tokenizer, MODELS, METRICS)
-    if run_.step_seconds:
-        speed = performance(device, config.dtype, run_.step_seconds,
-                            config.batch_size * model_config.context_length,
-                            state.model.flops_per_token())  # fmt: skip
-        write_json(METRICS / "performance.json", speed)
+                record["valid_loss"] = validation_loss(state.model, tokens.valid, config)
+            this_run.log(record)
+            this_run.save_if_due()
+        this_run.publish(tokenizer, MODELS, METRICS)
+    this_run.write_performance(device, METRICS)
+
+
+def validation_loss(model: TransformerLM, valid: Split, config: TrainConfig) -> float:
+    """Loss in nats on the batches that every validation of the run looks at."""
+    batches, dtype = config.eval_batches, config.dtype
+    return loss_nats(evaluate(model, valid, config.batch_size, max_batches=batches, dtype=dtype))
 
 
 if __name__ == "__main__":
-    resume_from = {"type": Path, "metavar": "CHECKPOINT", "help": "continue models/checkpoints/last.safetensors, say, with a larger train.max_steps"}
-    run(train_stage, ("--resume-from", resume_from))
+    continued = (
+        "go on from this checkpoint (models/checkpoints/last.safetensors) to train.max_steps"
+    )
+    run(train_stage, ("--resume-from", {"type": Path, "metavar": "PATH", "help": continued}))

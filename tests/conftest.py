@@ -1,0 +1,71 @@
+"""Shapes in signatures are executed; one thread, because two on busy cores can be 38 times slower."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401 - the hook finds it by name
+
+install_import_hook("lm", "tests.typecheck.checked")
+
+from dataclasses import replace
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+from lm.config import load_params, read_section
+from lm.model import ModelConfig, TransformerLM
+from lm.text import DataConfig
+from lm.train import TrainConfig
+from tests.project import SMOKE, Project
+
+torch.set_num_threads(1)
+# the same examples every time; a busy machine is no defect
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def smoke_params() -> dict[str, dict[str, Any]]:
+    """The settings of presets/smoke.yaml."""
+    return load_params(SMOKE)
+
+
+@pytest.fixture
+def model_config(smoke_params) -> ModelConfig:
+    """A two-layer model over 96 tokens and 16 positions."""
+    smoke_params["model"]["vocab_size"] = 96
+    return replace(read_section(ModelConfig, smoke_params, "model"), context_length=16)
+
+
+@pytest.fixture
+def train_config(smoke_params) -> TrainConfig:
+    return read_section(TrainConfig, smoke_params, "train")
+
+
+@pytest.fixture
+def data_config(smoke_params) -> DataConfig:
+    return read_section(DataConfig, smoke_params, "data")
+
+
+@pytest.fixture
+def model(model_config) -> TransformerLM:
+    torch.manual_seed(0)
+    return TransformerLM(model_config).eval()
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    """A copy of this repository in an empty folder, with small settings and a small text."""
+    return Project(tmp_path / "project")

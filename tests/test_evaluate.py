@@ -1,0 +1,86 @@
+"""Evaluation against a plain loop over the split."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lm.errors import InputError
+from lm.evaluate import METRICS, bits_per_byte, evaluate, loss_by_position
+from lm.tokens import Split
+
+TOKENS = np.random.default_rng(1).integers(0, 96, 203)
+SPLIT = Split("valid", TOKENS.astype(np.uint16), 0)
+LENGTHS = np.arange(96) % 5
+
+
+def by_hand(model, stride):
+    """(target index, position, nats) of every target, window by window, one at a time."""
+    length, n = 16, len(TOKENS)
+    done, start, rows = 0, 0, []
+    while done < n - 1:
+        start = min(start, n - 1 - length)
+        x = torch.tensor(TOKENS[start : start + length])[None]
+        log_probabilities = torch.log_softmax(model(x)[0].double(), -1)
+        for t in range(length):
+            if start + t >= done:
+                nats = -log_probabilities[t, TOKENS[start + t + 1]].item()
+                rows.append((start + t + 1, t, nats))
+        done, start = start + length, start + stride
+    return rows
+
+
+@pytest.mark.parametrize("stride", [None, 1, 5, 16])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_sums_equal_a_plain_loop(model, stride, batch_size):
+    rows = by_hand(model, stride or 16)
+    assert sorted(target for target, _, _ in rows) == list(range(1, 203))
+    sums = evaluate(model, SPLIT, batch_size, LENGTHS, stride=stride)
+    metrics = {name: metric(sums) for name, metric in METRICS.items()}
+    nats = sum(row[2] for row in rows)
+    n_bytes = int(LENGTHS[TOKENS[1:]].sum())
+    assert metrics["tokens"] == 202
+    assert metrics["bytes"] == n_bytes
+    assert metrics["loss_nats"] == pytest.approx(nats / 202, rel=1e-6)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nats / 202), rel=1e-5)
+    assert metrics["bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-6)
+    for position in range(16):
+        losses = [row[2] for row in rows if row[1] == position]
+        if losses:
+            expected = sum(losses) / len(losses)
+            assert loss_by_position(sums)[position] == pytest.approx(expected, rel=1e-5)
+
+
+def test_more_context_lowers_no_count_and_changes_the_loss(model):
+    full, sliding = (evaluate(model, SPLIT, 8, LENGTHS, stride=stride) for stride in (16, 4))
+    assert full.counts.sum() == sliding.counts.sum() == 202
+    assert sliding.counts[:12].sum() == 12  # the first window alone has targets there
+
+
+def test_some_batches_are_spread_over_the_split(model):
+    sums = evaluate(model, SPLIT, 2, max_batches=3)
+    assert sums.counts.sum() == 6 * 16
+    assert sums.n_bytes == 0
+
+
+def test_evaluation_disturbs_nothing(model):
+    model.train()
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    evaluate(model, SPLIT, 8)
+    assert model.training
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_split_shorter_than_a_window_is_refused(model):
+    short = Split("valid", TOKENS[:16], 0)
+    with pytest.raises(InputError, match="valid split has 16 tokens, needs at least 17"):
+        evaluate(model, short, 8)
+    assert evaluate(model, Split("valid", TOKENS[:17], 0), 8).counts.sum() == 16
+
+
+def test_bits_per_byte_of_nothing_is_refused(model):
+    with pytest.raises(ValueError, match="no text"):
+        bits_per_byte(evaluate(model, SPLIT, 8))

@@ -1,0 +1,71 @@
+"""Curves: bounded, exact, and independent of where a run was interrupted."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from lm.history import MAX_ROWS, History
+
+
+def record(step):
+    extra = {"valid_loss": 100.0 - step} if step % 50 == 0 else {}
+    return {
+        "step": step,
+        "tokens": 10 * step,
+        "train_loss": float(step % 7),
+        "learning_rate": 1 / step,
+        "grad_norm": 2.0 * step,
+        "step_s": 0.1,
+        **extra,
+    }
+
+
+def run(first, last, history):
+    for step in range(first, last + 1):
+        history.add(record(step))
+    return history
+
+
+def rows(history):
+    return list(csv.DictReader(io.StringIO(history.to_csv().decode())))
+
+
+def test_every_step_is_a_row_while_they_fit():
+    got = rows(run(1, 120, History()))
+    assert [int(row["step"]) for row in got] == list(range(1, 121))
+    assert [row["valid_loss"] for row in got].count("nan") == 118
+
+
+def test_rows_stay_bounded_and_are_means():
+    history = run(1, 5 * MAX_ROWS + 3, History())
+    got = rows(history)
+    assert MAX_ROWS / 2 <= len(got) <= MAX_ROWS
+    width = int(got[0]["step"])
+    assert width == history.interval == 8
+    expected = sum(step % 7 for step in range(1, width + 1)) / width
+    assert float(got[0]["train_loss"]) == pytest.approx(expected)
+    assert int(got[-1]["step"]) == 5 * MAX_ROWS + 3
+
+
+def test_no_validation_is_lost_when_rows_merge():
+    got = rows(run(1, 3 * MAX_ROWS, History()))
+    values = [float(row["valid_loss"]) for row in got if row["valid_loss"] != "nan"]
+    assert values == [100.0 - step for step in range(50, 3 * MAX_ROWS + 1, 50)]
+
+
+@pytest.mark.parametrize("cut", [1, 999, 1000, 1777])
+def test_a_restored_history_goes_on_as_if_never_stopped(cut):
+    state = json.loads(json.dumps(run(1, cut, History()).state()))
+    resumed = run(cut + 1, 2500, History.restore(state))
+    straight = run(1, 2500, History())
+    assert resumed.to_csv() == straight.to_csv()
+    assert resumed.average_loss == straight.average_loss
+
+
+def test_average_loss_is_a_weighted_mean_from_the_start():
+    history = History()
+    for loss in (4.0, 2.0):
+        history.add(record(1) | {"train_loss": loss})
+    assert history.average_loss == pytest.approx((0.95 * 4.0 + 2.0) / 1.95)

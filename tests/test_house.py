@@ -1,0 +1,135 @@
+"""The house rules that can be checked: floors, DVC dependencies, sizes, pins, the README."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lm.config import load_params
+from tests.project import ROOT, SMOKE
+
+FLOORS = [
+    {"errors"},
+    {"config", "rng", "files", "history", "console", "signals", "report"},
+    {"text", "packages", "tokenizer", "tokens", "baselines", "model", "optim", "schedule", "device"},
+    {"checkpoint"},
+    {"train", "evaluate", "generate"},
+    {"run"},
+]
+BYTES_SIDE = {"text", "packages", "tokenizer", "tokens", "baselines"}
+TORCH_SIDE = {"model", "optim", "schedule", "device"}
+SAME_FLOOR = {  # the few steps sideways, each one way
+    ("config", "files"), ("tokens", "tokenizer"), ("generate", "checkpoint"),
+}  # fmt: skip
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Project modules that a file imports, e.g. {"lm.text", "stages.run"}."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return {n for n in found if n and (ROOT / f"{n.replace('.', '/')}.py").exists()}
+
+
+def closure(module: str) -> set[str]:
+    """Relative paths of the files that importing a module brings in, packages included."""
+    todo, done = [module], set()
+    while todo:
+        name = todo.pop()
+        if name not in done:
+            done.add(name)
+            todo += imports(ROOT / f"{name.replace('.', '/')}.py")
+    packages = {f"{name.split('.')[0]}/__init__.py" for name in done}
+    return {f"{name.replace('.', '/')}.py" for name in done} | packages
+
+
+def test_every_module_has_a_floor():
+    assert sorted(name for floor in FLOORS for name in floor) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_go_down_the_floors(module):
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    for imported in imports(ROOT / "lm" / f"{module}.py"):
+        package, name = imported.split(".")
+        assert package == "lm"
+        assert floor[name] < floor[module] or (module, name) in SAME_FLOOR, imported
+
+
+def test_bytes_and_torch_never_meet_below_the_joins():
+    for module in BYTES_SIDE:
+        reached = closure(f"lm.{module}")
+        assert not reached & {f"lm/{name}.py" for name in TORCH_SIDE}
+        assert "torch" not in (ROOT / "lm" / f"{module}.py").read_text().replace("(no torch)", "")
+    for module in TORCH_SIDE:
+        assert not closure(f"lm.{module}") & {f"lm/{name}.py" for name in BYTES_SIDE}
+
+
+def test_preparing_data_loads_no_torch():
+    program = "import sys, stages.corpus, stages.tokenizer, stages.tokens; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_dvc_deps_are_the_files_each_stage_imports(stage):
+    code = {dep for dep in PIPELINE[stage]["deps"] if dep.endswith(".py")}
+    assert code == closure(f"stages.{stage}")
+
+
+def test_no_stage_depends_on_runtime_and_each_section_has_a_reader():
+    params = [param for stage in PIPELINE.values() for param in stage["params"]]
+    assert {param.split(".")[0] for param in params} == {"data", "tokenizer", "model", "train", "evaluate"}
+    assert not [cmd for cmd in PIPELINE.values() if "${" in cmd["cmd"]]
+    read = {param for param in params if param.startswith("data.")}
+    keys = {f"data.{key}" for key in load_params(SMOKE)["data"]}
+    assert keys - read == {"data.path"}  # a dependency instead: DVC watches the text itself
+
+
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_a_stage_is_short(stage):
+    tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 40, node.name
+
+
+def test_presets_have_the_keys_of_params_yaml():
+    default = {s: set(keys) for s, keys in load_params(ROOT / "params.yaml").items()}
+    for file in (ROOT / "presets").glob("*.yaml"):
+        assert {s: set(keys) for s, keys in load_params(file).items()} == default
+
+
+def test_default_packages_are_the_pinned_ones():
+    pins = set(re.findall(r"^\w[\w-]*==[\w.]+", (ROOT / "requirements.txt").read_text(), re.M))
+    assert set(load_params(ROOT / "params.yaml")["data"]["packages"]) <= pins
+    assert all("://" not in (ROOT / name).read_text() for name in ("requirements.txt", "constraints.txt"))
+
+
+def test_readme_explains_every_setting():
+    readme = (ROOT / "README.md").read_text()
+    for section, keys in load_params(ROOT / "params.yaml").items():
+        for key in keys:
+            assert f"`{section}.{key}`" in readme, f"{section}.{key}"
+
+
+def test_readme_tour_names_every_module():
+    readme = (ROOT / "README.md").read_text()
+    for module in MODULES:
+        assert f"`{module}`" in readme, module
+
+
+def test_files_of_the_project_name_no_registry_and_no_home():
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    for name in names.split():
+        text = (ROOT / name).read_text(encoding="utf-8", errors="ignore")
+        assert "/home/" not in text or name == "tests/test_house.py", name

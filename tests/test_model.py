@@ -1,0 +1,253 @@
+"""The model against loops in float64, against transformers' Llama, and against its own promises."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lm.model
+from lm.config import load_params, read_section
+from lm.model import ModelConfig, RMSNorm, RotaryEmbedding, TransformerLM, cross_entropy
+from lm.optim import AdamW
+from tests import reference
+from tests.project import ROOT
+
+VARIANTS = [
+    {},
+    {"num_heads": 4, "num_kv_heads": 2},
+    {"num_heads": 4, "num_kv_heads": 1, "qk_norm": True},
+    {"tie_embeddings": True},
+    {"norm": "none"},
+    {"norm_position": "post"},
+    {"position_embedding": "none"},
+    {"ffn": "silu"},
+]
+
+
+def variant_model(config: ModelConfig, changes: dict) -> TransformerLM:
+    torch.manual_seed(1)
+    model = TransformerLM(replace(config, **changes)).eval()
+    for name, parameter in model.named_parameters():
+        if "ln" in name or "norm" in name:  # ones would hide a forgotten weight
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_model_equals_loops_in_float64(model_config, changes):
+    model = variant_model(model_config, changes)
+    ids = torch.randint(96, (2, 16))
+    expected = np.stack([reference.transformer(row, model) for row in ids.tolist()])
+    np.testing.assert_allclose(model(ids).detach().numpy(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_model_equals_llama_of_transformers(model_config):
+    config = replace(model_config, num_heads=4, num_kv_heads=2, rope_theta=500.0)
+    ours = variant_model(config, {})
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.context_length,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=False,
+        )
+    ).eval()
+
+    def halves_apart(weight):  # transformers pairs feature i with i + D/2, we pair 2i with 2i + 1
+        heads = weight.view(-1, config.head_dim // 2, 2, config.d_model)
+        return heads.transpose(1, 2).reshape(weight.shape)
+
+    names = {"token_embeddings": "model.embed_tokens", "ln_final": "model.norm",
+             "lm_head": "lm_head"}  # fmt: skip
+    for i in range(config.num_layers):
+        theirs = f"model.layers.{i}"
+        names |= {
+            f"layers.{i}.ln1": f"{theirs}.input_layernorm",
+            f"layers.{i}.ln2": f"{theirs}.post_attention_layernorm",
+            f"layers.{i}.attn.output_proj": f"{theirs}.self_attn.o_proj",
+            f"layers.{i}.ffn.w1": f"{theirs}.mlp.gate_proj",
+            f"layers.{i}.ffn.w2": f"{theirs}.mlp.down_proj",
+            f"layers.{i}.ffn.w3": f"{theirs}.mlp.up_proj",
+        } | {f"layers.{i}.attn.{p}_proj": f"{theirs}.self_attn.{p}_proj" for p in "qkv"}
+    state = {
+        f"{names[key.removesuffix('.weight')]}.weight": halves_apart(weight)
+        if "q_proj" in key or "k_proj" in key
+        else weight
+        for key, weight in ours.state_dict().items()
+    }
+    llama.load_state_dict(state)
+    ids = torch.randint(96, (3, 16))
+    torch.testing.assert_close(ours(ids), llama(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_parameter_count_of_the_requirement(model_config):
+    config = replace(model_config, vocab_size=256, d_model=128, num_heads=4, d_ff=256)
+    assert TransformerLM(config).num_parameters() == 393_856
+
+
+def test_initial_loss_of_the_default_is_within_a_tenth_of_uniform():
+    params = load_params(ROOT / "params.yaml")
+    params["model"]["vocab_size"] = params["tokenizer"]["vocab_size"]
+    config = read_section(ModelConfig, params, "model")
+    torch.manual_seed(0)
+    model = TransformerLM(config)
+    ids = torch.randint(config.vocab_size, (8, 129))
+    loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+    assert abs(loss.item() - math.log(config.vocab_size)) < 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_initial_weights_are_truncated_normal(model_config, tied):
+    config = replace(model_config, vocab_size=4096, d_model=128, d_ff=512, tie_embeddings=tied)
+    model = TransformerLM(config)
+    expected = {"layers.0.ffn.w1.weight": (2 / 640) ** 0.5,
+                "token_embeddings.weight": (2 / 4224) ** 0.5 if tied else 1.0}  # fmt: skip
+    weights = dict(model.named_parameters())
+    for name, std in expected.items():
+        assert weights[name].abs().max() <= 3 * std * (1 + 1e-6)
+        assert weights[name].std().item() == pytest.approx(std * 0.9866, rel=0.02)  # cut at 3
+    assert (weights["ln_final.weight"] == 1).all()
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_future_tokens_do_not_change_past_logits(model_config, changes):
+    model = variant_model(model_config, changes)
+    ids = torch.randint(96, (1, 16))
+    changed = ids.clone()
+    changed[:, 9:] = (ids[:, 9:] + 1) % 96
+    before, after = model(ids), model(changed)
+    torch.testing.assert_close(before[:, :9], after[:, :9], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-3)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_cached_logits_equal_the_full_pass(model_config, changes):
+    model = variant_model(model_config, changes)
+    ids = torch.randint(96, (2, 16))
+    caches = model.new_caches(2)
+    pieces = [model(piece, caches) for piece in ids.split([5, 1, 1, 6, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_too_many_positions_are_refused(model):
+    with pytest.raises(ValueError, match="17 positions exceed"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_one_batch_is_overfitted(model_config):
+    torch.manual_seed(0)
+    model = TransformerLM(model_config)
+    optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    ids = torch.randint(96, (4, 17))
+    for _ in range(150):
+        loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_computes_in_float32_and_keeps_the_dtype(dtype):
+    norm = RMSNorm(64, eps=1e-5)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = (torch.randn(5, 64) * 300).to(dtype)  # squares overflow float16
+    got = norm(x)
+    rows = x.double().numpy()
+    weight = norm.weight.detach().double().numpy()
+    expected = torch.tensor(np.array([reference.rms_norm(row, weight, 1e-5) for row in rows]))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected.to(dtype), atol=0, rtol=torch.finfo(dtype).eps * 2)
+
+
+def test_rope_turns_interleaved_pairs_as_complex_numbers():
+    rope = RotaryEmbedding(head_dim=8, context_length=32, theta=10000.0)
+    x = torch.randn(1, 1, 4, 8)
+    expected = [reference.rotate(row, 20 + t, 10000.0) for t, row in enumerate(x[0, 0].double().numpy())]
+    got = rope(x, start=20)[0, 0].double()
+    torch.testing.assert_close(got, torch.tensor(np.array(expected)), atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(model_config):
+    config = replace(model_config, dropout=0.1)
+    ids = torch.randint(96, (2, 17))
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        model = TransformerLM(config, checkpointing)
+        cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_dropout_acts_in_training_alone(model_config):
+    model = TransformerLM(replace(model_config, dropout=0.5))
+    ids = torch.randint(96, (1, 16))
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_cross_entropy_is_finite_for_huge_logits():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]], requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor([1, 2]))
+    loss.backward()
+    assert loss.item() == pytest.approx(1e4)
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 3, 4)])
+def test_cross_entropy_takes_any_batch_dimensions(shape):
+    logits, targets = torch.randn(*shape, 11), torch.randint(11, shape)
+    probabilities = torch.log_softmax(logits.double(), -1)
+    expected = -probabilities.gather(-1, targets[..., None]).mean()
+    assert cross_entropy(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_in_chunks_equals_the_whole_without_a_float32_copy(monkeypatch, dtype):
+    monkeypatch.setattr(lm.model, "CROSS_ENTROPY_CHUNK", 1000)  # 3 rows of 300
+    logits = torch.randn(64, 300).to(dtype)
+    targets = torch.randint(300, (64,))
+    whole = logits.clone().float().requires_grad_()
+    F.cross_entropy(whole, targets).backward()
+    chunked, kept = logits.clone().requires_grad_(), []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() != chunked.untyped_storage().data_ptr():
+            kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = cross_entropy(chunked, targets)
+    assert sum(kept) < logits.numel()  # a float32 copy would be 4 bytes a logit
+    loss.backward()
+    assert loss.item() == pytest.approx(F.cross_entropy(whole, targets).item(), rel=1e-5)
+    atol = 1e-7 if dtype == torch.float32 else 1e-4
+    torch.testing.assert_close(chunked.grad.float(), whole.grad, atol=atol, rtol=1e-2)
+
+
+def test_flops_per_token_counts_the_matrix_products(model_config):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = TransformerLM(model_config)
+    ids = torch.randint(96, (1, 16))
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        cross_entropy(model(ids), ids).backward()
+    # the counter sees no norms; a norm weight counts 6 here as in the usual formula
+    norms = 6 * (2 * model_config.num_layers + 1) * model_config.d_model
+    assert counter.get_total_flops() / 16 == pytest.approx(model.flops_per_token() - norms, rel=0.02)

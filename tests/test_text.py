@@ -1,0 +1,205 @@
+"""Files to documents to splits: nothing altered, nothing dropped in silence."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm.errors import EnvironmentFault, InputError
+from lm.packages import python_sources
+from lm.text import Document, documents, source_files, split_documents
+
+
+@pytest.fixture
+def folder(tmp_path, data_config):
+    """A text folder and the settings that read it."""
+    return tmp_path, replace(data_config, path=str(tmp_path))
+
+
+def texts(config):
+    return [document.text for document in documents(config, Counter())]
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(folder):
+    path, config = folder
+    for name in ("b.txt", "a/z.md", "a/b.py", ".hidden/x.txt", ".secret"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(name)
+    assert texts(config) == ["a/b.py", "a/z.md", "b.txt"]
+    assert texts(replace(config, glob="**/*.md")) == ["a/z.md"]
+    assert texts(replace(config, path=str(path / "b.txt"))) == ["b.txt"]
+
+
+def test_bytes_of_a_text_stay_as_they_are(folder):
+    path, config = folder
+    data = "a\r\nb\rc\n\u2028é\U0001f600\ufeff end\n".encode()
+    (path / "a.txt").write_bytes(data)
+    assert [text.encode() for text in texts(config)] == [data]
+
+
+def test_documents_are_cut_at_the_separator_across_chunks(folder, monkeypatch):
+    path, config = folder
+    (path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n\nstill two<|endoftext|>three\n")
+    config = replace(config, separator="<|endoftext|>")
+    for chunk in (1, 5, 1 << 20):
+        monkeypatch.setattr("lm.text.CHUNK_BYTES", chunk)
+        assert texts(config) == ["one", "two\n\nstill two", "three"]
+
+
+def test_jsonl_gives_the_named_field_and_the_line(folder):
+    path, config = folder
+    lines = [{"body": "first", "id": 1}, {"body": "sec\nond \ud83d\ude00"}]
+    (path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
+    got = list(documents(replace(config, text_field="body"), Counter()))
+    name = str(path / "a.jsonl")
+    assert got == [Document(f"{name}:1", "first"), Document(f"{name}:3", "sec\nond \U0001f600")]
+
+
+def test_empty_documents_are_counted(folder):
+    path, config = folder
+    (path / "a.txt").write_text("text")
+    (path / "b.txt").write_text(" \n\t")
+    (path / "c.txt").write_text("")
+    tally = Counter()
+    assert len(list(documents(config, tally))) == 1
+    assert tally == {"empty_documents": 2}
+
+
+def test_replaced_bytes_are_counted_on_request(folder):
+    path, config = folder
+    (path / "a.txt").write_bytes(b"good \xff\xfe bad \xef\xbf\xbd \xe2\x82")
+    (path / "b.jsonl").write_text('{"text": "half \\ud800 pair"}\n')
+    tally = Counter()
+    config = replace(config, encoding_errors="replace")
+    got = [document.text for document in documents(config, tally)]
+    assert got == ["good \ufffd\ufffd bad \ufffd \ufffd", "half \ufffd\ufffd\ufffd pair"]
+    assert tally == {"replaced_bytes": 6}
+
+
+BAD = [
+    ("a.txt", b"abc\xff", "a.txt: byte 0xff at offset 3 is not UTF-8"),
+    ("a.txt", b"\x7fELF\x02\x01\x01\x00\xc8\xff", "a.txt: byte 0xc8 at offset 8 is not UTF-8"),
+    ("a.txt", b"", "no text"),
+    ("a.txt", b" \n\n ", "no text"),
+    ("a.jsonl", b'{"text": "ok"}\n{"body": 1, "id": 2}\n',
+     "a.jsonl:2: no field 'text' (has: body, id)"),
+    ("a.jsonl", b'{"text": "ok"}\n{"text": \n', "a.jsonl:2: not valid JSON"),
+    ("a.jsonl", b'["text"]\n', "a.jsonl:1: not an object with a field 'text'"),
+    ("a.jsonl", b'{"text": null}\n', "a.jsonl:1: field 'text' is not text"),
+    ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: byte 0xed at offset 1 is not UTF-8"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON"),
+    ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: byte 0xff at offset 10 is not UTF-8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BAD)
+def test_bad_text_is_one_line_that_names_the_place(folder, name, data, message):
+    path, config = folder
+    (path / name).write_bytes(data)
+    with pytest.raises(InputError) as error:
+        texts(config)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_sources_are_named(folder):
+    path, config = folder
+    with pytest.raises(InputError, match=r"no file matches data.glob = \*\*/\*"):
+        source_files(config)
+    with pytest.raises(InputError, match="no such file or folder$"):
+        source_files(replace(config, path=str(path / "missing")))
+    with pytest.raises(InputError, match=r"no such file or folder; a pattern goes into data.glob"):
+        source_files(replace(config, path=str(path / "*.txt")))
+
+
+def splits(config):
+    return {d.text: split for split, d in split_documents(config, Counter())}
+
+
+def test_hash_split_is_stable_when_documents_come_and_go(folder):
+    path, config = folder
+    config = replace(config, valid_fraction=0.25)
+    for i in range(400):
+        (path / f"{i:03}.txt").write_text(f"document {i}")
+    before = splits(config)
+    share = list(before.values()).count("valid") / 400
+    assert share == pytest.approx(0.25, abs=0.07)
+    for i in range(0, 400, 3):
+        (path / f"{i:03}.txt").unlink()
+    for i in range(50):
+        (path / f"-new-{i}.txt").write_text(f"new {i}")
+    after = splits(config)
+    assert all(before[text] == split for text, split in after.items() if text in before)
+
+
+def test_exact_duplicates_stay_on_one_side(folder):
+    path, config = folder
+    for i in range(40):
+        (path / f"{i}.txt").write_text(f"text {i % 4}")
+    sides = {}
+    for split, document in split_documents(replace(config, valid_fraction=0.5), Counter()):
+        sides.setdefault(document.text, set()).add(split)
+    assert all(len(side) == 1 for side in sides.values())
+
+
+def test_tail_split_takes_the_last_bytes_at_a_line_break(folder):
+    path, config = folder
+    lines = [f"line {i:03}\n" for i in range(100)]
+    (path / "a.txt").write_text("".join(lines[:70]))
+    (path / "b.txt").write_text("".join(lines[70:]))
+    got = list(split_documents(replace(config, split="tail", valid_fraction=0.1), Counter()))
+    train = "".join(document.text for split, document in got if split == "train")
+    valid = "".join(document.text for split, document in got if split == "valid")
+    assert train + valid == "".join(lines)
+    assert len(valid) == pytest.approx(0.1 * len(train + valid), abs=len(lines[0]))
+    assert train.endswith("\n")
+
+
+@given(st.text(min_size=1).filter(str.strip), st.floats(0.01, 0.99))
+def test_tail_split_loses_no_character(tmp_path_factory, text, fraction):
+    from lm.config import load_params, read_section
+    from lm.text import DataConfig
+    from tests.project import SMOKE
+
+    file = tmp_path_factory.mktemp("tail") / "a.txt"
+    file.write_bytes(text.encode())
+    config = read_section(DataConfig, load_params(SMOKE), "data")
+    config = replace(config, path=str(file), split="tail", valid_fraction=fraction)
+    got = list(split_documents(config, Counter()))
+    assert "".join(document.text for _, document in got) == text
+    assert [split for split, _ in got] in (["train"], ["valid"], ["train", "valid"])
+
+
+def test_package_sources_are_the_published_files():
+    got = dict(python_sources("networkx==3.6.1"))
+    assert "networkx/algorithms/dag.py" in got
+    assert not [path for path in got if "/tests/" in path or not path.endswith(".py")]
+    assert list(got) == sorted(got)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "kind", "message"),
+    [
+        ("networkx==3.0", EnvironmentFault, "networkx==3.0 wanted, 3.6.1 installed"),
+        ("no-such-package==1", EnvironmentFault, "no-such-package is not installed"),
+        ("networkx", InputError, "networkx pins no version"),
+    ],
+)
+def test_another_installed_version_is_an_error(requirement, kind, message):
+    with pytest.raises(kind, match=message):
+        list(python_sources(requirement))
+
+
+def test_an_altered_installed_file_is_an_error(tmp_path, monkeypatch):
+    package = tmp_path / "fake.py"
+    package.write_text("altered")
+    info = tmp_path / "fake-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake\nVersion: 1.0\n")
+    (info / "RECORD").write_text("fake.py,sha256=AAAA,7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EnvironmentFault, match=r"fake.py: differs from fake==1.0"):
+        list(python_sources("fake==1.0"))

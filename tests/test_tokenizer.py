@@ -1,0 +1,190 @@
+"""Tokenizers against an independent trainer, tiktoken and transformers."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from lm.errors import EnvironmentFault, InputError
+from lm.tokenizer import (
+    byte_tokenizer,
+    from_tiktoken,
+    load_tokenizer,
+    open_tokenizer_json,
+    train_bpe,
+)
+from tests.project import ROOT
+
+TEXTS = [
+    "def low(lower, newest):\n    return widest  # the lowest\n",
+    "It's 2026; don't   panic:  naïve café, Ωμέγα, 東京, 🙂🙂\n\n\n\tend",
+    "low low low lower newest newest widest widest widest",
+] * 3
+
+
+def oracle_merges(texts, count):
+    """BPE by the book: recount all pairs, merge the most frequent, ties by the smallest ids."""
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = Counter(piece for text in texts for piece, _ in split.pre_tokenize_str(text))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ids = {character: i for i, character in enumerate(alphabet)}
+    words = {piece: list(piece) for piece in pieces}
+    merges = []
+    for _ in range(count):
+        pairs = Counter()
+        for piece, parts in words.items():
+            for pair in pairwise(parts):
+                pairs[pair] += pieces[piece]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]]))
+        merges.append(list(best))
+        ids.setdefault("".join(best), len(ids))
+        for parts in words.values():
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+                i += 1
+    return merges, ids
+
+
+def test_training_equals_an_independent_trainer():
+    source = (ROOT / "lm" / "tokenizer.py").read_text()
+    texts = [*TEXTS, source]
+    tokenizer = train_bpe(texts, 256 + 300 + 1)
+    merges, ids = oracle_merges(texts, 300)
+    model = json.loads(tokenizer.backend.to_str())["model"]
+    assert model["merges"] == merges
+    assert {token: i for token, i in model["vocab"].items()} == ids
+    assert tokenizer.end_id == 556
+    assert tokenizer.vocab_size == 557
+
+
+def test_training_gives_the_same_bytes_for_any_thread_count_and_hash_seed():
+    program = (
+        "import sys; from pathlib import Path; from lm.tokenizer import train_bpe;"
+        "texts = [p.read_text() for p in sorted(Path('lm').glob('*.py'))] * 3;"
+        "sys.stdout.write(train_bpe(texts, 1500).backend.to_str())"
+    )
+    outputs = set()
+    for threads, hash_seed in [("1", "0"), ("2", "1"), ("4", "2"), ("4", "3"), ("7", "4")]:
+        environment = {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": hash_seed, "PATH": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(TEXTS, 400)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+@given(text=st.text())
+def test_any_text_comes_back(bpe, kind, text):
+    tokenizer = bpe if kind == "bpe" else byte_tokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_special_text_is_plain_unless_allowed(bpe, kind):
+    tokenizer = bpe if kind == "bpe" else byte_tokenizer()
+    text = "a<|endoftext|>b"
+    plain = tokenizer.encode(text)
+    assert tokenizer.end_id not in plain
+    assert tokenizer.decode(plain) == text
+    special = tokenizer.encode(text, allow_special=True)
+    assert special.count(tokenizer.end_id) == 1
+    assert tokenizer.encode(text) == plain  # asking once changes nothing later
+    assert tokenizer.byte_lengths[special].sum() == 2
+
+
+def test_bytes_are_their_own_ids():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.vocab_size == 256
+    assert tokenizer.encode("aé\n") == list("aé\n".encode())
+    assert tokenizer.end_id == 255
+    assert tokenizer.byte_lengths.tolist() == [1] * 255 + [0]
+
+
+def test_saved_tokenizer_opens_here_and_in_transformers(bpe, tmp_path):
+    for name, tokenizer in {"bpe": bpe, "bytes": byte_tokenizer()}.items():
+        folder = tmp_path / name
+        tokenizer.save(folder)
+        ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        for text in TEXTS:
+            assert ours.encode(text) == tokenizer.encode(text)
+            assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        assert theirs.eos_token_id == tokenizer.end_id
+
+
+@pytest.fixture
+def encoding(bpe, monkeypatch):
+    """A tiktoken encoding with our BPE's ranks, known to tiktoken by name."""
+    model = json.loads(bpe.backend.to_str())["model"]
+    to_bytes = bpe._bytes_of_id
+    ranks = {to_bytes[i]: i for token, i in model["vocab"].items()}
+    made = tiktoken.Encoding(
+        "ours", pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+        mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 410, "<|pad|>": 405},
+    )  # fmt: skip
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "ours", made)
+    return made
+
+
+def test_a_tiktoken_encoding_keeps_its_ids(encoding, bpe, tmp_path):
+    tokenizer = from_tiktoken("ours", TEXTS)
+    assert tokenizer.vocab_size == 411
+    assert tokenizer.end_id == 410
+    tokenizer.save(tmp_path)
+    for text in [*TEXTS, "x<|endoftext|>", "   \n\n  a  "]:
+        assert load_tokenizer(tmp_path).encode(text) == encoding.encode_ordinary(text)
+
+
+def test_an_encoding_that_cannot_be_kept_is_refused(encoding, monkeypatch):
+    monkeypatch.setattr(encoding, "encode_ordinary", lambda text: [0])
+    with pytest.raises(InputError, match="ids differ from tiktoken's"):
+        from_tiktoken("ours", TEXTS)
+
+
+def test_an_unknown_encoding_is_named():
+    with pytest.raises(InputError, match="tokenizer.source = gpt9: tiktoken knows .*gpt2"):
+        from_tiktoken("gpt9", [])
+
+
+def test_an_encoding_that_cannot_be_fetched_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(EnvironmentFault, match="could not fetch its data"):
+        from_tiktoken("gpt2", [])
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path, bpe):
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    with pytest.raises(InputError, match="not a tokenizer.json"):
+        open_tokenizer_json(file, "<|endoftext|>")
+    with pytest.raises(InputError, match="no such file"):
+        open_tokenizer_json(tmp_path / "missing.json", "<|endoftext|>")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(file))
+    with pytest.raises(InputError, match="not byte-level"):
+        open_tokenizer_json(file, "<|endoftext|>")
+    bpe.backend.save(str(file))
+    with pytest.raises(InputError, match=r"no token '</s>'.*<\|endoftext\|>"):
+        open_tokenizer_json(file, "</s>")

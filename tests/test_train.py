@@ -1,0 +1,210 @@
+"""The training step and loop: exact accumulation, exact resumption, and clear divergence."""
+
+import io
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lm.checkpoint import load_checkpoint, save_checkpoint
+from lm.errors import Diverged, EnvironmentFault, InputError
+from lm.device import choose_device
+from lm.model import TransformerLM, cross_entropy
+from lm.optim import AdamW, gradient_clipping
+from lm.schedule import get_lr_cosine_schedule
+from lm.tokens import Split
+from lm.train import get_batch, new_state, train
+
+CPU = torch.device("cpu")
+SPLIT = Split("train", (np.arange(3000) * 7919 % 96).astype(np.uint16), 0)
+
+
+def run(model_config, config, steps=None, state=None):
+    """Train for some steps; returns the state and the records."""
+    state = state or new_state(model_config, config, CPU)
+    records = []
+    for record in train(state, SPLIT, config):
+        records.append(record)
+        if len(records) == steps:
+            break
+    return state, records
+
+
+def weights(state):
+    return {key: tensor.clone() for key, tensor in state.model.state_dict().items()}
+
+
+def test_loss_falls_and_records_say_where_it_is(model_config, train_config):
+    state, records = run(model_config, train_config)
+    assert [record["step"] for record in records] == list(range(1, 21))
+    assert records[-1]["tokens"] == 20 * 4 * 16
+    assert records[0]["train_loss"] == pytest.approx(math.log(96), abs=0.5)
+    assert records[-1]["train_loss"] < records[0]["train_loss"] - 0.5
+    assert state.step == 20
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(model_config, train_config, optimizer):
+    # eps keeps Adam's first steps, g / |g|, from magnifying rounding errors of tiny gradients
+    config = replace(train_config, optimizer=optimizer, max_steps=3, warmup_steps=0, eps=1e-3)
+    whole, records = run(model_config, config)
+    parts, part_records = run(model_config, replace(config, micro_batch_size=1))
+    for a, b in zip(records, part_records, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    tolerance = 1e-5 if optimizer == "adamw" else 2e-3  # Newton-Schulz in bfloat16
+    for key, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(
+            tensor, parts.model.state_dict()[key], atol=tolerance, rtol=0, msg=key
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": 0.2},
+        {"dtype": "bfloat16", "micro_batch_size": 2},
+        {"dtype": "float16"},
+        {"optimizer": "muon", "sampling": "epochs"},
+        {"gradient_checkpointing": True, "dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(model_config, train_config, changes):
+    if "dropout" in changes:
+        model_config = replace(model_config, dropout=changes["dropout"])
+    changes = {key: value for key, value in changes.items() if key != "dropout"}
+    config = replace(train_config, max_steps=9, **changes)
+    straight, records = run(model_config, config)
+    first, _ = run(model_config, config, steps=4)
+    file = io.BytesIO()
+    save_checkpoint(first.model, first.optimizer, first.step, file, first.scaler.state_dict())
+    torch.manual_seed(999)  # nothing may depend on the global generator
+    second = new_state(model_config, replace(config, seed=5), CPU)
+    file.seek(0)
+    second.step = load_checkpoint(file, second.model, second.optimizer)
+    second.scaler.load_state_dict(first.scaler.state_dict())
+    resumed, rest = run(model_config, config, state=second)
+    for key, tensor in weights(straight).items():
+        assert torch.equal(tensor, resumed.model.state_dict()[key]), key
+    timeless = [{k: v for k, v in r.items() if k != "step_s"} for r in records[4:]]
+    assert timeless == [{k: v for k, v in r.items() if k != "step_s"} for r in rest]
+
+
+def test_reduced_precision_stays_near_float32(model_config, train_config):
+    losses = {
+        dtype: [r["train_loss"] for r in run(model_config, replace(train_config, dtype=dtype))[1]]
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.1)
+    assert losses["float16"] == pytest.approx(losses["float32"], abs=0.03)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_float16_lowers_its_scale_instead_of_losing_a_step(model_config, train_config):
+    config = replace(train_config, dtype="float16", max_steps=3)
+    state = new_state(model_config, config, CPU)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    _, records = run(model_config, config, state=state)
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert all(math.isfinite(record["grad_norm"]) for record in records)
+    assert state.scaler.get_scale() < 2.0**40
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_divergence_stops_before_the_parameters_change(model_config, train_config, dtype):
+    config = replace(train_config, dtype=dtype)
+    state, _ = run(model_config, config, steps=2)
+    with torch.no_grad():
+        state.model.lm_head.weight[3, 3] = float("nan")
+    before = weights(state)
+    with pytest.raises(Diverged, match=r"loss is nan at step 3; parameters untouched"):
+        run(model_config, config, state=state)
+    assert state.step == 2
+    for key, tensor in weights(state).items():
+        assert torch.equal(tensor.nan_to_num(), before[key].nan_to_num()), key
+
+
+def test_get_batch_shifts_by_one_and_draws_anew_without_a_seed():
+    data = np.arange(500, dtype=np.uint16)
+    torch.manual_seed(0)
+    x, y = get_batch(data, 4, 8, "cpu")
+    assert x.shape == y.shape == (4, 8)
+    assert x.dtype == torch.int64
+    assert torch.equal(y, x + 1)
+    assert not torch.equal(x, get_batch(data, 4, 8, "cpu")[0])
+    torch.manual_seed(0)
+    assert torch.equal(x, get_batch(data, 4, 8, "cpu")[0])
+    a, b = (get_batch(data, 4, 8, "cpu", seed=1, step=6)[0] for _ in range(2))
+    assert torch.equal(a, b)
+    with pytest.raises(InputError, match="needs at least 501"):
+        get_batch(data, 4, 500, "cpu")
+
+
+def test_the_loop_can_be_written_by_hand_and_equals_train(model_config, train_config):
+    config = replace(train_config, weight_decay=0.0, max_steps=6)
+    state, records = run(model_config, config)
+    by_hand = new_state(model_config, config, CPU).model
+    optimizer = AdamW(by_hand.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
+                      eps=config.eps, weight_decay=0.0)  # fmt: skip
+    for it in range(1, 7):
+        lr = get_lr_cosine_schedule(it, config.lr, config.lr * config.min_lr_ratio, 2, 6)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        x, y = get_batch(SPLIT.tokens, 4, 16, "cpu", seed=config.seed, step=it - 1)
+        loss = cross_entropy(by_hand(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient_clipping(by_hand.parameters(), config.max_grad_norm)
+        optimizer.step()
+        assert loss.item() == pytest.approx(records[it - 1]["train_loss"], abs=1e-6)
+    for key, tensor in by_hand.state_dict().items():
+        torch.testing.assert_close(tensor, state.model.state_dict()[key], atol=1e-6, rtol=1e-5)
+
+
+def test_weights_are_a_function_of_the_seed(model_config, train_config):
+    a, b = (weights(new_state(model_config, train_config, CPU)) for _ in range(2))
+    c = weights(new_state(model_config, replace(train_config, seed=1), CPU))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+def test_an_absent_device_is_an_error_and_never_replaced():
+    assert choose_device("cpu") == CPU
+    if not torch.cuda.is_available():
+        assert choose_device("auto").type in ("cpu", "mps")
+        with pytest.raises(EnvironmentFault, match=r"device cuda: not available \(this torch .* cpu"):
+            choose_device("cuda")
+
+
+@pytest.mark.cuda
+def test_cuda_resumes_bit_for_bit(model_config, train_config):
+    from lm.device import make_deterministic
+
+    device = torch.device("cuda")
+    make_deterministic(device)
+    config = replace(train_config, dtype="bfloat16", max_steps=9)
+
+    def go(state, steps):
+        for count, _ in enumerate(train(state, SPLIT, config), start=1):
+            if count == steps:
+                break
+        return state
+
+    straight = go(new_state(model_config, config, device), 9)
+    first = go(new_state(model_config, config, device), 4)
+    file = io.BytesIO()
+    save_checkpoint(first.model, first.optimizer, first.step, file)
+    file.seek(0)
+    second = new_state(model_config, config, device)
+    second.step = load_checkpoint(file, second.model, second.optimizer)
+    go(second, 5)
+    for key, tensor in weights(straight).items():
+        assert torch.equal(tensor, second.model.state_dict()[key]), key
+
+
+def test_model_runs_on_every_available_device(model_config):
+    assert isinstance(TransformerLM(model_config).to(choose_device("auto")), TransformerLM)
