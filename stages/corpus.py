@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from lm.config import read_section
 from lm.console import say
@@ -17,7 +18,8 @@ RAW = Path("data/raw")
 
 def corpus(params: Params, arguments: argparse.Namespace) -> None:
     """Write data/raw/*.jsonl and data/corpus.json."""
-    manifest = []
+    manifest: list[dict[str, Any]] = []
+    RAW.mkdir(parents=True, exist_ok=True)
     for requirement in read_section(DataConfig, params, "data").packages:
         name, _, version = requirement.partition("==")
         sources = list(python_sources(requirement))
@@ -33,6 +35,8 @@ def corpus(params: Params, arguments: argparse.Namespace) -> None:
         }
         manifest.append(entry)
         say(f"{requirement}: {entry['files']} files, {entry['bytes']:,} bytes of source")
+    for stale in {file.stem for file in RAW.iterdir()} - {entry["package"] for entry in manifest}:
+        (RAW / f"{stale}.jsonl").unlink()
     write_json(RAW.with_name("corpus.json"), manifest)
 
 

@@ -1,4 +1,4 @@
-"""Shapes in signatures are executed; one thread, because two on busy cores can be 38 times slower."""
+"""Shapes in signatures are executed; one thread: two on busy cores can be 38 times slower."""
 
 import os
 
@@ -10,6 +10,7 @@ import tests.typecheck  # noqa: F401 - the hook finds it by name
 
 install_import_hook("lm", "tests.typecheck.checked")
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,8 @@ def model(model_config) -> TransformerLM:
 
 
 @pytest.fixture
-def project(tmp_path) -> Project:
+def project(tmp_path) -> Iterator[Project]:
     """A copy of this repository in an empty folder, with small settings and a small text."""
-    return Project(tmp_path / "project")
+    project = Project(tmp_path / "project")
+    yield project
+    project.close()

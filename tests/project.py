@@ -12,7 +12,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "presets" / "smoke.yaml"
 COPIED = ("lm", "stages", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore", "data/tokenizers",
-          "data/.gitignore", "models/.gitignore")  # fmt: skip
+          "data/.gitignore", "models/.gitignore", "metrics/.gitignore")  # fmt: skip
 
 
 class Project:
@@ -20,6 +20,7 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.processes: list[subprocess.Popen[str]] = []
         for name in COPIED:
             source, target = ROOT / name, folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ class Project:
         """Start a program in the folder, one thread, with this environment's Python first."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         clean = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=self.folder,
             env=clean | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
@@ -55,6 +56,16 @@ class Project:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.processes.append(process)
+        return process
+
+    def close(self) -> None:
+        """End what a test has left running."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
 
     def run(self, *command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run a program to its end."""

@@ -222,7 +222,9 @@ def test_a_model_folder_holds_all_that_using_it_needs(model, tmp_path):
     loaded, tokenizer = load_model(tmp_path, torch.device("cpu"))
     ids = torch.tensor([tokenizer.encode("ab")])
     assert torch.equal(loaded(ids % 96), model(ids % 96))
-    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("32", "64"))
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace("32", "64")
+    )
     with pytest.raises(InputError, match="another model"):
         load_model(tmp_path, torch.device("cpu"))
     (tmp_path / "config.json").unlink()

@@ -77,7 +77,9 @@ def test_a_wrong_value_is_one_line_that_names_the_key(key, value, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("file", [ROOT / "params.yaml", *(ROOT / "presets").glob("*.yaml")], ids=str)
+@pytest.mark.parametrize(
+    "file", [ROOT / "params.yaml", *(ROOT / "presets").glob("*.yaml")], ids=str
+)
 def test_shipped_settings_are_complete(file):
     assert set(read_all(load_params(file))) == set(KINDS)
 
@@ -139,12 +141,10 @@ def test_scalars_are_read_as_yaml_1_2(text, value):
     assert type(got) is type(value)
 
 
-@given(
-    st.one_of(
-        st.floats(allow_nan=False), st.integers(), st.booleans(), st.none(),
-        st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"])),
-    )  # fmt: skip
-)
+PRINTABLE = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]))
+
+
+@given(st.one_of(st.floats(allow_nan=False), st.integers(), st.booleans(), st.none(), PRINTABLE))
 def test_what_dvc_writes_is_read_back(value):
     """DVC writes params.yaml by ruamel.yaml."""
     text = io.StringIO()

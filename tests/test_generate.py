@@ -62,7 +62,9 @@ def test_an_empty_prompt_is_refused(model):
 def frequencies(probabilities, **options):
     draws = torch.tensor((np.arange(10_000) + 0.5) / 10_000)
     logits = torch.tensor(probabilities).log().expand(10_000, -1)
-    ids = sample(logits, **({"temperature": 1.0, "top_k": None, "top_p": None} | options), draws=draws)
+    ids = sample(
+        logits, **({"temperature": 1.0, "top_k": None, "top_p": None} | options), draws=draws
+    )
     return (np.bincount(ids, minlength=len(probabilities)) / 10_000).tolist()
 
 

@@ -15,7 +15,17 @@ from tests.project import ROOT, SMOKE
 FLOORS = [
     {"errors"},
     {"config", "rng", "files", "history", "console", "signals", "report"},
-    {"text", "packages", "tokenizer", "tokens", "baselines", "model", "optim", "schedule", "device"},
+    {
+        "text",
+        "packages",
+        "tokenizer",
+        "tokens",
+        "baselines",
+        "model",
+        "optim",
+        "schedule",
+        "device",
+    },
     {"checkpoint"},
     {"train", "evaluate", "generate"},
     {"run"},
@@ -76,7 +86,8 @@ def test_bytes_and_torch_never_meet_below_the_joins():
 
 
 def test_preparing_data_loads_no_torch():
-    program = "import sys, stages.corpus, stages.tokenizer, stages.tokens; sys.exit('torch' in sys.modules)"
+    stages = "stages.corpus, stages.tokenizer, stages.tokens"
+    program = f"import sys, {stages}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
@@ -88,7 +99,13 @@ def test_dvc_deps_are_the_files_each_stage_imports(stage):
 
 def test_no_stage_depends_on_runtime_and_each_section_has_a_reader():
     params = [param for stage in PIPELINE.values() for param in stage["params"]]
-    assert {param.split(".")[0] for param in params} == {"data", "tokenizer", "model", "train", "evaluate"}
+    assert {param.split(".")[0] for param in params} == {
+        "data",
+        "tokenizer",
+        "model",
+        "train",
+        "evaluate",
+    }
     assert not [cmd for cmd in PIPELINE.values() if "${" in cmd["cmd"]]
     read = {param for param in params if param.startswith("data.")}
     keys = {f"data.{key}" for key in load_params(SMOKE)["data"]}
@@ -112,7 +129,9 @@ def test_presets_have_the_keys_of_params_yaml():
 def test_default_packages_are_the_pinned_ones():
     pins = set(re.findall(r"^\w[\w-]*==[\w.]+", (ROOT / "requirements.txt").read_text(), re.M))
     assert set(load_params(ROOT / "params.yaml")["data"]["packages"]) <= pins
-    assert all("://" not in (ROOT / name).read_text() for name in ("requirements.txt", "constraints.txt"))
+    assert all(
+        "://" not in (ROOT / name).read_text() for name in ("requirements.txt", "constraints.txt")
+    )
 
 
 def test_readme_explains_every_setting():

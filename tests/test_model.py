@@ -173,7 +173,9 @@ def test_rms_norm_computes_in_float32_and_keeps_the_dtype(dtype):
 def test_rope_turns_interleaved_pairs_as_complex_numbers():
     rope = RotaryEmbedding(head_dim=8, context_length=32, theta=10000.0)
     x = torch.randn(1, 1, 4, 8)
-    expected = [reference.rotate(row, 20 + t, 10000.0) for t, row in enumerate(x[0, 0].double().numpy())]
+    expected = [
+        reference.rotate(row, 20 + t, 10000.0) for t, row in enumerate(x[0, 0].double().numpy())
+    ]
     got = rope(x, start=20)[0, 0].double()
     torch.testing.assert_close(got, torch.tensor(np.array(expected)), atol=1e-5, rtol=1e-5)
 
@@ -250,4 +252,6 @@ def test_flops_per_token_counts_the_matrix_products(model_config):
         cross_entropy(model(ids), ids).backward()
     # the counter sees no norms; a norm weight counts 6 here as in the usual formula
     norms = 6 * (2 * model_config.num_layers + 1) * model_config.d_model
-    assert counter.get_total_flops() / 16 == pytest.approx(model.flops_per_token() - norms, rel=0.02)
+    assert counter.get_total_flops() / 16 == pytest.approx(
+        model.flops_per_token() - norms, rel=0.02
+    )

@@ -10,8 +10,10 @@ from lm import rng
 
 def test_random_bits_are_splitmix64():
     # the first outputs of the reference implementation in C for seed 0 and seed 1234567
-    expected = {0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F],
-                1234567: [6457827717110365317, 3203168211198807973, 9817491932198370423]}  # fmt: skip
+    expected = {
+        0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F],
+        1234567: [6457827717110365317, 3203168211198807973, 9817491932198370423],
+    }
     for key, values in expected.items():
         assert rng.random_bits(key, np.arange(3, dtype=np.uint64)).tolist() == values
 

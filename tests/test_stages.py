@@ -3,16 +3,25 @@
 import json
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.project import ROOT, one_line
 
-OUTPUTS = ("models/model/model.safetensors", "models/model/config.json",
-           "models/model/tokenizer.json", "models/checkpoints/last.safetensors",
-           "models/checkpoints/best.safetensors", "metrics/train.json", "metrics/curves.csv")  # fmt: skip
+OUTPUTS = (
+    "models/model/model.safetensors",
+    "models/model/config.json",
+    "models/model/tokenizer.json",
+    "models/checkpoints/last.safetensors",
+    "models/checkpoints/best.safetensors",
+    "metrics/train.json",
+    "metrics/curves.csv",
+)
 
 
 @pytest.fixture
@@ -162,8 +171,6 @@ def test_early_stopping_keeps_the_best_model(prepared):
     metrics = json.loads(prepared.read("metrics/train.json"))
     assert metrics["step"] == metrics["best_step"] + 2 < 200
     assert metrics["best_valid_loss"] < metrics["valid_loss"]
-    from safetensors.torch import load_file
-
     model = load_file(prepared.folder / "models/model/model.safetensors")
     best = load_file(prepared.folder / "models/checkpoints/best.safetensors")
     last = load_file(prepared.folder / "models/checkpoints/last.safetensors")
@@ -195,10 +202,6 @@ def test_a_compiled_run_is_exact_and_near_the_eager_one(prepared):
 
 
 def test_compiling_without_a_compiler_says_what_to_do(prepared):
-    python = str(prepared.folder / "python")
-    os.symlink(os.path.realpath(__import__("sys").executable), python)
-    import sys
-
     command = [sys.executable, "-m", "stages.train", "-S", "train.compile=true"]
     result = prepared.run(*command, PATH="/nonexistent")
     assert result.returncode == 3
@@ -307,11 +310,10 @@ def test_a_trainer_does_not_outlive_its_parent(prepared):
         pass
     parent.kill()
     for _ in range(100):
-        if not os.path.exists(f"/proc/{child}") or "Z" in open(f"/proc/{child}/stat").read():
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
             break
         time.sleep(0.05)
     else:
         os.kill(child, signal.SIGKILL)
         pytest.fail("the trainer went on for 5 s")
-    parent.stdout.close()
-    parent.stderr.close()

@@ -28,9 +28,10 @@ def folder(tmp_path):
 
 def test_files_hold_the_documents_and_their_ends(folder):
     tokens = open_tokens(folder, "tokenizer-hash")
-    assert bytes(tokens.train.tokens.astype(np.uint8)) == "first text\xff".encode(
-        "latin-1"
-    ) + "second\ntext é".encode() + b"\xff"
+    assert (
+        bytes(tokens.train.tokens.astype(np.uint8))
+        == "first text\xff".encode("latin-1") + "second\ntext é".encode() + b"\xff"
+    )
     assert bytes(tokens.valid.tokens.astype(np.uint8)) == b"held out\xff"
     assert tokens.train.tokens.dtype == np.uint16
     assert tokens.train.n_bytes == 10 + 14

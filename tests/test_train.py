@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lm.checkpoint import load_checkpoint, save_checkpoint
-from lm.errors import Diverged, EnvironmentFault, InputError
 from lm.device import choose_device
+from lm.errors import Diverged, EnvironmentFault, InputError
 from lm.model import TransformerLM, cross_entropy
 from lm.optim import AdamW, gradient_clipping
 from lm.schedule import get_lr_cosine_schedule
@@ -176,7 +176,9 @@ def test_an_absent_device_is_an_error_and_never_replaced():
     assert choose_device("cpu") == CPU
     if not torch.cuda.is_available():
         assert choose_device("auto").type in ("cpu", "mps")
-        with pytest.raises(EnvironmentFault, match=r"device cuda: not available \(this torch .* cpu"):
+        with pytest.raises(
+            EnvironmentFault, match=r"device cuda: not available \(this torch .* cpu"
+        ):
             choose_device("cuda")
 
 

@@ -1,0 +1,1 @@
+"""Measurements for docs/BENCHMARKS.md; `make bench` runs them."""

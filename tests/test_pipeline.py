@@ -1,0 +1,124 @@
+"""The pipeline as DVC runs it: reproducible, cached, comparable, and honest about failure."""
+
+import json
+import os
+import signal
+
+import pytest
+import yaml
+
+from tests.project import Project
+
+STAGES = ("corpus", "tokenizer", "tokens", "train", "evaluate")
+
+
+def versioned(folder):
+    """A project under git and DVC, committed."""
+    project = Project(folder)
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org")
+    for command in (("git", "init", "-q"), ("git", "add", "-A"), (*git, "commit", "-qm", "start")):
+        result = project.run(*command)
+        assert result.returncode == 0, result.stderr
+    return project
+
+
+def dvc(project, *arguments, code=0):
+    result = project.run("dvc", *arguments)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def project(tmp_path):
+    project = versioned(tmp_path / "project")
+    yield project
+    project.close()
+
+
+def ran(output):
+    """The stages that a `dvc repro` really ran."""
+    return [s for s in STAGES if f"Running stage '{s}'" in output]
+
+
+def test_two_clones_reproduce_the_same_lock_and_a_second_run_does_nothing(tmp_path):
+    locks = []
+    for name in ("here", "a longer name, with späces"):
+        project = versioned(tmp_path / name)
+        assert ran(dvc(project, "repro")) == list(STAGES)
+        locks.append(project.read("dvc.lock"))
+        assert "up to date" in dvc(project, "status")
+        assert ran(dvc(project, "repro")) == []
+        project.close()
+    assert locks[0] == locks[1]
+    hashed = yaml.safe_load(locks[0])["stages"]["train"]["outs"]
+    assert {out["path"] for out in hashed} >= {"models/model", "models/checkpoints"}
+    assert "performance" not in locks[0].decode()
+
+
+def test_each_change_reruns_what_depends_on_it_and_nothing_else(project):
+    dvc(project, "repro")
+    for key, value, expected in [
+        ("runtime.log_interval", 7, []),
+        ("evaluate.max_new_tokens", 5, ["evaluate"]),
+        ("train.lr", 2e-3, ["train", "evaluate"]),
+        ("model.d_ff", 96, ["train", "evaluate"]),
+        ("data.valid_fraction", 0.3, ["tokenizer", "tokens", "train", "evaluate"]),
+    ]:
+        project.set(key, value)
+        assert ran(dvc(project, "repro")) == expected, key
+    text = project.folder / "text" / "00.txt"
+    text.write_text(text.read_text() + "one more line\n")
+    assert "tokens" in ran(dvc(project, "repro"))
+    project.set("train.lr", 1e-2)
+    project.set("model.d_ff", 64)
+    project.set("data.valid_fraction", 0.2)
+    text.write_text(text.read_text().replace("one more line\n", ""))
+    assert ran(dvc(project, "repro")) == []  # this very state was run before: restored from cache
+
+
+def test_experiments_are_compared_by_dvc(project):
+    dvc(project, "repro")
+    dvc(project, "exp", "run", "-n", "higher", "-S", "train.lr=2e-2", "-S", "train.max_steps=12")
+    lock = project.read("dvc.lock").decode()
+    assert "lr: 0.02" in lock
+    metrics = json.loads(dvc(project, "metrics", "diff", "--json"))
+    assert metrics["metrics/train.json"]["step"]["new"] == 12
+    params = json.loads(dvc(project, "params", "diff", "--json"))
+    assert params["params.yaml"]["train.lr"]["new"] == 0.02
+    plots = json.loads(dvc(project, "plots", "diff", "--json"))["data"]
+    loss = plots["loss"][0]["content"]["data"]["values"]
+    assert {row["field"] for row in loss} == {"train_loss", "valid_loss"}
+    shown = json.loads(dvc(project, "exp", "show", "--json"))
+    names = [e["name"] for rev in shown for e in rev["experiments"] or [{"name": None}]]
+    assert "higher" in names
+
+
+def test_a_failing_stage_says_why_in_one_line_and_leaves_the_others(project):
+    dvc(project, "repro")
+    before = project.read("data/tokens/train.bin")
+    project.set("model.num_heads", 3)
+    result = project.run("dvc", "repro")
+    assert result.returncode != 0
+    assert "error: params.yaml: model.d_model = 32 is not divisible by" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert project.read("data/tokens/train.bin") == before
+    project.set("model.num_heads", 2)
+    assert ran(dvc(project, "repro")) == []
+
+
+def test_an_interrupted_repro_is_no_success_and_goes_on(tmp_path, project):
+    undisturbed = versioned(tmp_path / "undisturbed")
+    for each in (undisturbed, project):
+        each.set("train.max_steps", 400)
+    dvc(undisturbed, "repro")
+    process = project.start("dvc", "repro")
+    while "step  50/400" not in process.stdout.readline():
+        assert process.poll() is None
+    (lock,) = (project.folder / ".dvc" / "tmp" / "lm-resume").glob("*/lock")
+    os.kill(int(lock.read_text()), signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "stopped, saved at step" in error
+    assert "train" not in yaml.safe_load(project.read("dvc.lock"))["stages"]
+    assert "Resumed at step " in dvc(project, "repro")
+    assert project.read("dvc.lock") == undisturbed.read("dvc.lock")
