@@ -99,8 +99,7 @@ def main() -> None:
     with one_line_errors():
         params = load_params(Path("params.yaml"), options.overrides)
         tokens = open_tokens(Path("data/tokens"))
-        params["model"]["vocab_size"] = tokens.vocab_size
-        config = read_section(ModelConfig, params, "model")
+        config = read_section(ModelConfig, params, "model", vocab_size=tokens.vocab_size)
         settings = replace(read_section(TrainConfig, params, "train"), max_steps=10**9)
         device = choose_device("cpu")
         make_deterministic(device)

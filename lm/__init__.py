@@ -2,10 +2,12 @@
 
 Modules stand on floors and import only downwards (tests/test_house.py holds them to it):
 
-    stages                                      paths, params.yaml, metrics files
+    run                                         the life of one training run
     train   evaluate   generate                 joins: data meets model
     checkpoint                                  training state and models as files
-    model  optim  schedule  device  |  text  tokenizer  tokens  baselines
-            (torch, no files)       |        (bytes, no torch)
-    errors  config  rng  files  history  console
+    model  optim  schedule  device  |  text  packages  tokenizer  tokens  baselines
+            (torch, no files)       |            (bytes, no torch)
+    errors  config  rng  files  history  console  signals  report
+
+Above them stand the stages, which alone know paths and params.yaml.
 """

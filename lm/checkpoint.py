@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lm.config import read_section
-from lm.errors import Busy, InputError
+from lm.errors import Busy, EnvironmentFault, InputError
 from lm.files import atomic_write, read_json, sha256_file, sync_directory, to_json, write_json
 from lm.model import ModelConfig, TransformerLM
 from lm.tokenizer import Tokenizer, load_tokenizer
@@ -75,11 +75,12 @@ def load_checkpoint(
 ) -> int:
     """Restore model and optimizer from a path or a binary file; returns the iteration.
 
-    Raises InputError for a file that is damaged, no checkpoint, of a newer format or of another
-    model; then neither model nor optimizer has changed.
+    Raises InputError for a file that is torn, no checkpoint, of a newer format or of another
+    model; then neither model nor optimizer has changed. A flipped bit among the weights is seen
+    by `verify` alone.
     """
     tensors, header = _read(src)
-    _restore(str(getattr(src, "name", src)), tensors, header, model, optimizer)
+    _restore(_name(src), tensors, header, model, optimizer)
     return int(header["iteration"])
 
 
@@ -88,6 +89,10 @@ def read_extra(path: Path) -> Extra:
     with _opened(path) as file:
         header = _header(str(path), file.metadata())
     return {**header["extra"], "iteration": header["iteration"]}
+
+
+def _name(src: str | os.PathLike[str] | BinaryFile) -> str:
+    return str(src if isinstance(src, str | os.PathLike) else getattr(src, "name", "checkpoint"))
 
 
 def _restore(
@@ -123,7 +128,7 @@ def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], 
         with _opened(Path(src)) as file:
             header = _header(str(src), file.metadata())
             return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
-    data, name = src.read(), str(getattr(src, "name", "checkpoint"))
+    data, name = src.read(), _name(src)
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
@@ -145,7 +150,12 @@ def _opened(path: Path) -> Any:
 def _header(name: str, metadata: dict[str, str] | None) -> dict[str, Any]:
     if not metadata or "checkpoint" not in metadata:
         raise InputError(f"{name}: holds tensors but no checkpoint of this project")
-    header: dict[str, Any] = json.loads(metadata["checkpoint"])
+    try:
+        header: dict[str, Any] = json.loads(metadata["checkpoint"])
+    except ValueError as error:
+        raise InputError(f"{name}: damaged header ({error})") from None
+    if missing := {"format", "iteration", "optimizer", "extra"} - header.keys():
+        raise InputError(f"{name}: damaged header: no {', '.join(sorted(missing))}")
     if header["format"] > FORMAT:
         raise InputError(
             f"{name}: written by a newer version (format {header['format']}, "
@@ -175,8 +185,10 @@ def _save_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Pa
             os.fsync(file.fileno())
         scratch.chmod(0o666 & ~_umask())  # safetensors makes it readable by the owner alone
         scratch.replace(path)
-    except BaseException:
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # the library's word for an OSError
+            raise EnvironmentFault(f"{path}: cannot be written ({error})") from None
         raise
     sync_directory(path.parent)
 
@@ -197,6 +209,8 @@ def verify(path: Path) -> None:
     """Raises InputError unless a checkpoint is the file that its manifest describes."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if not path.with_suffix(".json").is_file():
+        raise InputError(f"{path}: no manifest {path.with_suffix('.json').name} beside it")
     manifest = read_json(path.with_suffix(".json"))
     if path.stat().st_size != manifest["size_bytes"]:
         raise InputError(
@@ -230,7 +244,7 @@ class ResumeDirectory:
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
-        for litter in folder.glob("*.tmp"):
+        for litter in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):  # ours and safetensors'
             litter.unlink()
 
     def save(
@@ -282,7 +296,7 @@ def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None
 def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:
     """A saved model, in evaluation mode, and its tokenizer.
 
-    Raises InputError if a file is missing, damaged or does not fit the others.
+    Raises InputError if a file is missing, torn or does not fit the others.
     """
     config = read_section(
         ModelConfig,
@@ -295,4 +309,10 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
     with _opened(path) as file:
         weights = {f"model.{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     _restore(str(path), weights, {}, model, None)
-    return model.to(device).eval(), load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{config.vocab_size}; they do not belong together"
+        )
+    return model.to(device).eval(), tokenizer

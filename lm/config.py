@@ -46,6 +46,8 @@ NOT_NEGATIVE = Bound(lambda x: x >= 0, "must be >= 0")
 AT_LEAST_ONE = Bound(lambda x: x >= 1, "must be >= 1")
 BELOW_ONE = Bound(lambda x: 0 <= x < 1, "must be in [0, 1)")
 UP_TO_ONE = Bound(lambda x: 0 <= x <= 1, "must be in [0, 1]")
+ABOVE_ZERO_UP_TO_ONE = Bound(lambda x: 0 < x <= 1, "must be in (0, 1]")
+NOT_EMPTY = Bound(lambda x: len(x) > 0, "must not be empty")
 INSIDE_ONE = Bound(lambda x: 0 < x < 1, "must be in (0, 1)")
 SEED = Bound(lambda x: 0 <= x < 2**63, "must be in [0, 2**63)")
 
@@ -73,6 +75,8 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
     """
     try:
         params = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at offset {error.start}") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; run from the project's root folder") from None
     if not isinstance(params, dict):
@@ -99,8 +103,9 @@ def read_section(
     params: Mapping[str, Mapping[str, Any]],
     name: str,
     where: str = "params.yaml",
+    **derived: Any,
 ) -> Config:
-    """Section `name` as the frozen dataclass `kind`.
+    """Section `name` as the frozen dataclass `kind`, with values that are derived, not set.
 
     Raises InputError naming the key for an unknown or missing key, a wrong type, a value out
     of bounds, and for whatever the dataclass itself refuses in __post_init__.
@@ -108,7 +113,9 @@ def read_section(
     try:
         if name not in params:
             raise InputError(f"missing section {name}")
-        return _build(kind, params[name], name)
+        for key in derived.keys() & params[name].keys():
+            raise InputError(f"unknown key {name}.{key}: it is derived, not set; take it out")
+        return _build(kind, {**params[name], **derived}, name)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 
@@ -161,7 +168,7 @@ _TYPE_NAMES = {float: "a number", int: "an integer", bool: "true or false", str:
 
 
 def _show(value: Any) -> str:
-    kinds = {bool: "a boolean", str: "text", float: "not whole", int: "a number", list: "a list"}
+    kinds = {bool: "a boolean", str: "text", float: "a decimal", int: "a number", list: "a list"}
     if value is None:
         return "null"
     return f"{value!r} is {kinds.get(type(value), 'a ' + type(value).__name__)}"

@@ -1,5 +1,6 @@
 """The machine: which device, in which precision, and how fast it can be."""
 
+import os
 import resource
 import shutil
 import statistics
@@ -16,6 +17,14 @@ from torch import Tensor
 from lm.errors import EnvironmentFault
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+# variables that make the CPU libraries choose other instructions
+_INSTRUCTION_SWITCHES = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -57,15 +66,15 @@ def describe(device: torch.device) -> str:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What decides, beside code, settings and data, which bits a computation gives."""
-    return {"torch": torch.__version__, "device": describe(device)}
+    switches = {name: os.environ[name] for name in _INSTRUCTION_SWITCHES if name in os.environ}
+    return {"torch": torch.__version__, "device": describe(device), **switches}
 
 
 def make_deterministic(device: torch.device) -> None:
     """Make torch choose kernels that give the same bits every time, and fail where it has none."""
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
-        import os
-
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matmul
         torch.backends.cudnn.benchmark = False
 

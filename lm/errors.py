@@ -56,8 +56,18 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _leave(f"{where}{error.strerror or error}", EnvironmentFault.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _leave("out of memory; make the model or the batch smaller", EnvironmentFault.exit_code)
     except KeyboardInterrupt:
         _leave("interrupted", 128 + signal.SIGINT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether NumPy, torch on a CPU or torch on a GPU ran out of memory."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def _leave(message: str, code: int) -> None:

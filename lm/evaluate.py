@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from lm.config import NOT_NEGATIVE, POSITIVE, SEED, UP_TO_ONE, Count
+from lm.config import ABOVE_ZERO_UP_TO_ONE, NOT_EMPTY, NOT_NEGATIVE, SEED, Count
 from lm.device import Dtype, autocast, to_device
 from lm.model import TransformerLM
 from lm.tokens import Split, windows
@@ -22,11 +22,11 @@ class EvaluateConfig:
 
     batch_size: Count  # windows at a time; changes memory and speed alone
     stride: Count | None  # tokens a window advances; null: context_length, no overlap
-    prompts: list[str]  # of the samples
+    prompts: Annotated[list[str], NOT_EMPTY]  # of the samples
     max_new_tokens: Count
     temperature: Annotated[float, NOT_NEGATIVE]
     top_k: Count | None
-    top_p: Annotated[float, POSITIVE, UP_TO_ONE] | None
+    top_p: Annotated[float, ABOVE_ZERO_UP_TO_ONE] | None
     seed: Annotated[int, SEED]
 
 
@@ -72,8 +72,8 @@ def evaluate(
         x, y = windows(split.tokens, starts, length)  # (B, T)
         with autocast(device, dtype):
             logits = model(to_device(x, device))
-        targets = to_device(y, device)
-        losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        flat, targets = logits.float().flatten(0, 1), to_device(y, device).flatten()
+        losses = F.cross_entropy(flat, targets, reduction="none").view(y.shape)  # (B, T)
         new = np.arange(length) >= first_new[:, None]  # (B, T)
         nats += np.where(new, losses.double().cpu().numpy(), 0).sum(axis=0)
         counts += new.sum(axis=0)
@@ -114,14 +114,19 @@ def bits_per_byte(sums: Sums) -> float:
 
 METRICS: dict[str, Callable[[Sums], float]] = {
     "loss_nats": loss_nats,
-    "perplexity": lambda sums: math.exp(loss_nats(sums)),
+    "perplexity": lambda sums: math.exp(min(loss_nats(sums), 700.0)),  # a float holds e^709
     "bits_per_byte": bits_per_byte,
     "tokens": lambda sums: int(sums.counts.sum()),
     "bytes": lambda sums: sums.n_bytes,
 }
 
 
-def loss_by_position(sums: Sums) -> NDArray[np.float64]:
-    """Mean loss in nats at each position of the window, (T,); nan where nothing was counted."""
-    with np.errstate(invalid="ignore"):
-        return sums.nats / sums.counts
+def loss_by_position(sums: Sums, max_rows: int = 1000) -> list[tuple[int, float]]:
+    """Mean loss in nats by position in the window; neighbours share a row beyond `max_rows`.
+
+    A row has the first of its positions; rows in which nothing was counted are left out.
+    """
+    firsts = np.arange(0, len(sums.counts), -(-len(sums.counts) // max_rows))
+    counts = np.add.reduceat(sums.counts, firsts)
+    nats = np.add.reduceat(sums.nats, firsts)
+    return [(int(p), float(s / n)) for p, s, n in zip(firsts, nats, counts, strict=True) if n]

@@ -38,7 +38,7 @@ def generate(
     """Continue several prompts together, giving one new id per prompt at a time.
 
     A row gives None while a longer prompt than the shortest is still being read, and after it
-    has ended, by `stop_id` or by length. Row r is what it would be alone with the r-th seed.
+    has ended, by `stop_id` or by length. A row depends on its number, not on the other prompts.
     Temperature 0 takes the most probable token. Raises ValueError for an empty prompt.
     """
     if not all(prompts):
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, help="keep the tokens that make up this probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     options = parser.parse_args(arguments)
     with one_line_errors():
         for holds, name, bound in (
@@ -142,6 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             if not holds:
                 raise InputError(f"--{name}: must be {bound}")
+        try:
+            options.prompt.encode()
+        except UnicodeEncodeError:
+            raise InputError("--prompt: not UTF-8") from None
         model, tokenizer = load_model(options.model, choose_device(options.device))
         sys.stdout.write(options.prompt)
         for text in complete(

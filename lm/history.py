@@ -47,7 +47,7 @@ class History:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in self.rows + ([_merge(self.pending)] if self.pending else []):
-            writer.writerow("nan" if row[c] is None else f"{row[c]:.9g}" for c in COLUMNS)
+            writer.writerow(_cell(row[column]) for column in COLUMNS)
         return text.getvalue().encode()
 
     def state(self) -> dict[str, Any]:
@@ -60,6 +60,12 @@ class History:
         history = cls()
         vars(history).update(state)
         return history
+
+
+def _cell(value: int | float | None) -> str:
+    if value is None:
+        return "nan"
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
 def _merge(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ def python_sources(requirement: str) -> Iterator[tuple[str, str]]:
     same requirement gives the same bytes on every machine. Raises InputError for a malformed
     requirement and EnvironmentFault when the package is not there as asked.
     """
-    name, pinned, version = requirement.partition("==")
-    if not pinned:
-        raise InputError(f"data.packages: {requirement} pins no version; write {requirement}==1.0")
+    name, pinned, version = (part.strip() for part in requirement.partition("=="))
+    if not (name and pinned):
+        raise InputError(f"data.packages: {requirement} pins no version; write name==version")
     reinstall = f"run `pip install --force-reinstall {requirement}`"
     try:
         package = distribution(name)

@@ -13,7 +13,10 @@ ROWS = {
 
 
 def summary(
-    metrics: Mapping[str, Any], baselines: Mapping[str, float], sample: tuple[str, str]
+    metrics: Mapping[str, Any],
+    baselines: Mapping[str, float],
+    sample: tuple[str, str],
+    places: Mapping[str, str],
 ) -> str:
     """The validation loss beside its baselines, a sample, and where everything lies (Markdown)."""
     losses = {**baselines, "loss_nats": metrics["loss_nats"]}
@@ -24,17 +27,13 @@ def summary(
         "|                      | nats per token | perplexity | bits per byte |",
         "|----------------------|---------------:|-----------:|--------------:|",
         *(
-            f"| {label:<20} | {losses[key]:>14.4f} | {math.exp(losses[key]):>10,.1f} "
+            f"| {label:<20} | {losses[key]:>14.4f} | {math.exp(min(losses[key], 99.0)):>10,.1f} "
             f"| {losses[key] * bits:>13.4f} |"
             for key, label in ROWS.items()
         ),
         "",
         samples([sample]),
-        "Model        models/model/                 python -m lm.generate --prompt 'def '",
-        "Checkpoints  models/checkpoints/           python -m stages.train --resume-from ...",
-        "Metrics      metrics/*.json                dvc metrics show",
-        "Curves       metrics/curves.csv            dvc plots show",
-        "Samples      metrics/samples.md",
+        *(f"{what:<12} {where}" for what, where in places.items()),
     ]
     return "\n".join(lines) + "\n"
 

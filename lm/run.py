@@ -6,7 +6,9 @@ save      a checkpoint; a caught signal then ends the process
 publish   models and metrics appear, the resume directory goes
 """
 
-import os
+import copy
+import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +29,7 @@ from lm.checkpoint import (
 from lm.config import RuntimeConfig
 from lm.console import Progress, duration, say
 from lm.device import performance
-from lm.errors import InputError
+from lm.errors import Diverged, InputError
 from lm.files import atomic_write, sha256_file, sha256_json, write_json
 from lm.history import History
 from lm.signals import CatchSignals
@@ -43,27 +45,29 @@ class Run:
         state: TrainState,
         config: TrainConfig,
         runtime: RuntimeConfig,
-        identity: dict[str, Any],
+        inputs: dict[str, Any],
+        unfinished: Path,
         resume_from: Path | None = None,
     ):
-        """Lock the run's directory and bring `state` to where the run was.
+        """Lock the run's folder under `unfinished` and bring `state` to where the run was.
 
-        `identity` is all that decides the result: a run is resumed only by one that agrees in
-        every part of it. Raises Busy if another process trains this run, InputError for a
-        checkpoint that does not fit.
+        `inputs`, with the settings of model and training, is all that decides the result: only a
+        run that agrees in every part of it is resumed. Raises Busy if another process trains this
+        run, InputError for a checkpoint to continue that does not fit.
         """
         self.state, self.config, self.runtime = state, config, runtime
-        self.identity = {"model": asdict(state.model.config), "train": asdict(config), **identity}
+        self.identity = {"model": asdict(state.model.config), "train": asdict(config), **inputs}
         if resume_from is not None:
-            verify(resume_from)
+            self._check_continuation(resume_from)
             self.identity["resume_from"] = sha256_file(resume_from)
-        root = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp", "lm-resume")
-        fingerprint = sha256_json(self.identity)[:32]
-        self.directory = ResumeDirectory(root / fingerprint, runtime.keep_checkpoints)
+        folder = unfinished / sha256_json(self.identity)[:32]
+        self.directory = ResumeDirectory(folder, runtime.keep_checkpoints)
+        _report_others(folder)
         self.history = History()
         self.best: dict[str, Any] = {"valid_loss": None, "step": None, "misses": 0}
         self.valid_loss: float | None = None
         self.step_seconds: list[float] = []
+        self.last_saved: int | None = None
         if not self._resume() and resume_from is not None:
             self._continue(resume_from)
         tokens = config.batch_size * state.model.config.context_length
@@ -83,33 +87,65 @@ class Run:
         self.progress.close()
         self.directory.unlock()
         self.signals.__exit__(kind, error, traceback)
+        if isinstance(error, Diverged):
+            good = "no checkpoint yet" if self.last_saved is None else f"step {self.last_saved}"
+            error.args = (f"{error}; last good checkpoint: {good}",)
 
     def _resume(self) -> bool:
+        """Restore the newest checkpoint of this very run that is intact; False if there is none."""
         for path, fault in self.directory.intact():
+            fault = fault or self._fault(path)
             if fault is not None:
                 say(f"warning: {fault}; going on from the checkpoint before it")
                 continue
             self._restore(path)
+            self.last_saved = self.state.step
             say(f"Resumed at step {self.state.step}")
             return True
         return False
 
-    def _continue(self, path: Path) -> None:
-        """Start from another run's checkpoint: same model, tokenizer and data, any settings."""
-        theirs = read_extra(path)["identity"]
+    def _fault(self, path: Path) -> str | None:
+        """Why an undamaged checkpoint must not be resumed."""
+        extra = read_extra(path)
+        for part, value in _as_json(self.identity).items():
+            if extra["identity"].get(part) != value:
+                return f"{path}: of another run: {part} differs"
+        if extra["best"]["step"] is not None:
+            try:
+                verify(self.directory.best)
+            except InputError as error:
+                return str(error)
+        return None
+
+    def _check_continuation(self, path: Path) -> None:
+        """Raise InputError unless a checkpoint is whole and of the same model and data."""
+        verify(path)
+        extra = read_extra(path)
+        if "identity" not in extra:
+            raise InputError(f"{path}: not saved by stage train; use lm.checkpoint.load_checkpoint")
         for part in ("model", "tokens"):
-            if theirs[part] != self.identity[part]:
-                raise InputError(
-                    f"{path}: made with other {part}; {_difference(theirs, self.identity, part)}"
-                )
-        self._restore(path)
-        if self.state.step >= self.config.max_steps:
+            ours, theirs = self.identity[part], extra["identity"][part]
+            if ours != theirs:
+                difference = _difference(part, ours, theirs)
+                raise InputError(f"{path}: made with other {part}: {difference}")
+        if extra["iteration"] >= self.config.max_steps:
             raise InputError(
-                f"{path}: is at step {self.state.step}, train.max_steps = {self.config.max_steps}; "
-                "nothing is left to do, raise train.max_steps"
+                f"{path}: is at step {extra['iteration']}, train.max_steps = "
+                f"{self.config.max_steps}; nothing is left to do, raise train.max_steps"
             )
+
+    def _continue(self, path: Path) -> None:
+        """Start from another run's checkpoint, with the settings of this one."""
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.state.optimizer.param_groups
+        ]
+        self._restore(path)
+        for group, ours in zip(self.state.optimizer.param_groups, settings, strict=True):
+            group.update(ours)
+        self.best["misses"] = 0
         best = path.with_name(self.directory.best.name)
-        if best.exists():
+        if best.exists() and read_extra(best)["iteration"] == self.best["step"]:
             verify(best)
             shutil.copy(best, self.directory.best)
             commit(self.directory.best)
@@ -120,7 +156,8 @@ class Run:
     def _restore(self, path: Path) -> None:
         self.state.step = load_checkpoint(path, self.state.model, self.state.optimizer)
         extra = read_extra(path)
-        self.state.scaler.load_state_dict(extra["scaler"])
+        if extra["scaler"]:
+            self.state.scaler.load_state_dict(extra["scaler"])
         self.history = History.restore(extra["history"])
         self.best, self.valid_loss = extra["best"], extra["valid_loss"]
 
@@ -151,6 +188,11 @@ class Run:
         self.progress.show(record, self.history.average_loss)
         if "valid_loss" in record:
             self.valid_loss = record["valid_loss"]
+            if not math.isfinite(self.valid_loss):
+                raise Diverged(
+                    f"validation loss is {self.valid_loss} at step {self.state.step}; "
+                    "lower train.lr"
+                )
             if self.best["valid_loss"] is None or self.valid_loss < self.best["valid_loss"]:
                 self.best = {"valid_loss": self.valid_loss, "step": self.state.step, "misses": 0}
                 self.directory.save_best(
@@ -165,6 +207,7 @@ class Run:
             self.directory.save(
                 self.state.model, self.state.optimizer, self.state.step, self._extra()
             )
+            self.last_saved = self.state.step
         self.signals.leave(f"stopped, saved at step {self.state.step}; run again to go on")
 
     def publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
@@ -175,9 +218,8 @@ class Run:
         state, checkpoints = self.state, models / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
         last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
-        save_checkpoint(state.model, state.optimizer, state.step, last, self._extra())
+        verify(self.directory.best)
         shutil.copy(self.directory.best, best)
-        commit(last)
         commit(best)
         atomic_write(metrics / "curves.csv", self.history.to_csv())
         write_json(
@@ -192,9 +234,14 @@ class Run:
                 "best_step": self.best["step"],
             },
         )
+        chosen = state.model
         if self.config.early_stopping is not None:
-            load_checkpoint(best, state.model)
-        save_model(state.model, tokenizer, models / "model")
+            chosen = copy.deepcopy(state.model)
+            load_checkpoint(best, chosen)
+        save_model(chosen, tokenizer, models / "model")
+        # at the end: a continued run that is killed before still finds what it continues
+        save_checkpoint(state.model, state.optimizer, state.step, last, self._extra())
+        commit(last)
         self.directory.remove()
         say(
             f"Final loss {self.history.average_loss:.4f}, validation {self.valid_loss:.4f}, "
@@ -216,12 +263,24 @@ def due(step: int, interval: int) -> bool:
     return step % interval == 0
 
 
-def _difference(theirs: dict[str, Any], ours: dict[str, Any], part: str) -> str:
-    mine, other = ours[part], theirs[part]
-    if not isinstance(mine, dict):
-        return f"sha256 {other} there, {mine} here"
+def _report_others(folder: Path) -> None:
+    """Say how much unfinished runs with other settings, data or code keep on disk."""
+    others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir()]
+    if others:
+        size = sum(file.stat().st_size for path in others for file in path.glob("*"))
+        say(f"{len(others)} other unfinished runs keep {size / 1e6:.0f} MB in {folder.parent}")
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """The value as it comes back from a checkpoint."""
+    return dict(json.loads(json.dumps(value)))
+
+
+def _difference(part: str, ours: Any, theirs: Any) -> str:
+    if not isinstance(ours, dict):
+        return f"sha256 {theirs} there, {ours} here"
     return ", ".join(
-        f"{part}.{key} = {other.get(key)} there, {mine[key]} here"
-        for key in mine
-        if other.get(key) != mine[key]
+        f"{part}.{key} = {theirs.get(key)} there, {value} here"
+        for key, value in ours.items()
+        if theirs.get(key) != value
     )

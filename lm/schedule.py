@@ -25,6 +25,8 @@ class ScheduleConfig:
                 f"train.warmup_steps = {self.warmup_steps} exceeds "
                 f"train.max_steps = {self.max_steps}"
             )
+        if self.schedule == "wsd" and self.decay_steps == 0:
+            raise InputError("train.decay_steps = 0: train.schedule = wsd needs >= 1")
         if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.max_steps:
             raise InputError(
                 f"train.warmup_steps + train.decay_steps = {self.warmup_steps + self.decay_steps} "

@@ -41,13 +41,21 @@ class TokenizerConfig:
             )
         if self.kind in ("file", "tiktoken") and self.source is None:
             raise InputError(f"tokenizer.source = null: tokenizer.kind = {self.kind} needs a name")
+        if self.kind == "file" and Path(str(self.source)).name != self.source:
+            raise InputError(
+                f"tokenizer.source = {self.source}: must be a file's name in data/tokenizers/, "
+                "which DVC watches; copy the file there"
+            )
 
 
 class Tokenizer:
     """A byte-level tokenizer with one token that ends a document."""
 
     def __init__(self, backend: tokenizers.Tokenizer, end_token: str = END_TOKEN):
-        """Raises InputError if the tokenizer is not byte-level or lacks the end token."""
+        """Raises InputError if it is not byte-level, alters text or lacks the end token."""
+        if backend.normalizer is not None:
+            kind = type(backend.normalizer).__name__
+            raise InputError(f"tokenizer.json: its normalizer {kind} alters text; not supported")
         if "ByteLevel" not in json.dumps(json.loads(backend.to_str())["decoder"]):
             raise InputError("tokenizer.json: not byte-level; bits per byte would not be exact")
         end_id = backend.token_to_id(end_token)
@@ -167,12 +175,15 @@ def from_tiktoken(name: str, samples: Iterable[str], end_token: str = END_TOKEN)
     lower ranks to its bytes. Raises InputError for an unknown name, EnvironmentFault when
     tiktoken cannot fetch its data.
     """
+    known = {*tiktoken.list_encoding_names(), *tiktoken.registry.ENCODINGS}
+    if name not in known:
+        raise InputError(f"tokenizer.source = {name}: tiktoken knows {', '.join(sorted(known))}")
     try:
         encoding = tiktoken.get_encoding(name)
-    except ValueError:
-        known = ", ".join(tiktoken.list_encoding_names())
-        raise InputError(f"tokenizer.source = {name}: tiktoken knows {known}") from None
-    except OSError as error:  # requests' errors are OSErrors
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # requests' errors are OSErrors, a wrong hash a ValueError
         raise EnvironmentFault(
             f"tokenizer.source = {name}: tiktoken could not fetch its data "
             f"({type(error).__name__}); go online once or set TIKTOKEN_CACHE_DIR"

@@ -23,6 +23,7 @@ from lm.tokenizer import Tokenizer
 
 FORMAT = 1
 BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once: enough for all cores
+_MANIFEST_KEYS = {"format", "dtype", "vocab_size", "tokenizer_sha256", "train", "valid"}
 Sampling = Literal["random", "epochs"]
 
 
@@ -67,7 +68,7 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Encode (split, (name, text)) into `folder`; returns what tokens.json then says.
 
-    Raises InputError if a split stays empty or the tokenizer does not keep the text's bytes.
+    Raises InputError if the tokenizer does not keep the text's bytes.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,12 +81,6 @@ def write_tokens(
         for batch in _batches(documents):
             for split, writer in writers.items():
                 writer.append([document for name, document in batch if name == split])
-    for split, writer in writers.items():
-        if writer.n_documents == 0:
-            raise InputError(
-                f"the {split} split has no documents; change data.valid_fraction, "
-                "set data.split: tail, cut the text with data.separator, or add text"
-            )
     manifest = {
         "format": FORMAT,
         "dtype": dtype.name,
@@ -176,6 +171,8 @@ def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
     made with another tokenizer than the one whose hash is given.
     """
     manifest = read_json(folder / "tokens.json")
+    if not (isinstance(manifest, dict) and manifest.keys() >= _MANIFEST_KEYS):
+        raise InputError(f"{folder / 'tokens.json'}: not a token manifest; run `dvc repro tokens`")
     if manifest["format"] > FORMAT:
         raise InputError(
             f"{folder / 'tokens.json'}: written by a newer version (format {manifest['format']}, "

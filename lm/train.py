@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lm import rng
 from lm.config import POSITIVE, SEED, Count
 from lm.device import Dtype, autocast, compiled, to_device
-from lm.errors import Diverged, EnvironmentFault, InputError
+from lm.errors import Diverged, EnvironmentFault, InputError, is_out_of_memory
 from lm.model import ModelConfig, TransformerLM, cross_entropy
 from lm.optim import OPTIMIZERS, AdamW, OptimizerConfig, gradient_clipping
 from lm.schedule import ScheduleConfig, learning_rate_fraction
@@ -47,14 +47,14 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size % self.micro_batches_of:
+        if self.batch_size % self.windows_at_once:
             raise InputError(
                 f"train.batch_size = {self.batch_size} is not a multiple of "
                 f"train.micro_batch_size = {self.micro_batch_size}"
             )
 
     @property
-    def micro_batches_of(self) -> int:
+    def windows_at_once(self) -> int:
         """Windows per backward pass."""
         return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
@@ -171,7 +171,7 @@ def _backward(
     """Fill the clipped gradients of the whole batch; returns its loss in nats and their norm."""
     state.optimizer.zero_grad(set_to_none=True)
     micro_batches = list(
-        zip(x.split(config.micro_batches_of), y.split(config.micro_batches_of), strict=True)
+        zip(x.split(config.windows_at_once), y.split(config.windows_at_once), strict=True)
     )
     total = torch.zeros((), device=x.device)
     try:
@@ -182,10 +182,12 @@ def _backward(
                 loss = loss_of(state.model, micro_x, micro_y) / len(micro_batches)
             state.scaler.scale(loss).backward()
             total += loss.detach()
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise EnvironmentFault(
-            f"out of memory on {x.device} with {config.micro_batches_of} windows at a time; try "
-            f"train.micro_batch_size: {max(1, config.micro_batches_of // 2)} "
+            f"out of memory on {x.device} with {config.windows_at_once} windows at a time; try "
+            f"train.micro_batch_size: {max(1, config.windows_at_once // 2)} "
             "or train.gradient_checkpointing: true"
         ) from None
     state.scaler.unscale_(state.optimizer)

@@ -8,19 +8,22 @@ from typing import Any
 
 from lm.config import read_section
 from lm.console import say
-from lm.files import atomic_write, write_json
+from lm.errors import InputError
+from lm.files import atomic_write, read_json, write_json
 from lm.packages import python_sources
 from lm.text import DataConfig
 from stages.run import Params, run
 
-RAW = Path("data/raw")
+RAW, MANIFEST = Path("data/raw"), Path("data/corpus.json")
 
 
 def corpus(params: Params, arguments: argparse.Namespace) -> None:
     """Write data/raw/*.jsonl and data/corpus.json."""
-    manifest: list[dict[str, Any]] = []
+    packages = read_section(DataConfig, params, "data").packages
+    _refuse_strangers()
     RAW.mkdir(parents=True, exist_ok=True)
-    for requirement in read_section(DataConfig, params, "data").packages:
+    manifest: list[dict[str, Any]] = []
+    for requirement in packages:
         name, _, version = requirement.partition("==")
         sources = list(python_sources(requirement))
         lines = (json.dumps({"path": path, "text": text}) + "\n" for path, text in sources)
@@ -35,10 +38,21 @@ def corpus(params: Params, arguments: argparse.Namespace) -> None:
         }
         manifest.append(entry)
         say(f"{requirement}: {entry['files']} files, {entry['bytes']:,} bytes of source")
-    for stale in {file.stem for file in RAW.iterdir()} - {entry["package"] for entry in manifest}:
-        (RAW / f"{stale}.jsonl").unlink()
-    write_json(RAW.with_name("corpus.json"), manifest)
+    write_json(MANIFEST, manifest)
+    for stale in {f.name for f in RAW.iterdir()} - {f"{e['package']}.jsonl" for e in manifest}:
+        (RAW / stale).unlink()
+
+
+def _refuse_strangers() -> None:
+    """Raise InputError if data/raw holds a file that an earlier run of this stage did not write."""
+    written = {f"{e['package']}.jsonl" for e in read_json(MANIFEST)} if MANIFEST.exists() else set()
+    for file in sorted(RAW.glob("*")):
+        if file.name not in written and not file.name.endswith(".tmp"):
+            raise InputError(
+                f"{file}: not written by this stage, to which {RAW} belongs; move your text "
+                "elsewhere and name it in data.path"
+            )
 
 
 if __name__ == "__main__":
-    run(corpus)
+    run(corpus, ["data"])

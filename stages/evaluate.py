@@ -15,6 +15,13 @@ from lm.report import samples, summary
 from lm.tokens import open_tokens
 from stages.run import Params, run
 
+PLACES = {
+    "Model": "models/model/         python -m lm.generate --prompt 'def '",
+    "Checkpoints": "models/checkpoints/   python -m stages.train --resume-from ...",
+    "Metrics": "metrics/*.json        dvc metrics show",
+    "Curves": "metrics/curves.csv    dvc plots show",
+    "Samples": "metrics/samples.md",
+}
 MODEL, TOKENS, RESULTS = Path("models/model"), Path("data/tokens"), Path("metrics")
 
 
@@ -42,14 +49,14 @@ def evaluate_stage(params: Params, arguments: argparse.Namespace) -> None:
         (prompt, "".join(complete(model, tokenizer, prompt, config.max_new_tokens, **options)))
         for prompt in config.prompts
     ]
-    curve = "".join(f"{i},{loss:.6f}\n" for i, loss in enumerate(loss_by_position(sums)))
+    curve = "".join(f"{position},{loss:.6f}\n" for position, loss in loss_by_position(sums))
     write_json(RESULTS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
     atomic_write(RESULTS / "loss_by_position.csv", b"position,loss_nats\n" + curve.encode())
     atomic_write(RESULTS / "samples.md", samples(texts).encode())
-    atomic_write(RESULTS / "summary.md", summary(metrics, baselines, texts[0]).encode())
+    atomic_write(RESULTS / "summary.md", summary(metrics, baselines, texts[0], PLACES).encode())
     say(f"Validation loss {metrics['loss_nats']:.4f} nats per token (bigram {bigram:.4f}), "
         f"{metrics['bits_per_byte']:.4f} bits per byte")  # fmt: skip
 
 
 if __name__ == "__main__":
-    run(evaluate_stage)
+    run(evaluate_stage, ["evaluate", "runtime"])

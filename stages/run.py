@@ -12,7 +12,7 @@ from typing import Any
 
 import lm
 from lm.config import load_params
-from lm.errors import EnvironmentFault, one_line_errors
+from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
 from lm.signals import end_with_parent
 
@@ -21,9 +21,13 @@ Params = dict[str, dict[str, Any]]
 
 def run(
     stage: Callable[[Params, argparse.Namespace], None],
+    sections: list[str],
     *extra_arguments: tuple[str, dict[str, Any]],
 ) -> None:
-    """Parse the command line, read params.yaml, run the stage; user errors end in one line."""
+    """Parse the command line, read params.yaml, run the stage; user errors end in one line.
+
+    An override outside of `sections`, which are all that the stage reads, is such an error.
+    """
     parser = argparse.ArgumentParser(description=sys.modules[stage.__module__].__doc__)
     parser.add_argument(
         "-S",
@@ -44,7 +48,12 @@ def run(
             )
         if "DVC_ROOT" in os.environ:
             end_with_parent()
-        stage(load_params(Path("params.yaml"), arguments.overrides), arguments)
+        params = load_params(Path("params.yaml"), arguments.overrides)
+        for override in arguments.overrides:
+            if override.split(".")[0] not in sections:
+                known = ", ".join(sections)
+                raise InputError(f"-S {override}: this stage reads the sections {known} alone")
+        stage(params, arguments)
 
 
 def imported_code() -> dict[str, str]:

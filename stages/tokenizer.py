@@ -43,4 +43,4 @@ def tokenizer(params: Params, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(tokenizer)
+    run(tokenizer, ["data", "tokenizer"])

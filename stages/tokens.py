@@ -32,4 +32,4 @@ def tokens(params: Params, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(tokens)
+    run(tokens, ["data"])

@@ -1,6 +1,7 @@
 """Stage train: the tokens to models/ and metrics/; goes on by itself where it was stopped."""
 
 import argparse
+import os
 from pathlib import Path
 
 from lm.config import RuntimeConfig, read_section
@@ -17,6 +18,8 @@ from stages.run import Params, imported_code, run
 
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
 MODELS, METRICS = Path("models"), Path("metrics")
+# outside of every output, since DVC deletes those; DVC names the main project to its workspaces
+UNFINISHED = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp", "lm-resume")
 
 
 def train_stage(params: Params, arguments: argparse.Namespace) -> None:
@@ -28,8 +31,7 @@ def train_stage(params: Params, arguments: argparse.Namespace) -> None:
     say(f"Device: {describe(device)}")
     tokenizer = load_tokenizer(TOKENIZER)
     tokens = open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json"))
-    params["model"]["vocab_size"] = tokens.vocab_size
-    model_config = read_section(ModelConfig, params, "model")
+    model_config = read_section(ModelConfig, params, "model", vocab_size=tokens.vocab_size)
     tokens.valid.require(model_config.context_length)
     say(f"Loaded dataset with {len(tokens.train.tokens):,} tokens")
     state = new_state(model_config, config, device)
@@ -39,7 +41,7 @@ def train_stage(params: Params, arguments: argparse.Namespace) -> None:
         "code": imported_code(),
         "environment": environment(device),
     }
-    with Run(state, config, runtime, inputs, arguments.resume_from) as this_run:
+    with Run(state, config, runtime, inputs, UNFINISHED, arguments.resume_from) as this_run:
         steps = train(state, tokens.train, config)
         while not this_run.finished:
             record = next(steps)
@@ -47,18 +49,20 @@ def train_stage(params: Params, arguments: argparse.Namespace) -> None:
                 record["valid_loss"] = validation_loss(state.model, tokens.valid, config)
             this_run.log(record)
             this_run.save_if_due()
+        this_run.write_performance(device, METRICS)
         this_run.publish(tokenizer, MODELS, METRICS)
-    this_run.write_performance(device, METRICS)
 
 
 def validation_loss(model: TransformerLM, valid: Split, config: TrainConfig) -> float:
     """Loss in nats on the batches that every validation of the run looks at."""
-    batches, dtype = config.eval_batches, config.dtype
-    return loss_nats(evaluate(model, valid, config.batch_size, max_batches=batches, dtype=dtype))
+    batches = config.eval_batches * config.batch_size // config.windows_at_once
+    at_once, dtype = config.windows_at_once, config.dtype
+    return loss_nats(evaluate(model, valid, at_once, max_batches=batches, dtype=dtype))
 
 
 if __name__ == "__main__":
     continued = (
         "go on from this checkpoint (models/checkpoints/last.safetensors) to train.max_steps"
     )
-    run(train_stage, ("--resume-from", {"type": Path, "metavar": "PATH", "help": continued}))
+    resume_from = ("--resume-from", {"type": Path, "metavar": "PATH", "help": continued})
+    run(train_stage, ["model", "train", "runtime"], resume_from)

@@ -67,6 +67,13 @@ class Project:
             process.stdout.close()
             process.stderr.close()
 
+    def train_until(self, text: str, *overrides: str, **environment: str) -> Any:
+        """Start stage train and wait until it has printed a line that begins so."""
+        given = [word for override in overrides for word in ("-S", override)]
+        process = self.start("python", "-m", "stages.train", *given, **environment)
+        wait_for(process, text)
+        return process
+
     def run(self, *command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run a program to its end."""
         process = self.start(*command, **environment)
@@ -86,6 +93,14 @@ class Project:
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
+
+
+def wait_for(process: "subprocess.Popen[str]", text: str) -> None:
+    """Read a program's output until a line contains `text`; fails if it ends before."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended without {text!r}: {process.stderr.read()}")
 
 
 def one_line(result: "subprocess.CompletedProcess[str]") -> str:

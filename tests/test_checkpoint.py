@@ -21,7 +21,7 @@ from lm.checkpoint import (
     save_model,
     verify,
 )
-from lm.errors import Busy, InputError
+from lm.errors import Busy, EnvironmentFault, InputError
 from lm.model import TransformerLM, cross_entropy
 from lm.optim import OPTIMIZERS
 from lm.tokenizer import byte_tokenizer
@@ -166,8 +166,11 @@ def test_a_damaged_checkpoint_is_found(model, train_config, tmp_path):
         with pytest.raises(InputError, match=message):
             verify(path)
     path.with_suffix(".json").unlink()
-    with pytest.raises(InputError, match=r"a.json: no such file"):
+    with pytest.raises(InputError, match=r"no manifest a.json beside it"):
         verify(path)
+    path.write_bytes(data.replace(b"iteration", b"jteration"))
+    with pytest.raises(InputError, match="damaged header: no iteration"):
+        load_checkpoint(path, model)
 
 
 def test_a_failed_save_leaves_the_previous_checkpoint(model, train_config, tmp_path):
@@ -180,7 +183,7 @@ def test_a_failed_save_leaves_the_previous_checkpoint(model, train_config, tmp_p
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(Exception, match="File too large"):
+        with pytest.raises(EnvironmentFault, match="cannot be written .*File too large"):
             save_checkpoint(model, optimizer, 2, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -201,9 +204,13 @@ def test_resume_directory_keeps_the_newest_and_skips_damage(model, train_config,
     newest.write_bytes(newest.read_bytes()[:-1])
     (tmp_path / "run" / "step-00000020.safetensors").write_bytes(b"never committed")
     faults = [fault for _, fault in directory.intact()]
-    assert "step-00000020.json: no such file" in faults[0]
+    assert "no manifest step-00000020.json beside it" in faults[0]
     assert "its manifest says" in faults[1]
     assert faults[2] is None
+    directory.unlock()
+    (tmp_path / "run" / ".tmpAbc").write_text("left by a kill")
+    directory = ResumeDirectory(tmp_path / "run", keep=2)
+    assert not (tmp_path / "run" / ".tmpAbc").exists()
     directory.remove()
     directory.unlock()
     assert not (tmp_path / "run").exists()
@@ -217,11 +224,15 @@ def test_a_second_writer_is_refused_by_name(tmp_path):
     ResumeDirectory(tmp_path / "run", keep=2).unlock()
 
 
-def test_a_model_folder_holds_all_that_using_it_needs(model, tmp_path):
+def test_a_model_folder_holds_all_that_using_it_needs(model_config, model, tmp_path):
+    save_model(model, byte_tokenizer(), tmp_path)
+    with pytest.raises(InputError, match="tokenizer has 256 tokens, the model 96"):
+        load_model(tmp_path, torch.device("cpu"))
+    model = TransformerLM(replace(model_config, vocab_size=256)).eval()
     save_model(model, byte_tokenizer(), tmp_path)
     loaded, tokenizer = load_model(tmp_path, torch.device("cpu"))
     ids = torch.tensor([tokenizer.encode("ab")])
-    assert torch.equal(loaded(ids % 96), model(ids % 96))
+    assert torch.equal(loaded(ids), model(ids))
     (tmp_path / "config.json").write_text(
         (tmp_path / "config.json").read_text().replace("32", "64")
     )

@@ -34,7 +34,7 @@ WRONG = [
     ("train.lr", "null", "train.lr = null, wanted a number"),
     ("model.num_layers", "0", "model.num_layers = 0: must be >= 1"),
     ("model.num_layers", "true", "model.num_layers = True is a boolean, wanted an integer"),
-    ("model.num_layers", "3.0", "model.num_layers = 3.0 is not whole, wanted an integer"),
+    ("model.num_layers", "3.0", "model.num_layers = 3.0 is a decimal, wanted an integer"),
     ("model.num_layers", "0777", "model.num_layers = '0777' is text, wanted an integer"),
     ("model.num_layers", "yes", "model.num_layers = 'yes' is text, wanted an integer"),
     ("model.num_layers", "[1]", "model.num_layers = [1] is a list, wanted an integer"),
@@ -57,10 +57,14 @@ WRONG = [
     ("runtime.keep_checkpoints", "1", "must be >= 2"),
     ("tokenizer.vocab_size", "100", "tokenizer.vocab_size = 100: must be >= 257"),
     ("tokenizer.kind", "file", "tokenizer.source = null: tokenizer.kind = file needs a name"),
+    ("train.schedule", "wsd", "train.decay_steps = 0: train.schedule = wsd needs >= 1"),
     ("data.valid_fraction", "0", "data.valid_fraction = 0.0: must be in (0, 1)"),
     ("data.packages", "networkx", "data.packages = 'networkx' is text, wanted a list"),
     ("data.packages", "[1]", "data.packages[0] = 1 is a number, wanted text"),
-    ("evaluate.top_p", "1.5", "evaluate.top_p = 1.5: must be in [0, 1]"),
+    ("evaluate.top_p", "1.5", "evaluate.top_p = 1.5: must be in (0, 1]"),
+    ("evaluate.prompts", "[]", "evaluate.prompts = []: must not be empty"),
+    ("data.separator", "''", "data.separator = : must not be empty"),
+    ("data.path", "''", "data.path = : must not be empty"),
 ]
 
 
@@ -121,6 +125,20 @@ def test_a_malformed_file_is_one_line(tmp_path, text, message):
         load_params(tmp_path / "params.yaml")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_settings_that_are_not_utf8_are_refused(tmp_path):
+    (tmp_path / "params.yaml").write_bytes(b"train: \xff")
+    with pytest.raises(InputError, match="params.yaml: not UTF-8 at offset 7"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_derived_value_is_no_setting(smoke_params):
+    derived = read_section(ModelConfig, smoke_params, "model", vocab_size=10)
+    assert derived.vocab_size == 10
+    smoke_params["model"]["vocab_size"] = 7
+    with pytest.raises(InputError, match="unknown key model.vocab_size: it is derived"):
+        read_section(ModelConfig, smoke_params, "model", vocab_size=10)
 
 
 def test_a_missing_file_says_where_to_run(tmp_path):

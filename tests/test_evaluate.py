@@ -45,11 +45,12 @@ def test_sums_equal_a_plain_loop(model, stride, batch_size):
     assert metrics["loss_nats"] == pytest.approx(nats / 202, rel=1e-6)
     assert metrics["perplexity"] == pytest.approx(math.exp(nats / 202), rel=1e-5)
     assert metrics["bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-6)
-    for position in range(16):
-        losses = [row[2] for row in rows if row[1] == position]
-        if losses:
-            expected = sum(losses) / len(losses)
-            assert loss_by_position(sums)[position] == pytest.approx(expected, rel=1e-5)
+    for max_rows, width in ((16, 1), (5, 4)):
+        curve = loss_by_position(sums, max_rows)
+        assert [position for position, _ in curve] == list(range(0, 16, width))
+        for position, loss in curve:
+            losses = [row[2] for row in rows if position <= row[1] < position + width]
+            assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_more_context_lowers_no_count_and_changes_the_loss(model):
@@ -62,6 +63,9 @@ def test_some_batches_are_spread_over_the_split(model):
     sums = evaluate(model, SPLIT, 2, max_batches=3)
     assert sums.counts.sum() == 6 * 16
     assert sums.n_bytes == 0
+    taken = [i * 13 // 6 for i in range(6)]  # of 13 windows
+    rows = [nats for target, _, nats in by_hand(model, 16) if (target - 1) // 16 in taken]
+    assert sums.nats.sum() == pytest.approx(sum(rows), rel=1e-6)
 
 
 def test_evaluation_disturbs_nothing(model):

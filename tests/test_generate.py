@@ -1,11 +1,14 @@
 """Generation: the cache changes nothing, rows are independent, sampling keeps what it should."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from lm.checkpoint import save_model
 from lm.generate import complete, generate, main, sample
+from lm.model import TransformerLM
 from lm.tokenizer import byte_tokenizer
 
 
@@ -31,6 +34,8 @@ def test_a_row_is_what_it_would_be_alone(model):
     together = rows(generate(model, prompts, 20, temperature=0))
     assert together == [rows(generate(model, [p], 20, temperature=0))[0] for p in prompts]
     assert [len(row) for row in together] == [20, 20, 20]
+    sampled = rows(generate(model, prompts, 20, seed=5))
+    assert sampled[0] == rows(generate(model, prompts[:1], 20, seed=5))[0]
 
 
 def test_sampling_is_a_function_of_the_seed(model):
@@ -45,6 +50,7 @@ def test_a_row_ends_at_the_stop_token(model):
     stop = free[0][5]
     stopped = rows(generate(model, [[7], [9]], 40, seed=3, stop_id=stop))
     assert stopped[0] == free[0][: free[0].index(stop) + 1]
+    assert stopped[1] == free[1][: [*free[1], stop].index(stop) + 1]
 
 
 def test_a_prompt_longer_than_the_context_is_read_from_its_window(model):
@@ -81,33 +87,15 @@ def test_sampling_follows_the_probabilities():
     assert frequencies(p, temperature=0.5) == pytest.approx(expected, abs=1e-3)
 
 
-class Scripted(torch.nn.Module):
-    """A stand-in for a model that always continues with the given bytes."""
-
-    def __init__(self, data):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.data = data
-
-
-def test_characters_of_several_tokens_arrive_whole(model_config, tmp_path):
-    from dataclasses import replace
-
-    from lm.model import TransformerLM
-
-    torch.manual_seed(0)
-    model = TransformerLM(replace(model_config, vocab_size=256)).eval()
-    text = "".join(complete(model, byte_tokenizer(), "é", 50, seed=1))
-    pieces = list(complete(model, byte_tokenizer(), "é", 50, seed=1))
-    assert "".join(pieces) == text
-    assert len(text.encode("utf-8", "replace")) >= 1
+def test_characters_of_several_tokens_arrive_whole(model, monkeypatch):
+    data = "aé🙂".encode()
+    script = [[None], *([byte] for byte in data), [0xF0], [255]]  # ends inside a character
+    monkeypatch.setattr("lm.generate.generate", lambda *a, **k: iter(script))
+    pieces = list(complete(model, byte_tokenizer(), "x", 9))
+    assert [piece for piece in pieces if piece] == ["a", "é", "🙂", "\ufffd"]
 
 
 def test_the_command_line_prints_prompt_and_completion(model_config, tmp_path, capsys):
-    from dataclasses import replace
-
-    from lm.model import TransformerLM
-
     model = TransformerLM(replace(model_config, vocab_size=256))
     save_model(model, byte_tokenizer(), tmp_path)
     main(["--prompt", "def ", "--max-new-tokens", "8", "--model", str(tmp_path), "--device", "cpu"])
@@ -125,6 +113,8 @@ def test_the_command_line_prints_prompt_and_completion(model_config, tmp_path, c
         (["--temperature", "-1"], "--temperature: must be >= 0"),
         (["--top-k", "0"], "--top-k: must be >= 1"),
         (["--top-p", "0"], "--top-p: must be in (0, 1]"),
+        (["--prompt", "ab\udcff"], "--prompt: not UTF-8"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--model", "nowhere", "--device", "cpu"], "config.json: no such file"),
     ],
 )

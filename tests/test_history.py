@@ -35,6 +35,10 @@ def rows(history):
 def test_every_step_is_a_row_while_they_fit():
     got = rows(run(1, 120, History()))
     assert [int(row["step"]) for row in got] == list(range(1, 121))
+    assert History().to_csv() == b"step,tokens,train_loss,valid_loss,learning_rate,grad_norm\n"
+    history = History()
+    history.add(record(1) | {"tokens": 12_345_678_901})
+    assert rows(history)[0]["tokens"] == "12345678901"
     assert [row["valid_loss"] for row in got].count("nan") == 118
 
 

@@ -193,12 +193,37 @@ def test_gradient_checkpointing_changes_no_gradient(model_config):
         assert torch.equal(plain, recomputed)
 
 
-def test_dropout_acts_in_training_alone(model_config):
+def test_gradient_checkpointing_keeps_fewer_activations(model_config):
+    ids, kept = torch.randint(96, (2, 16)), {}
+    for checkpointing in (False, True):
+        model, sizes = TransformerLM(model_config, checkpointing), []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(ids)
+        kept[checkpointing] = sum(sizes)
+    assert kept[True] < kept[False] / 2
+
+
+def test_dropout_acts_in_training_alone_and_in_every_place(model_config, monkeypatch):
     model = TransformerLM(replace(model_config, dropout=0.5))
     ids = torch.randint(96, (1, 16))
     assert not torch.equal(model(ids), model(ids))
+    drops = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert [module.p for module in drops] == [0.5] * (1 + model_config.num_layers)
+    rates = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention",
+        lambda *a, **k: rates.append(k["dropout_p"]) or attention(*a, **k),
+    )
+    model(ids)
     model.eval()
     assert torch.equal(model(ids), model(ids))
+    assert rates == [0.5, 0.5, 0, 0, 0, 0]
 
 
 def test_cross_entropy_is_finite_for_huge_logits():

@@ -1,5 +1,6 @@
 """The pipeline as DVC runs it: reproducible, cached, comparable, and honest about failure."""
 
+import hashlib
 import json
 import os
 import signal
@@ -7,17 +8,17 @@ import signal
 import pytest
 import yaml
 
-from tests.project import Project
+from tests.project import Project, wait_for
 
+IDENTITY = ("-c", "user.name=test", "-c", "user.email=test@example.org")
 STAGES = ("corpus", "tokenizer", "tokens", "train", "evaluate")
 
 
 def versioned(folder):
     """A project under git and DVC, committed."""
     project = Project(folder)
-    git = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org")
-    for command in (("git", "init", "-q"), ("git", "add", "-A"), (*git, "commit", "-qm", "start")):
-        result = project.run(*command)
+    for command in (("init", "-q"), ("add", "-A"), (*IDENTITY, "commit", "-qm", "start")):
+        result = project.run("git", *command)
         assert result.returncode == 0, result.stderr
     return project
 
@@ -44,7 +45,16 @@ def test_two_clones_reproduce_the_same_lock_and_a_second_run_does_nothing(tmp_pa
     locks = []
     for name in ("here", "a longer name, with späces"):
         project = versioned(tmp_path / name)
-        assert ran(dvc(project, "repro")) == list(STAGES)
+        project.set("data.packages", ["networkx==3.6.1"])
+        project.set("data.path", "data/raw")
+        two = {"OMP_NUM_THREADS": "2"}
+        result = project.run("dvc", "repro", **two)
+        assert ran(result.stdout) == list(STAGES), result.stderr
+        (entry,) = json.loads(project.read("data/corpus.json"))
+        assert (entry["package"], entry["version"]) == ("networkx", "3.6.1")
+        assert (
+            hashlib.sha256(project.read("data/raw/networkx.jsonl")).hexdigest() == entry["sha256"]
+        )
         locks.append(project.read("dvc.lock"))
         assert "up to date" in dvc(project, "status")
         assert ran(dvc(project, "repro")) == []
@@ -66,6 +76,11 @@ def test_each_change_reruns_what_depends_on_it_and_nothing_else(project):
     ]:
         project.set(key, value)
         assert ran(dvc(project, "repro")) == expected, key
+    project.set("tokenizer.kind", "bytes")  # now the tokenizer stays the same for any text
+    assert ran(dvc(project, "repro")) == ["tokenizer", "tokens", "train", "evaluate"]
+    project.set("data.valid_fraction", 0.25)
+    assert ran(dvc(project, "repro"))[:2] == ["tokenizer", "tokens"]
+    project.set("tokenizer.kind", "bpe")
     text = project.folder / "text" / "00.txt"
     text.write_text(text.read_text() + "one more line\n")
     assert "tokens" in ran(dvc(project, "repro"))
@@ -78,16 +93,20 @@ def test_each_change_reruns_what_depends_on_it_and_nothing_else(project):
 
 def test_experiments_are_compared_by_dvc(project):
     dvc(project, "repro")
+    for command in (("add", "-A"), (*IDENTITY, "commit", "-qm", "baseline")):
+        assert project.run("git", *command).returncode == 0
     dvc(project, "exp", "run", "-n", "higher", "-S", "train.lr=2e-2", "-S", "train.max_steps=12")
     lock = project.read("dvc.lock").decode()
     assert "lr: 0.02" in lock
     metrics = json.loads(dvc(project, "metrics", "diff", "--json"))
-    assert metrics["metrics/train.json"]["step"]["new"] == 12
+    step = metrics["metrics/train.json"]["step"]
+    assert (step["old"], step["new"]) == (20, 12)
     params = json.loads(dvc(project, "params", "diff", "--json"))
-    assert params["params.yaml"]["train.lr"]["new"] == 0.02
+    assert params["params.yaml"]["train.lr"] == {"old": 0.01, "new": 0.02}
     plots = json.loads(dvc(project, "plots", "diff", "--json"))["data"]
     loss = plots["loss"][0]["content"]["data"]["values"]
     assert {row["field"] for row in loss} == {"train_loss", "valid_loss"}
+    assert {row["rev"] for row in loss} == {"HEAD", "workspace"}
     shown = json.loads(dvc(project, "exp", "show", "--json"))
     names = [e["name"] for rev in shown for e in rev["experiments"] or [{"name": None}]]
     assert "higher" in names
@@ -112,8 +131,7 @@ def test_an_interrupted_repro_is_no_success_and_goes_on(tmp_path, project):
         each.set("train.max_steps", 400)
     dvc(undisturbed, "repro")
     process = project.start("dvc", "repro")
-    while "step  50/400" not in process.stdout.readline():
-        assert process.poll() is None
+    wait_for(process, "step  50/400")
     (lock,) = (project.folder / ".dvc" / "tmp" / "lm-resume").glob("*/lock")
     os.kill(int(lock.read_text()), signal.SIGTERM)
     _, error = process.communicate(timeout=60)

@@ -42,4 +42,7 @@ def test_no_update_is_lost_and_the_last_has_the_lowest_rate(train_config, name):
     rates = [learning_rate_fraction(update, config) for update in range(1, 11)]
     assert min(rates) > 0
     assert max(rates) == 1.0
+    if name == "wsd":
+        expected = [0.5, 1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.1]
+        assert rates == pytest.approx(expected)
     assert rates[-1] == (1.0 if name == "constant" else pytest.approx(config.min_lr_ratio))

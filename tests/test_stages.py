@@ -2,16 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.project import ROOT, one_line
+from lm.config import read_section
+from lm.text import DataConfig, split_documents
+from lm.tokenizer import train_bpe
+from tests.project import ROOT, one_line, wait_for
+from tests.test_baselines import by_hand
 
 OUTPUTS = (
     "models/model/model.safetensors",
@@ -45,10 +54,10 @@ def test_training_tells_what_it_does_in_order(prepared):
     assert result.stderr == ""
     lines = result.stdout.strip().split("\n")
     assert lines[0].startswith("Device: cpu (1 threads")
-    assert lines[1].startswith("Loaded dataset with ")
-    assert lines[1].endswith(" tokens")
-    assert lines[2].startswith("Model has ")
-    assert lines[2].endswith(" parameters")
+    tokens = json.loads(prepared.read("data/tokens/tokens.json"))["train"]["tokens"]
+    assert lines[1] == f"Loaded dataset with {tokens:,} tokens"
+    parameters = json.loads(prepared.read("metrics/train.json"))["parameters"]
+    assert lines[2] == f"Model has {parameters:,} parameters"
     for words in ("step  5/20", "loss ", "average ", "lr ", "grad norm ", "tokens/s", "ETA "):
         assert words in lines[3]
     assert lines[5].startswith("step 10: validation loss ")
@@ -72,67 +81,103 @@ def test_settings_are_overridden_from_the_command_line(prepared):
     assert "lr 1.00e-04" in result.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(prepared, number, code):
+@pytest.fixture
+def long_run(prepared):
+    """A project whose run is long enough to be caught, and its outputs when left alone."""
+    prepared.set("train.max_steps", 300)
     prepared.prepare("train")
-    straight = outputs(prepared)
-    prepared.set("train.max_steps", 2000)  # long enough to be caught
-    process = prepared.start("python", "-m", "stages.train")
-    while "step " not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
+    return prepared, outputs(prepared)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(long_run, number, code):
+    project, straight = long_run
+    process = project.train_until("step  40/")
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code
     assert error.startswith("error: stopped, saved at step ")
-    assert len(resume_directories(prepared)) == 1
-    prepared.set("train.max_steps", 20)
-    prepared.prepare("train")  # another run: must not touch the first one's state
-    assert outputs(prepared) == straight
-    assert len(resume_directories(prepared)) == 1
-
-
-def test_a_killed_run_resumes_and_ends_in_the_same_bytes(prepared):
-    prepared.set("train.max_steps", 150)
-    prepared.prepare("train")
-    straight = outputs(prepared)
-    process = prepared.start("python", "-m", "stages.train")
-    lines = []
-    while not lines or not lines[-1].startswith("step  40/"):
-        lines.append(process.stdout.readline())
-    process.kill()
-    process.communicate()
-    result = prepared.stage("train")
+    step = int(error.split("saved at step ")[1].split(";")[0])
+    result = project.stage("train")
     assert result.returncode == 0, result.stderr
-    resumed = [line for line in result.stdout.split("\n") if line.startswith("Resumed at step ")]
-    assert int(resumed[0].split()[-1]) >= 35  # at most one checkpoint interval is lost
-    assert outputs(prepared) == straight
+    assert f"Resumed at step {step}\n" in result.stdout  # not one step is lost
+    assert outputs(project) == straight
+    assert not resume_directories(project)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(prepared):
-    prepared.set("train.max_steps", 150)
-    prepared.prepare("train")
-    straight = outputs(prepared)
-    process = prepared.start("python", "-m", "stages.train")
-    while not process.stdout.readline().startswith("step  40/"):
-        pass
+def test_a_killed_run_goes_on_to_the_same_bytes(long_run):
+    project, straight = long_run
+    process = project.train_until("step  40/")
     process.kill()
     process.communicate()
-    newest = max(resume_directories(prepared)[0].glob("step-*.safetensors"))
+    result = project.stage("train")
+    assert result.returncode == 0, result.stderr
+    step = int(result.stdout.split("Resumed at step ")[1].split()[0])
+    assert step >= 35  # at most one checkpoint interval is lost
+    assert outputs(project) == straight
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(long_run):
+    project, straight = long_run
+    process = project.train_until("step  40/")
+    process.kill()
+    process.communicate()
+    newest = max(resume_directories(project)[0].glob("step-*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-100])
-    result = prepared.stage("train")
-    assert f"warning: {os.path.relpath(newest, prepared.folder)}: " in result.stdout
+    result = project.stage("train")
+    assert f"warning: {os.path.relpath(newest, project.folder)}: " in result.stdout
     assert "going on from the checkpoint before it" in result.stdout
-    assert outputs(prepared) == straight
+    assert "Resumed at step " in result.stdout
+    assert outputs(project) == straight
+
+
+def change_text(project):
+    file = project.folder / "text" / "00.txt"
+    file.write_text(file.read_text() + "one more line\n")
+    project.prepare("tokens")
+
+
+def change_code(project):
+    file = project.folder / "lm" / "model.py"
+    file.write_text(file.read_text() + "\n# a comment\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_text,
+        change_code,
+        lambda project: project.set("train.lr", 9e-3),
+        lambda project: project.set("model.dropout", 0.1),
+        lambda project: {"OMP_NUM_THREADS": "2"},
+    ],
+    ids=["text", "code", "lr", "dropout", "threads"],
+)
+def test_nothing_of_a_run_is_reused_after_a_change(prepared, change):
+    prepared.set("train.max_steps", 300)
+    process = prepared.train_until("step  40/")
+    process.kill()
+    process.communicate()
+    environment = change(prepared) or {}
+    after = prepared.train_until("step ", **environment)
+    assert len(resume_directories(prepared)) == 2
+    after.terminate()
+    out, _ = after.communicate(timeout=60)
+    assert "Resumed" not in out
+
+
+def test_a_change_of_runtime_goes_on(prepared):
+    prepared.set("train.max_steps", 300)
+    process = prepared.train_until("step  40/")
+    process.kill()
+    process.communicate()
+    prepared.train_until("Resumed at step ", "runtime.log_interval=1")
 
 
 def test_a_second_trainer_of_the_same_run_is_refused(prepared):
     prepared.set("train.max_steps", 5000)
-    first = prepared.start("python", "-m", "stages.train")
-    while "step " not in first.stdout.readline():
-        pass
+    first = prepared.train_until("step ")
     second = prepared.stage("train")
-    first.kill()
-    first.communicate()
     assert second.returncode == 75
     assert f"process {first.pid} is training this run" in one_line(second)
 
@@ -152,14 +197,101 @@ def test_a_run_is_continued_from_a_checkpoint_with_more_steps(prepared):
     result = prepared.run("python", "-m", "stages.train", *more)
     assert result.returncode == 0, result.stderr
     assert "Continuing models/checkpoints/last.safetensors from step 20" in result.stdout
+    assert "lr 1.00e-02" in result.stdout
     assert straight == (
         prepared.read("models/model/model.safetensors"),
         prepared.read("metrics/curves.csv"),
     )
-    other = (*more, "-S", "model.num_layers=1")
-    refused = prepared.run("python", "-m", "stages.train", *other)
-    assert refused.returncode == 2
-    assert "model.num_layers = 2 there, 1 here" in one_line(refused)
+    folder = prepared.folder / "models" / "checkpoints"
+
+    def refused(message, *overrides):
+        given = [word for override in overrides for word in ("-S", override)]
+        again = ("-S", "train.max_steps=40", *given)
+        result = prepared.run("python", "-m", "stages.train", "--resume-from", last, *again)
+        assert result.returncode == 2
+        assert message in one_line(result)
+
+    refused("model.num_layers = 2 there, 1 here", "model.num_layers=1")
+    data = (folder / "last.safetensors").read_bytes()
+    (folder / "last.safetensors").write_bytes(data[:-1])
+    refused("its manifest says")
+    (folder / "last.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refused("content differs from the hash in its manifest")
+    (folder / "last.safetensors").write_bytes(data)
+    manifest = (folder / "last.json").read_bytes()
+    (folder / "last.json").unlink()
+    refused("no manifest last.json beside it")
+    (folder / "last.json").write_bytes(manifest)
+    change_text(prepared)
+    refused("made with other tokens")
+    (folder / "last.safetensors").unlink()
+    refused("no such file")
+
+
+def test_a_continued_run_takes_the_settings_of_now(prepared):
+    prepared.prepare("train")
+    last = "models/checkpoints/last.safetensors"
+    changes = ("train.max_steps=25", "train.weight_decay=0.5", "train.beta2=0.5", "train.lr=1e-4",
+               "train.schedule=constant", "train.dtype=float16")  # fmt: skip
+    given = [word for change in changes for word in ("-S", change)]
+    result = prepared.run("python", "-m", "stages.train", "--resume-from", last, *given)
+    assert result.returncode == 0, result.stderr
+    with safe_open(prepared.folder / last, framework="pt") as file:
+        header = json.loads(file.metadata()["checkpoint"])
+    groups = header["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-4, 1e-4]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [group["betas"] for group in groups] == [[0.9, 0.5]] * 2
+
+
+def test_a_checkpoint_of_another_run_in_the_folder_is_not_resumed(prepared):
+    prepared.set("train.max_steps", 300)
+    folders = []
+    for seed in (1, 2):
+        prepared.set("train.seed", seed)
+        prepared.train_until("step  20/").kill()
+        prepared.processes[-1].wait()
+        (new,) = set(resume_directories(prepared)) - set(folders)
+        folders.append(new)
+    for file in folders[1].glob("step-*"):
+        file.unlink()
+    for file in folders[0].glob("step-*"):
+        shutil.copy(file, folders[1])
+    process = prepared.train_until("of another run: train differs")
+    wait_for(process, "step   5/")  # from the beginning
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_begins_anew(long_run):
+    project, straight = long_run
+    process = project.train_until("step  40/")
+    process.kill()
+    process.communicate()
+    best = resume_directories(project)[0] / "best.safetensors"
+    best.write_bytes(best.read_bytes()[:-1])
+    result = project.stage("train")
+    assert "best.safetensors: " in result.stdout
+    assert "Resumed" not in result.stdout
+    assert outputs(project) == straight
+
+
+def test_unfinished_runs_are_reported(prepared):
+    prepared.train_until("step ", "train.max_steps=5000").kill()
+    prepared.processes[-1].wait()
+    result = prepared.stage("train")
+    assert "1 other unfinished runs keep " in result.stdout
+
+
+def test_text_in_the_folder_of_the_corpus_stage_is_not_deleted(project):
+    project.set("data.packages", ["networkx==3.6.1"])
+    project.prepare("corpus")
+    project.set("data.packages", [])
+    project.prepare("corpus")
+    assert list((project.folder / "data" / "raw").iterdir()) == []  # what it wrote itself goes
+    (project.folder / "data" / "raw" / "mine.txt").write_text("precious")
+    result = project.stage("corpus")
+    assert result.returncode == 2
+    assert "data/raw/mine.txt: not written by this stage" in one_line(result)
+    assert project.read("data/raw/mine.txt") == b"precious"
 
 
 def test_early_stopping_keeps_the_best_model(prepared):
@@ -178,26 +310,33 @@ def test_early_stopping_keeps_the_best_model(prepared):
     assert not torch.equal(best["model.lm_head.weight"], last["model.lm_head.weight"])
 
 
-def test_divergence_exits_4_and_publishes_nothing(prepared):
+@pytest.mark.parametrize("max_steps", [1, 20])
+def test_divergence_exits_4_and_publishes_nothing(prepared, max_steps):
     result = prepared.stage("train", "train.lr=1e30", "train.max_grad_norm=null",
-                            "train.warmup_steps=0", "train.weight_decay=0")  # fmt: skip
+                            "train.warmup_steps=0", "train.weight_decay=0",
+                            f"train.max_steps={max_steps}")  # fmt: skip
     assert result.returncode == 4
-    assert "is nan at step" in one_line(result)
+    said = "validation loss is nan at step 1" if max_steps == 1 else "is nan at step 2"
+    assert said in one_line(result)
+    assert "last good checkpoint: no checkpoint yet" in one_line(result)
     assert not (prepared.folder / "models" / "model").exists()
+    assert not (prepared.folder / "models" / "checkpoints").exists()
+    assert not (prepared.folder / "metrics" / "train.json").exists()
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_a_compiled_run_is_exact_and_near_the_eager_one(prepared):
-    overrides = ("train.compile=true", "train.max_steps=6", "train.dtype=bfloat16")
-    eager = prepared.stage("train", *overrides[1:])
+    overrides = ("train.max_steps=6", "train.dtype=bfloat16")
+    assert prepared.stage("train", *overrides).returncode == 0
+    eager, runs = outputs(prepared), []
     losses = [json.loads(prepared.read("metrics/train.json"))["train_loss"]]
-    runs = []
     for _ in range(2):
-        result = prepared.stage("train", *overrides)
+        result = prepared.stage("train", *overrides, "train.compile=true")
         assert result.returncode == 0, result.stderr
         runs.append(outputs(prepared))
-        losses.append(json.loads(prepared.read("metrics/train.json"))["train_loss"])
-    assert eager.returncode == 0
+    losses.append(json.loads(prepared.read("metrics/train.json"))["train_loss"])
     assert runs[0] == runs[1]
+    assert runs[0] != eager  # it was compiled
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
 
 
@@ -208,14 +347,23 @@ def test_compiling_without_a_compiler_says_what_to_do(prepared):
     assert "no C++ compiler found; install g++ or set train.compile: false" in one_line(result)
 
 
-def test_evaluation_beats_nothing_it_did_not_learn_and_reports_it(prepared):
+def test_evaluation_reports_the_validation_split_beside_its_baselines(prepared):
+    prepared.set("train.eval_batches", 100_000)  # all of it
     prepared.prepare("train", "evaluate")
     metrics = json.loads(prepared.read("metrics/eval.json"))
-    tokens = json.loads(prepared.read("data/tokens/tokens.json"))["valid"]
-    assert metrics["tokens"] == tokens["tokens"] - 1
-    assert metrics["baseline_loss_nats"]["bigram"] < metrics["baseline_loss_nats"]["unigram"]
-    assert metrics["baseline_loss_nats"]["unigram"] < metrics["baseline_loss_nats"]["uniform"]
-    assert metrics["loss_nats"] < metrics["baseline_loss_nats"]["uniform"]
+    manifest = json.loads(prepared.read("data/tokens/tokens.json"))
+    train, valid = (
+        np.fromfile(prepared.folder / "data" / "tokens" / f"{split}.bin", "<u2").tolist()
+        for split in ("train", "valid")
+    )
+    assert metrics["tokens"] == manifest["valid"]["tokens"] - 1 == len(valid) - 1
+    during = json.loads(prepared.read("metrics/train.json"))["valid_loss"]
+    assert metrics["loss_nats"] == pytest.approx(during, rel=1e-6)
+    unigram, bigram = by_hand(train, valid, manifest["vocab_size"])
+    baselines = metrics["baseline_loss_nats"]
+    assert baselines["unigram"] == pytest.approx(unigram)
+    assert baselines["bigram"] == pytest.approx(bigram)
+    assert metrics["loss_nats"] < baselines["uniform"]
     summary = prepared.read("metrics/summary.md").decode()
     assert f"{metrics['loss_nats']:.4f}" in summary
     assert "models/model/" in summary
@@ -229,6 +377,17 @@ def test_evaluation_beats_nothing_it_did_not_learn_and_reports_it(prepared):
     assert generated.stdout.startswith("def ")
 
 
+def test_the_tokenizer_learns_from_the_training_split_alone(prepared):
+    config = read_section(DataConfig, prepared.params, "data")
+    config = replace(config, path=str(prepared.folder / "text"))
+    parts = {"train": [], "valid": []}
+    for split, document in split_documents(config, Counter()):
+        parts[split].append(document.text)
+    assert len(parts["valid"]) > 3
+    expected = train_bpe(parts["train"], 300).backend.to_str(pretty=True)
+    assert prepared.read("data/tokenizer/tokenizer.json").decode() == expected + "\n"
+
+
 BAD = [
     ("tokenizer", ["data.path=missing"], 2, "data.path = missing: no such file or folder"),
     ("train", ["train.lrr=1"], 2, "unknown key train.lrr (did you mean train.lr?)"),
@@ -238,15 +397,25 @@ BAD = [
     ("train", ["runtime.device=tpu"], 2, "must be one of auto, cpu, cuda, mps"),
     ("corpus", ["data.packages=[networkx==1.0]"], 3, "networkx==1.0 wanted, 3.6.1 installed"),
     ("evaluate", [], 2, "models/model/config.json: no such file"),
+    ("evaluate", ["evaluate.prompts=[]"], 2, "evaluate.prompts = []: must not be empty"),
+    ("train", ["evaluate.top_p=0.5"], 2, "reads the sections model, train, runtime alone"),
+    ("tokenizer", ["tokenizer.kind=file", "tokenizer.source=../x"], 2, "must be a file's name in"),
+    ("train", ["model.vocab_size=7"], 2, "unknown key model.vocab_size"),
     ("tokens", ["data.path=text/*.txt"], 2, "a pattern goes into data.glob"),
     ("tokens", ["data.path=models"], 2, "no file matches data.glob"),
     ("tokens", ["data.valid_fraction=0.0001"], 2, "the valid split has no documents"),
+    ("tokens", ["data.path=latin.txt"], 2, "latin.txt: byte 0xe9 at offset 3 is not UTF-8"),
+    ("tokens", ["data.path=empty.txt"], 2, "data.path = empty.txt: no text"),
+    ("tokens", ["data.path=bad.jsonl"], 2, "bad.jsonl:2: no field 'text' (has: body)"),
 ]
 
 
 def test_bad_input_is_one_line_an_exit_code_and_no_loss(prepared):
     made = ["data/tokenizer/tokenizer.json", "data/tokens/train.bin", "data/tokens/tokens.json"]
     before = [prepared.read(name) for name in made]
+    (prepared.folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (prepared.folder / "empty.txt").write_bytes(b" \n")
+    (prepared.folder / "bad.jsonl").write_bytes(b'{"text": "a"}\n{"body": "b"}\n')
     for stage, overrides, code, message in BAD:
         result = prepared.stage(stage, *overrides)
         assert result.returncode == code, (stage, overrides, result.stderr)
@@ -262,13 +431,35 @@ def test_an_absent_device_exits_3(prepared):
     assert "device cuda: not available" in one_line(result)
 
 
+def test_replacing_bad_bytes_is_counted_aloud(prepared):
+    (prepared.folder / "text" / "bad.txt").write_bytes("café".encode("latin-1"))
+    result = prepared.stage("tokens", "data.encoding_errors=replace")
+    assert result.returncode == 0, result.stderr
+    assert "replacement characters: 1\n" in result.stdout
+
+
+def test_one_file_is_split_at_its_tail(project):
+    lines = "".join(f"line {i} of the only file\n" for i in range(500))
+    (project.folder / "only.txt").write_text(lines)
+    project.set("data.path", "only.txt")
+    project.set("data.split", "tail")
+    project.prepare("tokenizer", "tokens", "train")
+    assert json.loads(project.read("data/tokens/tokens.json"))["valid"]["documents"] == 1
+
+
 def test_damaged_tokens_are_refused_by_name(prepared):
     file = prepared.folder / "data" / "tokens" / "train.bin"
-    file.write_bytes(file.read_bytes()[:-1])
-    result = prepared.stage("train")
-    assert result.returncode == 2
-    assert "data/tokens/train.bin: " in one_line(result)
-    assert "tokens.json says" in one_line(result)
+    data = file.read_bytes()
+    for damaged, message in (
+        (data[:-1], "tokens.json says"),
+        (data + b"\0", "tokens.json says"),
+        (data[:-1] + b"\7", "content differs from the hash in tokens.json"),
+    ):
+        file.write_bytes(damaged)
+        result = prepared.stage("train")
+        assert result.returncode == 2
+        assert "data/tokens/train.bin: " in one_line(result)
+        assert message in one_line(result)
 
 
 def test_another_tokenizer_than_the_tokens_is_refused(prepared):
@@ -300,14 +491,14 @@ def test_code_of_another_folder_is_refused(project):
     assert f"lm comes from {ROOT / 'lm'}, not from {project.folder}" in one_line(result)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
 def test_a_trainer_does_not_outlive_its_parent(prepared):
     prepared.set("train.max_steps", 100_000)
     parent = prepared.start(
         "sh", "-c", "python -m stages.train & echo $! && wait", DVC_ROOT=str(prepared.folder)
     )
     child = int(parent.stdout.readline())
-    while "step " not in parent.stdout.readline():
-        pass
+    wait_for(parent, "step ")
     parent.kill()
     for _ in range(100):
         state = Path(f"/proc/{child}/stat")

@@ -8,9 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm.config import load_params, read_section
 from lm.errors import EnvironmentFault, InputError
 from lm.packages import python_sources
-from lm.text import Document, documents, source_files, split_documents
+from lm.text import (
+    DataConfig,
+    Document,
+    _split_tail,
+    documents,
+    source_files,
+    split_documents,
+)
+from tests.project import SMOKE
 
 
 @pytest.fixture
@@ -76,7 +85,7 @@ def test_replaced_bytes_are_counted_on_request(folder):
     config = replace(config, encoding_errors="replace")
     got = [document.text for document in documents(config, tally)]
     assert got == ["good \ufffd\ufffd bad \ufffd \ufffd", "half \ufffd\ufffd\ufffd pair"]
-    assert tally == {"replaced_bytes": 6}
+    assert tally == {"replacement_characters": 6}
 
 
 BAD = [
@@ -89,7 +98,8 @@ BAD = [
     ("a.jsonl", b'{"text": "ok"}\n{"text": \n', "a.jsonl:2: not valid JSON"),
     ("a.jsonl", b'["text"]\n', "a.jsonl:1: not an object with a field 'text'"),
     ("a.jsonl", b'{"text": null}\n', "a.jsonl:1: field 'text' is not text"),
-    ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: byte 0xed at offset 1 is not UTF-8"),
+    ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: field 'text': byte 0xed at offset 1 is"),
+    ("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "a.jsonl:1: not valid JSON"),
     ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON"),
     ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: byte 0xff at offset 10 is not UTF-8"),
 ]  # fmt: skip
@@ -103,6 +113,26 @@ def test_bad_text_is_one_line_that_names_the_place(folder, name, data, message):
         texts(config)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_offsets_of_bad_bytes_count_from_the_start_of_the_file(folder, monkeypatch, chunk):
+    path, config = folder
+    monkeypatch.setattr("lm.text.CHUNK_BYTES", chunk)
+    (path / "a.txt").write_bytes("é".encode() * 500 + b"<|end|>ab\xff")
+    with pytest.raises(InputError, match=r"a.txt: byte 0xff at offset 1009 is not UTF-8"):
+        texts(replace(config, separator="<|end|>"))
+    (path / "a.txt").unlink()
+    (path / "a.jsonl").write_bytes(b'{"text": "first"}\n{"text": "\xff"}\n')
+    with pytest.raises(InputError, match=r"a.jsonl:2: byte 0xff at offset 28 is not UTF-8"):
+        texts(config)
+
+
+@pytest.mark.parametrize("glob", ["", "/etc/*"])
+def test_an_impossible_pattern_is_refused(folder, glob):
+    _, config = folder
+    with pytest.raises(InputError, match="data.glob = "):
+        texts(replace(config, glob=glob))
 
 
 def test_missing_sources_are_named(folder):
@@ -158,17 +188,21 @@ def test_tail_split_takes_the_last_bytes_at_a_line_break(folder):
     assert train.endswith("\n")
 
 
+@pytest.mark.parametrize(("fraction", "empty"), [(0.999999, "train"), (0.000001, "valid")])
+def test_a_split_without_documents_is_refused(folder, fraction, empty):
+    path, config = folder
+    (path / "a.txt").write_text("the only file")
+    with pytest.raises(InputError, match=f"the {empty} split has no documents.*data.split: tail"):
+        list(split_documents(replace(config, valid_fraction=fraction), Counter()))
+
+
 @given(st.text(min_size=1).filter(str.strip), st.floats(0.01, 0.99))
 def test_tail_split_loses_no_character(tmp_path_factory, text, fraction):
-    from lm.config import load_params, read_section
-    from lm.text import DataConfig
-    from tests.project import SMOKE
-
     file = tmp_path_factory.mktemp("tail") / "a.txt"
     file.write_bytes(text.encode())
     config = read_section(DataConfig, load_params(SMOKE), "data")
     config = replace(config, path=str(file), split="tail", valid_fraction=fraction)
-    got = list(split_documents(config, Counter()))
+    got = list(_split_tail(config, Counter()))
     assert "".join(document.text for _, document in got) == text
     assert [split for split, _ in got] in (["train"], ["valid"], ["train", "valid"])
 

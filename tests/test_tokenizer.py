@@ -184,6 +184,11 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, bpe):
     words.save(str(file))
     with pytest.raises(InputError, match="not byte-level"):
         open_tokenizer_json(file, "<|endoftext|>")
+    lower = tokenizers.Tokenizer.from_str(bpe.backend.to_str())
+    lower.normalizer = tokenizers.normalizers.Lowercase()
+    lower.save(str(file))
+    with pytest.raises(InputError, match="its normalizer Lowercase alters text"):
+        open_tokenizer_json(file, "<|endoftext|>")
     bpe.backend.save(str(file))
     with pytest.raises(InputError, match=r"no token '</s>'.*<\|endoftext\|>"):
         open_tokenizer_json(file, "</s>")

@@ -65,9 +65,13 @@ def test_batches_of_documents_change_no_byte(folder, tmp_path, monkeypatch):
             assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_an_empty_split_is_refused(tmp_path):
-    with pytest.raises(InputError, match="the valid split has no documents"):
-        write_tokens(tmp_path, DOCUMENTS[:1], byte_tokenizer(), "")
+def test_an_unfinished_folder_is_refused(tmp_path):
+    def broken():
+        yield DOCUMENTS[0]
+        raise InputError("the source broke off")
+
+    with pytest.raises(InputError, match="broke off"):
+        write_tokens(tmp_path, broken(), byte_tokenizer(), "")
     with pytest.raises(InputError, match=r"tokens.json: no such file"):
         open_tokens(tmp_path)
 
@@ -111,6 +115,10 @@ def test_foreign_and_future_folders_are_refused(folder):
     (folder / "tokens.json").write_text(json.dumps(manifest | {"format": 9}))
     with pytest.raises(InputError, match=r"newer version \(format 9, this one reads <= 1\)"):
         open_tokens(folder)
+    for content in ("{}", "[]", "3"):
+        (folder / "tokens.json").write_text(content)
+        with pytest.raises(InputError, match="not a token manifest"):
+            open_tokens(folder)
     (folder / "tokens.json").write_text('{"format": 1,')
     with pytest.raises(InputError, match="not valid JSON"):
         open_tokens(folder)
