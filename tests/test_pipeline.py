@@ -102,7 +102,8 @@ def test_experiments_are_compared_by_dvc(project):
     step = metrics["metrics/train.json"]["step"]
     assert (step["old"], step["new"]) == (20, 12)
     params = json.loads(dvc(project, "params", "diff", "--json"))
-    assert params["params.yaml"]["train.lr"] == {"old": 0.01, "new": 0.02}
+    lr = params["params.yaml"]["train.lr"]
+    assert (lr["old"], lr["new"]) == (0.01, 0.02)
     plots = json.loads(dvc(project, "plots", "diff", "--json"))["data"]
     loss = plots["loss"][0]["content"]["data"]["values"]
     assert {row["field"] for row in loss} == {"train_loss", "valid_loss"}
