@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -223,13 +224,13 @@ def verify(path: Path) -> None:
 class ResumeDirectory:
     """The checkpoints of one unfinished run, in a folder that only one process may use.
 
-    It lies outside of every DVC output, because DVC deletes those before it starts a stage.
+    It lies outside of every DVC output, because DVC deletes those before it starts a stage. A
+    checkpoint's extra["best"]["step"] names the best one that belongs to it, which stays as long.
     """
 
     def __init__(self, folder: Path, keep: int):
         """Lock the folder, making it first. Raises Busy if another process holds it."""
         self.folder, self.keep = folder, keep
-        self.best = folder / "best.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(folder / "lock", "a+")  # noqa: SIM115 - held until the process ends
         try:
@@ -255,15 +256,30 @@ class ResumeDirectory:
         save_checkpoint(model, optimizer, step, path, extra)
         commit(path)
         for old in self._newest_first()[self.keep :]:
-            old.with_suffix(".json").unlink(missing_ok=True)
-            old.unlink()
+            _discard(old)
+        self._drop_unneeded_bests(extra)
 
     def save_best(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
     ) -> None:
         """Write the checkpoint with the lowest validation loss so far."""
-        save_checkpoint(model, optimizer, step, self.best, extra)
-        commit(self.best)
+        save_checkpoint(model, optimizer, step, self.best(step), extra)
+        commit(self.best(step))
+        self._drop_unneeded_bests(extra)
+
+    def best(self, step: int) -> Path:
+        """Where the best checkpoint is, if it is of this step."""
+        return self.folder / f"best-{step:08d}.safetensors"
+
+    def _drop_unneeded_bests(self, newest: Extra) -> None:
+        """Delete the best checkpoints that neither a kept checkpoint nor the run's state names."""
+        extras = [newest]
+        for path in self._newest_first():
+            with suppress(InputError):  # a torn one needs nothing
+                extras.append(read_extra(path))
+        needed = {self.best(e["best"]["step"]) for e in extras if e["best"]["step"] is not None}
+        for path in set(self.folder.glob("best-*.safetensors")) - needed:
+            _discard(path)
 
     def intact(self) -> Iterator[tuple[Path, str | None]]:
         """The checkpoints, newest first, each with what is wrong with it, or None."""
@@ -284,6 +300,12 @@ class ResumeDirectory:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint; without its manifest, which goes first, it does not count."""
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink()
 
 
 def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None:

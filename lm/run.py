@@ -112,7 +112,7 @@ class Run:
                 return f"{path}: of another run: {part} differs"
         if extra["best"]["step"] is not None:
             try:
-                verify(self.directory.best)
+                verify(self.directory.best(extra["best"]["step"]))
             except InputError as error:
                 return str(error)
         return None
@@ -144,11 +144,11 @@ class Run:
         for group, ours in zip(self.state.optimizer.param_groups, settings, strict=True):
             group.update(ours)
         self.best["misses"] = 0
-        best = path.with_name(self.directory.best.name)
+        best = path.with_name("best.safetensors")  # as publish names it
         if best.exists() and read_extra(best)["iteration"] == self.best["step"]:
             verify(best)
-            shutil.copy(best, self.directory.best)
-            commit(self.directory.best)
+            shutil.copy(best, self.directory.best(self.best["step"]))
+            commit(self.directory.best(self.best["step"]))
         else:
             self.best = {"valid_loss": None, "step": None, "misses": 0}
         say(f"Continuing {path} from step {self.state.step}")
@@ -218,8 +218,9 @@ class Run:
         state, checkpoints = self.state, models / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
         last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
-        verify(self.directory.best)
-        shutil.copy(self.directory.best, best)
+        assert self.best["step"] is not None  # the last step is always validated
+        verify(self.directory.best(self.best["step"]))
+        shutil.copy(self.directory.best(self.best["step"]), best)
         commit(best)
         atomic_write(metrics / "curves.csv", self.history.to_csv())
         write_json(
@@ -267,8 +268,15 @@ def _report_others(folder: Path) -> None:
     """Say how much unfinished runs with other settings, data or code keep on disk."""
     others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir()]
     if others:
-        size = sum(file.stat().st_size for path in others for file in path.glob("*"))
+        size = sum(_size_bytes(file) for path in others for file in path.glob("*"))
         say(f"{len(others)} other unfinished runs keep {size / 1e6:.0f} MB in {folder.parent}")
+
+
+def _size_bytes(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # that run has just finished
+        return 0
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:

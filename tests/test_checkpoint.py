@@ -197,7 +197,7 @@ def test_resume_directory_keeps_the_newest_and_skips_damage(model, train_config,
     optimizer = OPTIMIZERS["adamw"](model, train_config)
     directory = ResumeDirectory(tmp_path / "run", keep=2)
     for step in (5, 10, 15):
-        directory.save(model, optimizer, step, {})
+        directory.save(model, optimizer, step, {"best": {"step": None}})
     names = [path.name for path, _ in directory.intact()]
     assert names == ["step-00000015.safetensors", "step-00000010.safetensors"]
     newest = tmp_path / "run" / names[0]
@@ -214,6 +214,24 @@ def test_resume_directory_keeps_the_newest_and_skips_damage(model, train_config,
     directory.remove()
     directory.unlock()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_best_checkpoint_stays_while_a_checkpoint_names_it(model, train_config, tmp_path):
+    """A kill between two files of the newest must leave the older ones complete."""
+    optimizer = OPTIMIZERS["adamw"](model, train_config)
+    directory = ResumeDirectory(tmp_path, keep=2)
+
+    def bests():
+        return [int(path.stem[5:]) for path in sorted(tmp_path.glob("best-*.safetensors"))]
+
+    seen = []
+    for step in range(1, 9):
+        directory.save_best(model, optimizer, step, {"best": {"step": step}})
+        if step % 3 == 0:
+            directory.save(model, optimizer, step, {"best": {"step": step}})
+        seen.append(bests())
+    assert seen == [[1], [2], [3], [3, 4], [3, 5], [3, 6], [3, 6, 7], [3, 6, 8]]
+    directory.unlock()
 
 
 def test_a_second_writer_is_refused_by_name(tmp_path):

@@ -266,10 +266,10 @@ def test_a_run_whose_best_checkpoint_is_damaged_begins_anew(long_run):
     process = project.train_until("step  40/")
     process.kill()
     process.communicate()
-    best = resume_directories(project)[0] / "best.safetensors"
-    best.write_bytes(best.read_bytes()[:-1])
+    for best in resume_directories(project)[0].glob("best-*.safetensors"):
+        best.write_bytes(best.read_bytes()[:-1])
     result = project.stage("train")
-    assert "best.safetensors: " in result.stdout
+    assert "/best-000000" in result.stdout
     assert "Resumed" not in result.stdout
     assert outputs(project) == straight
 
