@@ -75,7 +75,7 @@ def evaluate(
         flat, targets = logits.float().flatten(0, 1), to_device(y, device).flatten()
         losses = F.cross_entropy(flat, targets, reduction="none").view(y.shape)  # (B, T)
         new = np.arange(length) >= first_new[:, None]  # (B, T)
-        nats += np.where(new, losses.double().cpu().numpy(), 0).sum(axis=0)
+        nats += np.where(new, losses.cpu().double().numpy(), 0).sum(axis=0)
         counts += new.sum(axis=0)
         if byte_lengths is not None:
             n_bytes += int(byte_lengths[y[new]].sum())

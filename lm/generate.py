@@ -95,7 +95,7 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1).cpu()
-    probabilities = torch.softmax(logits.double().cpu() / temperature, dim=-1)
+    probabilities = torch.softmax(logits.cpu().double() / temperature, dim=-1)
     probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_k is not None:
         probabilities[:, top_k:] = 0

@@ -123,7 +123,7 @@ class Run:
         extra = read_extra(path)
         if "identity" not in extra:
             raise InputError(f"{path}: not saved by stage train; use lm.checkpoint.load_checkpoint")
-        for part in ("model", "tokens"):
+        for part in ("model", "tokenizer", "tokens"):
             ours, theirs = self.identity[part], extra["identity"][part]
             if ours != theirs:
                 difference = _difference(part, ours, theirs)

@@ -30,13 +30,16 @@ def train_stage(params: Params, arguments: argparse.Namespace) -> None:
     make_deterministic(device)
     say(f"Device: {describe(device)}")
     tokenizer = load_tokenizer(TOKENIZER)
-    tokens = open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json"))
+    tokenizer_sha256 = sha256_file(TOKENIZER / "tokenizer.json")
+    tokens = open_tokens(TOKENS, tokenizer_sha256)
     model_config = read_section(ModelConfig, params, "model", vocab_size=tokens.vocab_size)
-    tokens.valid.require(model_config.context_length)
+    for split in (tokens.train, tokens.valid):
+        split.require(model_config.context_length)
     say(f"Loaded dataset with {len(tokens.train.tokens):,} tokens")
     state = new_state(model_config, config, device)
     say(f"Model has {state.model.num_parameters():,} parameters")
     inputs = {
+        "tokenizer": tokenizer_sha256,
         "tokens": tokens.sha256,
         "code": imported_code(),
         "environment": environment(device),
