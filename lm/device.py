@@ -1,5 +1,6 @@
 """The machine: which device, in which precision, and how fast it can be."""
 
+import functools
 import os
 import resource
 import shutil
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -87,12 +89,32 @@ def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
 
 
 def compiled(function: Function, device: torch.device) -> Function:
-    """`function` by torch.compile. Raises EnvironmentFault where there is no compiler for it."""
+    """`function` by torch.compile. Raises EnvironmentFault, now or when called, where it fails."""
+    otherwise = "or set train.compile: false"
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise EnvironmentFault(
-            "train.compile = true: no C++ compiler found; install g++ or set train.compile: false"
+            f"train.compile = true: no C++ compiler found; install g++ {otherwise}"
         )
-    return torch.compile(function)  # type: ignore[return-value]
+    if device.type == "cpu" and " " in torch.__file__:
+        raise EnvironmentFault(  # it hands its own path to the linker without quotes
+            f"train.compile = true: torch.compile fails where torch's path has a space "
+            f"({Path(torch.__file__).parent}); move the project {otherwise}"
+        )
+    from torch._dynamo.exc import BackendCompilerFailed  # costs 1.5 s: only who compiles pays
+
+    fast = torch.compile(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return fast(*arguments)
+        except BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            raise EnvironmentFault(
+                f"train.compile = true: {reason}; mend the compiler {otherwise}"
+            ) from error
+
+    return call  # type: ignore[return-value]
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
