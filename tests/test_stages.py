@@ -117,6 +117,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(long_run):
     assert outputs(project) == straight
 
 
+def test_the_loss_scale_of_float16_is_resumed_too(prepared):
+    prepared.set("train.max_steps", 300)
+    prepared.set("train.dtype", "float16")
+    prepared.prepare("train")
+    straight = outputs(prepared)  # the checkpoints hold the scaler's step counter
+    prepared.train_until("step  40/").kill()
+    prepared.processes[-1].wait()
+    assert "Resumed at step " in prepared.stage("train").stdout
+    assert outputs(prepared) == straight
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(long_run):
     project, straight = long_run
     process = project.train_until("step  40/")
@@ -308,6 +319,12 @@ def test_early_stopping_keeps_the_best_model(prepared):
     last = load_file(prepared.folder / "models/checkpoints/last.safetensors")
     assert all(torch.equal(tensor, best[f"model.{key}"]) for key, tensor in model.items())
     assert not torch.equal(best["model.lm_head.weight"], last["model.lm_head.weight"])
+    given = [word for override in overrides for word in ("-S", override)]
+    checkpoint = ("--resume-from", "models/checkpoints/last.safetensors")
+    result = prepared.run("python", "-m", "stages.train", *checkpoint, *given)
+    assert result.returncode == 0, result.stderr
+    continued = json.loads(prepared.read("metrics/train.json"))
+    assert continued["step"] >= metrics["step"] + 2  # its patience begins anew
 
 
 @pytest.mark.parametrize("max_steps", [1, 20])
