@@ -102,7 +102,7 @@ def main() -> None:
         config = read_section(ModelConfig, params, "model", vocab_size=tokens.vocab_size)
         settings = replace(read_section(TrainConfig, params, "train"), max_steps=10**9)
         device = choose_device("cpu")
-        make_deterministic(device)
+        make_deterministic(device, settings.num_threads)
 
         def ours(**changes: object) -> Callable[[], object]:
             changed = replace(settings, **changes)  # type: ignore[arg-type]

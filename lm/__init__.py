@@ -4,7 +4,7 @@ Modules stand on floors and import only downwards (tests/test_house.py holds the
 
     run                                         the life of one training run
     train   evaluate   generate                 joins: data meets model
-    checkpoint                                  training state and models as files
+    checkpoint, and on it resume                training state and models as files
     model  optim  schedule  device  |  text  packages  tokenizer  tokens  baselines
             (torch, no files)       |            (bytes, no torch)
     errors  config  rng  files  history  console  signals  report

@@ -1,12 +1,20 @@
 """What can be predicted without a neural network: the losses that a model has to beat."""
 
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_TOKENS = 1 << 22
+
+
+@runtime_checkable
+class Sliced(Protocol):
+    """A sequence of ids, in memory or on disk."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: slice, /) -> NDArray[Any]: ...
 
 
 def uniform_loss_nats(vocab_size: int) -> float:
@@ -25,7 +33,7 @@ class Bigram:
     Only the pairs that occur are stored, as sorted keys h * V + w.
     """
 
-    def __init__(self, tokens: NDArray[Any], vocab_size: int):
+    def __init__(self, tokens: Sliced, vocab_size: int):
         self.vocab_size = vocab_size
         counts = np.zeros(vocab_size, dtype=np.int64)
         self.keys = np.empty(0, dtype=np.int64)
@@ -46,7 +54,7 @@ class Bigram:
         np.add.at(total, places, np.concatenate([self.pair_counts, counts]))
         self.keys, self.pair_counts = merged, total
 
-    def losses_nats(self, tokens: NDArray[Any]) -> tuple[float, float]:
+    def losses_nats(self, tokens: Sliced) -> tuple[float, float]:
         """Unigram and bigram loss, nats per token, of every token but the first."""
         unigram = bigram = 0.0
         for start in range(0, len(tokens) - 1, CHUNK_TOKENS):

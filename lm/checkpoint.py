@@ -3,17 +3,14 @@
 A checkpoint is one safetensors file: model and optimizer tensors, and everything else as JSON in
 its metadata; opening it runs no code. Beside it stands a manifest with its size and SHA-256:
 
-    step-00000500.safetensors   written first
-    step-00000500.json          its rename is the commit: without it there is no checkpoint
+    last.safetensors   written first
+    last.json          its rename is the commit: without it there is no checkpoint
 """
 
-import fcntl
+import hashlib
 import io
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lm.config import read_section
-from lm.errors import Busy, EnvironmentFault, InputError
-from lm.files import atomic_write, read_json, sha256_file, sync_directory, to_json, write_json
+from lm.errors import InputError
+from lm.files import read_json, sha256_file, sync_directory, write_json, writing
 from lm.model import ModelConfig, TransformerLM
 from lm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
+PROVENANCE = {"model", "train", "inputs", "code", "environment"}
 BinaryFile = io.BufferedIOBase | io.RawIOBase
 Extra = dict[str, Any]
 
@@ -45,6 +43,18 @@ def save_checkpoint(
 
     A path is replaced atomically. The bytes depend on nothing but what is saved.
     """
+    tensors, metadata = contents(model, optimizer, iteration, extra)
+    tensors = _unshared(tensors)
+    if isinstance(out, str | os.PathLike):
+        write_checkpoint(tensors, metadata, Path(out))
+    else:
+        out.write(safetensors.torch.save(tensors, metadata))
+
+
+def contents(
+    model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, extra: Extra | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a checkpoint holds: the live tensors by name, and everything else as metadata."""
     state = optimizer.state_dict()
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     values: dict[str, dict[str, Any]] = {}
@@ -61,12 +71,7 @@ def save_checkpoint(
         "extra": extra or {},
     }
     # one metadata key only: safetensors writes several in random order
-    metadata = {"checkpoint": json.dumps(header, sort_keys=True, default=float)}
-    tensors = _unshared(tensors)
-    if isinstance(out, str | os.PathLike):
-        _save_tensors(tensors, metadata, Path(out))
-    else:
-        out.write(safetensors.torch.save(tensors, metadata))
+    return tensors, {"checkpoint": json.dumps(header, sort_keys=True, default=float)}
 
 
 def load_checkpoint(
@@ -178,26 +183,28 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _save_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+def write_checkpoint(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Write tensors that share no memory to `path`, atomically.
+
+    Raises EnvironmentFault if they do not fit, or cannot be written for another reason.
+    """
     scratch = path.with_name(path.name + ".tmp")
-    try:
-        safetensors.torch.save_file(tensors, scratch, metadata)
-        with open(scratch, "rb") as file:
-            os.fsync(file.fileno())
-        scratch.chmod(0o666 & ~_umask())  # safetensors makes it readable by the owner alone
-        scratch.replace(path)
-    except BaseException as error:
-        scratch.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):  # the library's word for an OSError
-            raise EnvironmentFault(f"{path}: cannot be written ({error})") from None
-        raise
-    sync_directory(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with writing(path, sum(tensor.nbytes for tensor in tensors.values())):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.touch()
+            mode = scratch.stat().st_mode  # safetensors would make it readable by the owner alone
+            safetensors.torch.save_file(tensors, scratch, metadata)
+            with open(scratch, "rb") as file:
+                os.fsync(file.fileno())
+            scratch.chmod(mode)
+            scratch.replace(path)
+        except BaseException as error:
+            scratch.unlink(missing_ok=True)
+            if isinstance(error, SafetensorError):  # the library's word for an OSError
+                raise OSError(str(error).rpartition("I/O error: ")[2]) from None
+            raise
+        sync_directory(path.parent)
 
 
 def commit(path: Path) -> None:
@@ -213,6 +220,8 @@ def verify(path: Path) -> None:
     if not path.with_suffix(".json").is_file():
         raise InputError(f"{path}: no manifest {path.with_suffix('.json').name} beside it")
     manifest = read_json(path.with_suffix(".json"))
+    if not (isinstance(manifest, dict) and manifest.keys() >= {"size_bytes", "sha256"}):
+        raise InputError(f"{path.with_suffix('.json')}: not the manifest of a checkpoint")
     if path.stat().st_size != manifest["size_bytes"]:
         raise InputError(
             f"{path}: {path.stat().st_size} bytes, its manifest says {manifest['size_bytes']}"
@@ -221,98 +230,32 @@ def verify(path: Path) -> None:
         raise InputError(f"{path}: content differs from the hash in its manifest")
 
 
-class ResumeDirectory:
-    """The checkpoints of one unfinished run, in a folder that only one process may use.
-
-    It lies outside of every DVC output, because DVC deletes those before it starts a stage. A
-    checkpoint's extra["best"]["step"] names the best one that belongs to it, which stays as long.
-    """
-
-    def __init__(self, folder: Path, keep: int):
-        """Lock the folder, making it first. Raises Busy if another process holds it."""
-        self.folder, self.keep = folder, keep
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / "lock", "a+")  # noqa: SIM115 - held until the process ends
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            raise Busy(
-                f"{folder}: process {holder} is training this run; wait or stop it"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        for litter in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):  # ours and safetensors'
-            litter.unlink()
-
-    def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
-    ) -> None:
-        """Write the checkpoint of a step, then drop all but the newest `keep`."""
-        path = self.folder / f"step-{step:08d}.safetensors"
-        save_checkpoint(model, optimizer, step, path, extra)
-        commit(path)
-        for old in self._newest_first()[self.keep :]:
-            _discard(old)
-        self._drop_unneeded_bests(extra)
-
-    def save_best(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
-    ) -> None:
-        """Write the checkpoint with the lowest validation loss so far."""
-        save_checkpoint(model, optimizer, step, self.best(step), extra)
-        commit(self.best(step))
-        self._drop_unneeded_bests(extra)
-
-    def best(self, step: int) -> Path:
-        """Where the best checkpoint is, if it is of this step."""
-        return self.folder / f"best-{step:08d}.safetensors"
-
-    def _drop_unneeded_bests(self, newest: Extra) -> None:
-        """Delete the best checkpoints that neither a kept checkpoint nor the run's state names."""
-        extras = [newest]
-        for path in self._newest_first():
-            with suppress(InputError):  # a torn one needs nothing
-                extras.append(read_extra(path))
-        needed = {self.best(e["best"]["step"]) for e in extras if e["best"]["step"] is not None}
-        for path in set(self.folder.glob("best-*.safetensors")) - needed:
-            _discard(path)
-
-    def intact(self) -> Iterator[tuple[Path, str | None]]:
-        """The checkpoints, newest first, each with what is wrong with it, or None."""
-        for path in self._newest_first():
-            try:
-                verify(path)
-                yield path, None
-            except InputError as error:
-                yield path, str(error)
-
-    def remove(self) -> None:
-        """Delete the folder: the run is finished and its outputs are published."""
-        shutil.rmtree(self.folder)
-
-    def unlock(self) -> None:
-        """Let others use the folder."""
-        self._lock.close()
-
-    def _newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
-
-
-def _discard(path: Path) -> None:
-    """Delete a checkpoint; without its manifest, which goes first, it does not count."""
-    path.with_suffix(".json").unlink(missing_ok=True)
-    path.unlink()
+def weights_sha256(model: nn.Module) -> str:
+    """One hash of all weights, bit for bit, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights, configuration and tokenizer: all that using the model needs."""
     tokenizer.save(folder)
-    atomic_write(folder / "config.json", to_json(asdict(model.config)))
-    _save_tensors(_unshared(model.state_dict()), {"format": "pt"}, folder / "model.safetensors")
+    write_json(folder / "config.json", asdict(model.config))
+    weights = _unshared(model.state_dict())
+    write_checkpoint(weights, {"format": "pt"}, folder / "model.safetensors")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What a model was made of: settings, hashes of inputs and code, environment.
+
+    Raises InputError if the file is missing or something else.
+    """
+    provenance = read_json(folder / "provenance.json")
+    if not (isinstance(provenance, dict) and provenance.keys() >= PROVENANCE):
+        raise InputError(f"{folder / 'provenance.json'}: not a record of stage train; run it again")
+    return provenance
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:

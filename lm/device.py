@@ -2,13 +2,16 @@
 
 import functools
 import os
+import platform
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,13 +23,14 @@ from lm.errors import EnvironmentFault
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 # variables that make the CPU libraries choose other instructions
-_INSTRUCTION_SWITCHES = (
+_SWITCHES = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
     "ONEDNN_MAX_CPU_ISA",
 )
+_COMPILERS = ("c++", "g++", "clang++")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -66,14 +70,55 @@ def describe(device: torch.device) -> str:
     return device.type
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device, compiles: bool) -> dict[str, str]:
     """What decides, beside code, settings and data, which bits a computation gives."""
-    switches = {name: os.environ[name] for name in _INSTRUCTION_SWITCHES if name in os.environ}
-    return {"torch": torch.__version__, "device": describe(device), **switches}
+    found = {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": torch.__version__,
+        **{package: version(package) for package in ("numpy", "safetensors", "tokenizers")},
+        "device": describe(device),
+        "processor": _processor(),
+    }
+    if device.type == "cuda":
+        found["cuda"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    if compiles:
+        found["compiler"] = _compiler()
+    return found | {name: os.environ[name] for name in _SWITCHES if name in os.environ}
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Make torch choose kernels that give the same bits every time, and fail where it has none."""
+def _processor() -> str:
+    """Maker and matrix instructions of the CPU: libraries choose their kernels by these."""
+    maker = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        maker = _field("/proc/cpuinfo", "vendor_id") or maker
+    cpu: Any = torch.cpu  # the checks are there, but not in the type stubs
+    extras = {"avx512_bf16": cpu._is_avx512_bf16_supported(), "amx": cpu._is_amx_tile_supported()}
+    return " ".join([maker, *(name for name, there in extras.items() if there)])
+
+
+def _field(file: str, name: str) -> str | None:
+    with open(file, encoding="utf-8") as lines:
+        return next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith(name)), None
+        )
+
+
+def _compiler() -> str:
+    """The C++ compiler that torch.compile uses on a CPU, by its own first line."""
+    found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if found is None:
+        return "none"
+    said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+    return said.partition("\n")[0]
+
+
+def make_deterministic(device: torch.device, num_threads: int | None) -> None:
+    """Make torch choose kernels that give the same bits every time, and fail where it has none.
+
+    On a CPU the number of threads decides how sums are cut into parts: null leaves it to torch.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
@@ -91,7 +136,7 @@ def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
 def compiled(function: Function, device: torch.device) -> Function:
     """`function` by torch.compile. Raises EnvironmentFault, now or when called, where it fails."""
     otherwise = "or set train.compile: false"
-    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
         raise EnvironmentFault(
             f"train.compile = true: no C++ compiler found; install g++ {otherwise}"
         )

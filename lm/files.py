@@ -3,31 +3,63 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lm.errors import InputError
+from lm.errors import EnvironmentFault, InputError
+
+_CHUNK_BYTES = 1 << 20
 
 
 def atomic_write(path: Path, chunks: bytes | Iterable[bytes]) -> None:
     """Write `path`, its folder too, so that a crash or a power cut leaves the old file or the new.
 
-    The data reach the disk under another name first; the rename publishes them.
+    The data reach the disk under another name first; the rename publishes them. Raises
+    EnvironmentFault if they do not fit, or cannot be written for another reason.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(scratch, "wb") as file:
+                for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+
+
+def atomic_copy(source: Path, target: Path) -> None:
+    """Copy a file as `atomic_write` writes one."""
+    with open(source, "rb") as file:
+        atomic_write(target, iter(lambda: file.read(_CHUNK_BYTES), b""))
+
+
+@contextmanager
+def writing(path: Path, size_bytes: int | None = None) -> Iterator[None]:
+    """Tell a write that fails in one line: which file, why, how much it needs and what is free."""
     try:
-        with open(scratch, "wb") as file:
-            for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{path}: {error.strerror or error}{_space(path.parent, size_bytes)}; what was "
+            "finished before is intact: mend it and run again"
+        ) from None
+
+
+def _space(folder: Path, size_bytes: int | None) -> str:
+    needed = "" if size_bytes is None else f"needs {size_bytes / 1e6:,.1f} MB, "
+    try:
+        return f" ({needed}{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder})"
+    except OSError:  # the folder itself could not be made
+        return ""
 
 
 def sync_directory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from typing import Any
 
 MAX_ROWS = 1000
@@ -13,7 +14,8 @@ class History:
     """One row per `interval` steps; when MAX_ROWS is reached, neighbours merge and it doubles.
 
     Losses and gradient norms are means over the row's steps, in nats and as L2 norms; the step,
-    the learning rate and the validation loss are the row's last. So the rows depend on the
+    the learning rate and the validation loss are the row's last. A skipped step counts in none of
+    the means. So the rows depend on the
     steps alone: not on the planned length, not on where a run was interrupted.
     """
 
@@ -25,9 +27,13 @@ class History:
 
     def add(self, record: dict[str, Any]) -> None:
         """Take in one step's record; keys beyond COLUMNS are left out."""
-        self._sum = _SMOOTHING * self._sum + record["train_loss"]
-        self._weight = _SMOOTHING * self._weight + 1
-        self.pending.append({key: record.get(key) for key in COLUMNS})
+        if "skipped" not in record:
+            self._sum = _SMOOTHING * self._sum + record["train_loss"]
+            self._weight = _SMOOTHING * self._weight + 1
+        row = {key: record.get(key) for key in COLUMNS}
+        if "skipped" in record:
+            row |= {"train_loss": None, "grad_norm": None}
+        self.pending.append(row)
         if len(self.pending) == self.interval:
             self.rows.append(_merge(self.pending))
             self.pending = []
@@ -39,7 +45,7 @@ class History:
     @property
     def average_loss(self) -> float:
         """Exponential moving average of the training loss, in nats; a true mean from the start."""
-        return self._sum / self._weight
+        return self._sum / self._weight if self._weight else math.nan
 
     def to_csv(self) -> bytes:
         """The rows as CSV; a row without a validation says nan, which plots leave out."""
@@ -69,9 +75,12 @@ def _cell(value: int | float | None) -> str:
 
 
 def _merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    valid = [row["valid_loss"] for row in rows if row["valid_loss"] is not None]
+    def known(column: str) -> list[Any]:
+        return [row[column] for row in rows if row[column] is not None]
+
+    losses, norms, valid = known("train_loss"), known("grad_norm"), known("valid_loss")
     return rows[-1] | {
-        "train_loss": sum(row["train_loss"] for row in rows) / len(rows),
-        "grad_norm": sum(row["grad_norm"] for row in rows) / len(rows),
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        "grad_norm": sum(norms) / len(norms) if norms else None,
         "valid_loss": valid[-1] if valid else None,
     }

@@ -1,15 +1,15 @@
 """One training run from its first step to its published files, killable at any point between.
 
 Run(...)  locks .../lm-resume/<fingerprint>/ and restores the newest intact checkpoint
-log       history, console, best checkpoint
-save      a checkpoint; a caught signal then ends the process
-publish   models and metrics appear, the resume directory goes
+log       history, console, whether a checkpoint is due
+save      a checkpoint, in the background; a caught signal then ends the process
+publish   models and metrics appear; the resume directory keeps the last state, because a kill
+          before DVC has recorded the outputs would otherwise lose the training
 """
 
 import copy
 import json
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -17,21 +17,14 @@ from typing import Any
 
 import torch
 
-from lm.checkpoint import (
-    ResumeDirectory,
-    commit,
-    load_checkpoint,
-    read_extra,
-    save_checkpoint,
-    save_model,
-    verify,
-)
+from lm.checkpoint import commit, load_checkpoint, read_extra, save_model, verify, weights_sha256
 from lm.config import RuntimeConfig
 from lm.console import Progress, duration, say
 from lm.device import performance
 from lm.errors import Diverged, InputError
-from lm.files import atomic_write, sha256_file, sha256_json, write_json
+from lm.files import atomic_copy, atomic_write, sha256_file, write_json
 from lm.history import History
+from lm.resume import ResumeDirectory, run_folder
 from lm.signals import CatchSignals
 from lm.tokenizer import Tokenizer
 from lm.train import Record, TrainConfig, TrainState
@@ -45,29 +38,31 @@ class Run:
         state: TrainState,
         config: TrainConfig,
         runtime: RuntimeConfig,
-        inputs: dict[str, Any],
+        made_of: dict[str, Any],
         unfinished: Path,
         resume_from: Path | None = None,
     ):
         """Lock the run's folder under `unfinished` and bring `state` to where the run was.
 
-        `inputs`, with the settings of model and training, is all that decides the result: only a
-        run that agrees in every part of it is resumed. Raises Busy if another process trains this
+        `made_of` (inputs, code, environment), with the settings of model and training, is all that
+        decides the result: it is recorded as the model's provenance, and only a run that agrees
+        in every part of it is resumed. It holds no clock, no path and no commit, or the outputs
+        would not reproduce. Raises Busy if another process trains this
         run, InputError for a checkpoint to continue that does not fit.
         """
         self.state, self.config, self.runtime = state, config, runtime
-        self.identity = {"model": asdict(state.model.config), "train": asdict(config), **inputs}
+        self.identity = {"model": asdict(state.model.config), "train": asdict(config), **made_of}
         if resume_from is not None:
             self._check_continuation(resume_from)
             self.identity["resume_from"] = sha256_file(resume_from)
-        folder = unfinished / sha256_json(self.identity)[:32]
+        folder = run_folder(unfinished, self.identity)
         self.directory = ResumeDirectory(folder, runtime.keep_checkpoints)
         _report_others(folder)
         self.history = History()
         self.best: dict[str, Any] = {"valid_loss": None, "step": None, "misses": 0}
         self.valid_loss: float | None = None
+        self.weights: dict[str, str] = {}  # their hash at each validation, by step
         self.step_seconds: list[float] = []
-        self.last_saved: int | None = None
         if not self._resume() and resume_from is not None:
             self._continue(resume_from)
         tokens = config.batch_size * state.model.config.context_length
@@ -88,8 +83,10 @@ class Run:
         self.directory.unlock()
         self.signals.__exit__(kind, error, traceback)
         if isinstance(error, Diverged):
-            good = "no checkpoint yet" if self.last_saved is None else f"step {self.last_saved}"
-            error.args = (f"{error}; last good checkpoint: {good}",)
+            good = [read_extra(path)["iteration"] for path, fault in self.directory.intact()
+                    if fault is None]  # fmt: skip
+            last = f"step {good[0]}" if good else "no checkpoint yet"
+            error.args = (f"{error}; last good checkpoint: {last}",)
 
     def _resume(self) -> bool:
         """Restore the newest checkpoint of this very run that is intact; False if there is none."""
@@ -99,8 +96,8 @@ class Run:
                 say(f"warning: {fault}; going on from the checkpoint before it")
                 continue
             self._restore(path)
-            self.last_saved = self.state.step
-            say(f"Resumed at step {self.state.step}")
+            finished = f"; it is finished: delete {path.parent} to train anew"
+            say(f"Resumed at step {self.state.step}{finished if self.finished else ''}")
             return True
         return False
 
@@ -112,7 +109,7 @@ class Run:
                 return f"{path}: of another run: {part} differs"
         if extra["best"]["step"] is not None:
             try:
-                verify(self.directory.best(extra["best"]["step"]))
+                verify(self.directory.path(extra["best"]["step"]))
             except InputError as error:
                 return str(error)
         return None
@@ -123,11 +120,10 @@ class Run:
         extra = read_extra(path)
         if "identity" not in extra:
             raise InputError(f"{path}: not saved by stage train; use lm.checkpoint.load_checkpoint")
-        for part in ("model", "tokenizer", "tokens"):
-            ours, theirs = self.identity[part], extra["identity"][part]
+        for part in ("model", "inputs"):
+            ours, theirs = self.identity[part], extra["identity"].get(part, {})
             if ours != theirs:
-                difference = _difference(part, ours, theirs)
-                raise InputError(f"{path}: made with other {part}: {difference}")
+                raise InputError(f"{path}: made with another {_difference(part, ours, theirs)}")
         if extra["iteration"] >= self.config.max_steps:
             raise InputError(
                 f"{path}: is at step {extra['iteration']}, train.max_steps = "
@@ -147,8 +143,8 @@ class Run:
         best = path.with_name("best.safetensors")  # as publish names it
         if best.exists() and read_extra(best)["iteration"] == self.best["step"]:
             verify(best)
-            shutil.copy(best, self.directory.best(self.best["step"]))
-            commit(self.directory.best(self.best["step"]))
+            atomic_copy(best, self.directory.path(self.best["step"]))
+            commit(self.directory.path(self.best["step"]))
         else:
             self.best = {"valid_loss": None, "step": None, "misses": 0}
         say(f"Continuing {path} from step {self.state.step}")
@@ -160,6 +156,8 @@ class Run:
             self.state.scaler.load_state_dict(extra["scaler"])
         self.history = History.restore(extra["history"])
         self.best, self.valid_loss = extra["best"], extra["valid_loss"]
+        self.weights = extra["weights"]
+        self.state.skipped_steps, self.state.skipped_in_a_row = extra["skipped"]
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -168,6 +166,8 @@ class Run:
             "history": self.history.state(),
             "best": self.best,
             "valid_loss": self.valid_loss,
+            "weights": self.weights,
+            "skipped": [self.state.skipped_steps, self.state.skipped_in_a_row],
         }
 
     @property
@@ -186,6 +186,8 @@ class Run:
         self.history.add(record)
         self.step_seconds.append(record["step_s"])
         self.progress.show(record, self.history.average_loss)
+        if "skipped" in record:
+            say(f"warning: step {record['step']} skipped: {record['skipped']}")
         if "valid_loss" in record:
             self.valid_loss = record["valid_loss"]
             if not math.isfinite(self.valid_loss):
@@ -193,34 +195,41 @@ class Run:
                     f"validation loss is {self.valid_loss} at step {self.state.step}; "
                     "lower train.lr"
                 )
+            self.weights[str(self.state.step)] = weights_sha256(self.state.model)
             if self.best["valid_loss"] is None or self.valid_loss < self.best["valid_loss"]:
                 self.best = {"valid_loss": self.valid_loss, "step": self.state.step, "misses": 0}
-                self.directory.save_best(
-                    self.state.model, self.state.optimizer, self.state.step, self._extra()
-                )
             else:
                 self.best["misses"] += 1
+        self.directory.check()
 
-    def save_if_due(self) -> None:
-        """Write a checkpoint at its interval; on a signal write one and leave."""
-        if due(self.state.step, self.runtime.checkpoint_interval) or self.signals.caught:
-            self.directory.save(
-                self.state.model, self.state.optimizer, self.state.step, self._extra()
-            )
-            self.last_saved = self.state.step
+    @property
+    def save_due(self) -> bool:
+        """Whether this step must be saved: at the interval, a new best, the end, or a signal."""
+        step = self.state.step
+        at_interval = due(step, self.runtime.checkpoint_interval)
+        new_best = self.best["step"] == step
+        return at_interval or new_best or self.finished or self.signals.caught is not None
+
+    def save(self) -> None:
+        """Start writing a checkpoint; after a signal wait for it and leave."""
+        self.directory.save(self.state.model, self.state.optimizer, self.state.step, self._extra())
+        if self.signals.caught is not None:
+            self.directory.wait()
         self.signals.leave(f"stopped, saved at step {self.state.step}; run again to go on")
 
     def publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
-        """Write the outputs; only then delete what a resumed run would need.
+        """Write the outputs. models/model holds the last weights, or with early stopping the best.
 
-        models/model holds the last weights, or with early stopping the best.
+        It can be repeated: the resume directory still holds the state of the last step.
         """
+        self.directory.wait()
         state, checkpoints = self.state, models / "checkpoints"
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        average = self.history.average_loss
         last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
         assert self.best["step"] is not None  # the last step is always validated
-        verify(self.directory.best(self.best["step"]))
-        shutil.copy(self.directory.best(self.best["step"]), best)
+        for step in (self.best["step"], state.step):
+            verify(self.directory.path(step))
+        atomic_copy(self.directory.path(self.best["step"]), best)
         commit(best)
         atomic_write(metrics / "curves.csv", self.history.to_csv())
         write_json(
@@ -229,10 +238,11 @@ class Run:
                 "step": state.step,
                 "tokens": state.step * self.config.batch_size * state.model.config.context_length,
                 "parameters": state.model.num_parameters(),
-                "train_loss": self.history.average_loss,
+                "train_loss": average if math.isfinite(average) else None,
                 "valid_loss": self.valid_loss,
                 "best_valid_loss": self.best["valid_loss"],
                 "best_step": self.best["step"],
+                "skipped_steps": state.skipped_steps,
             },
         )
         chosen = state.model
@@ -240,12 +250,12 @@ class Run:
             chosen = copy.deepcopy(state.model)
             load_checkpoint(best, chosen)
         save_model(chosen, tokenizer, models / "model")
+        write_json(models / "model" / "provenance.json", self.identity)
         # at the end: a continued run that is killed before still finds what it continues
-        save_checkpoint(state.model, state.optimizer, state.step, last, self._extra())
+        atomic_copy(self.directory.path(state.step), last)
         commit(last)
-        self.directory.remove()
         say(
-            f"Final loss {self.history.average_loss:.4f}, validation {self.valid_loss:.4f}, "
+            f"Final loss {average:.4f}, validation {self.valid_loss:.4f}, "
             f"in {duration(self.progress.elapsed_s())}; model in {models / 'model'}, "
             f"checkpoints in {checkpoints}, curves in {metrics / 'curves.csv'}"
         )
@@ -269,7 +279,7 @@ def _report_others(folder: Path) -> None:
     others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir()]
     if others:
         size = sum(_size_bytes(file) for path in others for file in path.glob("*"))
-        say(f"{len(others)} other unfinished runs keep {size / 1e6:.0f} MB in {folder.parent}")
+        say(f"{len(others)} other runs keep {size / 1e6:.0f} MB in {folder.parent}")
 
 
 def _size_bytes(file: Path) -> int:
@@ -284,11 +294,9 @@ def _as_json(value: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(value)))
 
 
-def _difference(part: str, ours: Any, theirs: Any) -> str:
-    if not isinstance(ours, dict):
-        return f"sha256 {theirs} there, {ours} here"
+def _difference(part: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return ", ".join(
-        f"{part}.{key} = {theirs.get(key)} there, {value} here"
-        for key, value in ours.items()
-        if theirs.get(key) != value
+        f"{part}.{key} = {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted(ours.keys() | theirs.keys())
+        if theirs.get(key) != ours.get(key)
     )

@@ -8,6 +8,7 @@ a folder without it is not finished.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 
 from lm import rng
 from lm.errors import InputError
-from lm.files import read_json, sha256_file, write_json
+from lm.files import read_json, sha256_file, write_json, writing
 from lm.tokenizer import Tokenizer
 
 FORMAT = 1
 BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once: enough for all cores
 _MANIFEST_KEYS = {"format", "dtype", "vocab_size", "tokenizer_sha256", "train", "valid"}
+_REMEDY = "run `dvc repro tokens`"
 Sampling = Literal["random", "epochs"]
 
 
@@ -73,7 +75,8 @@ def write_tokens(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokens.json").unlink(missing_ok=True)
-    with open(folder / "train.bin", "wb") as train, open(folder / "valid.bin", "wb") as valid:
+    paths = folder / "train.bin", folder / "valid.bin"
+    with writing(paths[0]), open(paths[0], "wb") as train, open(paths[1], "wb") as valid:
         writers = {
             "train": _Writer(train, dtype, tokenizer),
             "valid": _Writer(valid, dtype, tokenizer),
@@ -106,12 +109,43 @@ def _batches(
     yield batch
 
 
+class TokenFile:
+    """A .bin file as a 1-D array of ids that stay on disk: len() and slices.
+
+    A slice is read, not mapped: from a mapped file that somebody truncates, the next access ends
+    the process with SIGBUS and no word. Copying a window costs no more than mapping it.
+    """
+
+    def __init__(self, file: Path, dtype: np.dtype[Any]):
+        self.file, self.dtype = file, dtype
+        self._descriptor = os.open(file, os.O_RDONLY)
+        self._length = os.fstat(self._descriptor).st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: slice) -> NDArray[Any]:
+        """The ids of a slice without a step. Raises InputError if the file has become shorter."""
+        start, stop, _ = place.indices(self._length)
+        ids = np.empty(max(0, stop - start), dtype=self.dtype)
+        view, offset = ids.data.cast("B"), start * self.dtype.itemsize
+        while view:  # one call reads at most 2 GiB
+            size = os.preadv(self._descriptor, [view], offset)
+            if size == 0:
+                raise InputError(f"{self.file}: became shorter while it was read; {_REMEDY}")
+            view, offset = view[size:], offset + size
+        return ids
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
 @dataclass(frozen=True)
 class Split:
     """The tokens of one split, on disk, and the batches dealt from them."""
 
     name: str
-    tokens: NDArray[Any]  # (n_tokens,), uint16 or uint32
+    tokens: NDArray[Any] | TokenFile  # (n_tokens,), uint16 or uint32
     n_bytes: int
 
     def require(self, context_length: int) -> None:
@@ -125,7 +159,14 @@ class Split:
     def batch(
         self, step: int, batch_size: int, context_length: int, seed: int, sampling: Sampling
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Batch number `step` (from 0): x and the targets y, both (batch_size, context_length).
+        """Batch number `step` (from 0): x and the targets y, both (batch_size, context_length)."""
+        starts = self.starts(step, batch_size, context_length, seed, sampling)
+        return windows(self.tokens, starts, context_length)
+
+    def starts(
+        self, step: int, batch_size: int, context_length: int, seed: int, sampling: Sampling
+    ) -> NDArray[np.int64]:
+        """The places of the first token of each window of a batch, (batch_size,).
 
         A pure function of (seed, step). "random": windows anywhere, drawn with replacement.
         "epochs": adjoining windows, each seen exactly once an epoch, in a new order each time.
@@ -133,19 +174,18 @@ class Split:
         self.require(context_length)
         if sampling == "random":
             key = rng.seed(seed, "batch", step)
-            starts = rng.random_integers(key, batch_size, len(self.tokens) - context_length)
-        else:
-            n_windows = (len(self.tokens) - 1) // context_length
-            epochs, places = np.divmod(step * batch_size + np.arange(batch_size), n_windows)
-            starts = np.empty(batch_size, dtype=np.int64)
-            for epoch in np.unique(epochs):
-                mine, key = epochs == epoch, rng.seed(seed, "epoch", int(epoch))
-                starts[mine] = rng.permuted(key, places[mine], n_windows) * context_length
-        return windows(self.tokens, starts, context_length)
+            return rng.random_integers(key, batch_size, len(self.tokens) - context_length)
+        n_windows = (len(self.tokens) - 1) // context_length
+        epochs, places = np.divmod(step * batch_size + np.arange(batch_size), n_windows)
+        starts = np.empty(batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            mine, key = epochs == epoch, rng.seed(seed, "epoch", int(epoch))
+            starts[mine] = rng.permuted(key, places[mine], n_windows) * context_length
+        return starts
 
 
 def windows(
-    tokens: NDArray[Any], starts: NDArray[np.int64], context_length: int
+    tokens: NDArray[Any] | TokenFile, starts: NDArray[np.int64], context_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The windows at `starts` (B,) as x (B, T), and as y (B, T) the same one token later."""
     rows = np.empty((len(starts), context_length + 1), dtype=np.int64)
@@ -165,7 +205,7 @@ class Tokens:
 
 
 def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
-    """Map the token files into memory after checking them against tokens.json.
+    """The token files, checked against tokens.json.
 
     Raises InputError if a file is missing, truncated, extended or edited, and if the tokens were
     made with another tokenizer than the one whose hash is given.
@@ -192,13 +232,12 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
     file, entry = folder / f"{name}.bin", manifest[name]
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     expected = entry["tokens"] * dtype.itemsize
-    remedy = "run `dvc repro tokens`"
     if not file.is_file():
-        raise InputError(f"{file}: no such file; {remedy}")
+        raise InputError(f"{file}: no such file; {_REMEDY}")
     if file.stat().st_size != expected:
         raise InputError(
-            f"{file}: {file.stat().st_size} bytes, tokens.json says {expected}; {remedy}"
+            f"{file}: {file.stat().st_size} bytes, tokens.json says {expected}; {_REMEDY}"
         )
     if sha256_file(file) != entry["sha256"]:
-        raise InputError(f"{file}: content differs from the hash in tokens.json; {remedy}")
-    return Split(name, np.memmap(file, dtype=dtype, mode="r"), entry["bytes"])
+        raise InputError(f"{file}: content differs from the hash in tokens.json; {_REMEDY}")
+    return Split(name, TokenFile(file, dtype), entry["bytes"])

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm import rng
-from lm.config import POSITIVE, SEED, Count
+from lm.config import POSITIVE, SEED, Bound, Count
 from lm.device import Dtype, autocast, compiled, to_device
 from lm.errors import Diverged, EnvironmentFault, InputError, is_out_of_memory
 from lm.model import ModelConfig, TransformerLM, cross_entropy
 from lm.optim import OPTIMIZERS, AdamW, OptimizerConfig, gradient_clipping
 from lm.schedule import ScheduleConfig, learning_rate_fraction
-from lm.tokens import Sampling, Split
+from lm.tokens import Sampling, Split, TokenFile
 
 Record = dict[str, Any]
+THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,14 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
     """The section `train`."""
 
     seed: Annotated[int, SEED]
+    num_threads: (
+        Annotated[int, THREADS] | None
+    )  # of a CPU; null: as many as torch takes, often one a core
     batch_size: Count  # windows per update
     micro_batch_size: Count | None  # windows per backward pass; null: all
     max_grad_norm: Annotated[float, POSITIVE] | None
+    on_nonfinite: Literal["stop", "skip"]  # a step whose loss or gradient norm is nan or infinite
+    max_skipped_steps: Count  # in a row, before "skip" stops too
     sampling: Sampling
     dtype: Dtype
     compile: bool
@@ -67,6 +73,8 @@ class TrainState:
     optimizer: AdamW
     scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
     step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 def new_state(model_config: ModelConfig, config: TrainConfig, device: torch.device) -> TrainState:
@@ -78,7 +86,7 @@ def new_state(model_config: ModelConfig, config: TrainConfig, device: torch.devi
 
 
 def get_batch(
-    dataset: NDArray[Any],
+    dataset: NDArray[Any] | TokenFile,
     batch_size: int,
     context_length: int,
     device: str | torch.device,
@@ -101,29 +109,52 @@ def get_batch(
 def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Record]:
     """Train up to config.max_steps, giving a record of each step after it.
 
-    The caller may evaluate, save or stop between two records; nothing here notices. Raises
-    Diverged before a step would use a loss or gradient norm that is not finite.
+    The caller may evaluate, save or stop between two records; nothing here notices. A step whose
+    loss or gradient norm is not finite raises Diverged, or is skipped: parameters and optimizer
+    stay as they are, and its record says why under "skipped".
     """
     device = next(state.model.parameters()).device
     loss_of = compiled(_loss, device) if config.compile else _loss
-    context_length = state.model.config.context_length
+    windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling
+    tokens_per_step = config.batch_size * state.model.config.context_length
     while state.step < config.max_steps:
         start = time.perf_counter()
         state.model.train()
-        x, y = get_batch(
-            split.tokens,
-            config.batch_size,
-            context_length,
-            device,
-            seed=config.seed,
-            step=state.step,
-            sampling=config.sampling,
-        )
-        record = train_step(state, x, y, config, loss_of)
+        x, y = (to_device(ids, device) for ids in split.batch(state.step, *windows))
+        try:
+            record = train_step(state, x, y, config, loss_of)
+            state.skipped_in_a_row = 0
+        except Diverged as error:
+            places = ", ".join(map(str, split.starts(state.step, *windows)[:8]))
+            where = f"windows at {split.name} tokens {places}{', ...' * (len(x) > 8)}"
+            record = _skip(state, config, f"{error}; {where}")
         yield record | {
-            "tokens": state.step * config.batch_size * context_length,
+            "tokens": state.step * tokens_per_step,
             "step_s": time.perf_counter() - start,
         }
+
+
+def _skip(state: TrainState, config: TrainConfig, reason: str) -> Record:
+    """Leave a step out, or raise Diverged if that is not wanted or does not help."""
+    remedy = "lower train.lr, raise train.warmup_steps or set train.dtype: float32"
+    if config.on_nonfinite == "stop":
+        raise Diverged(f"{reason}; parameters untouched; {remedy}")
+    if state.skipped_in_a_row == config.max_skipped_steps:
+        raise Diverged(
+            f"{reason}; the {config.max_skipped_steps} steps before were skipped already "
+            f"(train.max_skipped_steps); {remedy}"
+        )
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    return {
+        "step": state.step,
+        "train_loss": math.nan,
+        "learning_rate": learning_rate_fraction(state.step, config) * config.lr,
+        "grad_norm": math.nan,
+        "skipped": reason,
+    }
 
 
 def train_step(
@@ -133,23 +164,23 @@ def train_step(
     config: TrainConfig,
     loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
 ) -> Record:
-    """One update: schedule, forward, loss, backward, clip, step."""
+    """One update: schedule, forward, loss, backward, clip, step.
+
+    Raises Diverged, and changes neither parameters nor optimizer, if loss or norm is not finite.
+    """
     fraction = learning_rate_fraction(state.step + 1, config)
     for group in state.optimizer.param_groups:
         group["lr"] = fraction * group["initial_lr"]
-    loss, grad_norm = _backward(state, x, y, config, loss_of)
-    while state.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(grad_norm):
+    loss, grad_norm = _clipped_gradients(state, x, y, config, loss_of)
+    while math.isfinite(loss) and not math.isfinite(grad_norm) and state.scaler.get_scale() > 1:
         state.scaler.update()  # the scale was too large for float16: lower it, and again
-        if state.scaler.get_scale() < 1:
-            break
-        loss, grad_norm = _backward(state, x, y, config, loss_of)
+        loss, grad_norm = _clipped_gradients(state, x, y, config, loss_of)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        name = "gradient norm" if math.isfinite(loss) else "loss"
-        value = grad_norm if math.isfinite(loss) else loss
-        raise Diverged(
-            f"{name} is {value} at step {state.step + 1}; parameters untouched; "
-            "lower train.lr, raise train.warmup_steps or set train.dtype: float32"
-        )
+        state.scaler.update()
+        _backward(state, x, y, config, loss_of)  # clipping by nan has made nan of all
+        state.scaler.update()
+        name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+        raise Diverged(f"{name} is {value} at step {state.step + 1}; {_nonfinite(state)}")
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
@@ -161,7 +192,26 @@ def train_step(
     }
 
 
-def _backward(
+def _nonfinite(state: TrainState) -> str:
+    """Which parameters have gradients that are not finite, in words."""
+    groups = {
+        id(p): f"{i} (weight decay {group['weight_decay']})"
+        for i, group in enumerate(state.optimizer.param_groups)
+        for p in group["params"]
+    }
+    found = {
+        name: groups[id(p)]
+        for name, p in state.model.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all()
+    }
+    if not found:
+        return "every single gradient is finite"
+    where = f"in parameter group {', '.join(sorted(set(found.values())))}"
+    names = ", ".join(list(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return f"gradients not finite {where}: {names}"
+
+
+def _clipped_gradients(
     state: TrainState,
     x: Tensor,
     y: Tensor,
@@ -169,6 +219,19 @@ def _backward(
     loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
 ) -> tuple[float, float]:
     """Fill the clipped gradients of the whole batch; returns its loss in nats and their norm."""
+    loss = _backward(state, x, y, config, loss_of)
+    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
+    return loss.item(), gradient_clipping(state.model.parameters(), limit).item()
+
+
+def _backward(
+    state: TrainState,
+    x: Tensor,
+    y: Tensor,
+    config: TrainConfig,
+    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Fill the gradients of the whole batch, micro-batch by micro-batch; returns its loss."""
     state.optimizer.zero_grad(set_to_none=True)
     micro_batches = list(
         zip(x.split(config.windows_at_once), y.split(config.windows_at_once), strict=True)
@@ -191,9 +254,7 @@ def _backward(
             "or train.gradient_checkpointing: true"
         ) from None
     state.scaler.unscale_(state.optimizer)
-    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    grad_norm = gradient_clipping(state.model.parameters(), limit)
-    return total.item(), grad_norm.item()
+    return total
 
 
 def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -1,25 +1,23 @@
 """Stage corpus: the source code of data.packages, one .jsonl file each, and their manifest."""
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from lm.config import read_section
 from lm.console import say
 from lm.errors import InputError
 from lm.files import atomic_write, read_json, write_json
 from lm.packages import python_sources
 from lm.text import DataConfig
-from stages.run import Params, run
+from stages.run import Inputs, run
 
 RAW, MANIFEST = Path("data/raw"), Path("data/corpus.json")
 
 
-def corpus(params: Params, arguments: argparse.Namespace) -> None:
+def corpus(inputs: Inputs) -> None:
     """Write data/raw/*.jsonl and data/corpus.json."""
-    packages = read_section(DataConfig, params, "data").packages
+    packages = inputs.section(DataConfig, "data").packages
     _refuse_strangers()
     RAW.mkdir(parents=True, exist_ok=True)
     manifest: list[dict[str, Any]] = []
@@ -38,6 +36,7 @@ def corpus(params: Params, arguments: argparse.Namespace) -> None:
         }
         manifest.append(entry)
         say(f"{requirement}: {entry['files']} files, {entry['bytes']:,} bytes of source")
+    inputs.check()
     write_json(MANIFEST, manifest)
     for stale in {f.name for f in RAW.iterdir()} - {f"{e['package']}.jsonl" for e in manifest}:
         (RAW / stale).unlink()

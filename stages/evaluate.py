@@ -1,19 +1,19 @@
 """Stage evaluate: how good models/model/ is on the validation split, beside simple baselines."""
 
-import argparse
 from pathlib import Path
 
 from lm.baselines import Bigram, uniform_loss_nats
-from lm.checkpoint import load_model
-from lm.config import RuntimeConfig, read_section
+from lm.checkpoint import load_model, read_provenance
+from lm.config import RuntimeConfig
 from lm.console import say
 from lm.device import choose_device, make_deterministic
 from lm.evaluate import METRICS, EvaluateConfig, evaluate, loss_by_position
 from lm.files import atomic_write, sha256_file, write_json
 from lm.generate import complete
 from lm.report import samples, summary
+from lm.resume import remove_finished, run_folder
 from lm.tokens import open_tokens
-from stages.run import Params, run
+from stages.run import UNFINISHED, Inputs, run
 
 PLACES = {
     "Model": "models/model/         python -m lm.generate --prompt 'def '",
@@ -25,11 +25,14 @@ PLACES = {
 MODEL, TOKENS, RESULTS = Path("models/model"), Path("data/tokens"), Path("metrics")
 
 
-def evaluate_stage(params: Params, arguments: argparse.Namespace) -> None:
+def evaluate_stage(inputs: Inputs) -> None:
     """Write metrics/eval.json, loss_by_position.csv, samples.md and summary.md."""
-    config = read_section(EvaluateConfig, params, "evaluate")
-    device = choose_device(read_section(RuntimeConfig, params, "runtime").device)
-    make_deterministic(device)
+    config = inputs.section(EvaluateConfig, "evaluate")
+    inputs.watch(MODEL, TOKENS)
+    provenance = read_provenance(MODEL)
+    remove_finished(run_folder(UNFINISHED, provenance))  # by now DVC has recorded what it made
+    device = choose_device(inputs.section(RuntimeConfig, "runtime").device)
+    make_deterministic(device, provenance["train"].get("num_threads"))
     model, tokenizer = load_model(MODEL, device)
     tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"))
     sums = evaluate(
@@ -50,6 +53,7 @@ def evaluate_stage(params: Params, arguments: argparse.Namespace) -> None:
         for prompt in config.prompts
     ]
     curve = "".join(f"{position},{loss:.6f}\n" for position, loss in loss_by_position(sums))
+    inputs.check()
     write_json(RESULTS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
     atomic_write(RESULTS / "loss_by_position.csv", b"position,loss_nats\n" + curve.encode())
     atomic_write(RESULTS / "samples.md", samples(texts).encode())

@@ -1,4 +1,4 @@
-"""What every stage shares: its command line, its settings, and how it ends.
+"""What every stage shares: its command line, what it read, and how it ends.
 
 A stage is started as `python -m stages.NAME [-S section.key=value ...]`.
 """
@@ -6,21 +6,93 @@ A stage is started as `python -m stages.NAME [-S section.key=value ...]`.
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lm
-from lm.config import load_params
+from lm.config import load_params, read_section
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
 from lm.signals import end_with_parent
 
-Params = dict[str, dict[str, Any]]
+PARAMS = Path("params.yaml")
+# outside of every output, since DVC deletes those; DVC names the main project to its workspaces
+UNFINISHED = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp", "lm-resume")
+Config = TypeVar("Config")
+Item = TypeVar("Item")
+Signature = tuple[int, int, int, int]
+Listing = Callable[[], list[Path]]
+
+
+class Inputs:
+    """All that a stage reads: settings, code, files; each must stay as it was until the end.
+
+    DVC hashes dependencies after the stage: an input edited meanwhile would be recorded with
+    outputs that were made from the old one.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, sections: list[str]):
+        self.arguments, self.sections = arguments, sections
+        self.params = load_params(PARAMS, arguments.overrides)
+        self.code = _imported_code()
+        self.files: dict[Path, str] = {}  # SHA-256 by path
+        self._signatures: dict[Path, Signature] = {}
+        self._listings: list[tuple[Listing, list[Path]]] = []
+
+    def section(self, kind: type[Config], name: str, **derived: Any) -> Config:
+        """A section of params.yaml as its dataclass; see lm.config.read_section."""
+        return read_section(kind, self.params, name, str(PARAMS), **derived)
+
+    def watch(self, *paths: Path | Listing) -> None:
+        """Remember the content of files that are to be read: of a file, a folder, or a listing."""
+        for path in paths:
+            listing = path if callable(path) else partial(_files, path)
+            self._listings.append((listing, listing()))
+            for file in self._listings[-1][1]:
+                self._signatures[file] = _signature(file)
+                self.files[file] = sha256_file(file)
+
+    def check_files(self, again: bool = False) -> None:
+        """Raise InputError if a file has changed; `again` hashes even those that look untouched."""
+        for listing, before in self._listings:
+            for file in sorted(set(listing()) - set(before)):
+                raise self._changed(file)
+        for file, sha256 in self.files.items():
+            if not file.is_file():
+                raise self._changed(file)
+            signature = _signature(file)
+            if again or signature != self._signatures[file]:
+                if sha256_file(file) != sha256:
+                    raise self._changed(file)
+                self._signatures[file] = signature
+
+    def check(self) -> None:
+        """Raise InputError if anything that the stage read has changed since: before publishing."""
+        self.check_files(again=True)
+        for file, sha256 in self.code.items():
+            if not Path(file).is_file() or sha256_file(Path(file)) != sha256:
+                raise self._changed(file)
+        now = load_params(PARAMS, self.arguments.overrides)
+        for section in self.sections:
+            if section != "runtime" and now.get(section) != self.params[section]:
+                raise self._changed(f"{PARAMS}: section {section}")
+
+    def checked(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, and after the last one `check`."""
+        yield from items
+        self.check()
+
+    def _changed(self, what: Path | str) -> InputError:
+        return InputError(
+            f"{what} has changed since the stage read it; nothing is published, because DVC would "
+            "record the new one with results of the old; put it back or leave it so, and run again"
+        )
 
 
 def run(
-    stage: Callable[[Params, argparse.Namespace], None],
+    stage: Callable[[Inputs], None],
     sections: list[str],
     *extra_arguments: tuple[str, dict[str, Any]],
 ) -> None:
@@ -48,15 +120,26 @@ def run(
             )
         if "DVC_ROOT" in os.environ:
             end_with_parent()
-        params = load_params(Path("params.yaml"), arguments.overrides)
+        inputs = Inputs(arguments, sections)
         for override in arguments.overrides:
             if override.split(".")[0] not in sections:
                 known = ", ".join(sections)
                 raise InputError(f"-S {override}: this stage reads the sections {known} alone")
-        stage(params, arguments)
+        stage(inputs)
 
 
-def imported_code() -> dict[str, str]:
+def _files(path: Path) -> list[Path]:
+    """The file, or all files of the folder; none if it is missing, which its reader will tell."""
+    return sorted(file for file in (path, *path.rglob("*")) if file.is_file())
+
+
+def _signature(file: Path) -> Signature:
+    """What changes with the content, for sure: no program can set a file's ctime."""
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _imported_code() -> dict[str, str]:
     """The SHA-256 of every file of this project that is imported now, by relative path."""
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     ours = {Path(file) for file in files if file and Path(file).is_relative_to(Path.cwd())}

@@ -1,13 +1,12 @@
 """Stage tokenizer: data/tokenizer/tokenizer.json, learnt from the training split or taken over."""
 
-import argparse
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from lm.config import read_section
 from lm.console import say
-from lm.text import DataConfig, split_documents
+from lm.text import DataConfig, source_files, split_documents
 from lm.tokenizer import (
     TokenizerConfig,
     byte_tokenizer,
@@ -15,16 +14,17 @@ from lm.tokenizer import (
     open_tokenizer_json,
     train_bpe,
 )
-from stages.run import Params, run
+from stages.run import Inputs, run
 
 TOKENIZER, OWN_TOKENIZERS = Path("data/tokenizer"), Path("data/tokenizers")
 TIKTOKEN_SAMPLES = 200  # documents on which the converted encoding is compared
 
 
-def tokenizer(params: Params, arguments: argparse.Namespace) -> None:
+def tokenizer(inputs: Inputs) -> None:
     """Write data/tokenizer/."""
-    config = read_section(TokenizerConfig, params, "tokenizer")
-    data = read_section(DataConfig, params, "data")
+    config = inputs.section(TokenizerConfig, "tokenizer")
+    data = inputs.section(DataConfig, "data")
+    inputs.watch(OWN_TOKENIZERS, partial(source_files, data))
     texts = (
         document.text for split, document in split_documents(data, Counter()) if split == "train"
     )
@@ -38,6 +38,7 @@ def tokenizer(params: Params, arguments: argparse.Namespace) -> None:
         )
     else:
         result = open_tokenizer_json(OWN_TOKENIZERS / str(config.source), config.end_token)
+    inputs.check()
     result.save(TOKENIZER)
     say(f"Tokenizer ({config.kind}) with {result.vocab_size:,} tokens in {TOKENIZER}")
 

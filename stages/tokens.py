@@ -1,24 +1,25 @@
 """Stage tokens: the corpus as token ids, data/tokens/{train,valid}.bin with tokens.json."""
 
-import argparse
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-from lm.config import read_section
 from lm.console import say
 from lm.files import sha256_file
-from lm.text import DataConfig, split_documents
+from lm.text import DataConfig, source_files, split_documents
 from lm.tokenizer import load_tokenizer
 from lm.tokens import write_tokens
-from stages.run import Params, run
+from stages.run import Inputs, run
 
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
 
 
-def tokens(params: Params, arguments: argparse.Namespace) -> None:
+def tokens(inputs: Inputs) -> None:
     """Write data/tokens/."""
     tally: Counter[str] = Counter()
-    documents = split_documents(read_section(DataConfig, params, "data"), tally)
+    data = inputs.section(DataConfig, "data")
+    inputs.watch(TOKENIZER, partial(source_files, data))
+    documents = inputs.checked(split_documents(data, tally))  # the manifest comes after the last
     sha256 = sha256_file(TOKENIZER / "tokenizer.json")
     manifest = write_tokens(TOKENS, documents, load_tokenizer(TOKENIZER), sha256)
     for split in ("train", "valid"):

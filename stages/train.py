@@ -1,10 +1,8 @@
 """Stage train: the tokens to models/ and metrics/; goes on by itself where it was stopped."""
 
-import argparse
-import os
 from pathlib import Path
 
-from lm.config import RuntimeConfig, read_section
+from lm.config import RuntimeConfig
 from lm.console import say
 from lm.device import choose_device, describe, environment, make_deterministic
 from lm.evaluate import evaluate, loss_nats
@@ -14,44 +12,45 @@ from lm.run import Run, due
 from lm.tokenizer import load_tokenizer
 from lm.tokens import Split, open_tokens
 from lm.train import TrainConfig, new_state, train
-from stages.run import Params, imported_code, run
+from stages.run import UNFINISHED, Inputs, run
 
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
 MODELS, METRICS = Path("models"), Path("metrics")
-# outside of every output, since DVC deletes those; DVC names the main project to its workspaces
-UNFINISHED = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp", "lm-resume")
 
 
-def train_stage(params: Params, arguments: argparse.Namespace) -> None:
+def train_stage(inputs: Inputs) -> None:
     """Write models/model, models/checkpoints, metrics/{train.json,curves.csv,performance.json}."""
-    config = read_section(TrainConfig, params, "train")
-    runtime = read_section(RuntimeConfig, params, "runtime")
+    config = inputs.section(TrainConfig, "train")
+    runtime = inputs.section(RuntimeConfig, "runtime")
     device = choose_device(runtime.device)
-    make_deterministic(device)
+    make_deterministic(device, config.num_threads)
     say(f"Device: {describe(device)}")
+    inputs.watch(TOKENIZER, TOKENS)
     tokenizer = load_tokenizer(TOKENIZER)
-    tokenizer_sha256 = sha256_file(TOKENIZER / "tokenizer.json")
-    tokens = open_tokens(TOKENS, tokenizer_sha256)
-    model_config = read_section(ModelConfig, params, "model", vocab_size=tokens.vocab_size)
+    tokens = open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json"))
+    model_config = inputs.section(ModelConfig, "model", vocab_size=tokens.vocab_size)
     for split in (tokens.train, tokens.valid):
         split.require(model_config.context_length)
     say(f"Loaded dataset with {len(tokens.train.tokens):,} tokens")
     state = new_state(model_config, config, device)
     say(f"Model has {state.model.num_parameters():,} parameters")
-    inputs = {
-        "tokenizer": tokenizer_sha256,
-        "tokens": tokens.sha256,
-        "code": imported_code(),
-        "environment": environment(device),
+    made_of = {
+        "inputs": {file.as_posix(): sha256 for file, sha256 in inputs.files.items()},
+        "code": inputs.code,
+        "environment": environment(device, config.compile),
     }
-    with Run(state, config, runtime, inputs, UNFINISHED, arguments.resume_from) as this_run:
+    resume_from = inputs.arguments.resume_from
+    with Run(state, config, runtime, made_of, UNFINISHED, resume_from) as this_run:
         steps = train(state, tokens.train, config)
         while not this_run.finished:
             record = next(steps)
             if due(state.step, config.eval_interval) or state.step == config.max_steps:
                 record["valid_loss"] = validation_loss(state.model, tokens.valid, config)
             this_run.log(record)
-            this_run.save_if_due()
+            if this_run.save_due:
+                inputs.check_files()
+                this_run.save()
+        inputs.check()
         this_run.write_performance(device, METRICS)
         this_run.publish(tokenizer, MODELS, METRICS)
 

@@ -91,6 +91,10 @@ class Project:
             result = self.stage(stage)
             assert result.returncode == 0, result.stderr
 
+    def forget_runs(self) -> None:
+        """Delete what stage train would resume."""
+        shutil.rmtree(self.folder / ".dvc" / "tmp" / "lm-resume", ignore_errors=True)
+
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
 

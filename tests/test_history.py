@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 
 import pytest
 
@@ -73,3 +74,19 @@ def test_average_loss_is_a_weighted_mean_from_the_start():
     for loss in (4.0, 2.0):
         history.add(record(1) | {"train_loss": loss})
     assert history.average_loss == pytest.approx((0.95 * 4.0 + 2.0) / 1.95)
+
+
+def test_a_skipped_step_counts_in_no_mean():
+    history = History()
+    history.interval = 2
+    for step, loss in [(1, 2.0), (2, None), (3, None), (4, None)]:
+        record = {"step": step, "tokens": step, "learning_rate": 0.1}
+        if loss is None:
+            record |= {"train_loss": math.nan, "grad_norm": math.nan, "skipped": "why"}
+        else:
+            record |= {"train_loss": loss, "grad_norm": 1.0}
+        history.add(record)
+    assert history.average_loss == 2.0
+    assert history.to_csv().decode().split("\n")[1:3] == ["2,2,2,nan,0.1,1", "4,4,nan,nan,0.1,nan"]
+    assert History.restore(json.loads(json.dumps(history.state(), allow_nan=False))).rows
+    assert math.isnan(History().average_loss)

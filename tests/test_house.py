@@ -30,6 +30,7 @@ FLOORS = [
         "device",
     },
     {"checkpoint"},
+    {"resume"},
     {"train", "evaluate", "generate"},
     {"run"},
 ]

@@ -1,6 +1,7 @@
 """Token files: verified when opened; batches: pure functions of (seed, step)."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -29,10 +30,10 @@ def folder(tmp_path):
 def test_files_hold_the_documents_and_their_ends(folder):
     tokens = open_tokens(folder, "tokenizer-hash")
     assert (
-        bytes(tokens.train.tokens.astype(np.uint8))
+        bytes(tokens.train.tokens[:].astype(np.uint8))
         == "first text\xff".encode("latin-1") + "second\ntext é".encode() + b"\xff"
     )
-    assert bytes(tokens.valid.tokens.astype(np.uint8)) == b"held out\xff"
+    assert bytes(tokens.valid.tokens[:].astype(np.uint8)) == b"held out\xff"
     assert tokens.train.tokens.dtype == np.uint16
     assert tokens.train.n_bytes == 10 + 14
     assert tokens.valid.n_bytes == 8
@@ -53,7 +54,7 @@ def test_a_vocabulary_beyond_16_bits_takes_32(tmp_path):
     write_tokens(tmp_path, DOCUMENTS, tokenizer, "")
     tokens = open_tokens(tmp_path)
     assert tokens.train.tokens.dtype == np.uint32
-    assert tokens.train.tokens.max() == tokenizer.end_id > 65_535
+    assert tokens.train.tokens[:].max() == tokenizer.end_id > 65_535
 
 
 def test_batches_of_documents_change_no_byte(folder, tmp_path, monkeypatch):
@@ -181,3 +182,20 @@ def test_windows_are_the_tokens_at_their_starts():
     x, y = windows(SPLIT.tokens, np.array([10, 0]), 3)
     assert x.tolist() == [[10, 11, 12], [0, 1, 2]]
     assert y.tolist() == [[11, 12, 13], [1, 2, 3]]
+
+
+def test_a_file_on_disk_slices_like_an_array(folder):
+    on_disk = open_tokens(folder).train.tokens
+    array = np.memmap(folder / "train.bin", dtype="<u2", mode="r")
+    assert len(on_disk) == len(array)
+    for place in (slice(None), slice(3, 9), slice(20, 99), slice(9, 3), slice(-4, None)):
+        assert np.array_equal(on_disk[place], array[place])
+
+
+def test_a_file_that_becomes_shorter_is_an_error_and_no_bus_error(folder):
+    split = open_tokens(folder).train
+    split.batch(0, 2, 4, seed=0, sampling="random")
+    os.truncate(folder / "train.bin", 10)
+    assert len(split.tokens[0:5]) == 5
+    with pytest.raises(InputError, match=r"train.bin: became shorter while it was read; run `dvc"):
+        split.tokens[3:8]

@@ -122,11 +122,74 @@ def test_divergence_stops_before_the_parameters_change(model_config, train_confi
     with torch.no_grad():
         state.model.lm_head.weight[3, 3] = float("nan")
     before = weights(state)
-    with pytest.raises(Diverged, match=r"loss is nan at step 3; parameters untouched"):
+    with pytest.raises(Diverged, match=r"loss is nan at step 3; .* parameters untouched"):
         run(model_config, config, state=state)
     assert state.step == 2
     for key, tensor in weights(state).items():
         assert torch.equal(tensor.nan_to_num(), before[key].nan_to_num()), key
+
+
+def poisoned(state, step, value=float("nan")):
+    """Spoil the gradient of one matrix at one step, as a bad kernel would."""
+    matrix = state.model.layers[1].ffn.w1.weight
+    return matrix.register_hook(lambda g: g * value if state.step + 1 == step else g)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_divergence_names_the_parameters_and_the_batch(model_config, train_config, dtype):
+    config = replace(train_config, dtype=dtype)
+    state = new_state(model_config, config, CPU)
+    poisoned(state, 4)
+    with pytest.raises(Diverged) as caught:
+        run(model_config, config, state=state)
+    assert state.step == 3
+    starts = SPLIT.starts(3, 4, 16, config.seed, config.sampling)
+    for words in (
+        "gradient norm is nan at step 4",
+        "in parameter group 0 (weight decay 0.1): layers.1.ffn.w1.weight;",
+        f"windows at train tokens {', '.join(map(str, starts))};",
+    ):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_skipped_step_leaves_everything_but_the_count(model_config, train_config, dtype):
+    config = replace(train_config, dtype=dtype, on_nonfinite="skip", max_steps=6)
+    state = new_state(model_config, config, CPU)
+    poisoned(state, 4)
+    states = []
+    for record in train(state, SPLIT, config):
+        states.append((record, weights(state)))
+    assert [record["step"] for record, _ in states] == [1, 2, 3, 4, 5, 6]
+    assert ["skipped" in record for record, _ in states] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert (state.skipped_steps, state.skipped_in_a_row) == (1, 0)
+    for (_, before), (_, after), same in zip(
+        states, states[1:], [False, False, True, False, False], strict=False
+    ):
+        assert all(torch.equal(before[key], after[key]) for key in before) is same
+
+
+def test_a_run_without_bad_steps_is_the_same_with_skip(model_config, train_config):
+    stop, _ = run(model_config, train_config)
+    skip, _ = run(model_config, replace(train_config, on_nonfinite="skip"))
+    assert all(torch.equal(tensor, weights(skip)[key]) for key, tensor in weights(stop).items())
+
+
+def test_too_many_skipped_steps_in_a_row_stop(model_config, train_config):
+    config = replace(train_config, on_nonfinite="skip", max_skipped_steps=3)
+    state = new_state(model_config, config, CPU)
+    with torch.no_grad():
+        state.model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(Diverged, match=r"loss is nan at step 4; .*; the 3 steps before were skip"):
+        run(model_config, config, state=state)
+    assert state.step == 3
 
 
 def test_get_batch_shifts_by_one_and_draws_anew_without_a_seed():

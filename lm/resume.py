@@ -1,0 +1,152 @@
+"""The checkpoints of an unfinished run, kept whatever happens to the process that writes them.
+
+    step-00000500.safetensors   written by a thread, from a copy of the state in memory
+    step-00000500.json          its manifest: the rename of this file is the commit
+    lock                        held as long as a process trains this run
+
+The folder lies outside of every DVC output, because DVC deletes those before it starts a stage.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm.checkpoint import Extra, commit, contents, read_extra, verify, write_checkpoint
+from lm.errors import Busy, EnvironmentFault, InputError
+from lm.files import sha256_json
+
+
+class ResumeDirectory:
+    """The newest checkpoints of one run, and those that one of them calls the best so far.
+
+    A checkpoint's extra["best"]["step"] names the best one that belongs to it. Only one process
+    may use a folder at a time.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        """Lock the folder, making it first. Raises Busy if another process holds it."""
+        self.folder, self.keep = folder, keep
+        self._lock = _locked(folder)
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+        self._buffers: dict[str, Tensor] = {}
+        for litter in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):  # ours and safetensors'
+            litter.unlink()
+
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
+    ) -> None:
+        """Copy the state; a thread writes it, then drops what is no longer needed.
+
+        So a step waits for a copy in memory, not for the disk, unless the save before is still
+        being written. Raises EnvironmentFault if that one failed.
+        """
+        self.wait()
+        tensors, metadata = contents(model, optimizer, step, extra)
+        for name, tensor in tensors.items():
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                )
+            self._buffers[name].copy_(tensor)
+        buffers = {name: self._buffers[name] for name in tensors}
+        self._pending = self._writer.submit(self._write, step, buffers, metadata, extra)
+
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str], extra: Extra
+    ) -> None:
+        write_checkpoint(tensors, metadata, self.path(step))
+        commit(self.path(step))
+        kept = self._newest_first()[: self.keep]
+        needed = {self.path(step), *kept, *self._bests_of(kept, extra)}
+        for path in set(self._newest_first()) - needed:
+            _discard(path)
+
+    def _bests_of(self, paths: list[Path], newest: Extra) -> set[Path]:
+        extras = [newest]
+        for path in paths:
+            with suppress(InputError):  # a torn one needs nothing
+                extras.append(read_extra(path))
+        steps = {extra["best"]["step"] for extra in extras}
+        return {self.path(step) for step in steps if step is not None}
+
+    def check(self) -> None:
+        """Raise EnvironmentFault if the last save has failed; does not wait for it."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk. Raises EnvironmentFault if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"step-{step:08d}.safetensors"
+
+    def intact(self) -> Iterator[tuple[Path, str | None]]:
+        """The checkpoints, newest first, each with what is wrong with it, or None."""
+        for path in self._newest_first():
+            try:
+                verify(path)
+                yield path, None
+            except InputError as error:
+                yield path, str(error)
+
+    def remove(self) -> None:
+        """Delete the folder and let go of it."""
+        shutil.rmtree(self.folder)
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Finish a save in flight, whether or not it succeeds, and let others use the folder."""
+        with suppress(EnvironmentFault):
+            self.wait()
+        self._writer.shutdown()
+        self._lock.close()
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+
+
+def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:
+    """The folder of the run that is decided by `identity`: one for each."""
+    return unfinished / sha256_json(identity)[:32]
+
+
+def remove_finished(folder: Path) -> None:
+    """Delete a run's folder, its results being recorded elsewhere, unless a process uses it."""
+    if folder.is_dir():
+        with suppress(Busy):
+            ResumeDirectory(folder, keep=1).remove()
+
+
+def _locked(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "a+")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise Busy(f"{folder}: process {holder} is training this run; wait or stop it") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint; without its manifest, which goes first, it does not count."""
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink()

@@ -1,0 +1,168 @@
+"""The resume directory: written behind training's back, whole or absent, by one at a time."""
+
+import os
+import resource
+import threading
+import time
+
+import pytest
+import torch
+
+from lm.checkpoint import load_checkpoint, save_checkpoint, verify
+from lm.errors import Busy, EnvironmentFault, InputError
+from lm.optim import OPTIMIZERS
+from lm.resume import ResumeDirectory, remove_finished
+from tests.test_checkpoint import assert_same, trained
+
+
+def extra(best=None):
+    return {"best": {"step": best}}
+
+
+@pytest.fixture
+def trainee(model_config, train_config):
+    return trained(model_config, train_config)
+
+
+def steps(folder):
+    return [int(path.stem[5:]) for path in sorted(folder.glob("step-*.safetensors"))]
+
+
+def test_the_newest_are_kept_and_damage_is_named(trainee, tmp_path):
+    directory = ResumeDirectory(tmp_path / "run", keep=2)
+    for step in (5, 10, 15):
+        directory.save(*trainee, step, extra())
+    directory.wait()
+    names = [path.name for path, _ in directory.intact()]
+    assert names == ["step-00000015.safetensors", "step-00000010.safetensors"]
+    newest = tmp_path / "run" / names[0]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    (tmp_path / "run" / "step-00000020.safetensors").write_bytes(b"never committed")
+    faults = [fault for _, fault in directory.intact()]
+    assert "no manifest step-00000020.json beside it" in faults[0]
+    assert "its manifest says" in faults[1]
+    assert faults[2] is None
+    directory.unlock()
+    (tmp_path / "run" / ".tmpAbc").write_text("left by a kill")
+    directory = ResumeDirectory(tmp_path / "run", keep=2)
+    assert not (tmp_path / "run" / ".tmpAbc").exists()
+    directory.remove()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_best_checkpoint_stays_while_a_checkpoint_names_it(trainee, tmp_path):
+    """A kill between two files of the newest must leave the older ones complete."""
+    directory = ResumeDirectory(tmp_path, keep=2)
+    seen = []
+    for step, best in [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4), (7, 4)]:
+        directory.save(*trainee, step, extra(best))
+        directory.wait()
+        seen.append(steps(tmp_path))
+    assert seen == [[1], [1, 2], [1, 2, 3], [1, 3, 4], [4, 5], [4, 5, 6], [4, 6, 7]]
+    directory.unlock()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(trainee, tmp_path):
+    """The write hangs on a pipe that nobody reads yet; meanwhile the weights change."""
+    expected = tmp_path / "expected.safetensors"
+    save_checkpoint(*trainee, 5, expected, extra())
+    directory = ResumeDirectory(tmp_path / "run", keep=2)
+    manifest = tmp_path / "run" / "step-00000005.json.tmp"
+    os.mkfifo(manifest)
+    directory.save(*trainee, 5, extra())
+    with torch.no_grad():
+        for parameter in trainee[0].parameters():
+            parameter.add_(1.0)
+    time.sleep(0.3)
+    directory.check()
+    assert not (tmp_path / "run" / "step-00000005.json").exists()
+    reader = threading.Thread(target=manifest.read_bytes)
+    reader.start()
+    with pytest.raises(EnvironmentFault):  # a pipe cannot be synced: not taken for a success
+        directory.wait()
+    reader.join()
+    assert (tmp_path / "run" / "step-00000005.safetensors").read_bytes() == expected.read_bytes()
+    directory.unlock()
+
+
+def test_a_save_that_fails_is_told_at_the_next_step_and_the_one_before_stays(trainee, tmp_path):
+    """A file-size limit stands in for a full disk; the write fails half way."""
+    directory = ResumeDirectory(tmp_path, keep=2)
+    directory.save(*trainee, 5, extra())
+    directory.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        directory.save(*trainee, 10, extra())
+        with pytest.raises(EnvironmentFault, match="step-00000010.safetensors: File too large"):
+            wait_for_failure(directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(path.name, fault) for path, fault in directory.intact()] == [
+        ("step-00000005.safetensors", None)
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "lock",
+        "step-00000005.json",
+        "step-00000005.safetensors",
+    ]
+    directory.save(*trainee, 10, extra())  # space again: it goes on
+    directory.wait()
+    assert steps(tmp_path) == [5, 10]
+    directory.unlock()
+
+
+def wait_for_failure(directory):
+    while True:
+        directory.check()
+        time.sleep(0.01)
+
+
+def test_a_checkpoint_written_behind_restores_every_bit(
+    trainee, model_config, train_config, tmp_path
+):
+    directory = ResumeDirectory(tmp_path, keep=2)
+    for step in (5, 6):  # the second uses the buffers of the first
+        directory.save(*trainee, step, extra())
+    directory.unlock()
+    other = trained(model_config, train_config, steps=1, seed=1)
+    for step in (5, 6):
+        assert load_checkpoint(directory.path(step), *other) == step
+        assert_same(trainee, other)
+
+
+def test_any_flipped_bit_and_any_cut_is_found(model, train_config, tmp_path):
+    directory = ResumeDirectory(tmp_path, keep=2)
+    directory.save(model, OPTIMIZERS["adamw"](model, train_config), 5, extra())
+    directory.unlock()
+    path = directory.path(5)
+    for file in (path, path.with_suffix(".json")):
+        data = file.read_bytes()
+        places = {*range(0, len(data), max(1, len(data) // 50)), len(data) - 1}
+        for place in sorted(places):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << place % 8
+            for damaged in (bytes(flipped), data[:place]):
+                file.write_bytes(damaged)
+                if file == path or not_the_same_manifest(damaged, data):
+                    with pytest.raises(InputError, match=path.stem):
+                        verify(path)
+        file.write_bytes(data)
+        verify(path)
+
+
+def not_the_same_manifest(damaged, data):
+    """White space and the case of a hash may change without changing what a manifest says."""
+    return damaged.lower().split() != data.lower().split()
+
+
+def test_a_second_writer_is_refused_by_name(tmp_path):
+    directory = ResumeDirectory(tmp_path / "run", keep=2)
+    with pytest.raises(Busy, match=f"process {os.getpid()} is training this run"):
+        ResumeDirectory(tmp_path / "run", keep=2)
+    remove_finished(tmp_path / "run")
+    assert (tmp_path / "run").exists()  # somebody trains it: not to be removed
+    directory.unlock()
+    remove_finished(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    remove_finished(tmp_path / "run")
