@@ -65,9 +65,9 @@ class ResumeDirectory:
     ) -> None:
         write_checkpoint(tensors, metadata, self.path(step))
         commit(self.path(step))
-        kept = self._newest_first()[: self.keep]
+        kept = _newest_first(self.folder)[: self.keep]
         needed = {self.path(step), *kept, *self._bests_of(kept, extra)}
-        for path in set(self._newest_first()) - needed:
+        for path in set(_newest_first(self.folder)) - needed:
             _discard(path)
 
     def _bests_of(self, paths: list[Path], newest: Extra) -> set[Path]:
@@ -93,15 +93,6 @@ class ResumeDirectory:
         """Where the checkpoint of a step is."""
         return self.folder / f"step-{step:08d}.safetensors"
 
-    def intact(self) -> Iterator[tuple[Path, str | None]]:
-        """The checkpoints, newest first, each with what is wrong with it, or None."""
-        for path in self._newest_first():
-            try:
-                verify(path)
-                yield path, None
-            except InputError as error:
-                yield path, str(error)
-
     def remove(self) -> None:
         """Delete the folder and let go of it."""
         shutil.rmtree(self.folder)
@@ -114,8 +105,19 @@ class ResumeDirectory:
         self._writer.shutdown()
         self._lock.close()
 
-    def _newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+
+def kept_checkpoints(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """The checkpoints of a run, newest first, each with what is wrong with it, or None."""
+    for path in _newest_first(folder):
+        try:
+            verify(path)
+            yield path, None
+        except InputError as error:
+            yield path, str(error)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
 
 def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:

@@ -24,7 +24,7 @@ from lm.device import performance
 from lm.errors import Diverged, InputError
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
 from lm.history import History
-from lm.resume import ResumeDirectory, run_folder
+from lm.resume import ResumeDirectory, kept_checkpoints, run_folder
 from lm.signals import CatchSignals
 from lm.tokenizer import Tokenizer
 from lm.train import Record, TrainConfig, TrainState
@@ -83,14 +83,14 @@ class Run:
         self.directory.unlock()
         self.signals.__exit__(kind, error, traceback)
         if isinstance(error, Diverged):
-            good = [read_extra(path)["iteration"] for path, fault in self.directory.intact()
-                    if fault is None]  # fmt: skip
-            last = f"step {good[0]}" if good else "no checkpoint yet"
+            kept = kept_checkpoints(self.directory.folder)
+            good = next((read_extra(path)["iteration"] for path, fault in kept if not fault), None)
+            last = "no checkpoint yet" if good is None else f"step {good}"
             error.args = (f"{error}; last good checkpoint: {last}",)
 
     def _resume(self) -> bool:
         """Restore the newest checkpoint of this very run that is intact; False if there is none."""
-        for path, fault in self.directory.intact():
+        for path, fault in kept_checkpoints(self.directory.folder):
             fault = fault or self._fault(path)
             if fault is not None:
                 say(f"warning: {fault}; going on from the checkpoint before it")

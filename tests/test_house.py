@@ -32,7 +32,7 @@ FLOORS = [
     {"checkpoint"},
     {"resume"},
     {"train", "evaluate", "generate"},
-    {"run"},
+    {"run", "verify"},
 ]
 BYTES_SIDE = {"text", "packages", "tokenizer", "tokens", "baselines"}
 TORCH_SIDE = {"model", "optim", "schedule", "device"}

@@ -11,7 +11,7 @@ import torch
 from lm.checkpoint import load_checkpoint, save_checkpoint, verify
 from lm.errors import Busy, EnvironmentFault, InputError
 from lm.optim import OPTIMIZERS
-from lm.resume import ResumeDirectory, remove_finished
+from lm.resume import ResumeDirectory, kept_checkpoints, remove_finished
 from tests.test_checkpoint import assert_same, trained
 
 
@@ -33,12 +33,12 @@ def test_the_newest_are_kept_and_damage_is_named(trainee, tmp_path):
     for step in (5, 10, 15):
         directory.save(*trainee, step, extra())
     directory.wait()
-    names = [path.name for path, _ in directory.intact()]
+    names = [path.name for path, _ in kept_checkpoints(directory.folder)]
     assert names == ["step-00000015.safetensors", "step-00000010.safetensors"]
     newest = tmp_path / "run" / names[0]
     newest.write_bytes(newest.read_bytes()[:-1])
     (tmp_path / "run" / "step-00000020.safetensors").write_bytes(b"never committed")
-    faults = [fault for _, fault in directory.intact()]
+    faults = [fault for _, fault in kept_checkpoints(directory.folder)]
     assert "no manifest step-00000020.json beside it" in faults[0]
     assert "its manifest says" in faults[1]
     assert faults[2] is None
@@ -98,7 +98,7 @@ def test_a_save_that_fails_is_told_at_the_next_step_and_the_one_before_stays(tra
             wait_for_failure(directory)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [(path.name, fault) for path, fault in directory.intact()] == [
+    assert [(path.name, fault) for path, fault in kept_checkpoints(directory.folder)] == [
         ("step-00000005.safetensors", None)
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -1,0 +1,247 @@
+"""Are the results what dvc.lock says, and do they belong together?  python -m lm.verify
+
+DVC trusts size and modification time, so a byte that flipped on disk passes `dvc status`, and a
+damaged cache hands it out. Here every byte is hashed again, in the workspace and in the cache;
+then tokens, tokenizer, model and checkpoints are checked against each other and against the
+model's provenance. With --replay N, N steps are trained again and the weights compared.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from dvc.repo import Repo
+from safetensors.torch import load_file
+
+from lm.checkpoint import (
+    load_checkpoint,
+    load_model,
+    read_extra,
+    read_provenance,
+    verify,
+    weights_sha256,
+)
+from lm.config import parse_yaml, read_section
+from lm.console import say
+from lm.device import choose_device, environment, make_deterministic
+from lm.errors import EnvironmentFault, InputError, one_line_errors
+from lm.files import sha256_file
+from lm.model import ModelConfig
+from lm.resume import kept_checkpoints
+from lm.tokens import open_tokens
+from lm.train import TrainConfig, TrainState, new_state, train
+
+LOCK, UNFINISHED = Path("dvc.lock"), Path(".dvc/tmp/lm-resume")
+TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
+MODEL, LAST, BEST = (
+    Path("models/model"),
+    Path("models/checkpoints/last.safetensors"),
+    Path("models/checkpoints/best.safetensors"),
+)
+Fault = str
+
+
+def recorded_faults(lock: Path, repo: Repo) -> Iterator[Fault]:
+    """What differs from the hashes that DVC recorded, in the workspace or in its cache."""
+    content = parse_yaml(lock.read_text(encoding="utf-8"), str(lock))
+    if not (isinstance(content, dict) and isinstance(content.get("stages"), dict)):
+        raise InputError(f"{lock}: torn; `make heal` mends it")
+    outputs: set[str] = set()
+    for name, stage in content["stages"].items():
+        for entry in stage.get("outs", []):
+            outputs.add(entry["path"])
+            yield from _output_faults(Path(entry["path"]), entry["md5"], repo)
+        for entry in stage.get("deps", []):
+            path = Path(entry["path"])
+            if entry["path"] not in outputs and path.exists() and _hash(path, repo) != entry["md5"]:
+                yield f"{path}: differs from what stage {name} read; `dvc repro` runs it again"
+
+
+def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[Fault]:
+    cache = Path(repo.cache.local.path)
+    restore = f"`dvc checkout --force {path}` brings it back from the cache"
+    files = {path: md5}
+    listing = _cached(cache, md5)
+    if md5.endswith(".dir") and listing.is_file() and not any(_cache_faults(cache, md5)):
+        files = {path / item["relpath"]: item["md5"] for item in json.loads(listing.read_bytes())}
+        for file in sorted(set(filter(Path.is_file, path.rglob("*"))) - files.keys()):
+            yield f"{file}: not among the recorded files; {restore}"
+    for file, expected in files.items():
+        if not file.exists():
+            yield f"{file}: missing; {restore}"
+        elif (found := _hash(file, repo)) != expected:
+            yield f"{file}: md5 {found}, dvc.lock says {expected}; {restore}"
+        yield from _cache_faults(cache, expected)
+
+
+def _hash(path: Path, repo: Repo) -> str:
+    """The hash as DVC defines it: md5 of a file, or of the sorted list of a folder's files."""
+    if path.is_file():
+        return _md5(path)
+    files = map(Path, repo.dvcignore.find(repo.fs, str(path.absolute())))
+    entries = [
+        {"md5": _md5(f), "relpath": f.relative_to(path.absolute()).as_posix()} for f in files
+    ]
+    entries.sort(key=itemgetter("relpath"))
+    return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _cache_faults(cache: Path, md5: str) -> Iterator[Fault]:
+    file = _cached(cache, md5)
+    if file.is_file() and (found := _md5(file)) != md5.removesuffix(".dir"):
+        yield (
+            f"{file}: md5 {found} is not its name: the cache is damaged; delete the file, then "
+            "`dvc commit --force` if the workspace is right, else `dvc pull` or `dvc repro --force`"
+        )
+
+
+def _cached(cache: Path, md5: str) -> Path:
+    return cache / md5[:2] / md5[2:]
+
+
+def _md5(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "md5").hexdigest()
+
+
+def belonging_faults() -> Iterator[Fault]:
+    """What does not belong together among tokens, tokenizer, model, checkpoints and provenance."""
+    provenance = read_provenance(MODEL)
+    yield from _raised(lambda: open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json")))
+    yield from _raised(lambda: load_model(MODEL, torch.device("cpu")))
+    if sha256_file(MODEL / "tokenizer.json") != sha256_file(TOKENIZER / "tokenizer.json"):
+        yield f"{MODEL / 'tokenizer.json'}: differs from {TOKENIZER / 'tokenizer.json'}"
+    for part in ("inputs", "code"):
+        for name, sha256 in provenance[part].items():
+            if not Path(name).is_file() or sha256_file(Path(name)) != sha256:
+                yield f"{name}: not what the model was made with; `dvc repro` makes it again"
+    published = load_file(MODEL / "model.safetensors")
+    for path in (BEST, LAST):
+        if fault := next(_raised(lambda path=path: verify(path)), None):  # type: ignore[misc]
+            yield fault
+            continue
+        extra = read_extra(path)
+        if extra["identity"] != provenance:
+            yield f"{path}: of another run than {MODEL / 'provenance.json'} says"
+        tensors = load_file(path)
+        early = provenance["train"]["early_stopping"] is not None
+        if path == (BEST if early else LAST) and not all(
+            torch.equal(tensor, tensors[f"model.{name}"]) for name, tensor in published.items()
+        ):
+            yield f"{MODEL / 'model.safetensors'}: other weights than in {path}"
+
+
+def unfinished_faults(unfinished: Path) -> Iterator[Fault]:
+    """What is damaged among the checkpoints of unfinished runs."""
+    for folder in sorted(filter(Path.is_dir, unfinished.glob("*"))):
+        for _, fault in kept_checkpoints(folder):
+            if fault is not None:
+                yield f"{fault}; the run would go on from the checkpoint before it"
+
+
+def _raised(action: Callable[[], object]) -> Iterator[Fault]:
+    try:
+        action()
+    except InputError as error:
+        yield str(error)
+
+
+def replay(steps: int, device: torch.device) -> str:
+    """Train `steps` steps again and compare the weights with what was recorded, bit for bit.
+
+    From the best checkpoint if that many steps followed it, else from the untrained model.
+    Returns what was shown. Raises InputError if the weights differ or nothing can be compared,
+    EnvironmentFault if this machine computes otherwise than the one that trained.
+    """
+    verify(LAST)
+    recorded = read_extra(LAST)
+    identity = recorded["identity"]
+    config = read_section(TrainConfig, identity, "train", str(LAST))
+    make_deterministic(device, config.num_threads)
+    here = environment(device, config.compile)
+    if differing := sorted(
+        key
+        for key in here.keys() | identity["environment"].keys()
+        if here.get(key) != identity["environment"].get(key)
+    ):
+        there = {key: identity["environment"].get(key) for key in differing}
+        raise EnvironmentFault(
+            f"{LAST}: trained where {_words(there)}; here {_words({k: here.get(k) for k in there})}"
+            ": other bits are to be expected"
+        )
+    state = new_state(read_section(ModelConfig, identity, "model", str(LAST)), config, device)
+    start = _restore_start(state, steps, recorded)
+    known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
+    compared = [step for step in sorted(known) if start < step <= start + steps]
+    if not compared:
+        following = min(step for step in known if step > start)
+        raise InputError(
+            f"--replay {steps}: from step {start} the next recorded weights are of step "
+            f"{following}; use --replay {following - start}"
+        )
+    for _ in train(state, open_tokens(TOKENS).train, config):
+        if state.step in known and weights_sha256(state.model) != known[state.step]:
+            raise InputError(f"replay from step {start}: other weights at step {state.step}")
+        if state.step == start + steps:
+            break
+    return (
+        f"replayed steps {start + 1} to {state.step}: the weights at "
+        f"{', '.join(f'step {step}' for step in compared)} are the same, bit for bit"
+    )
+
+
+def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> int:
+    """Bring `state` to the newest point at least `steps` steps before the end; returns its step."""
+    verify(BEST)
+    best = read_extra(BEST)
+    last_step: int = recorded["iteration"]
+    if best["iteration"] + steps <= last_step and best["identity"] == recorded["identity"]:
+        state.step = load_checkpoint(BEST, state.model, state.optimizer)
+        if best["scaler"]:
+            state.scaler.load_state_dict(best["scaler"])
+    elif "resume_from" in recorded["identity"]:
+        raise InputError(f"{LAST}: continues another run, whose beginning is not kept")
+    elif steps > last_step:
+        raise InputError(f"--replay {steps}: the run had {last_step} steps")
+    return state.step
+
+
+def _words(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} is {value}" for name, value in values.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m lm.verify", description=__doc__)
+    parser.add_argument("--replay", type=int, metavar="N", help="train N steps again and compare")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    options = parser.parse_args(arguments)
+    with one_line_errors():
+        if options.replay is not None and options.replay < 1:
+            raise InputError("--replay: must be >= 1")
+        if not LOCK.is_file():
+            raise InputError(f"{LOCK}: no such file; run `make repro` in the project's root folder")
+        repo = Repo()
+        checks = {
+            "every output and dependency is as dvc.lock says": recorded_faults(LOCK, repo),
+            "tokens, tokenizer, model and checkpoints belong together": belonging_faults(),
+            "unfinished runs are undamaged": unfinished_faults(UNFINISHED),
+        }
+        count = 0
+        for claim, faults in checks.items():
+            found = list(dict.fromkeys(faults))  # one object of the cache can serve many files
+            say("\n".join([f"fault: {fault}" for fault in found] or [f"ok: {claim}"]))
+            count += len(found)
+        if count:
+            raise InputError(f"{count} fault{'s' * (count > 1)} found")
+        if options.replay is not None:
+            say(f"ok: {replay(options.replay, choose_device(options.device))}")
+
+
+if __name__ == "__main__":
+    main()

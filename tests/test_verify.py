@@ -1,0 +1,190 @@
+"""`python -m lm.verify`: what DVC's trust in sizes and times lets through is found and named."""
+
+import json
+import os
+import shutil
+from copy import deepcopy
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.project import Project, one_line
+from tests.test_pipeline import dvc, versioned
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A project whose pipeline has run."""
+    project = versioned(tmp_path_factory.mktemp("verify") / "project")
+    project.set("train.eval_interval", 8)
+    dvc(project, "repro")
+    yield project
+    project.close()
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    """A copy of it, to be damaged."""
+    shutil.copytree(finished.folder, tmp_path / "project", symlinks=True)
+    project = Project.__new__(Project)
+    project.folder, project.processes, project.params = (
+        tmp_path / "project",
+        [],
+        deepcopy(finished.params),
+    )
+    yield project
+    project.close()
+
+
+def verify(project, *arguments, code=0, **environment):
+    """Standard output of `python -m lm.verify`, and its one line on stderr."""
+    result = project.run("python", "-m", "lm.verify", *arguments, **environment)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout, one_line(result) if code else ""
+
+
+def flip(file, place=0.5):
+    """Flip one bit and leave size and times as they were, as a failing disk does."""
+    status, mode = file.stat(), file.stat().st_mode
+    data = bytearray(file.read_bytes())
+    data[int(len(data) * place)] ^= 4
+    file.chmod(0o644)
+    file.write_bytes(data)
+    file.chmod(mode)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (
+        status.st_size,
+        status.st_mtime_ns,
+    )
+
+
+def test_a_finished_pipeline_is_without_fault(project):
+    out, _ = verify(project)
+    assert out.count("ok: ") == 3
+    assert "fault" not in out
+
+
+def test_a_flipped_bit_in_the_workspace_is_found(project):
+    names = (
+        "models/model/model.safetensors",
+        "models/checkpoints/best.safetensors",
+        "data/tokens/train.bin",
+        "data/tokenizer/tokenizer.json",
+        "metrics/curves.csv",
+    )
+    for name in names:
+        flip(project.folder / name)
+    flip(project.folder / "text" / "07.txt")
+    out, error = verify(project, code=2)
+    for name in names:
+        assert f"fault: {name}: md5 " in out
+    assert "fault: text: differs from what stage tokenizer read" in out
+    assert error.endswith(" faults found")
+
+
+def test_a_flipped_bit_in_the_cache_is_found(project):
+    cache = project.folder / ".dvc" / "cache" / "files" / "md5"
+    objects = sorted(file for file in cache.rglob("*") if file.is_file())
+    listing = next(file for file in objects if file.suffix == ".dir")
+    damaged = [listing, max(objects, key=lambda f: f.stat().st_size)]
+    flip(damaged[1])
+    assert "up to date" in dvc(project, "status")  # DVC does not see it
+    flip(listing)
+    out, _ = verify(project, code=2)
+    for file in damaged:
+        assert f"fault: {file}: md5 " in out
+    assert out.count("the cache is damaged") == 2
+
+
+def test_missing_and_added_files_are_found(project):
+    (project.folder / "models" / "model" / "config.json").rename(
+        project.folder / "models" / "model" / "notes.txt"
+    )
+    out, _ = verify(project, code=2)
+    assert "fault: models/model/config.json: missing" in out
+    assert "fault: models/model/notes.txt: not among the recorded files" in out
+
+
+def test_what_does_not_belong_together_is_named(project):
+    """As after copying files about by hand: each is whole, and they do not fit."""
+    folder = project.folder / "models"
+    tensors = load_file(folder / "model" / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, folder / "model" / "model.safetensors")
+    tokenizer = (folder / "model" / "tokenizer.json").read_text()
+    (folder / "model" / "tokenizer.json").write_text(tokenizer + "\n")
+    provenance = json.loads((folder / "model" / "provenance.json").read_text())
+    provenance["train"]["lr"] = 1
+    (folder / "model" / "provenance.json").write_text(json.dumps(provenance))
+    code = (project.folder / "lm" / "optim.py").read_text()
+    (project.folder / "lm" / "optim.py").write_text(code + "# another\n")
+    out, _ = verify(project, code=2)
+    for words in (
+        "model.safetensors: other weights than in models/checkpoints/last.safetensors",
+        "models/model/tokenizer.json: differs from data/tokenizer/tokenizer.json",
+        "models/checkpoints/last.safetensors: of another run than models/model/provenance.json",
+        "lm/optim.py: differs from what stage train read",
+        "lm/optim.py: not what the model was made with",
+    ):
+        assert words in out, words
+
+
+def test_a_damaged_checkpoint_of_an_unfinished_run_is_named(project):
+    project.set("train.max_steps", 5000)
+    project.train_until("step   40/").kill()
+    project.processes[-1].wait()
+    (newest, *_) = sorted(
+        (project.folder / ".dvc" / "tmp" / "lm-resume").glob("*/step-*.safetensors"), reverse=True
+    )
+    flip(newest)
+    out, _ = verify(project, code=2)
+    assert f"fault: {newest.relative_to(project.folder)}: content differs" in out
+
+
+def test_replay_computes_the_same_weights_again(project):
+    one = {"OMP_NUM_THREADS": "1"}
+    last = project.folder / "models" / "checkpoints" / "last.safetensors"
+    with safe_open(last, framework="pt") as file:
+        extra = json.loads(file.metadata()["checkpoint"])["extra"]
+    assert sorted(map(int, extra["weights"])) == [8, 16, 20]
+    out, _ = verify(project, "--replay", "17", **one)
+    assert "ok: replayed steps 1 to 17: the weights at step 8, step 16 are the same" in out
+    _, error = verify(project, "--replay", "3", code=2)
+    assert "the next recorded weights are of step 8; use --replay 8" in error
+    _, error = verify(project, "--replay", "21", code=2)
+    assert "the run had 20 steps" in error
+    _, error = verify(project, "--replay", "8", code=3, OMP_NUM_THREADS="2")
+    assert "device is cpu (1 threads" in error
+    assert "here device is cpu (2 threads" in error
+
+
+def test_replay_goes_on_from_the_best_checkpoint(project):
+    changes = {"lr": 10.0, "muon_lr": 0.5, "warmup_steps": 0, "max_grad_norm": None,
+               "eval_interval": 4, "schedule": "constant"}  # fmt: skip
+    for key, value in changes.items():  # rates so high that the best is not the last
+        project.set(f"train.{key}", value)
+    dvc(project, "repro", "train")
+    best = json.loads(project.read("metrics/train.json"))["best_step"]
+    assert best < 20
+    out, _ = verify(project, "--replay", str(20 - best))
+    assert f"replayed steps {best + 1} to 20: the weights at step {best + 4}" in out
+
+
+def test_replay_finds_other_weights(project):
+    """A kernel that rounds otherwise, as it were: one line of the model's code."""
+    file = project.folder / "lm" / "verify.py"  # not among the code that made the model
+    file.write_text(
+        file.read_text().replace(
+            "    start = _restore_start(",
+            "    state.model.lm_head.weight.data[0, 0] += 1e-7\n    start = _restore_start(",
+        )
+    )
+    _, error = verify(project, "--replay", "8", code=2)
+    assert "replay from step 0: other weights at step 8" in error
+
+
+def test_without_a_lock_it_says_what_to_do(project):
+    (project.folder / "dvc.lock").unlink()
+    _, error = verify(project, code=2)
+    assert "dvc.lock: no such file; run `make repro`" in error
