@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lm.checkpoint import Extra, commit, contents, read_extra, verify, write_checkpoint
 from lm.errors import Busy, EnvironmentFault, InputError
-from lm.files import sha256_json
+from lm.files import sha256_json, writing
 
 
 class ResumeDirectory:
@@ -133,8 +133,9 @@ def remove_finished(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a+")  # noqa: SIM115 - held until the process ends
+    with writing(folder / "lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a+")  # noqa: SIM115 - held until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -142,9 +143,10 @@ def _locked(folder: Path) -> Any:
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise Busy(f"{folder}: process {holder} is training this run; wait or stop it") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    with writing(folder / "lock"):
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
     return lock
 
 

@@ -97,7 +97,7 @@ class Run:
                 continue
             self._restore(path)
             finished = f"; it is finished: delete {path.parent} to train anew"
-            say(f"Resumed at step {self.state.step}{finished if self.finished else ''}")
+            say(f"Resumed at step {self.state.step}{finished if self.finished() else ''}")
             return True
         return False
 
@@ -170,7 +170,6 @@ class Run:
             "skipped": [self.state.skipped_steps, self.state.skipped_in_a_row],
         }
 
-    @property
     def finished(self) -> bool:
         """Whether the last step is done or validation has stopped improving."""
         return self.state.step >= self.config.max_steps or self.stopped_early
@@ -208,7 +207,7 @@ class Run:
         step = self.state.step
         at_interval = due(step, self.runtime.checkpoint_interval)
         new_best = self.best["step"] == step
-        return at_interval or new_best or self.finished or self.signals.caught is not None
+        return at_interval or new_best or self.finished() or self.signals.caught is not None
 
     def save(self) -> None:
         """Start writing a checkpoint; after a signal wait for it and leave."""
@@ -262,11 +261,10 @@ class Run:
 
     def write_performance(self, device: torch.device, metrics: Path) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
-        if self.step_seconds:
-            tokens = self.config.batch_size * self.state.model.config.context_length
-            flops = self.state.model.flops_per_token()
-            speed = performance(device, self.config.dtype, self.step_seconds, tokens, flops)
-            write_json(metrics / "performance.json", speed)
+        tokens = self.config.batch_size * self.state.model.config.context_length
+        flops = self.state.model.flops_per_token()
+        speed = performance(device, self.config.dtype, self.step_seconds, tokens, flops)
+        write_json(metrics / "performance.json", speed)
 
 
 def due(step: int, interval: int) -> bool:

@@ -42,16 +42,17 @@ def train_stage(inputs: Inputs) -> None:
     resume_from = inputs.arguments.resume_from
     with Run(state, config, runtime, made_of, UNFINISHED, resume_from) as this_run:
         steps = train(state, tokens.train, config)
-        while not this_run.finished:
+        while not this_run.finished():
             record = next(steps)
             if due(state.step, config.eval_interval) or state.step == config.max_steps:
                 record["valid_loss"] = validation_loss(state.model, tokens.valid, config)
             this_run.log(record)
+            if this_run.finished():  # before the last save, or a kill could leave it half written
+                this_run.write_performance(device, METRICS)
             if this_run.save_due:
                 inputs.check_files()
                 this_run.save()
         inputs.check()
-        this_run.write_performance(device, METRICS)
         this_run.publish(tokenizer, MODELS, METRICS)
 
 

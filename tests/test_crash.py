@@ -1,0 +1,123 @@
+"""Struck at any write: what was finished stays whole, and running again ends in the same bytes."""
+
+import itertools
+import signal
+
+import pytest
+
+from tests.faults import WarmStages
+from tests.project import Project
+
+FOLDERS = ("models", "metrics", "data/tokenizer", "data/tokens")
+
+
+def files(project):
+    """Every output of the stages, and every file that does not belong there."""
+    found = {}
+    for folder in FOLDERS:
+        for file in sorted((project.folder / folder).rglob("*")):
+            name = file.relative_to(project.folder).as_posix()
+            if file.is_file() and file.name not in (".gitignore", "performance.json"):
+                found[name] = file.read_bytes()
+    return found
+
+
+def remove(project, names):
+    for name in names:
+        (project.folder / name).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A project, its warmed stages, and the outputs of each stage when nothing happens."""
+    project = Project(tmp_path_factory.mktemp("crash") / "project")
+    project.set("train.max_steps", 10)
+    project.set("train.eval_interval", 5)
+    project.set("evaluate.max_new_tokens", 1)
+    stages = WarmStages(project)
+    outputs = {}
+    for stage in ("tokenizer", "tokens", "train", "evaluate"):
+        before = files(project)
+        result = stages.run(stage)
+        assert result["status"] == 0, result["err"]
+        outputs[stage] = {k: v for k, v in files(project).items() if k not in before}
+    yield project, stages, outputs
+    stages.close()
+    project.close()
+
+
+def reset(project, stage, outputs):
+    """As DVC leaves a workspace before it runs a stage: its outputs are gone."""
+    remove(project, outputs[stage])
+    for litter in project.folder.rglob("*.tmp*"):
+        litter.unlink()
+    project.forget_runs()
+
+
+def assert_whole(project, outputs):
+    """Nothing under a final name is half written, except in folders that lack their manifest."""
+    expected = {k: v for stage in ("tokenizer", "tokens", "train", "evaluate")
+                for k, v in outputs[stage].items()}  # fmt: skip
+    for name, data in files(project).items():
+        if not name.endswith(".tmp") and not name.startswith("data/tokens/"):
+            assert data == expected[name], name
+
+
+def assert_finished(project, outputs):
+    found = files(project)
+    for stage in ("tokenizer", "tokens", "train", "evaluate"):
+        for name, data in outputs[stage].items():
+            assert found.pop(name) == data, name
+    assert not found  # no litter
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "first", "stride"),
+    [
+        ("tokenizer", signal.SIGKILL, 1, 1),
+        ("tokens", signal.SIGKILL, 1, 1),
+        ("evaluate", signal.SIGKILL, 1, 1),
+        *(("train", signal.SIGKILL, first, 3) for first in (1, 2, 3)),
+        ("train", signal.SIGTERM, 1, 4),
+        ("train", signal.SIGINT, 3, 4),
+        ("evaluate", signal.SIGTERM, 1, 4),
+    ],
+)
+def test_struck_before_any_change_of_a_file_it_ends_in_the_same_bytes(
+    warm, stage, number, first, stride
+):
+    project, stages, outputs = warm
+    for at in itertools.count(first, stride):
+        reset(project, stage, outputs)
+        struck = stages.run(stage, at=at, signal=int(number))
+        if len(struck["changes"]) < at:  # it came to its end before
+            break
+        where = f"{stage}, change {at}: {struck['changes'][at - 1]}"
+        if struck["status"] == 0:  # a signal that came when training was over
+            assert number != signal.SIGKILL, where
+            assert_finished(project, outputs)
+        else:
+            assert struck["status"] in (-number, 128 + number), where + struck["err"]
+        assert_whole(project, outputs)
+        again = stages.run(stage)
+        assert again["status"] == 0, where + again["err"]
+        assert_finished(project, outputs)
+    assert at > 5
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "tokens", "evaluate", "train"])
+def test_a_write_that_does_not_fit_is_one_line_and_loses_nothing(warm, stage):
+    """A limit on a file's size stands in for a full disk: it strikes in the middle of a write."""
+    project, stages, outputs = warm
+    sizes = sorted({len(data) for data in outputs[stage].values()})
+    for limit in [0, *(size - 1 for size in sizes), sizes[-1] // 2]:
+        reset(project, stage, outputs)
+        full = stages.run(stage, limit=limit)
+        assert full["status"] == 3, (limit, full["err"])
+        (line,) = full["err"].splitlines()
+        assert "File too large" in line
+        assert "MB are free in" in line
+        assert_whole(project, outputs)
+        again = stages.run(stage)
+        assert again["status"] == 0, again["err"]
+        assert_finished(project, outputs)
