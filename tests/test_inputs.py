@@ -1,0 +1,153 @@
+"""What a stage reads must stay as it was: DVC would record the new input with the old output."""
+
+import argparse
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import stages.run
+from lm.errors import InputError
+from stages.run import Inputs
+from tests.project import Project
+from tests.test_stages import outputs
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch, project):
+    """The inputs of a stage that reads data/ and the sections model and train."""
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setattr(stages.run, "_imported_code", partial(dict, {"lm/rng.py": "?"}))
+    arguments = argparse.Namespace(overrides=["train.lr=0.5"])
+    (project.folder / "data" / "some").mkdir()
+    for name in ("a", "b"):
+        (project.folder / "data" / "some" / name).write_text(name)
+    inputs = Inputs(arguments, ["model", "train", "runtime"])
+    inputs.code = {"lm/rng.py": stages.run.sha256_file(Path("lm/rng.py"))}
+    inputs.watch(Path("data/some"))
+    return inputs
+
+
+def append(file):
+    with open(file, "a") as opened:
+        opened.write("x")
+
+
+def flip_keeping_the_time(file):
+    times = Path(file).stat()
+    Path(file).write_text("z")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda p: append("data/some/a"), "data/some/a"),
+        (lambda p: flip_keeping_the_time("data/some/a"), "data/some/a"),
+        (lambda p: os.truncate("data/some/b", 0), "data/some/b"),
+        (lambda p: Path("data/some/a").unlink(), "data/some/a"),
+        (lambda p: append("data/some/new"), "data/some/new"),
+        (lambda p: append("lm/rng.py"), "lm/rng.py"),
+        (lambda p: Path("lm/rng.py").unlink(), "lm/rng.py"),
+        (lambda p: p.set("model.d_ff", 96), "params.yaml: section model"),
+        (lambda p: p.set("train.seed", 5), "params.yaml: section train"),
+    ],
+)
+def test_a_changed_input_is_named(inputs, project, change, what):
+    inputs.check()
+    change(project)
+    with pytest.raises(InputError, match=f"^{what} has changed since the stage read it; nothing"):
+        inputs.check()
+    if what.startswith("data"):
+        with pytest.raises(InputError, match=f"^{what} has changed"):
+            inputs.check_files()
+    with pytest.raises(InputError, match=f"^{what} has changed"):
+        list(inputs.checked([1, 2]))
+
+
+def test_what_leaves_the_result_alone_is_no_change(inputs, project):
+    os.utime("data/some/a")
+    shutil.copy("data/some/b", "data/some/copy")
+    Path("data/some/copy").replace("data/some/b")
+    project.set("runtime.log_interval", 7)
+    project.set("evaluate.seed", 7)
+    project.set("train.lr", 0.25)  # overridden on the command line
+    inputs.check_files()
+    assert list(inputs.checked("ab")) == ["a", "b"]
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """A prepared project whose run can be caught, and its outputs when left alone."""
+    project = Project(tmp_path_factory.mktemp("inputs") / "project")
+    project.set("train.max_steps", 300)
+    project.prepare("tokenizer", "tokens", "train")
+    yield project, outputs(project)
+    project.close()
+
+
+@pytest.fixture
+def unpublished(long_run):
+    """The same, as if the run had not begun."""
+    project, straight = long_run
+    project.forget_runs()
+    for folder in ("models/model", "models/checkpoints"):
+        shutil.rmtree(project.folder / folder)
+    return project, straight
+
+
+def ends_with(process, message):
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2, error
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_an_edit_during_training_is_no_wrong_record_and_loses_nothing(unpublished):
+    """Code and settings edited meanwhile: put back, the finished training is published."""
+    project, straight = unpublished
+    code = project.folder / "lm" / "optim.py"
+    before = code.read_text()
+    process = project.train_until("step  40/")
+    code.write_text(before + "# an edit\n")
+    ends_with(process, "lm/optim.py has changed since the stage read it; nothing is published")
+    assert not (project.folder / "models" / "model").exists()
+    code.write_text(before)
+    result = project.stage("train")
+    assert "Resumed at step 300" in result.stdout
+    assert outputs(project) == straight
+
+
+def truncate(file):
+    os.truncate(file, 100)
+
+
+def replace_file(file):
+    file.with_name("other").write_bytes(file.read_bytes()[:-2])
+    file.with_name("other").replace(file)
+
+
+def flip(file):
+    with open(file, "r+b") as opened:
+        byte = opened.read(1)
+        opened.seek(0)
+        opened.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("damage", [truncate, append, flip, replace_file])
+def test_tokens_damaged_during_training_stop_it(unpublished, damage):
+    """Nothing is published or saved after the damage; with the file restored it goes on."""
+    project, straight = unpublished
+    file = project.folder / "data" / "tokens" / "train.bin"
+    data = file.read_bytes()
+    process = project.train_until("step  40/")
+    damage(file)
+    ends_with(process, "data/tokens/train.bin")
+    assert not (project.folder / "models" / "model").exists()
+    file.unlink()
+    file.write_bytes(data)
+    result = project.stage("train")
+    assert "Resumed at step " in result.stdout
+    assert outputs(project) == straight
