@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro test lint check bench smoke
+.PHONY: setup repro test lint check bench smoke certify
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -36,3 +36,7 @@ bench: setup
 # a small real `dvc repro` in a fresh clone
 smoke: setup
 	@.ci/smoke
+
+# everything again in a fresh clone must give the committed dvc.lock, bit for bit
+certify: setup
+	@.ci/certify

@@ -5,7 +5,9 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from tests.project import Project, wait_for
@@ -46,28 +48,71 @@ def ran(output):
     return [s for s in STAGES if f"Running stage '{s}'" in output]
 
 
+# what may differ between two clones, beside their paths and the time
+HERE = {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "2"}
+THERE = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "2", "RAYON_NUM_THREADS": "1",
+         "TZ": "Asia/Kathmandu", "LANG": "C", "LC_ALL": "C"}  # fmt: skip
+
+
 def test_two_clones_reproduce_the_same_lock_and_a_second_run_does_nothing(tmp_path):
-    locks = []
-    for name in ("here", "a longer name, with späces"):
+    """At other paths and times, with other threads, hash seed, locale, time zone and umask."""
+    locks, files = [], []
+    for name, environment, umask in (
+        ("here", HERE, "022"),
+        ("a longer name, with späces", THERE, "077"),
+    ):
         project = versioned(tmp_path / name)
         project.set("data.packages", ["networkx==3.6.1"])
         project.set("data.path", "data/raw")
-        two = {"OMP_NUM_THREADS": "2"}
-        result = project.run("dvc", "repro", **two)
+        project.set("train.num_threads", 2)
+        result = project.run("sh", "-c", f"umask {umask}; exec dvc repro", **environment)
         assert ran(result.stdout) == list(STAGES), result.stderr
+        assert "Device: cpu (2 threads" in result.stdout
         (entry,) = json.loads(project.read("data/corpus.json"))
         assert (entry["package"], entry["version"]) == ("networkx", "3.6.1")
         assert (
             hashlib.sha256(project.read("data/raw/networkx.jsonl")).hexdigest() == entry["sha256"]
         )
         locks.append(project.read("dvc.lock"))
+        outs = [o["path"] for stage in yaml.safe_load(locks[-1])["stages"].values()
+                for o in stage["outs"]]  # fmt: skip
+        files.append({f.relative_to(project.folder): f.read_bytes() for out in outs
+                      for f in (project.folder / out, *(project.folder / out).rglob("*"))
+                      if f.is_file()})  # fmt: skip
         assert "up to date" in dvc(project, "status")
         assert ran(dvc(project, "repro")) == []
         project.close()
     assert locks[0] == locks[1]
+    assert files[0] == files[1]
+    assert len(files[0]) > 15
     hashed = yaml.safe_load(locks[0])["stages"]["train"]["outs"]
     assert {out["path"] for out in hashed} >= {"models/model", "models/checkpoints"}
     assert "performance" not in locks[0].decode()
+
+
+def test_provenance_says_what_made_the_model_and_no_clock_path_or_commit(project):
+    dvc(project, "repro")
+    commit = project.run("git", "rev-parse", "HEAD").stdout.strip()
+    text = project.read("models/model/provenance.json").decode()
+    provenance = json.loads(text)
+    assert provenance["train"]["lr"] == 0.01
+    assert provenance["model"]["d_model"] == 32
+    for name in (
+        "data/tokens/train.bin",
+        "data/tokens/tokens.json",
+        "data/tokenizer/tokenizer.json",
+    ):
+        assert provenance["inputs"][name] == hashlib.sha256(project.read(name)).hexdigest()
+    deps = yaml.safe_load(project.read("dvc.yaml"))["stages"]["train"]["deps"]
+    code = {name: hashlib.sha256(project.read(name)).hexdigest() for name in deps
+            if name.endswith(".py")}  # fmt: skip
+    assert provenance["code"] == code
+    environment = provenance["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["numpy"] == np.__version__
+    assert environment["device"].startswith("cpu (1 threads, ")
+    for forbidden in (commit[:12], str(project.folder), os.uname().nodename):
+        assert forbidden not in text, forbidden
 
 
 def test_each_change_reruns_what_depends_on_it_and_nothing_else(project):

@@ -127,6 +127,38 @@ def test_a_killed_run_goes_on_to_the_same_bytes(long_run):
     assert outputs(project) == straight
 
 
+YESTERDAY = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <time.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME) now->tv_sec -= 86400;
+    return result;
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler to build a clock that is late")
+def test_a_clock_set_back_changes_nothing(long_run, tmp_path):
+    project, straight = long_run
+    (tmp_path / "clock.c").write_text(YESTERDAY)
+    library = str(tmp_path / "clock.so")
+    build = ("cc", "-shared", "-fPIC", "-o", library, str(tmp_path / "clock.c"), "-ldl")
+    assert project.run(*build).returncode == 0
+    now = "import time; print(time.time())"
+    shown = project.run("python", "-c", now, LD_PRELOAD=library).stdout
+    assert float(shown) < time.time() - 86_000
+    project.train_until("step  40/").kill()
+    project.processes[-1].wait()
+    for file in project.folder.rglob("step-*"):
+        os.utime(file, (2e9, 2e9))
+    result = project.run("python", "-m", "stages.train", LD_PRELOAD=library)
+    assert "Resumed at step " in result.stdout
+    assert outputs(project) == straight
+
+
 def test_the_loss_scale_of_float16_is_resumed_too(prepared):
     prepared.set("train.max_steps", 300)
     prepared.set("train.dtype", "float16")
