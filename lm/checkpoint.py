@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -201,10 +202,16 @@ def write_checkpoint(tensors: dict[str, Tensor], metadata: dict[str, str], path:
             scratch.replace(path)
         except BaseException as error:
             scratch.unlink(missing_ok=True)
-            if isinstance(error, SafetensorError):  # the library's word for an OSError
-                raise OSError(str(error).rpartition("I/O error: ")[2]) from None
+            if isinstance(error, SafetensorError):
+                raise _os_error(error) from None
             raise
         sync_directory(path.parent)
+
+
+def _os_error(error: SafetensorError) -> Exception:
+    """The OSError that the library speaks of in words: "I/O error: ... (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
 
 
 def commit(path: Path) -> None:

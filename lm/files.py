@@ -1,5 +1,6 @@
 """Files that are either the old version or the new one, never something between."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 from lm.errors import EnvironmentFault, InputError
 
 _CHUNK_BYTES = 1 << 20
+_TOO_LITTLE_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def atomic_write(path: Path, chunks: bytes | Iterable[bytes]) -> None:
@@ -48,18 +50,19 @@ def writing(path: Path, size_bytes: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        space = _space(path.parent, size_bytes) if error.errno in _TOO_LITTLE_SPACE else ""
         raise EnvironmentFault(
-            f"{path}: {error.strerror or error}{_space(path.parent, size_bytes)}; what was "
-            "finished before is intact: mend it and run again"
+            f"{path}: {error.strerror or error}{space}; what was finished before is intact: "
+            "mend it and run again"
         ) from None
 
 
 def _space(folder: Path, size_bytes: int | None) -> str:
+    while not folder.exists():
+        folder = folder.parent
     needed = "" if size_bytes is None else f"needs {size_bytes / 1e6:,.1f} MB, "
-    try:
-        return f" ({needed}{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder})"
-    except OSError:  # the folder itself could not be made
-        return ""
+    free = shutil.disk_usage(folder).free
+    return f" ({needed}{free / 1e6:,.1f} MB are free in {folder})"
 
 
 def sync_directory(path: Path) -> None:

@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from lm.errors import Interrupted
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ORPHAN_SECONDS = 4  # a step may take longer, and nobody waits for an orphan
 
 
 class CatchSignals:
@@ -16,6 +17,7 @@ class CatchSignals:
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self._parent = os.getppid()
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "CatchSignals":
@@ -26,6 +28,8 @@ class CatchSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.caught = number
         self._restore()
+        if os.getppid() != self._parent:
+            signal.alarm(_ORPHAN_SECONDS)  # ends the process, saved or not
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

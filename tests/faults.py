@@ -85,7 +85,7 @@ def child(case: dict[str, Any], log: int) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case["limit"], resource.RLIM_INFINITY))
     watch_changes(log, case.get("at"), case.get("signal", 0))
     try:
-        runpy.run_module(f"stages.{case['stage']}", run_name="__main__")
+        runpy.run_module(f"stages.{case['stage']}", run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
         return int(leaving.code or 0)
     return 0
@@ -121,7 +121,8 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     for name in ("tokenizer", "tokens", "train", "evaluate"):
         importlib.import_module(f"stages.{name}")
-        del sys.modules[f"stages.{name}"]  # what it imports stays
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("lm", "stages")]:
+        del sys.modules[name]  # each run imports its own code, as a process of its own would
     torch.use_deterministic_algorithms(True)  # brings in half of torch's compiler
 
     for line in sys.stdin:

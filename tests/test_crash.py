@@ -1,12 +1,15 @@
 """Struck at any write: what was finished stays whole, and running again ends in the same bytes."""
 
 import itertools
+import re
+import shutil
 import signal
+import subprocess
 
 import pytest
 
 from tests.faults import WarmStages
-from tests.project import Project
+from tests.project import Project, one_line
 
 FOLDERS = ("models", "metrics", "data/tokenizer", "data/tokens")
 
@@ -121,3 +124,46 @@ def test_a_write_that_does_not_fit_is_one_line_and_loses_nothing(warm, stage):
         again = stages.run(stage)
         assert again["status"] == 0, again["err"]
         assert_finished(project, outputs)
+
+
+def in_a_mount(options, folder, command):
+    """A command for which `folder` is a file system of its own, with these options."""
+    mount = f"mount -t tmpfs -o {options} tmpfs {folder} && exec {command}"
+    return "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount
+
+
+def mounting_works():
+    if not shutil.which("unshare"):
+        return False
+    return (
+        subprocess.run(in_a_mount("size=64k", "/mnt", "true"), capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not mounting_works(), reason="no unprivileged mounts on this machine")
+@pytest.mark.parametrize(
+    ("stage", "folder", "options", "said"),
+    [
+        ("train", ".dvc/tmp/lm-resume", "size=300k", "No space left on device"),
+        ("train", "models", "size=300k", "No space left on device"),
+        ("train", "models", "ro", "Read-only file system"),
+        ("train", ".dvc/tmp/lm-resume", "ro", "Read-only file system"),
+        ("tokens", "data/tokens", "size=12k", "No space left on device"),
+        ("evaluate", "metrics", "ro", "Read-only file system"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_named_and_loses_nothing(warm, stage, folder, options, said):
+    project, stages, outputs = warm
+    reset(project, stage, outputs)
+    (project.folder / folder).mkdir(parents=True, exist_ok=True)
+    full = project.run(*in_a_mount(options, folder, f"python -m stages.{stage}"))
+    assert full.returncode == 3, full.stderr
+    line = one_line(full)
+    assert said in line
+    assert f"{folder}/" in line
+    assert bool(re.search(r"\d\.\d MB are free in", line)) is ("No space" in said)
+    assert_whole(project, outputs)
+    again = stages.run(stage)
+    assert again["status"] == 0
+    assert ("Resumed at step 10; it is finished" in again["out"]) is (folder == "models")
+    assert_finished(project, outputs)
