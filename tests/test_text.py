@@ -1,5 +1,6 @@
 """Files to documents to splits: nothing altered, nothing dropped in silence."""
 
+import io
 import json
 from collections import Counter
 from dataclasses import replace
@@ -14,12 +15,15 @@ from lm.packages import python_sources
 from lm.text import (
     DataConfig,
     Document,
+    _parts,
     _split_tail,
     documents,
     source_files,
     split_documents,
 )
 from tests.project import SMOKE
+
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
 
 
 @pytest.fixture
@@ -58,6 +62,50 @@ def test_documents_are_cut_at_the_separator_across_chunks(folder, monkeypatch):
         assert texts(config) == ["one", "two\n\nstill two", "three"]
 
 
+@given(st.text("ab", max_size=40), st.text("ab", min_size=1, max_size=4), st.integers(1, 9))
+def test_parts_are_those_of_the_whole_text_for_any_chunk(text, separator, chunk):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm.text.CHUNK_BYTES", chunk)
+        parts = list(_parts(io.BytesIO(text.encode()), separator.encode()))
+    assert parts == text.encode().split(separator.encode())
+
+
+@pytest.mark.parametrize("separator", [None, "<|end|>"])
+def test_a_document_is_as_long_as_allowed_and_no_longer(folder, monkeypatch, separator):
+    path, config = folder
+    monkeypatch.setattr("lm.text.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("lm.text.CHUNK_BYTES", 30)
+    config = replace(config, separator=separator)
+    (path / "a.txt").write_text("x" * 100)
+    assert texts(config) == ["x" * 100]
+    (path / "a.txt").write_text("x" * 101)
+    with pytest.raises(InputError, match=r"a.txt(#1)?: a document longer than"):
+        texts(config)
+    (path / "a.txt").unlink()
+    line = json.dumps({"text": "x" * 87})
+    (path / "a.jsonl").write_text(f"{line}\n{line}\n")  # 100 bytes each
+    assert len(texts(config)) == 2
+    (path / "a.jsonl").write_text(f"{line}\n {line}\n")
+    with pytest.raises(InputError, match=r"a.jsonl:2: a document longer than"):
+        texts(config)
+
+
+def test_a_document_that_is_too_long_is_not_read_to_its_end(folder, monkeypatch):
+    monkeypatch.setattr("lm.text.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("lm.text.CHUNK_BYTES", 30)
+    stream = io.BytesIO(b"x" * 10_000)
+    assert len(b"".join(_parts(stream, b"<|end|>"))) == 120
+    assert stream.tell() == 120
+
+
+def test_links_to_files_are_followed(folder):
+    path, config = folder
+    (path / ".cache").mkdir()
+    (path / ".cache" / "0a").write_text("linked")
+    (path / "a.txt").symlink_to(path / ".cache" / "0a")
+    assert texts(config) == ["linked"]
+
+
 def test_jsonl_gives_the_named_field_and_the_line(folder):
     path, config = folder
     lines = [{"body": "first", "id": 1}, {"body": "sec\nond \ud83d\ude00"}]
@@ -81,11 +129,16 @@ def test_replaced_bytes_are_counted_on_request(folder):
     path, config = folder
     (path / "a.txt").write_bytes(b"good \xff\xfe bad \xef\xbf\xbd \xe2\x82")
     (path / "b.jsonl").write_text('{"text": "half \\ud800 pair"}\n')
+    (path / "c.txt").write_bytes(b"zero \0")
     tally = Counter()
     config = replace(config, encoding_errors="replace")
     got = [document.text for document in documents(config, tally)]
-    assert got == ["good \ufffd\ufffd bad \ufffd \ufffd", "half \ufffd\ufffd\ufffd pair"]
-    assert tally == {"replacement_characters": 6}
+    assert got == [
+        "good \ufffd\ufffd bad \ufffd \ufffd",
+        "half \ufffd\ufffd\ufffd pair",
+        "zero \ufffd",
+    ]
+    assert tally == {"replacement_characters": 7}
 
 
 BAD = [
@@ -196,7 +249,7 @@ def test_a_split_without_documents_is_refused(folder, fraction, empty):
         list(split_documents(replace(config, valid_fraction=fraction), Counter()))
 
 
-@given(st.text(min_size=1).filter(str.strip), st.floats(0.01, 0.99))
+@given(st.text(CHARACTERS, min_size=1).filter(str.strip), st.floats(0.01, 0.99))
 def test_tail_split_loses_no_character(tmp_path_factory, text, fraction):
     file = tmp_path_factory.mktemp("tail") / "a.txt"
     file.write_bytes(text.encode())
