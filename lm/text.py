@@ -12,8 +12,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from lm.config import INSIDE_ONE, NOT_EMPTY
 from lm.errors import InputError
@@ -121,7 +122,7 @@ def _read_plain_text(file: Path, config: DataConfig, tally: Counter[str]) -> Ite
             yield Document(f"{file}#{number}", text.strip("\r\n"))  # they belong to the cut
 
 
-def _parts(stream: BinaryIO, separator: bytes) -> Iterator[bytes]:
+def _parts(stream: BufferedIOBase, separator: bytes) -> Iterator[bytes]:
     """What lies between the separators; a part that is too long is not read to its end."""
     rest = bytearray()
     while len(rest) <= MAX_DOCUMENT_BYTES and (chunk := stream.read(CHUNK_BYTES)):
@@ -166,7 +167,7 @@ READERS: dict[str, Callable[[Path, DataConfig, Counter[str]], Iterator[Document]
 }  # every other suffix is plain text
 
 
-def _opened(file: Path) -> BinaryIO:
+def _opened(file: Path) -> BufferedReader:
     """The file, opened to be read. Raises InputError for what is no text but packs some."""
     stream = open(file, "rb")  # noqa: SIM115 - the caller's `with` closes it
     head = stream.peek(512)
