@@ -11,14 +11,14 @@ from lm.text import DataConfig, split_documents
 from lm.tokenizer import (
     TokenizerConfig,
     byte_tokenizer,
+    foreign_tokenizer,
     from_tiktoken,
-    open_tokenizer_json,
     train_bpe,
 )
 from stages.run import Params, run
 
 TOKENIZER, OWN_TOKENIZERS = Path("data/tokenizer"), Path("data/tokenizers")
-TIKTOKEN_SAMPLES = 200  # documents on which the converted encoding is compared
+SAMPLES = 200  # documents on which a tokenizer from elsewhere is tried
 
 
 def tokenizer(params: Params, arguments: argparse.Namespace) -> None:
@@ -33,11 +33,10 @@ def tokenizer(params: Params, arguments: argparse.Namespace) -> None:
     elif config.kind == "bytes":
         result = byte_tokenizer(config.end_token)
     elif config.kind == "tiktoken":
-        result = from_tiktoken(
-            str(config.source), islice(texts, TIKTOKEN_SAMPLES), config.end_token
-        )
+        result = from_tiktoken(str(config.source), islice(texts, SAMPLES), config.end_token)
     else:
-        result = open_tokenizer_json(OWN_TOKENIZERS / str(config.source), config.end_token)
+        source = OWN_TOKENIZERS / str(config.source)
+        result = foreign_tokenizer(source, islice(texts, SAMPLES), config.end_token)
     result.save(TOKENIZER)
     say(f"Tokenizer ({config.kind}) with {result.vocab_size:,} tokens in {TOKENIZER}")
 
