@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tiktoken
@@ -21,7 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lm.config import Count
+from lm.config import NOT_EMPTY, Count
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import atomic_write, read_json, to_json
 
@@ -37,7 +37,7 @@ class TokenizerConfig:
     kind: Literal["bpe", "bytes", "file", "tiktoken"]
     vocab_size: Count  # of "bpe", the end token included
     source: str | None  # "file": a name in data/tokenizers/; "tiktoken": an encoding's name
-    end_token: str  # stands between documents
+    end_token: Annotated[str, NOT_EMPTY]  # stands between documents
 
     def __post_init__(self) -> None:
         if self.kind == "bpe" and self.vocab_size < 257:

@@ -141,33 +141,6 @@ def test_replaced_bytes_are_counted_on_request(folder):
     assert tally == {"replacement_characters": 7}
 
 
-BAD = [
-    ("a.txt", b"abc\xff", "a.txt: byte 0xff at offset 3 is not UTF-8"),
-    ("a.txt", b"\x7fELF\x02\x01\x01\x00\xc8\xff", "a.txt: byte 0xc8 at offset 8 is not UTF-8"),
-    ("a.txt", b"", "no text"),
-    ("a.txt", b" \n\n ", "no text"),
-    ("a.jsonl", b'{"text": "ok"}\n{"body": 1, "id": 2}\n',
-     "a.jsonl:2: no field 'text' (has: body, id)"),
-    ("a.jsonl", b'{"text": "ok"}\n{"text": \n', "a.jsonl:2: not valid JSON"),
-    ("a.jsonl", b'["text"]\n', "a.jsonl:1: not an object with a field 'text'"),
-    ("a.jsonl", b'{"text": null}\n', "a.jsonl:1: field 'text' is not text"),
-    ("a.jsonl", b'{"text": "a\\ud800b"}\n', "a.jsonl:1: field 'text': byte 0xed at offset 1 is"),
-    ("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "a.jsonl:1: not valid JSON"),
-    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON"),
-    ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: byte 0xff at offset 10 is not UTF-8"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "data", "message"), BAD)
-def test_bad_text_is_one_line_that_names_the_place(folder, name, data, message):
-    path, config = folder
-    (path / name).write_bytes(data)
-    with pytest.raises(InputError) as error:
-        texts(config)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_offsets_of_bad_bytes_count_from_the_start_of_the_file(folder, monkeypatch, chunk):
     path, config = folder
