@@ -215,6 +215,13 @@ class _Loader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        if isinstance(text, str) and re.search(r"[\ud800-\udfff]", text):  # has no UTF-8
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: half a surrogate pair; write the character itself")
+        return text
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = set()
         for key_node, _ in node.value:

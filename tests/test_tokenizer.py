@@ -245,6 +245,12 @@ def test_a_pattern_that_takes_years_is_stopped(bpe, tmp_path, monkeypatch):
     assert time.monotonic() - started < 30
 
 
+def test_a_text_at_which_the_library_panics_is_an_input_error(bpe, tmp_path):
+    file = with_pattern(bpe, tmp_path / "foreign.json", r"(a+)+$")
+    with pytest.raises(InputError, match="the tokenizer cannot encode a text: Onig: Regex search"):
+        open_tokenizer_json(file, END_TOKEN).encode("a" * 50 + "!")
+
+
 def test_a_text_of_the_user_is_tried_too(bpe, tmp_path):
     file = with_pattern(bpe, tmp_path / "foreign.json", r"(?:xy)+(?:xy)+(?:xy)+(?:xy)+z|.")
     foreign_tokenizer(file, ["xy" * 10])
