@@ -152,7 +152,8 @@ def _read_jsonl(file: Path, config: DataConfig, tally: Counter[str]) -> Iterator
             if not isinstance(record, dict):
                 raise InputError(f"{name}: not an object with a field '{field}'")
             if field not in record:
-                raise InputError(f"{name}: no field '{field}' (has: {', '.join(record)})")
+                known = ", ".join(record)[:200]
+                raise InputError(f"{name}: no field '{field}' (has: {known})")
             if not isinstance(record[field], str):
                 raise InputError(
                     f"{name}: field '{field}' is not text; name one in data.text_field"
