@@ -5,6 +5,7 @@ none is lost, which is what makes bits per byte exact.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -27,7 +28,7 @@ from lm.files import atomic_write, read_json, to_json
 
 END_TOKEN = "<|endoftext|>"  # noqa: S105 - a separator, not a password
 MAX_JSON_BYTES = 1 << 26  # of a tokenizer.json: takes 2 GB to open; Gemma's, a large one, has 33 MB
-TRIAL_SECONDS = 60  # for a foreign tokenizer to encode 3 MB
+TRIAL_SECONDS = 60  # for a foreign tokenizer to encode a few megabytes
 
 
 @dataclass(frozen=True)
@@ -173,29 +174,26 @@ def foreign_tokenizer(file: Path, samples: Iterable[str], end_token: str = END_T
     Raises InputError if it is damaged, alters text or takes too long. The trial is a process of its
     own, because a pattern may backtrack for years and the library, when it gives up, panics aloud.
     """
-    trial = subprocess.Popen(
-        [sys.executable, "-m", "lm.tokenizer", file, end_token],
-        stdin=subprocess.PIPE,
+    texts = json.dumps([sample[:5000] for sample in samples])
+    trial = subprocess.run(
+        [sys.executable, "-m", "lm.tokenizer", file, end_token, str(TRIAL_SECONDS)],
+        input=texts.encode(),
         stderr=subprocess.PIPE,
     )
-    texts = json.dumps([sample[:5000] for sample in samples]).encode()
-    try:
-        _, stderr = trial.communicate(texts, timeout=TRIAL_SECONDS)
-    except subprocess.TimeoutExpired:
+    if trial.returncode == -signal.SIGALRM:
         raise InputError(
-            f"{file}: did not encode 3 MB in {TRIAL_SECONDS} s; its pattern backtracks too much"
-        ) from None
-    finally:
-        trial.kill()
-        trial.communicate()
+            f"{file}: not done with a few megabytes of text after {TRIAL_SECONDS} s; its pattern "
+            "backtracks too much"
+        )
     if trial.returncode != 0:
-        *_, last = stderr.decode("utf-8", "replace").strip().split("\n")
+        *_, last = trial.stderr.decode("utf-8", "replace").strip().split("\n")
         raise InputError(last.removeprefix("error: ") or f"{file}: ended its trial by a crash")
     return open_tokenizer_json(file, end_token)
 
 
-def _trial(file: str, end_token: str) -> None:
+def _trial(file: str, end_token: str, seconds: str) -> None:
     """Encode every byte of UTF-8, long runs, added tokens amid spaces, and the texts on stdin."""
+    signal.alarm(int(seconds))  # ends the process, wherever it is and whoever still waits for it
     tokenizer = open_tokenizer_json(Path(file), end_token)
     added = tokenizer.backend.get_added_tokens_decoder().values()
     texts = [
