@@ -125,6 +125,8 @@ def read_section(
     try:
         if name not in params:
             raise InputError(f"missing section {name}")
+        if not isinstance(params[name], Mapping):
+            raise InputError(f"section {name} holds no keys")
         for key in derived.keys() & params[name].keys():
             raise InputError(f"unknown key {name}.{key}: it is derived, not set; take it out")
         return _build(kind, {**params[name], **derived}, name)

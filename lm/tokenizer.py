@@ -27,6 +27,7 @@ from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import atomic_write, read_json, to_json
 
 END_TOKEN = "<|endoftext|>"  # noqa: S105 - a separator, not a password
+MAX_VOCAB_SIZE = 1 << 20  # the trainer reserves memory for all at once, and aborts without a word
 MAX_JSON_BYTES = 1 << 26  # of a tokenizer.json: takes 2 GB to open; Gemma's, a large one, has 33 MB
 TRIAL_SECONDS = 60  # for a foreign tokenizer to encode a few megabytes
 
@@ -44,6 +45,10 @@ class TokenizerConfig:
         if self.kind == "bpe" and self.vocab_size < 257:
             raise InputError(
                 f"tokenizer.vocab_size = {self.vocab_size}: must be >= 257 (256 bytes, an end)"
+            )
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise InputError(
+                f"tokenizer.vocab_size = {self.vocab_size}: must be <= {MAX_VOCAB_SIZE}"
             )
         if self.kind in ("file", "tiktoken") and self.source is None:
             raise InputError(f"tokenizer.source = null: tokenizer.kind = {self.kind} needs a name")

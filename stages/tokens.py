@@ -19,8 +19,9 @@ def tokens(params: Params, arguments: argparse.Namespace) -> None:
     """Write data/tokens/."""
     tally: Counter[str] = Counter()
     documents = split_documents(read_section(DataConfig, params, "data"), tally)
+    tokenizer = load_tokenizer(TOKENIZER)
     sha256 = sha256_file(TOKENIZER / "tokenizer.json")
-    manifest = write_tokens(TOKENS, documents, load_tokenizer(TOKENIZER), sha256)
+    manifest = write_tokens(TOKENS, documents, tokenizer, sha256)
     for split in ("train", "valid"):
         entry = manifest[split]
         say(
