@@ -105,10 +105,10 @@ class Tokenizer:
         self.backend.encode_special_tokens = not allow_special
         try:
             encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except BaseException as error:  # the library has no narrower classes than these two
-            if type(error) is Exception or type(error).__name__ == "PanicException":
-                raise InputError(f"the tokenizer cannot encode a text: {error}") from None
-            raise
+        except BaseException as error:
+            if not _raised_by_library(error):
+                raise
+            raise InputError(f"the tokenizer cannot encode a text: {error}") from None
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -165,12 +165,19 @@ def open_tokenizer_json(file: Path, end_token: str) -> Tokenizer:
         raise InputError(f"{file}: longer than {MAX_JSON_BYTES >> 20} MiB; no tokenizer needs that")
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises no narrower class
+    except BaseException as error:
+        if not (isinstance(error, UnicodeDecodeError) or _raised_by_library(error)):
+            raise
         raise InputError(f"{file}: not a tokenizer.json ({error})") from None
     try:
         return Tokenizer(backend, end_token)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
+
+
+def _raised_by_library(error: BaseException) -> bool:
+    """Whether `tokenizers` gave up: it has no narrower classes than these two."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def foreign_tokenizer(file: Path, samples: Iterable[str], end_token: str = END_TOKEN) -> Tokenizer:
@@ -192,7 +199,9 @@ def foreign_tokenizer(file: Path, samples: Iterable[str], end_token: str = END_T
         )
     if trial.returncode != 0:
         *_, last = trial.stderr.decode("utf-8", "replace").strip().split("\n")
-        raise InputError(last.removeprefix("error: ") or f"{file}: ended its trial by a crash")
+        if not last.startswith("error: "):
+            raise InputError(f"{file}: ended its trial by a crash {last}".rstrip())
+        raise InputError(last.removeprefix("error: "))
     return open_tokenizer_json(file, end_token)
 
 
