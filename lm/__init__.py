@@ -2,7 +2,7 @@
 
 Modules stand on floors and import only downwards (tests/test_house.py holds them to it):
 
-    run                                         the life of one training run
+    run   verify                                the life of a training run; is it all true?
     train   evaluate   generate                 joins: data meets model
     checkpoint, and on it resume                training state and models as files
     model  optim  schedule  device  |  text  packages  tokenizer  tokens  baselines

@@ -51,7 +51,9 @@ NOT_EMPTY = Bound(lambda x: len(x) > 0, "must not be empty")
 INSIDE_ONE = Bound(lambda x: 0 < x < 1, "must be in (0, 1)")
 SEED = Bound(lambda x: 0 <= x < 2**63, "must be in [0, 2**63)")
 
-Count = Annotated[int, AT_LEAST_ONE]
+BELOW_2_31 = Bound(lambda x: x < 2**31, "must be < 2**31")  # what torch counts with
+
+Count = Annotated[int, AT_LEAST_ONE, BELOW_2_31]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class RuntimeConfig:
     keep_checkpoints: Annotated[int, Bound(lambda x: x >= 2, "must be >= 2")]
 
 
+MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds
 SECTIONS = ("data", "tokenizer", "model", "train", "evaluate", "runtime")
 
 
@@ -73,12 +76,7 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
     Raises InputError for a file that is missing or malformed and for an override of a key
     that the file does not have.
     """
-    try:
-        params = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at offset {error.start}") from None
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run from the project's root folder") from None
+    params = parse_yaml(_read_text(path), str(path))
     if not isinstance(params, dict):
         raise InputError(f"{path}: holds no sections; expected {', '.join(SECTIONS)}")
     for name, section in params.items():
@@ -98,6 +96,20 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
     return params
 
 
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        problem = "not a file" if path.exists() else "no such file"
+        raise InputError(f"{path}: {problem}; run from the project's root folder")
+    with open(path, "rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"{path}: longer than {MAX_BYTES:,} bytes; settings are short")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at offset {error.start}") from None
+
+
 def read_section(
     kind: type[Config],
     params: Mapping[str, Mapping[str, Any]],
@@ -113,6 +125,8 @@ def read_section(
     try:
         if name not in params:
             raise InputError(f"missing section {name}")
+        if not isinstance(params[name], Mapping):
+            raise InputError(f"section {name} holds no keys")
         for key in derived.keys() & params[name].keys():
             raise InputError(f"unknown key {name}.{key}: it is derived, not set; take it out")
         return _build(kind, {**params[name], **derived}, name)
@@ -140,7 +154,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         value = _convert(value, arguments[0], key)
         for bound in arguments[1:]:
             if not bound.holds(value):
-                raise InputError(f"{key} = {value}: {bound.text}")
+                raise InputError(f"{key} = {_brief(value)}: {bound.text}")
         return value
     if origin in (Union, UnionType):
         if value is None and NoneType in arguments:
@@ -149,7 +163,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return _convert(value, inner, key)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise InputError(f"{key} = {value}: must be one of {', '.join(map(str, arguments))}")
+            choice = ", ".join(map(str, arguments))
+            raise InputError(f"{key} = {_brief(value)}: must be one of {choice}")
         return value
     if origin is list:
         if not isinstance(value, list):
@@ -171,7 +186,12 @@ def _show(value: Any) -> str:
     kinds = {bool: "a boolean", str: "text", float: "a decimal", int: "a number", list: "a list"}
     if value is None:
         return "null"
-    return f"{value!r} is {kinds.get(type(value), 'a ' + type(value).__name__)}"
+    return f"{_brief(repr(value))} is {kinds.get(type(value), 'a ' + type(value).__name__)}"
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:
@@ -181,35 +201,73 @@ def _suggest(word: str, known: Iterable[str]) -> str:
 
 # --- YAML 1.2 scalars -------------------------------------------------------------------
 # PyYAML follows YAML 1.1, where 1e-3 and DVC's own 2e-05 are text, yes is true and 0777 is
-# octal. DVC reads YAML 1.2. This loader reads what DVC writes, and no more than is safe.
+# octal. DVC reads YAML 1.2. This loader reads what DVC writes, and no more than is safe. What
+# a hand wrote and DVC takes for a number or a date, though not everyone does, it refuses.
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML declares it so
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor or event.tag:
+            # an alias of aliases of aliases is a bomb, and a tag asks for a Python type
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1}: anchors, aliases and tags are not supported"
+            )
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        if isinstance(text, str) and re.search(r"[\ud800-\udfff]", text):  # has no UTF-8
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: half a surrogate pair; write the character itself")
+        return text
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key} stands twice (line {node.start_mark.line + 1})")
+        keys = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = f"line {key_node.start_mark.line + 1}"
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"{line}: key {_brief(key)} is not text")
+            if key in keys:
+                raise yaml.YAMLError(f"{line}: key {_brief(key)} stands twice")
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
+    def refuse_ambiguous(self, node: Any) -> None:
+        raise yaml.YAMLError(
+            f"line {node.start_mark.line + 1}: {_brief(node.value)} is ambiguous; write a plain "
+            "decimal number, or quote it if it is text"
+        )
 
-_FLOAT = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-for _tag, _pattern, _first in (
+
+_FLOAT = (
+    r"[-+]?((0|[1-9]\d*)(\.\d*([eE][-+]?\d+)?|[eE][-+]?\d+)|\.\d+([eE][-+]\d+)?|\.(inf|Inf|INF))"
+    r"|\.(nan|NaN|NAN)"
+)
+_AMBIGUOUS = (  # what else ruamel.yaml, with which DVC reads, takes for a number or a date
+    r"[-+]?(0b[01_]+|0o[0-7_]+|0x[\da-fA-F_]+|[\d_]+|\d[\d_]*(\.[\d_]*)?([eE][-+]?\d+)?)"
+    r"|[-+]?\.[\d_]+([eE][-+]\d+)?|\d{4}-\d\d-\d\d|\d{4}-\d\d?-\d\d?([Tt]|[ \t]+)\d\d?:\d\d:\d\d"
+    r"(\.\d*)?([ \t]*(Z|[-+]\d\d?(:\d\d)?))?"
+)
+for _tag, _pattern, _first in (  # the first that matches
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9]\d*)", list("-+0123456789")),
-    ("float", rf"(?!0\d)({_FLOAT})", list("-+.0123456789")),  # 0777 is neither: ambiguous
+    ("int", r"[-+]?(0|[1-9]\d{,99})", list("-+0123456789")),  # Python converts no endless ones
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("ambiguous", _AMBIGUOUS, list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$", re.ASCII), _first
     )
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 _Loader.add_constructor(
     "tag:yaml.org,2002:float",
     lambda loader, node: float(re.sub(r"\.(?=inf|nan)", "", node.value.lower())),
 )
+_Loader.add_constructor("tag:yaml.org,2002:ambiguous", _Loader.refuse_ambiguous)
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -218,3 +276,5 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{where}: not valid YAML: nested too deeply") from None

@@ -71,5 +71,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _leave(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    # names come from strangers too: no line break or escape code of theirs reaches the terminal
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -2,8 +2,9 @@
 
     data.path --source_files--> files --READERS--> documents --split_documents--> (split, document)
 
-Memory holds one document at a time. Nothing is repaired in silence: what cannot be read is an
-error that names the place; what was replaced on request, and empty documents, are counted.
+Memory holds one document at a time, and none is longer than MAX_DOCUMENT_BYTES. Nothing is repaired
+or left out in silence: what cannot be read is an error that names the place; what was replaced on
+request, and empty documents, are counted.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -18,6 +20,16 @@ from lm.config import INSIDE_ONE, NOT_EMPTY
 from lm.errors import InputError
 
 CHUNK_BYTES = 1 << 24
+MAX_DOCUMENT_BYTES = 1 << 26  # the tokenizer takes up to 140 bytes of memory for each: 9 GB
+PACKED = (  # what a file is by the bytes at an offset, and what to do with it
+    (0, b"PK\x03\x04", "a zip archive", "unpack it"),
+    (257, b"ustar", "a tar archive", "unpack it"),
+    (0, b"\x1f\x8b", "compressed by gzip", "decompress it"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd", "decompress it"),
+    (0, b"\xfd7zXZ", "compressed by xz", "decompress it"),
+    (4, b"1AY&SY", "compressed by bzip2", "decompress it"),
+    (0, b"PAR1\x15", "a parquet table", "convert it to .jsonl"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,15 @@ class Document(NamedTuple):
 def source_files(config: DataConfig) -> list[Path]:
     """The files to read, sorted by path; hidden ones are left out.
 
-    Raises InputError when there are none.
+    A link to a file is followed, since DVC can fill a folder with links into its cache. Raises
+    InputError when there is no file, and for what is neither a file nor a folder: reading a pipe or
+    a device need never end, and what lies behind a link to a folder DVC does not watch.
     """
     path = Path(config.path)
     if path.is_file():
         return [path]
+    if path.exists() and not path.is_dir():
+        raise InputError(f"data.path = {path}: a pipe or a device; name a file or a folder")
     if not path.is_dir():
         hint = "; a pattern goes into data.glob" if set("*?[") & set(config.path) else ""
         raise InputError(f"data.path = {config.path}: no such file or folder{hint}")
@@ -58,11 +74,18 @@ def source_files(config: DataConfig) -> list[Path]:
         matches = list(path.glob(config.glob))
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"data.glob = {config.glob}: {error}") from None
-    files = [
-        file
-        for file in matches
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
+    seen = [
+        match
+        for match in matches
+        if not any(part.startswith(".") for part in match.relative_to(path).parts)
     ]
+    files = [match for match in seen if match.is_file()]
+    for match in sorted(set(seen) - set(files)):
+        if match.is_symlink() or not match.is_dir():
+            raise InputError(
+                f"{match}: a pipe, a device, a broken link or a link to a folder; take it away or "
+                "leave it out by data.glob"
+            )
     if not files:
         raise InputError(f"data.path = {config.path}: no file matches data.glob = {config.glob}")
     return sorted(files, key=lambda file: file.as_posix())
@@ -87,25 +110,36 @@ def documents(config: DataConfig, tally: Counter[str]) -> Iterator[Document]:
 
 
 def _read_plain_text(file: Path, config: DataConfig, tally: Counter[str]) -> Iterator[Document]:
-    if config.separator is None:
-        yield Document(str(file), _decode(file.read_bytes(), str(file), 0, config, tally))
-        return
-    separator, number, offset, rest = config.separator.encode(), 0, 0, b""
-    with open(file, "rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            *whole, rest = (rest + chunk).split(separator)
-            for part in whole:
-                text = _decode(part, str(file), offset, config, tally)
-                number, offset = number + 1, offset + len(part) + len(separator)
-                yield Document(f"{file}#{number}", text.strip("\r\n"))  # they belong to the cut
-    text = _decode(rest, str(file), offset, config, tally)
-    yield Document(f"{file}#{number + 1}", text.strip("\r\n"))
+    with _opened(file) as stream:
+        if config.separator is None:
+            raw = stream.read(MAX_DOCUMENT_BYTES + 1)
+            yield Document(str(file), _decode(raw, str(file), 0, config, tally))
+            return
+        offset = 0
+        for number, part in enumerate(_parts(stream, config.separator.encode()), start=1):
+            text = _decode(part, str(file), offset, config, tally)
+            offset += len(part) + len(config.separator.encode())
+            yield Document(f"{file}#{number}", text.strip("\r\n"))  # they belong to the cut
+
+
+def _parts(stream: BufferedIOBase, separator: bytes) -> Iterator[bytes]:
+    """What lies between the separators; a part that is too long is not read to its end."""
+    rest = bytearray()
+    while len(rest) <= MAX_DOCUMENT_BYTES and (chunk := stream.read(CHUNK_BYTES)):
+        searched = max(0, len(rest) - len(separator) + 1)
+        rest += chunk
+        while (end := rest.find(separator, searched)) >= 0:
+            yield bytes(rest[:end])
+            del rest[: end + len(separator)]
+            searched = 0
+    yield bytes(rest)
 
 
 def _read_jsonl(file: Path, config: DataConfig, tally: Counter[str]) -> Iterator[Document]:
     field, offset = config.text_field, 0
-    with open(file, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
+    with _opened(file) as stream:
+        lines = iter(lambda: stream.readline(MAX_DOCUMENT_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
             name = f"{file}:{number}"
             decoded = _decode(line, name, offset, config, tally)
             offset += len(line)
@@ -118,7 +152,8 @@ def _read_jsonl(file: Path, config: DataConfig, tally: Counter[str]) -> Iterator
             if not isinstance(record, dict):
                 raise InputError(f"{name}: not an object with a field '{field}'")
             if field not in record:
-                raise InputError(f"{name}: no field '{field}' (has: {', '.join(record)})")
+                known = ", ".join(record)[:200]
+                raise InputError(f"{name}: no field '{field}' (has: {known})")
             if not isinstance(record[field], str):
                 raise InputError(
                     f"{name}: field '{field}' is not text; name one in data.text_field"
@@ -133,17 +168,40 @@ READERS: dict[str, Callable[[Path, DataConfig, Counter[str]], Iterator[Document]
 }  # every other suffix is plain text
 
 
+def _opened(file: Path) -> BufferedReader:
+    """The file, opened to be read. Raises InputError for what is no text but packs some."""
+    stream = open(file, "rb")  # noqa: SIM115 - the caller's `with` closes it
+    head = stream.peek(512)
+    for offset, signature, what, remedy in PACKED:
+        if head.startswith(signature, offset):
+            stream.close()
+            raise InputError(f"{file}: {what}, not text; {remedy} or leave it out by data.glob")
+    return stream
+
+
 def _decode(raw: bytes, name: str, offset: int, config: DataConfig, tally: Counter[str]) -> str:
-    """The text of bytes that begin at `offset` of what `name` names."""
+    """The text of bytes that begin at `offset` of what `name` names.
+
+    A NUL byte is UTF-8 but no text: it marks UTF-16, a binary file, or zeros after a crash.
+    """
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        raise InputError(
+            f"{name}: a document longer than {MAX_DOCUMENT_BYTES >> 20} MiB; cut it into several, "
+            "by data.separator or, in a .jsonl file, by lines"
+        )
     try:
-        return raw.decode("utf-8")
+        text, nul = raw.decode("utf-8"), raw.find(0)
+        if nul < 0:
+            return text
+        bad, what = nul, "not text"
     except UnicodeDecodeError as error:
-        if config.encoding_errors == "strict":
-            raise InputError(
-                f"{name}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not "
-                "UTF-8; convert the file, leave it out, or set data.encoding_errors: replace"
-            ) from None
-    text = raw.decode("utf-8", "replace")
+        bad, what = error.start, "not UTF-8"
+    if config.encoding_errors == "strict":
+        raise InputError(
+            f"{name}: byte 0x{raw[bad]:02x} at offset {offset + bad} is {what}; "
+            "convert the file, leave it out, or set data.encoding_errors: replace"
+        )
+    text = raw.decode("utf-8", "replace").replace("\0", "\ufffd")
     inserted = text.count("\ufffd") - raw.count("\ufffd".encode())
     tally["replacement_characters"] += inserted
     return text

@@ -5,12 +5,16 @@ none is lost, which is what makes bits per byte exact.
 """
 
 import json
+import signal
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tiktoken
@@ -18,11 +22,14 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lm.config import Count
-from lm.errors import EnvironmentFault, InputError
+from lm.config import NOT_EMPTY, Count
+from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import atomic_write, read_json, to_json
 
 END_TOKEN = "<|endoftext|>"  # noqa: S105 - a separator, not a password
+MAX_VOCAB_SIZE = 1 << 20  # the trainer reserves memory for all at once, and aborts without a word
+MAX_JSON_BYTES = 1 << 26  # of a tokenizer.json: takes 2 GB to open; Gemma's, a large one, has 33 MB
+TRIAL_SECONDS = 60  # for a foreign tokenizer to encode a few megabytes
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,16 @@ class TokenizerConfig:
     kind: Literal["bpe", "bytes", "file", "tiktoken"]
     vocab_size: Count  # of "bpe", the end token included
     source: str | None  # "file": a name in data/tokenizers/; "tiktoken": an encoding's name
-    end_token: str  # stands between documents
+    end_token: Annotated[str, NOT_EMPTY]  # stands between documents
 
     def __post_init__(self) -> None:
         if self.kind == "bpe" and self.vocab_size < 257:
             raise InputError(
                 f"tokenizer.vocab_size = {self.vocab_size}: must be >= 257 (256 bytes, an end)"
+            )
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise InputError(
+                f"tokenizer.vocab_size = {self.vocab_size}: must be <= {MAX_VOCAB_SIZE}"
             )
         if self.kind in ("file", "tiktoken") and self.source is None:
             raise InputError(f"tokenizer.source = null: tokenizer.kind = {self.kind} needs a name")
@@ -52,38 +63,52 @@ class Tokenizer:
     """A byte-level tokenizer with one token that ends a document."""
 
     def __init__(self, backend: tokenizers.Tokenizer, end_token: str = END_TOKEN):
-        """Raises InputError if it is not byte-level, alters text or lacks the end token."""
+        """Raises InputError if it is not byte-level, alters text, or cannot end a document."""
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._ids = Counter(vocabulary.values())
+        if twice := [i for i, count in self._ids.items() if count > 1]:
+            raise InputError(f"id {twice[0]} stands for several tokens")
+        if max(self._ids, default=0) > 2 * len(self._ids):  # ids index tables, the embedding too
+            raise InputError(f"id {max(self._ids)} is too large for {len(self._ids)} tokens")
         if backend.normalizer is not None:
             kind = type(backend.normalizer).__name__
-            raise InputError(f"tokenizer.json: its normalizer {kind} alters text; not supported")
-        if "ByteLevel" not in json.dumps(json.loads(backend.to_str())["decoder"]):
-            raise InputError("tokenizer.json: not byte-level; bits per byte would not be exact")
-        end_id = backend.token_to_id(end_token)
-        if end_id is None:
-            special = [t.content for t in backend.get_added_tokens_decoder().values()] or ["none"]
+            raise InputError(f"its normalizer {kind} alters text; not supported")
+        if backend.decoder is None or b"ByteLevel" not in backend.decoder.__getstate__():
+            raise InputError("not byte-level; bits per byte would not be exact")
+        if dropout := getattr(backend.model, "dropout", None):
+            raise InputError(f"drops merges at random (dropout {dropout}); set dropout to null")
+        special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        if end_token not in special:
             raise InputError(
-                f"tokenizer.json: no token {end_token!r}; set tokenizer.end_token to one of its "
-                f"special tokens: {', '.join(special[:20])}"
+                f"no special token {end_token!r}; set tokenizer.end_token to one that it has: "
+                f"{', '.join(list(special)[:20]) or 'none'}"
             )
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.end_token = end_token
-        self.end_id: int = end_id
+        self.end_id: int = special[end_token]
+        if self.end_id in self.encode(end_token):
+            raise InputError(f"tokenizer.end_token = {end_token}: plain text gives this token too")
 
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id, so that ids index a table of this size."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self._ids) + 1
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids of a text. The text of a special token is plain text unless allowed."""
         return self.encode_batch([text], allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
-        """Token ids of several texts, on all cores."""
+        """Token ids of several texts, on all cores. Raises InputError if the library gives up."""
         self.backend.encode_special_tokens = not allow_special
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            if not _raised_by_library(error):
+                raise
+            raise InputError(f"the tokenizer cannot encode a text: {error}") from None
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -125,20 +150,84 @@ class Tokenizer:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in a folder. Raises InputError if it is missing or damaged."""
-    return open_tokenizer_json(
-        folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")["eos_token"]
-    )
+    settings = read_json(folder / "tokenizer_config.json")
+    end_token = settings.get("eos_token") if isinstance(settings, dict) else None
+    if not isinstance(end_token, str):
+        raise InputError(f"{folder / 'tokenizer_config.json'}: names no text as eos_token")
+    return open_tokenizer_json(folder / "tokenizer.json", end_token)
 
 
 def open_tokenizer_json(file: Path, end_token: str) -> Tokenizer:
     """Any byte-level tokenizer.json. Raises InputError if it is missing, damaged or otherwise."""
+    if not file.is_file():
+        raise InputError(f"{file}: {'not a file' if file.exists() else 'no such file'}")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(f"{file}: longer than {MAX_JSON_BYTES >> 20} MiB; no tokenizer needs that")
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except Exception as error:  # the library raises no narrower class
+    except BaseException as error:
+        if not (isinstance(error, UnicodeDecodeError) or _raised_by_library(error)):
+            raise
         raise InputError(f"{file}: not a tokenizer.json ({error})") from None
-    return Tokenizer(backend, end_token)
+    try:
+        return Tokenizer(backend, end_token)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def _raised_by_library(error: BaseException) -> bool:
+    """Whether `tokenizers` gave up: it has no narrower classes than these two."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
+def foreign_tokenizer(file: Path, samples: Iterable[str], end_token: str = END_TOKEN) -> Tokenizer:
+    """A tokenizer.json by others, tried on hard texts and on the beginnings of some of the user's.
+
+    Raises InputError if it is damaged, alters text or takes too long. The trial is a process of its
+    own, because a pattern may backtrack for years and the library, when it gives up, panics aloud.
+    """
+    texts = json.dumps([sample[:5000] for sample in samples])
+    trial = subprocess.run(
+        [sys.executable, "-m", "lm.tokenizer", file, end_token, str(TRIAL_SECONDS)],
+        input=texts.encode(),
+        stderr=subprocess.PIPE,
+    )
+    if trial.returncode == -signal.SIGALRM:
+        raise InputError(
+            f"{file}: not done with a few megabytes of text after {TRIAL_SECONDS} s; its pattern "
+            "backtracks too much"
+        )
+    if trial.returncode != 0:
+        *_, last = trial.stderr.decode("utf-8", "replace").strip().split("\n")
+        if not last.startswith("error: "):
+            raise InputError(f"{file}: ended its trial by a crash {last}".rstrip())
+        raise InputError(last.removeprefix("error: "))
+    return open_tokenizer_json(file, end_token)
+
+
+def _trial(file: str, end_token: str, seconds: str) -> None:
+    """Encode every byte of UTF-8, long runs, added tokens amid spaces, and the texts on stdin."""
+    signal.alarm(int(seconds))  # ends the process, wherever it is and whoever still waits for it
+    tokenizer = open_tokenizer_json(Path(file), end_token)
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    texts = [
+        "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000, 0x1000)])),
+        *(chr(code) * 10_000 + "!" for code in range(128)),
+        "".join(f"a  {token.content}  b{token.content}c\n{token.content}\n" for token in added),
+        *json.load(sys.stdin),
+    ]
+    try:
+        encoded = tokenizer.encode_batch(texts)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    for text, ids in zip(texts, encoded, strict=True):
+        given, kept = text.encode(), tokenizer.decode_bytes(ids)
+        if given != kept:
+            different = (a != b for a, b in zip_longest(given, kept))
+            at = max(0, list(different).index(True) - 5)
+            raise InputError(
+                f"{file}: alters text: {given[at : at + 20]!r} came back as {kept[at : at + 20]!r}"
+            )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = END_TOKEN) -> Tokenizer:
@@ -242,3 +331,8 @@ def _byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        _trial(*sys.argv[1:])

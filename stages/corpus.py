@@ -44,7 +44,12 @@ def corpus(inputs: Inputs) -> None:
 
 def _refuse_strangers() -> None:
     """Raise InputError if data/raw holds a file that an earlier run of this stage did not write."""
-    written = {f"{e['package']}.jsonl" for e in read_json(MANIFEST)} if MANIFEST.exists() else set()
+    entries = read_json(MANIFEST) if MANIFEST.exists() else []
+    if not (
+        isinstance(entries, list) and all(isinstance(e, dict) and "package" in e for e in entries)
+    ):
+        raise InputError(f"{MANIFEST}: not a list of packages; delete it and {RAW}, and run again")
+    written = {f"{entry['package']}.jsonl" for entry in entries}
     for file in sorted(RAW.glob("*")):
         if file.name not in written and not file.name.endswith(".tmp"):
             raise InputError(

@@ -29,11 +29,11 @@ def evaluate_stage(inputs: Inputs) -> None:
     """Write metrics/eval.json, loss_by_position.csv, samples.md and summary.md."""
     config = inputs.section(EvaluateConfig, "evaluate")
     inputs.watch(MODEL, TOKENS)
+    device = choose_device(inputs.section(RuntimeConfig, "runtime").device)
+    model, tokenizer = load_model(MODEL, device)
     provenance = read_provenance(MODEL)
     remove_finished(run_folder(UNFINISHED, provenance))  # by now DVC has recorded what it made
-    device = choose_device(inputs.section(RuntimeConfig, "runtime").device)
     make_deterministic(device, provenance["train"].get("num_threads"))
-    model, tokenizer = load_model(MODEL, device)
     tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"))
     sums = evaluate(
         model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride

@@ -10,14 +10,14 @@ from lm.text import DataConfig, source_files, split_documents
 from lm.tokenizer import (
     TokenizerConfig,
     byte_tokenizer,
+    foreign_tokenizer,
     from_tiktoken,
-    open_tokenizer_json,
     train_bpe,
 )
 from stages.run import Inputs, run
 
 TOKENIZER, OWN_TOKENIZERS = Path("data/tokenizer"), Path("data/tokenizers")
-TIKTOKEN_SAMPLES = 200  # documents on which the converted encoding is compared
+SAMPLES = 200  # documents on which a tokenizer from elsewhere is tried
 
 
 def tokenizer(inputs: Inputs) -> None:
@@ -33,11 +33,10 @@ def tokenizer(inputs: Inputs) -> None:
     elif config.kind == "bytes":
         result = byte_tokenizer(config.end_token)
     elif config.kind == "tiktoken":
-        result = from_tiktoken(
-            str(config.source), islice(texts, TIKTOKEN_SAMPLES), config.end_token
-        )
+        result = from_tiktoken(str(config.source), islice(texts, SAMPLES), config.end_token)
     else:
-        result = open_tokenizer_json(OWN_TOKENIZERS / str(config.source), config.end_token)
+        source = OWN_TOKENIZERS / str(config.source)
+        result = foreign_tokenizer(source, islice(texts, SAMPLES), config.end_token)
     inputs.check()
     result.save(TOKENIZER)
     say(f"Tokenizer ({config.kind}) with {result.vocab_size:,} tokens in {TOKENIZER}")

@@ -20,8 +20,9 @@ def tokens(inputs: Inputs) -> None:
     data = inputs.section(DataConfig, "data")
     inputs.watch(TOKENIZER, partial(source_files, data))
     documents = inputs.checked(split_documents(data, tally))  # the manifest comes after the last
+    tokenizer = load_tokenizer(TOKENIZER)
     sha256 = sha256_file(TOKENIZER / "tokenizer.json")
-    manifest = write_tokens(TOKENS, documents, load_tokenizer(TOKENIZER), sha256)
+    manifest = write_tokens(TOKENS, documents, tokenizer, sha256)
     for split in ("train", "valid"):
         entry = manifest[split]
         say(

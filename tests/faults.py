@@ -41,7 +41,7 @@ class WarmStages:
     def run(self, stage: str, *arguments: str, **strike: Any) -> dict[str, Any]:
         """Run a stage; `strike`: at and signal, or limit (bytes a file may grow to).
 
-        Gives status (negative: ended by that signal), out, err, and the changes it came to.
+        Gives status (negative: ended by that signal), out, err, changes of files, peak_bytes.
         """
         case = {"stage": stage, "arguments": arguments, **strike}
         self.process.stdin.write(json.dumps(case) + "\n")
@@ -79,6 +79,7 @@ def watch_changes(log: int, at: int | None, number: int) -> None:
 
 def child(case: dict[str, Any], log: int) -> int:
     """Run the stage as `python -m stages.NAME` would; its exit status."""
+    signal.alarm(60)  # nothing may hang
     sys.argv = [case["stage"], *case["arguments"]]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "limit" in case:
@@ -113,13 +114,15 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
         os.close(writer)
         with open(reader) as pipe:
             result[name] = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    result["changes"] = result["changes"].splitlines()
-    return result | {"status": os.waitstatus_to_exitcode(status)}
+    _, status, usage = os.wait4(pid, 0)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    changes = result["changes"].splitlines()
+    status = os.waitstatus_to_exitcode(status)
+    return result | {"changes": changes, "status": status, "peak_bytes": peak}
 
 
 if __name__ == "__main__":
-    for name in ("tokenizer", "tokens", "train", "evaluate"):
+    for name in ("corpus", "tokenizer", "tokens", "train", "evaluate"):
         importlib.import_module(f"stages.{name}")
     for name in [name for name in sys.modules if name.partition(".")[0] in ("lm", "stages")]:
         del sys.modules[name]  # each run imports its own code, as a process of its own would

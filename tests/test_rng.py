@@ -45,6 +45,14 @@ def test_permuted_is_a_permutation_for_any_size(size, key):
     assert sorted(images.tolist()) == list(range(size))
 
 
+@given(st.data(), st.integers(1, 2**63 - 1), st.integers(0, 2**63 - 1))
+def test_permuted_sends_no_two_places_to_one_however_large_the_size(data, size, key):
+    places = data.draw(st.lists(st.integers(0, size - 1), unique=True, max_size=200))
+    images = rng.permuted(key, np.array(places, dtype=np.int64), size)
+    assert len(set(images.tolist())) == len(places)
+    assert all(0 <= image < size for image in images.tolist())
+
+
 def test_permutations_differ_by_key_and_mix():
     a, b = (rng.permuted(key, np.arange(1000), 1000) for key in (1, 2))
     assert (a != b).mean() > 0.9

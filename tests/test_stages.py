@@ -469,42 +469,6 @@ def test_the_tokenizer_learns_from_the_training_split_alone(prepared):
     assert prepared.read("data/tokenizer/tokenizer.json").decode() == expected + "\n"
 
 
-BAD = [
-    ("tokenizer", ["data.path=missing"], 2, "data.path = missing: no such file or folder"),
-    ("train", ["train.lrr=1"], 2, "unknown key train.lrr (did you mean train.lr?)"),
-    ("train", ["train.lr=.nan"], 2, "params.yaml: train.lr = nan: must be finite"),
-    ("train", ["model.num_heads=3"], 2, "model.d_model = 32 is not divisible by model.num_heads"),
-    ("train", ["model.context_length=100000"], 2, "train split has "),
-    ("train", ["runtime.device=tpu"], 2, "must be one of auto, cpu, cuda, mps"),
-    ("corpus", ["data.packages=[networkx==1.0]"], 3, "networkx==1.0 wanted, 3.6.1 installed"),
-    ("evaluate", [], 2, "models/model/provenance.json: no such file"),
-    ("evaluate", ["evaluate.prompts=[]"], 2, "evaluate.prompts = []: must not be empty"),
-    ("train", ["evaluate.top_p=0.5"], 2, "reads the sections model, train, runtime alone"),
-    ("tokenizer", ["tokenizer.kind=file", "tokenizer.source=../x"], 2, "must be a file's name in"),
-    ("train", ["model.vocab_size=7"], 2, "unknown key model.vocab_size"),
-    ("tokens", ["data.path=text/*.txt"], 2, "a pattern goes into data.glob"),
-    ("tokens", ["data.path=models"], 2, "no file matches data.glob"),
-    ("tokens", ["data.valid_fraction=0.0001"], 2, "the valid split has no documents"),
-    ("tokens", ["data.path=latin.txt"], 2, "latin.txt: byte 0xe9 at offset 3 is not UTF-8"),
-    ("tokens", ["data.path=empty.txt"], 2, "data.path = empty.txt: no text"),
-    ("tokens", ["data.path=bad.jsonl"], 2, "bad.jsonl:2: no field 'text' (has: body)"),
-]
-
-
-def test_bad_input_is_one_line_an_exit_code_and_no_loss(prepared):
-    made = ["data/tokenizer/tokenizer.json", "data/tokens/train.bin", "data/tokens/tokens.json"]
-    before = [prepared.read(name) for name in made]
-    (prepared.folder / "latin.txt").write_bytes("café".encode("latin-1"))
-    (prepared.folder / "empty.txt").write_bytes(b" \n")
-    (prepared.folder / "bad.jsonl").write_bytes(b'{"text": "a"}\n{"body": "b"}\n')
-    for stage, overrides, code, message in BAD:
-        result = prepared.stage(stage, *overrides)
-        assert result.returncode == code, (stage, overrides, result.stderr)
-        assert message in one_line(result)
-        kept = made[:1] if stage == "tokens" else made  # a stage may drop its own old output
-        assert [prepared.read(name) for name in kept] == before[: len(kept)]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_an_absent_device_exits_3(prepared):
     result = prepared.stage("train", "runtime.device=cuda")

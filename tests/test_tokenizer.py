@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -15,7 +16,9 @@ from transformers import AutoTokenizer
 
 from lm.errors import EnvironmentFault, InputError
 from lm.tokenizer import (
+    END_TOKEN,
     byte_tokenizer,
+    foreign_tokenizer,
     from_tiktoken,
     load_tokenizer,
     open_tokenizer_json,
@@ -91,8 +94,12 @@ def bpe():
     return train_bpe(TEXTS, 400)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "bytes"])
-@given(text=st.text())
+KINDS = pytest.mark.parametrize("kind", ["bpe", "bytes"])
+PIECES = st.one_of(st.text(), st.sampled_from(["<|endoftext|>", "low", " low", "\0", "\r\n", "Ġ"]))
+
+
+@KINDS
+@given(text=st.lists(PIECES).map("".join))
 def test_any_text_comes_back(bpe, kind, text):
     tokenizer = bpe if kind == "bpe" else byte_tokenizer()
     ids = tokenizer.encode(text)
@@ -101,7 +108,26 @@ def test_any_text_comes_back(bpe, kind, text):
     assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
 
 
-@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+@KINDS
+@given(data=st.binary())
+def test_any_bytes_are_spelled_by_ids(bpe, kind, data):
+    tokenizer = bpe if kind == "bpe" else byte_tokenizer()
+    ids = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.vocab_size)}
+    if kind == "bytes":
+        data = data.replace(b"\xff", b"")  # its end token: never in UTF-8
+    spelled = [ids[bytes([byte])] for byte in data]
+    assert tokenizer.decode_bytes(spelled) == data
+
+
+@KINDS
+@given(draws=st.lists(st.integers(0, 2**63)))
+def test_any_ids_decode_as_hugging_face_decodes_them(bpe, kind, draws):
+    tokenizer = bpe if kind == "bpe" else byte_tokenizer()
+    ids = [draw % tokenizer.vocab_size for draw in draws]
+    assert tokenizer.decode(ids) == tokenizer.backend.decode(ids, skip_special_tokens=False)
+
+
+@KINDS
 def test_special_text_is_plain_unless_allowed(bpe, kind):
     tokenizer = bpe if kind == "bpe" else byte_tokenizer()
     text = "a<|endoftext|>b"
@@ -190,5 +216,51 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, bpe):
     with pytest.raises(InputError, match="its normalizer Lowercase alters text"):
         open_tokenizer_json(file, "<|endoftext|>")
     bpe.backend.save(str(file))
-    with pytest.raises(InputError, match=r"no token '</s>'.*<\|endoftext\|>"):
+    with pytest.raises(InputError, match=r"no special token '</s>'.*<\|endoftext\|>"):
         open_tokenizer_json(file, "</s>")
+
+
+def with_pattern(bpe, file, pattern):
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    backend = tokenizers.Tokenizer.from_str(bpe.backend.to_str())
+    plain = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, plain])
+    backend.save(str(file))
+    return file
+
+
+def test_a_foreign_tokenizer_keeps_its_ids(bpe, tmp_path):
+    file = with_pattern(bpe, tmp_path / "foreign.json", r" ?\w+|\s+|.")
+    foreign = foreign_tokenizer(file, TEXTS)
+    assert foreign.encode("low  lower") == open_tokenizer_json(file, END_TOKEN).encode("low  lower")
+
+
+def test_a_pattern_that_takes_years_is_stopped(bpe, tmp_path, monkeypatch):
+    """Each match stays below the library's limit of retries, but there is one at every place."""
+    monkeypatch.setattr("lm.tokenizer.TRIAL_SECONDS", 3)
+    file = with_pattern(bpe, tmp_path / "foreign.json", "(?:a{1,60}){1,3}b|.")
+    started = time.monotonic()
+    with pytest.raises(
+        InputError, match="foreign.json: not done with a few megabytes of text after 3 s"
+    ):
+        foreign_tokenizer(file, [])
+    assert time.monotonic() - started < 30
+
+
+def test_a_text_at_which_the_library_panics_is_an_input_error(bpe, tmp_path):
+    file = with_pattern(bpe, tmp_path / "foreign.json", r"(a+)+$")
+    with pytest.raises(InputError, match="the tokenizer cannot encode a text: Onig: Regex search"):
+        open_tokenizer_json(file, END_TOKEN).encode("a" * 50 + "!")
+
+
+def test_a_text_of_the_user_is_tried_too(bpe, tmp_path):
+    file = with_pattern(bpe, tmp_path / "foreign.json", r"(?:xy)+(?:xy)+(?:xy)+(?:xy)+z|.")
+    foreign_tokenizer(file, ["xy" * 10])
+    with pytest.raises(InputError, match="foreign.json: the tokenizer cannot encode a text: Onig"):
+        foreign_tokenizer(file, ["xy" * 400])
+
+
+def test_an_end_token_that_text_can_hold_is_refused():
+    for make in (byte_tokenizer, lambda end: train_bpe(TEXTS, 300, end)):
+        with pytest.raises(InputError, match="tokenizer.end_token = a: plain text gives this"):
+            make("a")

@@ -45,7 +45,7 @@ def test_files_hold_the_documents_and_their_ends(folder):
 def test_a_vocabulary_beyond_16_bits_takes_32(tmp_path):
     bpe = train_bpe(["text"], 300)
     model = json.loads(bpe.backend.to_str())["model"]
-    vocabulary = model["vocab"] | {f"filler{i}": i for i in range(1000, 70_000)}
+    vocabulary = model["vocab"] | {f"filler{i}": i for i in range(len(model["vocab"]), 70_000)}
     merges = [tuple(merge) for merge in model["merges"]]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer, backend.decoder = bpe.backend.pre_tokenizer, bpe.backend.decoder

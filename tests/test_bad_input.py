@@ -1,0 +1,448 @@
+"""All the bad input we know, in one table: what is given, and the line that the user sees.
+
+Each row is a stage as a user starts it, forked from a process that has imported everything, since
+importing torch takes seconds. The line is exact; "…" stands for what differs by machine.
+"""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lm.tokenizer import END_TOKEN, train_bpe
+from tests.faults import WarmStages
+from tests.project import Project
+
+OUTPUTS = ("data", "models", "metrics")
+
+
+class Stages:
+    """A prepared project, and a warm process in it that forks a stage at a time."""
+
+    def __init__(self, folder: Path):
+        self.project = Project(folder / "project")
+        self.folder = self.project.folder
+        self.warm = WarmStages(self.project)
+        for stage in ("tokenizer", "tokens"):
+            result = self.warm.run(stage)
+            assert result["status"] == 0, result["err"]
+        self.pristine = folder / "pristine"
+        shutil.copytree(self.folder, self.pristine)
+
+    def restore(self):
+        for name in (*OUTPUTS, "given", "params.yaml"):
+            old, new = self.folder / name, self.pristine / name
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)
+            if new.is_dir():
+                shutil.copytree(new, old)
+            elif new.exists():
+                shutil.copy(new, old)
+
+    def try_out(self, row):
+        """Run a row's stage; its result, and the outputs that it made, altered or deleted."""
+        for given in row.given:
+            if callable(given):
+                given(self.folder)
+        before = self.outputs(row.stage)
+        words = [("-S", given) for given in row.given if isinstance(given, str)]
+        result = self.warm.run(row.stage, *chain.from_iterable(words))
+        changed = before.items() ^ self.outputs(row.stage).items()
+        return result, {name for name, _ in changed}
+
+    def outputs(self, stage):
+        """What the outputs hold, but for the tokens that stage tokens drops before it begins."""
+        return {
+            file.relative_to(self.folder).as_posix(): file.read_bytes()
+            for name in OUTPUTS
+            for file in (self.folder / name).rglob("*")
+            if file.is_file() and file.stat().st_size < 1 << 20
+            if not (stage == file.parent.name == "tokens")
+        }
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    stages = Stages(tmp_path_factory.mktemp("bad"))
+    yield stages
+    stages.warm.close()
+
+
+@pytest.fixture
+def stages(prepared):
+    yield prepared
+    prepared.restore()
+
+
+class Row(NamedTuple):
+    area: str
+    stage: str
+    given: list[str | Callable[[Path], object]]  # settings, and what is done to the project
+    code: int
+    line: str
+
+
+def file(name, data):
+    """Put a file into the project."""
+
+    def write(folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+    return write
+
+
+def long_file(name, size):
+    """A file that takes no space on the disk: NUL bytes."""
+
+    def write(folder):
+        file(name, b"")(folder)
+        os.truncate(folder / name, size)
+
+    return write
+
+
+def special(name, make):
+    """Put what `make` makes in place of a file."""
+
+    def write(folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return write
+
+
+def setting(key, value, line):
+    """A setting in params.yaml, read by the first stage that depends on its section."""
+    section = key.split(".")[0]
+    stage = {"data": "tokens", "tokenizer": "tokenizer", "evaluate": "evaluate"}.get(section)
+    return Row("params", stage or "train", [f"{key}={value}"], 2, line)
+
+
+def settings(text, line):
+    """A whole params.yaml."""
+    text = text if isinstance(text, bytes) else text.encode()
+    return Row("params", "train", [file("params.yaml", text)], 2, f"params.yaml: {line}")
+
+
+def data(name, content, line, *more):
+    """A file of text."""
+    return Row(
+        "data", "tokens", [file(f"given/{name}", content), "data.path=given", *more], 2, line
+    )
+
+
+def folder(what, line, *more):
+    """A folder of text with something in it."""
+    return Row("data", "tokens", [what, "data.path=given", *more], 2, line)
+
+
+def tokenizer(change, line, end_token=END_TOKEN):
+    """A tokenizer.json whose JSON has been changed, or bytes in its place."""
+    if callable(change):
+        content = json.loads(TOKENIZER)
+        change(content)
+        change = json.dumps(content).encode()
+    given = [
+        "tokenizer.kind=file",
+        "tokenizer.source=given.json",
+        f"tokenizer.end_token={end_token}",
+    ]
+    return Row("tokenizer", "tokenizer", [file(GIVEN, change), *given], 2, line)
+
+
+def archive(kind, member="a.txt", **attributes):
+    """The bytes of an archive with one member."""
+    packed = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(packed, "w") as made:
+            made.writestr(member, "text")
+    else:
+        with tarfile.open(fileobj=packed, mode="w") as made:
+            information = tarfile.TarInfo(member)
+            for name, value in attributes.items():
+                setattr(information, name, value)
+            made.addfile(information)
+    return packed.getvalue()
+
+
+def added_token(content, i=300, **options):
+    """Add a token that is looked for in the text before all else."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    token = {"id": i, "content": content} | flags | options
+    return lambda json: json["added_tokens"].append(token)
+
+
+def splitting(pattern):
+    """Split text by a pattern before all else."""
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return lambda json: json.update(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, json["pre_tokenizer"]]}
+    )
+
+
+def model(**changes):
+    """Change the model of a tokenizer.json."""
+    return lambda json: json["model"].update(changes)
+
+
+def vocabulary(**ids):
+    """Change the ids of some tokens."""
+    return lambda json: json["model"]["vocab"].update(ids)
+
+
+def without_x(json):
+    """Take one byte out of the vocabulary."""
+    ids = json["model"]["vocab"]
+    ids["never"] = ids.pop("x")
+
+
+GIVEN = "data/tokenizers/given.json"
+TOKENIZER = train_bpe(["low lower newest " * 20], 280).backend.to_str()
+BOMB = "a: &a [0,0,0,0,0,0,0,0,0]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghi")
+)
+CONVERT = "convert the file, leave it out, or set data.encoding_errors: replace"
+UNPACK = "not text; unpack it or leave it out by data.glob"
+DECOMPRESS = "not text; decompress it or leave it out by data.glob"
+AMBIGUOUS = "is ambiguous; write a plain decimal number, or quote it if it is text"
+NO_YAML = "not valid YAML: line 1: anchors, aliases and tags are not supported"
+LONG = "a document longer than 64 MiB; cut it into several, by data.separator or, in a .jsonl file, by lines"
+AGAIN = "run `dvc repro tokens`"
+
+ROWS = [
+    setting("train.lr", "-1e-3", "params.yaml: train.lr = -0.001: must be > 0"),
+    setting("train.lr", '"1e-3"', "params.yaml: train.lr = '1e-3' is text, wanted a number"),
+    setting("train.lr", ".nan", "params.yaml: train.lr = nan: must be finite"),
+    setting("train.lr", ".inf", "params.yaml: train.lr = inf: must be finite"),
+    setting("train.lr", "1e999", "params.yaml: train.lr = inf: must be finite"),
+    setting("train.lr", "", "params.yaml: train.lr = null, wanted a number"),
+    setting("train.lr", "[1", "-S train.lr=[1: not valid YAML: while parsing a flow sequence in …"),
+    setting("train.lr", "9" * 400, f"-S train.lr={'9' * 400}: not valid YAML: line 1: {'9' * 80}... {AMBIGUOUS}"),
+    setting("model.num_layers", "0", "params.yaml: model.num_layers = 0: must be >= 1"),
+    setting("model.num_layers", "true", "params.yaml: model.num_layers = True is a boolean, wanted an integer"),
+    setting("model.num_layers", "3.0", "params.yaml: model.num_layers = 3.0 is a decimal, wanted an integer"),
+    setting("model.num_layers", "0777", f"-S model.num_layers=0777: not valid YAML: line 1: 0777 {AMBIGUOUS}"),
+    setting("model.num_layers", "yes", "params.yaml: model.num_layers = 'yes' is text, wanted an integer"),
+    setting("model.num_layers", "[1]", "params.yaml: model.num_layers = [1] is a list, wanted an integer"),
+    setting("model.num_layers", "{a: 1}", "params.yaml: model.num_layers = {'a': 1} is a dict, wanted an integer"),
+    setting("model.d_ff", str(10**30), f"params.yaml: model.d_ff = {10**30}: must be < 2**31"),
+    setting("model.num_heads", "3", "params.yaml: model.d_model = 32 is not divisible by model.num_heads = 3; use 1, 2, 4, 8, 16, 32"),
+    setting("model.num_kv_heads", "3", "params.yaml: model.num_heads = 2 is not a multiple of model.num_kv_heads = 3; use 1, 2"),
+    setting("model.num_heads", "32", "params.yaml: … need an even head dimension…"),
+    setting("model.dropout", "1.0", "params.yaml: model.dropout = 1.0: must be in [0, 1)"),
+    setting("model.dropout", "-0.1", "params.yaml: model.dropout = -0.1: must be in [0, 1)"),
+    setting("model.norm", "layernorm", "params.yaml: model.norm = layernorm: must be one of rmsnorm, none"),
+    setting("model.norm", "a" * 1000, f"params.yaml: model.norm = {'a' * 80}...: must be one of rmsnorm, none"),
+    setting("model.norm", '"a\\nb\\e[31m"', "params.yaml: model.norm = a\\nb\\x1b[31m: must be one of rmsnorm, none"),
+    setting("model.qk_norm", "1", "params.yaml: model.qk_norm = 1 is a number, wanted true or false"),
+    setting("model.context_length", "100000", "train split has 13578 tokens, needs at least 100001; lower model.context_length or add text"),
+    setting("model.context_length", "5000", "valid split has 4025 tokens, needs at least 5001; lower model.context_length or add text"),
+    setting("train.warmup_steps", "500", "params.yaml: train.warmup_steps = 500 exceeds train.max_steps = 20"),
+    setting("train.max_steps", "-3", "params.yaml: train.max_steps = -3: must be >= 1"),
+    setting("train.batch_size", "0", "params.yaml: train.batch_size = 0: must be >= 1"),
+    setting("train.micro_batch_size", "3", "params.yaml: train.batch_size = 4 is not a multiple of …"),
+    setting("train.num_threads", 0, "params.yaml: train.num_threads = 0: must be in [1, 1024]"),
+    setting("train.on_nonfinite", "ignore", "params.yaml: train.on_nonfinite = ignore: must be one of stop, skip"),
+    setting("train.max_skipped_steps", 0, "params.yaml: train.max_skipped_steps = 0: must be >= 1"),
+    setting("train.dtype", "float8", "params.yaml: train.dtype = float8: must be one of float32, bfloat16, float16"),
+    setting("train.seed", "-1", "params.yaml: train.seed = -1: must be in [0, 2**63)"),
+    setting("train.seed", str(2**70), f"params.yaml: train.seed = {2**70}: must be in [0, 2**63)"),
+    setting("train.optimizer", "sgd", "params.yaml: train.optimizer = sgd: must be one of adamw, muon"),
+    setting("train.schedule", "wsd", "params.yaml: train.decay_steps = 0: train.schedule = wsd needs >= 1…"),
+    setting("runtime.device", "tpu", "params.yaml: runtime.device = tpu: must be one of auto, cpu, cuda, mps"),
+    setting("runtime.keep_checkpoints", "1", "params.yaml: runtime.keep_checkpoints = 1: must be >= 2"),
+    setting("tokenizer.vocab_size", "100", "params.yaml: tokenizer.vocab_size = 100: must be >= 257 (256 bytes, an end)"),
+    setting("tokenizer.vocab_size", "2000000000", "params.yaml: tokenizer.vocab_size = 2000000000: must be <= 1048576"),
+    setting("tokenizer.kind", "file", "params.yaml: tokenizer.source = null: tokenizer.kind = file needs a name"),
+    setting("tokenizer.end_token", "''", "params.yaml: tokenizer.end_token = : must not be empty"),
+    setting("tokenizer.end_token", "a", "tokenizer.end_token = a: plain text gives this token too"),
+    setting("data.valid_fraction", "0", "params.yaml: data.valid_fraction = 0.0: must be in (0, 1)"),
+    setting("data.packages", "networkx", "params.yaml: data.packages = 'networkx' is text, wanted a list"),
+    setting("data.packages", "[1]", "params.yaml: data.packages[0] = 1 is a number, wanted text"),
+    setting("data.separator", "''", "params.yaml: data.separator = : must not be empty"),
+    setting("data.path", "''", "params.yaml: data.path = : must not be empty"),
+    setting("evaluate.top_p", "1.5", "params.yaml: evaluate.top_p = 1.5: must be in (0, 1]"),
+    setting("evaluate.prompts", "[]", "params.yaml: evaluate.prompts = []: must not be empty"),
+    setting("train.lrr", "1", "-S train.lrr=1: unknown key train.lrr (did you mean train.lr?)"),
+    setting("train", "1", "-S train=1: expected section.key=value, as in -S train.lr=1e-3"),
+    setting("model.vocab_size", "7", "-S model.vocab_size=7: unknown key model.vocab_size…"),
+    Row("params", "train", ["evaluate.top_p=0.5"], 2, "-S evaluate.top_p=0.5: this stage reads the sections model, train, runtime alone"),
+    Row("params", "tokenizer", ["tokenizer.kind=file", "tokenizer.source=../x"], 2,
+        "params.yaml: tokenizer.source = ../x: must be a file's name in data/tokenizers/, which DVC watches; copy the file there"),
+    Row("params", "corpus", ["data.packages=[networkx==1.0]"], 3, "data.packages: networkx==1.0 wanted, 3.6.1 installed; run …"),
+    Row("params", "train", [lambda folder: (folder / "params.yaml").unlink()], 2,
+        "params.yaml: no such file; run from the project's root folder"),
+    Row("params", "train", [special("params.yaml", Path.mkdir)], 2,
+        "params.yaml: not a file; run from the project's root folder"),
+    Row("params", "train", [special("params.yaml", os.mkfifo)], 2,
+        "params.yaml: not a file; run from the project's root folder"),
+    settings("", "holds no sections; expected data, tokenizer, model, train, evaluate, runtime"),
+    settings("- 1", "holds no sections; expected data, tokenizer, model, train, evaluate, runtime"),
+    settings("trian: {}", "unknown section trian (did you mean train?)"),
+    settings("model: {}", "missing section train"),
+    settings("train: {}", "missing key train.optimizer"),
+    settings("train: 3", "section train holds no keys"),
+    settings("train: {<<: {lr: 1}}", "unknown key train.<< (did you mean train.lr?)"),
+    settings("train: {warmup_step: 1}", "unknown key train.warmup_step (did you mean train.warmup_steps?)"),
+    settings("train: {lr: 1, lr: 2}", "not valid YAML: line 1: key lr stands twice"),
+    settings("train: {1: 2}", "not valid YAML: line 1: key 1 is not text"),
+    settings("train: {[a]: 2}", "not valid YAML: line 1: key ['a'] is not text"),
+    settings("train: {lr: 1", "not valid YAML: while parsing a flow mapping …"),
+    settings("train: {lr: " + "9" * 5000 + "}", f"not valid YAML: line 1: {'9' * 80}... {AMBIGUOUS}"),
+    settings("train: !!python/object/apply:os.getcwd []", NO_YAML),
+    settings("train: !!int a", NO_YAML),
+    settings(BOMB, NO_YAML),
+    settings("train: " + "[" * 10_000, "not valid YAML: nested too deeply"),
+    settings("train: " + "{a: " * 10_000, "not valid YAML: nested too deeply"),
+    settings("train: \0", "not valid YAML: unacceptable character #x0000: …"),
+    settings('train: "\\ud800"', "not valid YAML: line 1: half a surrogate pair; write the character itself"),
+    settings('"\\udc80": 1', "not valid YAML: line 1: half a surrogate pair; write the character itself"),
+    settings(b"train: \xff", "not UTF-8 at offset 7"),
+    settings("a" * (1 << 18) + "b", "longer than 262,144 bytes; settings are short"),
+
+    Row("data", "tokenizer", ["data.path=missing"], 2, "data.path = missing: no such file or folder"),
+    Row("data", "tokens", ["data.path=text/*.txt"], 2, "data.path = text/*.txt: no such file or folder; a pattern goes into data.glob"),
+    Row("data", "tokens", ["data.path=/dev/zero"], 2, "data.path = /dev/zero: a pipe or a device; name a file or a folder"),
+    Row("data", "tokens", [special("given", os.mkfifo), "data.path=given"], 2, "data.path = given: a pipe or a device; name a file or a folder"),
+    Row("data", "tokens", ['data.path="a\\0"'], 2, "data.path = a\\x00: no such file or folder"),
+    Row("data", "tokens", ["data.path=" + "a" * 300], 3, f"{'a' * 300}: File name too long"),
+    Row("data", "tokens", ['data.glob="a\\0"'], 2, "data.path = text: no file matches data.glob = a\\x00"),
+    Row("data", "tokens", ["data.path=models"], 2, "data.path = models: no file matches data.glob = **/*"),
+    Row("data", "tokens", ["data.glob=../**/*"], 2, "data.path = text: no file matches data.glob = ../**/*"),
+    Row("data", "tokens", ["data.glob=/etc/*"], 2, "data.glob = /etc/*: Non-relative patterns are unsupported"),
+    Row("data", "tokens", ["data.valid_fraction=0.0001"], 2, "the valid split has no documents; change data.valid_fraction, …"),
+    Row("data", "tokenizer", ["data.valid_fraction=0.9999"], 2, "the train split has no documents; change data.valid_fraction, …"),
+    Row("data", "corpus", [file("data/raw/mine.txt", b"text")], 2,
+        "data/raw/mine.txt: not written by this stage, to which data/raw belongs; move your text elsewhere and name it in data.path"),
+    Row("data", "corpus", [file("data/corpus.json", b'["a"]')], 2,
+        "data/corpus.json: not a list of packages; delete it and data/raw, and run again"),
+    Row("data", "corpus", ["data.packages=[networkx]"], 2, "data.packages: networkx pins no version; write name==version"),
+    Row("data", "corpus", ["data.packages=[no-such==1]"], 3, "data.packages: no-such is not installed; run …"),
+    Row("data", "tokens", ["data.glob=''"], 2, "data.glob = : Unacceptable pattern: ''"),
+    data("a.txt", b"", "data.path = given: no text"),
+    data("a.txt", b" \n\n ", "data.path = given: no text"),
+    data("a.txt", "café".encode("latin-1"), f"given/a.txt: byte 0xe9 at offset 3 is not UTF-8; {CONVERT}"),
+    data("a.txt", "text".encode("utf-16"), f"given/a.txt: byte 0xff at offset 0 is not UTF-8; {CONVERT}"),
+    data("a.txt", "text".encode("utf-16-le"), f"given/a.txt: byte 0x00 at offset 1 is not text; {CONVERT}"),
+    data("a.txt", b"\x7fELF\x02\x01\x01\x00\xc8", f"given/a.txt: byte 0xc8 at offset 8 is not UTF-8; {CONVERT}"),
+    data("a.txt", b"\x89PNG\r\n\x1a\n", f"given/a.txt: byte 0x89 at offset 0 is not UTF-8; {CONVERT}"),
+    data("a\nb\x1b[31m.txt", b"\xff", f"given/a\\nb\\x1b[31m.txt: byte 0xff at offset 0 is not UTF-8; {CONVERT}"),
+    data("a.txt", b"one<|end|>two\xff", f"given/a.txt: byte 0xff at offset 13 is not UTF-8; {CONVERT}", "data.separator=<|end|>"),
+    data("a.zip", archive("zip"), f"given/a.zip: a zip archive, {UNPACK}"),
+    data("a.zip", archive("zip", "../a"), f"given/a.zip: a zip archive, {UNPACK}"),
+    data("a.zip", archive("zip"), f"given/a.zip: a zip archive, {UNPACK}", "data.encoding_errors=replace"),
+    data("a.txt", archive("tar"), f"given/a.txt: a tar archive, {UNPACK}"),
+    data("a.tar", archive("tar", "../a"), f"given/a.tar: a tar archive, {UNPACK}"),
+    data("a.tar", archive("tar", "/tmp/a"), f"given/a.tar: a tar archive, {UNPACK}"),
+    data("a.tar", archive("tar", type=tarfile.SYMTYPE, linkname="/etc/passwd"), f"given/a.tar: a tar archive, {UNPACK}"),
+    data("a.tar", archive("tar", type=tarfile.CHRTYPE), f"given/a.tar: a tar archive, {UNPACK}"),
+    data("a.txt.gz", gzip.compress(b"text"), f"given/a.txt.gz: compressed by gzip, {DECOMPRESS}"),
+    data("a.jsonl", gzip.compress(b"{}"), f"given/a.jsonl: compressed by gzip, {DECOMPRESS}"),
+    data("a.xz", lzma.compress(b"text"), f"given/a.xz: compressed by xz, {DECOMPRESS}"),
+    data("a.bz2", bz2.compress(b"text"), f"given/a.bz2: compressed by bzip2, {DECOMPRESS}"),
+    data("a.zst", b"\x28\xb5\x2f\xfd\x04\x00", f"given/a.zst: compressed by zstd, {DECOMPRESS}"),
+    data("a.parquet", b"PAR1\x15\x04PAR1", "given/a.parquet: a parquet table, not text; convert it to .jsonl or leave it out by data.glob"),
+    data("a.jsonl", b'{"text": "a"}\n{"body": "b", "id": 2}\n', "given/a.jsonl:2: no field 'text' (has: body, id)"),
+    data("a.jsonl", b'{"text": "a"}\n{"text": \n', "given/a.jsonl:2: not valid JSON (…)"),
+    data("a.jsonl", b'["text"]\n', "given/a.jsonl:1: not an object with a field 'text'"),
+    data("a.jsonl", b'{"text": null}\n', "given/a.jsonl:1: field 'text' is not text; name one in data.text_field"),
+    data("a.jsonl", b'{"text": "a\\ud800b"}\n', f"given/a.jsonl:1: field 'text': byte 0xed at offset 1 is not UTF-8; {CONVERT}"),
+    data("a.jsonl", b'{"text": "a\\u0000b"}\n', f"given/a.jsonl:1: field 'text': byte 0x00 at offset 1 is not text; {CONVERT}"),
+    data("a.jsonl", b'{"text": "\xff"}\n', f"given/a.jsonl:1: byte 0xff at offset 10 is not UTF-8; {CONVERT}"),
+    data("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "given/a.jsonl:1: not valid JSON (…)"),
+    data("a.jsonl", b"[" * 100_000 + b"\n", "given/a.jsonl:1: not valid JSON (…)"),
+    folder(long_file("given/a.txt", 2 << 30), f"given/a.txt: {LONG}"),
+    folder(long_file("given/a.txt", 2 << 30), f"given/a.txt: {LONG}", "data.separator=<|end|>"),
+    folder(long_file("given/a.jsonl", 2 << 30), f"given/a.jsonl:1: {LONG}"),
+    folder(special("given/pipe", os.mkfifo), "given/pipe: a pipe, a device, a broken link or a link to a folder; take it away or leave it out by data.glob"),
+    folder(special("given/zero", lambda path: path.symlink_to("/dev/zero")), "given/zero: a pipe, a device, …"),
+    folder(special("given/link", lambda path: path.symlink_to("nowhere")), "given/link: a pipe, a device, …"),
+    folder(special("given/link", lambda path: path.symlink_to("link")), "given/link: a pipe, a device, …"),
+    folder(special("given/link", lambda path: path.symlink_to("../text")), "given/link: a pipe, a device, …"),
+
+    Row("tokenizer", "tokenizer", ["tokenizer.kind=file", "tokenizer.source=missing.json"], 2, "data/tokenizers/missing.json: no such file"),
+    Row("tokenizer", "tokenizer", [special(GIVEN, os.mkfifo), "tokenizer.kind=file", "tokenizer.source=given.json"], 2, f"{GIVEN}: not a file"),
+    Row("tokenizer", "tokenizer", [long_file(GIVEN, 1 << 30), "tokenizer.kind=file", "tokenizer.source=given.json"], 2,
+        f"{GIVEN}: longer than 64 MiB; no tokenizer needs that"),
+    Row("tokenizer", "tokenizer", ["tokenizer.kind=tiktoken", "tokenizer.source=gpt9"], 2, "tokenizer.source = gpt9: tiktoken knows …"),
+    tokenizer(b"", f"{GIVEN}: not a tokenizer.json (…)"),
+    tokenizer(b"[1, 2]", f"{GIVEN}: not a tokenizer.json (…)"),
+    tokenizer(b"\xff\xfe", f"{GIVEN}: not a tokenizer.json (…)"),
+    tokenizer(b'{"model":' * 100_000, f"{GIVEN}: not a tokenizer.json (…)"),
+    tokenizer(TOKENIZER[:2000].encode(), f"{GIVEN}: not a tokenizer.json (…)"),
+    tokenizer(model(vocab=[1]), f"{GIVEN}: not a tokenizer.json (…)"),
+    tokenizer(model(merges=[["l", "nothing"]]), f"{GIVEN}: not a tokenizer.json (…)"),
+    tokenizer(splitting("(a"), f"{GIVEN}: not a tokenizer.json (…)"),
+    tokenizer(vocabulary(x=5 * 10**9), f"{GIVEN}: not a tokenizer.json (…)"),
+    tokenizer(vocabulary(x=4 * 10**9), f"{GIVEN}: id 4000000000 is too large for 269 tokens"),
+    tokenizer(vocabulary(x=3), f"{GIVEN}: id 3 stands for several tokens"),
+    tokenizer(without_x, f"{GIVEN}: alters text: b'stuvwxyz{{|}}~… came back as b'stuvwyz{{|}}~…"),
+    tokenizer(lambda json: (without_x(json), model(unk_token="!")(json)), f"{GIVEN}: alters text: b'stuvwxyz… came back as b'stuvw!yz…"),
+    tokenizer(model(dropout=0.5), f"{GIVEN}: drops merges at random (dropout 0.5); set dropout to null"),
+    tokenizer(model(end_of_word_suffix="</w>"), f"{GIVEN}: alters text: …"),
+    tokenizer(model(continuing_subword_prefix="##"), f"{GIVEN}: not a tokenizer.json (slice index starts at 1 but ends at 0)"),
+    tokenizer(model(type="WordLevel", unk_token="nothing"), f"{GIVEN}: the tokenizer cannot encode a text: WordLevel error: Missing [UNK] token from the vocabulary"),
+    tokenizer(splitting(r"(a+)+$"), f"{GIVEN}: the tokenizer cannot encode a text: Onig: Regex search error: retry-limit-in-match over"),
+    tokenizer(lambda json: json.update(pre_tokenizer=None), f"{GIVEN}: alters text: …"),
+    tokenizer(lambda json: json["pre_tokenizer"].update(add_prefix_space=True), f"{GIVEN}: alters text: b'\\x00\\x01… came back as b' \\x00\\x01…"),
+    tokenizer(lambda json: json.update(decoder=None), f"{GIVEN}: not byte-level; bits per byte would not be exact"),
+    tokenizer(lambda json: json.update(normalizer={"type": "NFC"}), f"{GIVEN}: its normalizer NFC alters text; not supported"),
+    tokenizer(added_token("low", lstrip=True), f"{GIVEN}: alters text: b'a  low  b…' came back as b'alow…"),
+    tokenizer(added_token("low", rstrip=True), f"{GIVEN}: alters text: b'  low  blow… came back as b'  lowblow…"),
+    tokenizer(added_token("Ġ"), f"{GIVEN}: alters text: …\\x1e\\x1f !… came back as …\\x1f\\xc4\\xa0!…"),
+    tokenizer(TOKENIZER.encode(), f"{GIVEN}: no special token '</s>'; set tokenizer.end_token to one that it has: <|endoftext|>", "</s>"),
+    tokenizer(added_token("low"), f"{GIVEN}: no special token 'low'; set …", "low"),
+    Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer_config.json", b'{"eos_token": 3}')], 2,
+        "data/tokenizer/tokenizer_config.json: names no text as eos_token"),
+    Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer_config.json", b"[]")], 2,
+        "data/tokenizer/tokenizer_config.json: names no text as eos_token"),
+    Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer_config.json", b"{")], 2,
+        "data/tokenizer/tokenizer_config.json: not valid JSON (…); run `dvc repro` again"),
+    Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer.json", b"{")], 2, "data/tokenizer/tokenizer.json: not a tokenizer.json (…)"),
+
+    Row("tokenizer", "tokens", [lambda folder: shutil.rmtree(folder / "data/tokenizer")], 2,
+        "data/tokenizer/tokenizer_config.json: no such file; run `dvc repro` to make it"),
+    Row("tokenizer", "tokens", [special("data/tokenizer/tokenizer.json", lambda path: None)], 2, "data/tokenizer/tokenizer.json: no such file"),
+    Row("tokens", "train", [file("data/tokens/tokens.json", b"[" * 100_000)], 2,
+        "data/tokens/tokens.json: not valid JSON (…); run `dvc repro` again"),
+    Row("tokens", "train", [file("data/tokens/tokens.json", b"[]")], 2, "data/tokens/tokens.json: not a token manifest; run `dvc repro tokens`"),
+    Row("tokens", "train", [special("data/tokens/tokens.json", lambda path: None)], 2, "data/tokens/tokens.json: no such file; run `dvc repro` to make it"),
+    Row("tokens", "train", [special("data/tokens/valid.bin", lambda path: None)], 2, f"data/tokens/valid.bin: no such file; {AGAIN}"),
+    Row("tokens", "train", [file("data/tokens/valid.bin", b"\0\0\0")], 2, f"data/tokens/valid.bin: 3 bytes, tokens.json says …; {AGAIN}"),
+    Row("tokens", "train", [file("data/tokenizer/tokenizer.json", TOKENIZER.encode())], 2, f"data/tokens: made with another tokenizer; {AGAIN}"),
+    Row("model", "evaluate", [file("models/model/config.json", b"[]")], 2, "models/model/config.json: section model holds no keys"),
+    Row("model", "evaluate", [file("models/model/config.json", b"{}")], 2, "models/model/config.json: missing key model.vocab_size"),
+    Row("model", "evaluate", [file("models/model/config.json", b"{")], 2, "models/model/config.json: not valid JSON (…); run `dvc repro` again"),
+    Row("model", "evaluate", [], 2, "models/model/config.json: no such file; run `dvc repro` to make it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.area}: {row.line[:60]}")
+def test_bad_input_is_one_line_an_exit_code_and_no_loss(stages, row):
+    result, changed = stages.try_out(row)
+    expected = ".*".join(map(re.escape, f"error: {row.line}".split("…")))
+    assert re.fullmatch(expected, result["err"].removesuffix("\n")), result["err"]
+    assert result["status"] == row.code
+    assert result["peak_bytes"] < 1 << 30
+    assert not changed
