@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro test lint check bench smoke
+.PHONY: setup repro heal test lint check bench smoke soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -14,10 +14,14 @@ setup: .venv/.ready
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
-repro: setup
+repro: setup heal
 	@dvc repro
 	@echo
 	@cat metrics/summary.md
+
+# put right what a killed DVC left torn; then any dvc command goes on
+heal: setup
+	@python -m stages.heal
 
 test: setup
 	@pytest
@@ -36,3 +40,8 @@ bench: setup
 # a small real `dvc repro` in a fresh clone
 smoke: setup
 	@.ci/smoke
+
+# kill `dvc repro` at random moments and compare what it ends in: make soak SECONDS=1800
+soak: SECONDS ?= 600
+soak: setup
+	@python -m tests.soak --seconds $(SECONDS)
