@@ -119,6 +119,8 @@ def fault_of_dvc_lock(content: bytes) -> str | None:
     """
     if not content.endswith(b"\n"):
         return "cut in a line" if content else "empty"
+    if content.splitlines()[-1].lstrip().startswith(b"- path:"):
+        return "cut after a path"
     try:
         lock = yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
     except (yaml.YAMLError, UnicodeDecodeError):
