@@ -22,6 +22,8 @@ from typing import Any
 
 import yaml
 
+from lm.errors import one_line_errors
+
 DVC_TMP_FILE = re.compile(r"\.[\w-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname
 MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 EXEC_REFS = [f"refs/exps/exec/EXEC_{name}" for name in ("BASELINE", "MERGE", "BRANCH")]
@@ -321,7 +323,7 @@ def stash_again(project: Project, entry: dict[str, Any]) -> bool:
     stash, revision = entry["stash_ref"], entry["stash_rev"]
     if revision in (project.git("log", "-g", "--format=%H", stash) or "").split():
         return True
-    message = f"dvc-exp:{entry['head_rev']}:{entry['baseline_rev']}:{entry['name'] or ''}"
+    message = f"commit: dvc-exp:{entry['head_rev']}:{entry['baseline_rev']}:{entry['name'] or ''}"
     message += f":{entry['branch']}" if entry["branch"] else ""
     done = project.git("update-ref", "--create-reflog", "-m", message, stash, revision)
     return done is not None
@@ -349,5 +351,6 @@ def drop_temporary_files(project: Project) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for line in heal(Path.cwd()):
-        sys.stdout.write(f"healed: {line}\n")
+    with one_line_errors():
+        for line in heal(Path.cwd()):
+            sys.stdout.write(f"healed: {line}\n")

@@ -25,6 +25,7 @@ from tests.kill import (
     outputs,
     resumed_at,
     run,
+    running_stage,
     survivors,
     versioned,
 )
@@ -157,6 +158,17 @@ def test_a_repro_killed_while_it_prepares_data_goes_on(undisturbed, tmp_path, st
     assert outputs(project) == undisturbed.outputs
 
 
+@pytest.mark.xfail(strict=False, reason="the stage asks for its parent's death after its imports")
+def test_a_stage_does_not_begin_when_dvc_died_while_it_was_starting(project):
+    project.set("train.max_steps", 5000)
+    victim = Victim(project, "dvc", "repro")
+    victim.wait_for("> exec python -m stages.train")
+    victim.wait_until(lambda: running_stage(project) is not None)
+    victim.kill("dvc", KILL)
+    victim.wait()
+    assert survivors(project) == []
+
+
 CASES = [
     pytest.param(
         target, number, id=f"{target}-{number.name}", marks=[] if told else pytest.mark.soak
@@ -195,7 +207,7 @@ def test_a_queue_whose_worker_was_killed_goes_on(project, undisturbed, who):
     assert "Running" in run(project, "dvc", "queue", "status").stdout  # though nothing runs
     assert "queued again" in heal(project)
     before = last_step(queue_output(project))
-    assert run(project, "dvc", "queue", "start").returncode == 0
+    assert "Started '1'" in run(project, "dvc", "queue", "start").stdout
     wait(lambda: experiment(project) is not None)
     if who == "all":
         assert before - resumed_at(queue_output(project)) <= INTERVAL
