@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -141,6 +142,13 @@ def living(project: Project) -> list[psutil.Process]:
     return found
 
 
+def process_name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return f"process {process.pid}"
+
+
 def stage_name(process: psutil.Process) -> str | None:
     """Which stage of the pipeline a process is."""
     try:
@@ -155,14 +163,16 @@ def running_stage(project: Project) -> psutil.Process | None:
     return next((p for p in living(project) if stage_name(p)), None)
 
 
-def survivors(project: Project, seconds: float = 5) -> list[list[str]]:
+def survivors(project: Project, seconds: float = 5) -> list[str]:
     """The command lines of the processes that still live after some seconds; they are ended."""
     end = time.monotonic() + seconds
     while (left := living(project)) and time.monotonic() < end:
         time.sleep(0.05)
+    names = [process_name(process) for process in left]
     for process in left:
-        process.kill()
-    return [process.cmdline() for process in left if process.is_running()]
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return names
 
 
 def outputs(project: Project) -> dict[str, str]:
@@ -179,8 +189,13 @@ def outputs(project: Project) -> dict[str, str]:
 
 def litter(project: Project) -> list[str]:
     """The temporary files and folders in the project, as far as they are not DVC's bookkeeping."""
-    found = [*project.folder.rglob("*.tmp"), *project.folder.glob(".dvc/tmp/exps/**/tmp*")]
-    return [str(f.relative_to(project.folder)) for f in found]
+    found = []
+    for folder, folders, files in os.walk(project.folder):
+        here = Path(folder).relative_to(project.folder)
+        found += [str(here / name) for name in files if name.endswith(".tmp")]
+        if here.is_relative_to(".dvc/tmp/exps"):
+            found += [str(here / name) for name in folders if name.startswith("tmp")]
+    return found
 
 
 def last_step(output: str) -> int:

@@ -202,8 +202,7 @@ def test_a_queue_whose_worker_was_killed_goes_on(project, undisturbed, who):
     for process in living(project):
         if who == "all" or "queue-worker" in process.cmdline():
             process.kill()
-    wait(lambda: not [p for p in living(project) if "queue start" not in " ".join(p.cmdline())])
-    survivors(project, 0)
+    survivors(project, 30 if who == "worker" else 0)  # the stage's own dvc may finish
     assert "Running" in run(project, "dvc", "queue", "status").stdout  # though nothing runs
     assert "queued again" in heal(project)
     before = last_step(queue_output(project))
