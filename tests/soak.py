@@ -1,8 +1,9 @@
 """Kill `dvc repro` at random moments, go on, and compare: `python -m tests.soak --seconds 600`.
 
 A round starts from a fresh project and kills until the pipeline is done: a random signal to the
-stage, to dvc or to the whole group, after a random time. It must end in the bytes of an undisturbed
-run. `--break heal` or `--break resume` leaves out what this rests on and must therefore end red.
+stage, to dvc or to the whole group, after a random time; half of the kills wait until DVC writes
+one of its files in place. It must end in the bytes of an undisturbed run.
+`--break heal` or `--break resume` leaves out what this rests on and must therefore end red.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from tests.kill import (
@@ -98,10 +100,24 @@ class Soak:
                 return False
             time.sleep(0.005)
         target, number = self.random.choice(TARGETS), self.random.choice(SIGNALS)
+        if self.random.random() < 0.5:
+            target, number = "group", SIGNALS[2]
+            while victim.process.poll() is None and not self.is_being_written(project):
+                pass  # an instant, which sleeping would miss
+            if victim.process.poll() is not None:
+                return False
         stage = victim.kill(target, number)
         self.kills[f"{number.name} to {target if stage else 'dvc'}"] += 1
         self.hit[stage or "between stages"] += 1
         return True
+
+    def is_being_written(self, project: Project) -> bool:
+        """Whether DVC has emptied one of the files that it writes in place."""
+        for name in ("dvc.lock", ".dvc/tmp/rwlock"):
+            with suppress(FileNotFoundError):
+                if (project.folder / name).stat().st_size == 0:
+                    return True
+        return False
 
     def heal(self, project: Project) -> None:
         """What `make repro` does first."""
