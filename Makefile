@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro test lint check bench smoke certify
+.PHONY: setup repro heal test lint check bench smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -14,10 +14,14 @@ setup: .venv/.ready
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
-repro: setup
+repro: setup heal
 	@dvc repro
 	@echo
 	@cat metrics/summary.md
+
+# put right what a killed DVC left torn; then any dvc command goes on
+heal: setup
+	@python -m stages.heal
 
 test: setup
 	@pytest
@@ -40,3 +44,8 @@ smoke: setup
 # everything again in a fresh clone must give the committed dvc.lock, bit for bit
 certify: setup
 	@.ci/certify
+
+# kill `dvc repro` at random moments and compare what it ends in: make soak SECONDS=1800
+soak: SECONDS ?= 600
+soak: setup
+	@python -m tests.soak --seconds $(SECONDS)

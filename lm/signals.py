@@ -9,27 +9,34 @@ from types import FrameType, TracebackType
 from lm.errors import Interrupted
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# not SIGTERM: a kill of the whole group sends that as well, and a second one ends without saving
+_PARENT_DIED = signal.SIGUSR2
 _ORPHAN_SECONDS = 4  # a step may take longer, and nobody waits for an orphan
 
 
 class CatchSignals:
-    """Within this context the first SIGINT or SIGTERM is noted, a second one ends the process."""
+    """Within this context the first SIGINT or SIGTERM is noted, a second one ends the process.
+
+    The parent's death is noted as a SIGTERM, and ends the process some seconds later.
+    """
 
     def __init__(self) -> None:
         self.caught: int | None = None
-        self._parent = os.getppid()
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "CatchSignals":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
+        signal.signal(_PARENT_DIED, self._note_orphan)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.caught = number
         self._restore()
-        if os.getppid() != self._parent:
-            signal.alarm(_ORPHAN_SECONDS)  # ends the process, saved or not
+
+    def _note_orphan(self, number: int, frame: FrameType | None) -> None:
+        self.caught = self.caught or signal.SIGTERM
+        signal.alarm(_ORPHAN_SECONDS)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -42,6 +49,7 @@ class CatchSignals:
         traceback: TracebackType | None,
     ) -> None:
         self._restore()
+        signal.signal(_PARENT_DIED, signal.SIG_DFL)
 
     def leave(self, message: str) -> None:
         """Raise Interrupted if a signal was noted."""
@@ -50,9 +58,8 @@ class CatchSignals:
 
 
 def end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the parent dies: a killed dvc leaves no orphan training."""
+    """Ask Linux for a signal when the parent dies: a killed dvc leaves no orphan training."""
     if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before we asked
-            os.kill(os.getpid(), signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _PARENT_DIED)
+        if os.getsid(os.getppid()) != os.getsid(0):  # it died before we asked: init adopted us
+            os.kill(os.getpid(), _PARENT_DIED)

@@ -15,7 +15,6 @@ import lm
 from lm.config import load_params, read_section
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
-from lm.signals import end_with_parent
 
 PARAMS = Path("params.yaml")
 # outside of every output, since DVC deletes those; DVC names the main project to its workspaces
@@ -118,8 +117,6 @@ def run(
                 f"lm comes from {Path(lm.__file__).parent}, not from {Path.cwd()}; run "
                 "`python -m stages.NAME` in the project's root folder and do not install lm"
             )
-        if "DVC_ROOT" in os.environ:
-            end_with_parent()
         inputs = Inputs(arguments, sections)
         for override in arguments.overrides:
             if override.split(".")[0] not in sections:

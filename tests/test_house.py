@@ -61,9 +61,14 @@ def closure(module: str) -> set[str]:
         name = todo.pop()
         if name not in done:
             done.add(name)
-            todo += imports(ROOT / f"{name.replace('.', '/')}.py")
-    packages = {f"{name.split('.')[0]}/__init__.py" for name in done}
-    return {f"{name.replace('.', '/')}.py" for name in done} | packages
+            todo += imports(source(name)) | {name.split(".")[0]}
+    return {source(name).relative_to(ROOT).as_posix() for name in done}
+
+
+def source(module: str) -> Path:
+    """The file of a module, or a package's __init__.py."""
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def test_every_module_has_a_floor():

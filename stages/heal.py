@@ -1,0 +1,356 @@
+"""Mend what a killed DVC leaves torn, so that the next command goes on: `python -m stages.heal`.
+
+No stage of dvc.yaml: `make repro` calls it before `dvc repro`, `make heal` before anything else.
+DVC writes its locks and dvc.lock in place, and an experiment borrows HEAD and stash from git;
+SIGKILL and SIGTERM end DVC at once, so whatever it was doing stays half done. Each function below
+puts one such thing right and says so in a line. What a living DVC holds is left alone.
+"""
+
+import base64
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lm.errors import one_line_errors
+
+DVC_TMP_FILE = re.compile(r"\.[\w-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname
+MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
+EXEC_REFS = [f"refs/exps/exec/EXEC_{name}" for name in ("BASELINE", "MERGE", "BRANCH")]
+REFS_IN = ("for-each-ref", "--format=%(refname)")
+STASHED = ("log", "-g", "-1", "refs/stash")
+RUN_EXPERIMENT = "dvc.repo.experiments.queue.tasks.run_exp"
+
+
+class Project:
+    """A project folder and the DVC processes that live in it."""
+
+    def __init__(self, root: Path):
+        self.root, self.tmp, self.experiments = root, root / ".dvc/tmp", root / ".dvc/tmp/exps"
+
+    @cached_property
+    def has_living_dvc(self) -> bool:
+        """Whether a dvc or git process has its working directory in the project."""
+        import psutil  # 0.04 s, and most of the time nothing is torn
+
+        for process in psutil.process_iter(["pid", "cmdline", "status"]):
+            words = [Path(word).name for word in (process.info["cmdline"] or [])[:3]]
+            if process.info["status"] != psutil.STATUS_ZOMBIE and {"dvc", "git"} & set(words):
+                try:
+                    if Path(process.cwd()).is_relative_to(self.root):
+                        return True
+                except psutil.NoSuchProcess:
+                    continue
+                except psutil.AccessDenied:  # somebody else's: it may be here
+                    return True
+        return False
+
+    def git(self, *arguments: str) -> str | None:
+        """What a git command prints, or None if it fails."""
+        command = ["git", "-C", str(self.root), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.rstrip("\n") if done.returncode == 0 else None
+
+
+def heal(root: Path) -> Iterator[str]:
+    """Put everything right that a killed DVC left in a project; yields one line per thing."""
+    project = Project(root.resolve())
+    if not project.tmp.is_dir():
+        return
+    healed = False
+    with locked(project.tmp / "heal.lock", wait=True):
+        for cure in (heal_dvc_lock, heal_workspace, heal_rwlocks, heal_queue, drop_dead_folders):
+            for line in cure(project):
+                healed = True
+                yield line
+        if healed and not project.has_living_dvc:
+            yield from drop_temporary_files(project)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file as DVC holds its own (zc.lockfile is flock); False if it is taken."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one at any time."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def heal_dvc_lock(project: Project) -> Iterator[str]:
+    """Bring back git's dvc.lock in place of a cut one; what it lacks the run cache fills in."""
+    path = project.root / "dvc.lock"
+    with locked(project.tmp / "lock") as free:  # DVC holds it whenever it may write dvc.lock
+        if not free or not path.exists():
+            return
+        fault = fault_of_dvc_lock(path.read_bytes())
+        if fault is None:
+            return
+        committed = project.git("show", "HEAD:./dvc.lock")
+        if committed is not None and fault_of_dvc_lock(f"{committed}\n".encode()) is None:
+            replace(path, committed + "\n")
+            yield f"dvc.lock was torn ({fault}): restored from git"
+        else:
+            path.unlink()
+            yield f"dvc.lock was torn ({fault}): removed, DVC writes it again"
+
+
+def fault_of_dvc_lock(content: bytes) -> str | None:
+    """What shows that a dvc.lock was not written to its end, or None.
+
+    A cut can leave valid YAML: a short hash, a size with fewer digits, an entry without its size.
+    """
+    if not content.endswith(b"\n"):
+        return "cut in a line" if content else "empty"
+    if content.splitlines()[-1].lstrip().startswith(b"- path:"):
+        return "cut after a path"
+    try:
+        lock = yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return "not YAML"
+    if not isinstance(lock, dict) or not isinstance(lock.get("stages", {}), dict):
+        return "no mapping of stages"
+    if lock.get("schema") != "2.0":
+        return "no schema"
+    for name, stage in lock.get("stages", {}).items():
+        if not isinstance(stage, dict) or "cmd" not in stage:
+            return f"stage {name} has no cmd"
+        for entry in [*(stage.get("deps") or []), *(stage.get("outs") or [])]:
+            if not is_whole(entry):
+                return f"stage {name} has an unfinished entry"
+    return None
+
+
+def is_whole(entry: Any) -> bool:
+    """Whether a dependency or output in dvc.lock has all that DVC writes for it."""
+    if not isinstance(entry, dict) or "path" not in entry:
+        return False
+    if "md5" not in entry:  # an import from elsewhere may have an etag or nothing
+        return "hash" not in entry
+    folder = MD5.fullmatch(str(entry["md5"]))
+    return folder is not None and "size" in entry and (not folder[1] or "nfiles" in entry)
+
+
+def heal_rwlocks(project: Project) -> Iterator[str]:
+    """Remove unreadable lists of who reads and writes what, and the entries of the dead.
+
+    DVC refuses every command while such a list is unreadable, or names a living pid: that of a
+    zombie, or of another program that was given the number of a killed DVC.
+    """
+    for path in (project.tmp / "rwlock", project.experiments / "rwlock"):
+        if not path.exists() or path.read_bytes() == b"{}":
+            continue
+        with locked(path.with_name("rwlock.lock")) as free:  # DVC's own guard, held for an instant
+            if not free:
+                continue
+            name = path.relative_to(project.root)
+            entries = read_rwlock(path)
+            if entries is None:
+                path.unlink()
+                yield f"{name} was torn: removed"
+                continue
+            dead = sorted({e["pid"] for e in holders(entries) if not is_held(project, e)})
+            if dead:
+                alive = without(entries, dead)
+                replace(path, json.dumps(alive))
+                yield f"{name}: removed the entries of dead processes {', '.join(map(str, dead))}"
+
+
+def read_rwlock(path: Path) -> dict[str, Any] | None:
+    """The list, or None unless it has the form that DVC wants (dvc.rwlock.SCHEMA)."""
+    try:
+        entries = json.loads(path.read_bytes())
+        if not entries.keys() <= {"read", "write"}:
+            return None
+        for holder in holders(entries):
+            if not isinstance(holder["pid"], int) or not isinstance(holder["cmd"], str):
+                return None
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return None
+    return dict(entries)
+
+
+def holders(entries: dict[str, Any]) -> list[dict[str, Any]]:
+    """Who reads or writes, {"pid": ..., "cmd": ...}, once for each path."""
+    readers = [holder for several in entries.get("read", {}).values() for holder in several]
+    return readers + list(entries.get("write", {}).values())
+
+
+def is_held(project: Project, holder: dict[str, Any]) -> bool:
+    """Whether the process of an entry lives and is the DVC that made it, as far as can be told."""
+    import psutil
+
+    try:
+        process = psutil.Process(holder["pid"])
+        words = process.cmdline()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        if holder["cmd"] in " ".join(words):
+            return True
+        is_dvc = "dvc" in [Path(word).name for word in words[:3]]
+        return is_dvc and Path(process.cwd()).is_relative_to(project.root)
+    except psutil.AccessDenied:
+        return True
+    except psutil.NoSuchProcess:
+        return False
+
+
+def without(entries: dict[str, Any], dead: list[int]) -> dict[str, Any]:
+    """The list without the entries of some processes."""
+    read = {
+        path: left
+        for path, several in entries.get("read", {}).items()
+        if (left := [holder for holder in several if holder["pid"] not in dead])
+    }
+    write = {p: h for p, h in entries.get("write", {}).items() if h["pid"] not in dead}
+    return {kind: left for kind, left in (("read", read), ("write", write)) if left}
+
+
+def heal_workspace(project: Project) -> Iterator[str]:
+    """Give back what a killed `dvc exp run` had borrowed: branch, index and uncommitted changes."""
+    if not experiment_died(project) or project.has_living_dvc:
+        return
+    with locked(project.tmp / "lock") as free:
+        if free:
+            (project.tmp / "repro.dat").unlink(missing_ok=True)  # its arguments, and a staged file
+            yield from drop_git_locks(project)
+            yield from reattach_head(project)
+            yield from return_stash(project)
+            for ref in [*EXEC_REFS, *(project.git(*REFS_IN, "refs/exps/temp") or "").split()]:
+                project.git("update-ref", "--no-deref", "-d", ref)
+
+
+def experiment_died(project: Project) -> bool:
+    """Whether an experiment was setting up, running in the workspace or being collected."""
+    path = project.experiments / "rwlock"
+    if (project.root / ".git" / EXEC_REFS[0]).exists():
+        return True
+    entries = read_rwlock(path) if path.exists() else {}
+    return entries is None or any(not is_held(project, holder) for holder in holders(entries))
+
+
+def drop_git_locks(project: Project) -> Iterator[str]:
+    """Remove git's lock files; no git and no DVC is there to own them."""
+    folder = project.root / ".git"
+    for lock in sorted([*folder.glob("*.lock"), *folder.glob("refs/**/*.lock")]):
+        lock.unlink()
+        yield f"{lock.relative_to(project.root)} was left behind: removed"
+
+
+def reattach_head(project: Project) -> Iterator[str]:
+    """Return from the commit that DVC checked out to the branch it came from, as its own end does.
+
+    Not if somebody has moved HEAD or the branch since.
+    """
+    branch = project.git("rev-parse", "--symbolic-full-name", "@{-1}") or ""
+    if project.git("symbolic-ref", "-q", "HEAD") or not branch.startswith("refs/heads/"):
+        return
+    commits = [project.git("rev-parse", "-q", "--verify", name) for name in (branch, EXEC_REFS[2])]
+    if project.git("rev-parse", "HEAD") in commits:
+        name = branch.removeprefix("refs/heads/")
+        project.git("symbolic-ref", "-m", f"heal: Restore HEAD to '{name}'", "HEAD", branch)
+        project.git("reset", "-q")
+        yield f"git's HEAD was left detached by an experiment: back on branch {name}"
+
+
+def return_stash(project: Project) -> Iterator[str]:
+    """Take the user's changes out of the stash where DVC puts them while it sets up an experiment.
+
+    DVC's own entries there go. A workspace that is neither the user's nor clean is stashed itself.
+    """
+    while (project.git(*STASHED, "--format=%gs") or "").startswith("dvc-exp:"):
+        project.git("stash", "drop", "-q")
+        yield "an experiment was left in git's stash: dropped"
+    path = project.experiments / "rwlock"
+    if "workspace" not in ((path.exists() and read_rwlock(path)) or {}).get("write", {}):
+        return
+    stashed_at = project.git(*STASHED, "--format=%ct")
+    if not stashed_at or int(stashed_at) < int(path.stat().st_mtime):  # of before the experiment
+        return
+    if project.git("diff", "--quiet", "stash@{0}") is not None:
+        project.git("stash", "drop", "-q")
+        return
+    kept, place = "", "stash@{0}"
+    if project.git("diff", "--quiet", "HEAD") is None:
+        project.git("stash", "push", "-q", "-m", "left by a killed experiment")
+        kept, place = "; git's stash has what the experiment made of them", "stash@{1}"
+    if project.git("stash", "pop", "--index", "-q", place) is not None:
+        yield f"your uncommitted changes were in git's stash: back in the workspace{kept}"
+
+
+def heal_queue(project: Project) -> Iterator[str]:
+    """Queue a task again whose worker was killed: for DVC it would be "Running" for ever.
+
+    The message goes back to the folder it was taken from, the experiment back into DVC's stash.
+    """
+    celery = project.experiments / "celery"
+    for path in sorted(celery.glob("broker/processed/*.celery.msg")):
+        message = json.loads(path.read_bytes() or "{}")
+        headers = message.get("headers", {})
+        result = celery / "result" / f"celery-task-meta-{headers.get('id')}"
+        if headers.get("task") != RUN_EXPERIMENT or (result.exists() and result.stat().st_size):
+            continue
+        if project.has_living_dvc:
+            return
+        entry = json.loads(base64.b64decode(message["body"]))[0][0]
+        if stash_again(project, entry):
+            path.rename(celery / "broker" / "in" / path.name)
+            name = entry["name"] or entry["stash_rev"][:7]
+            yield f"experiment {name} was left running: queued again, `dvc queue start` goes on"
+
+
+def stash_again(project: Project, entry: dict[str, Any]) -> bool:
+    """Put an experiment back on the stack that workers take it from; False if it is gone."""
+    stash, revision = entry["stash_ref"], entry["stash_rev"]
+    if revision in (project.git("log", "-g", "--format=%H", stash) or "").split():
+        return True
+    message = f"commit: dvc-exp:{entry['head_rev']}:{entry['baseline_rev']}:{entry['name'] or ''}"
+    message += f":{entry['branch']}" if entry["branch"] else ""
+    done = project.git("update-ref", "--create-reflog", "-m", message, stash, revision)
+    return done is not None
+
+
+def drop_dead_folders(project: Project) -> Iterator[str]:
+    """Remove the temporary workspaces of killed experiments: their work is not kept there."""
+    folders = [*project.experiments.glob("tmp*"), *project.experiments.glob("standalone/tmp*")]
+    if folders and not project.has_living_dvc:
+        for folder in sorted(folders):
+            shutil.rmtree(folder)
+            yield f"{folder.relative_to(project.root)} was left by an experiment: removed"
+
+
+def drop_temporary_files(project: Project) -> Iterator[str]:
+    """Remove the half copied files of a killed DVC from its cache and from the workspace."""
+    places = [project.root / ".dvc/cache", project.tmp]
+    places += [p for p in project.root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    for place in places:
+        for folder, _, names in os.walk(place):
+            for name in filter(DVC_TMP_FILE.fullmatch, names):
+                path = Path(folder, name)
+                path.unlink()
+                yield f"{path.relative_to(project.root)} was left behind: removed"
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        for line in heal(Path.cwd()):
+            sys.stdout.write(f"healed: {line}\n")

@@ -1,0 +1,209 @@
+"""Real commands in a real project, killed by real signals, and what is left of them."""
+
+import copy
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from tests.project import Project
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+TARGETS = ("stage", "dvc", "group")
+PREPARED = ("corpus", "tokenizer", "tokens")
+
+
+def versioned(folder: Path, steps: int = 20, checkpoint_interval: int = 5) -> Project:
+    """A project under git, committed, that logs every step."""
+    project = Project(folder)
+    project.set("train.max_steps", steps)
+    project.set("runtime.log_interval", 1)
+    project.set("runtime.checkpoint_interval", checkpoint_interval)
+    for command in ("init -q", "config user.name test", "config user.email test@example.org"):
+        git(project, *command.split())
+    commit(project)
+    return project
+
+
+def git(project: Project, *arguments: str) -> str:
+    done = run(project, "git", *arguments)
+    assert done.returncode == 0, done.stdout
+    return done.stdout.strip()
+
+
+def commit(project: Project) -> None:
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "all")
+
+
+def copied(project: Project, folder: Path) -> Project:
+    """The same project in another folder."""
+    other = copy.deepcopy(project)
+    other.folder = folder
+    shutil.copytree(project.folder, folder, symlinks=True)
+    return other
+
+
+def environment(project: Project) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    site = str(project.folder.with_name(project.folder.name + ".site"))  # else in /var/tmp
+    return clean | {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site}
+
+
+def run(project: Project, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, stderr among stdout."""
+    victim = Victim(project, *command)
+    code = victim.wait(timeout)
+    return subprocess.CompletedProcess(command, code, victim.output(), "")
+
+
+def heal(project: Project) -> str:
+    """What the healing says."""
+    done = run(project, "python", "-m", "stages.heal")
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+class Victim:
+    """A command in a process group of its own, as a shell starts it."""
+
+    number = 0
+
+    def __init__(self, project: Project, *command: str):
+        Victim.number += 1
+        self.project = project
+        log = f"{project.folder.name}.{os.getpid()}-{Victim.number}.log"
+        self.log = project.folder.with_name(log)
+        with open(self.log, "wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=project.folder,
+                env=environment(project),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str) -> None:
+        """Wait until the output contains a text."""
+        self.wait_until(lambda: text in self.output())
+
+    def wait_until(self, condition, timeout: float = 60) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, f"ended before: {self.output()}"
+            assert time.monotonic() < end, f"nothing came: {self.output()}"
+            time.sleep(0.002)
+
+    def kill(self, target: str, number: signal.Signals) -> str | None:
+        """Send a signal; returns the stage that was running."""
+        stage = running_stage(self.project)
+        if target == "group":
+            os.killpg(self.process.pid, number)
+        elif target == "dvc" or stage is None:
+            os.kill(self.process.pid, number)
+        else:
+            stage.send_signal(number)
+        return None if stage is None else stage_name(stage)
+
+    def wait(self, timeout: float = 60) -> int:
+        """The exit code."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"hangs: {self.output()}") from None
+
+
+def living(project: Project) -> list[psutil.Process]:
+    """The processes whose working directory is in the project."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            here = Path(process.cwd()).is_relative_to(project.folder)
+            if here and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def process_name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return f"process {process.pid}"
+
+
+def stage_name(process: psutil.Process) -> str | None:
+    """Which stage of the pipeline a process is."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return None
+    found = [w.removeprefix("stages.") for w in words if w.startswith("stages.")]
+    return found[0] if found and words[-2:-1] == ["-m"] and found[0] != "heal" else None
+
+
+def running_stage(project: Project) -> psutil.Process | None:
+    return next((p for p in living(project) if stage_name(p)), None)
+
+
+def survivors(project: Project, seconds: float = 5) -> list[str]:
+    """The command lines of the processes that still live after some seconds; they are ended."""
+    end = time.monotonic() + seconds
+    while (left := living(project)) and time.monotonic() < end:
+        time.sleep(0.05)
+    names = [process_name(process) for process in left]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return names
+
+
+def outputs(project: Project) -> dict[str, str]:
+    """The SHA-256 of dvc.lock and of every file that the pipeline makes."""
+    files = [project.folder / "dvc.lock"]
+    for name in ("data", "models", "metrics"):
+        files += [f for f in (project.folder / name).rglob("*") if f.is_file()]
+    return {
+        f.relative_to(project.folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in files
+        if f.name not in (".gitignore", "performance.json")
+    }
+
+
+def litter(project: Project) -> list[str]:
+    """The temporary files and folders in the project, as far as they are not DVC's bookkeeping."""
+    found = []
+    for folder, folders, files in os.walk(project.folder):
+        here = Path(folder).relative_to(project.folder)
+        found += [str(here / name) for name in files if name.endswith(".tmp")]
+        if here.is_relative_to(".dvc/tmp/exps"):
+            found += [str(here / name) for name in folders if name.startswith("tmp")]
+    return found
+
+
+def last_step(output: str) -> int:
+    """The last training step that an output tells of; 0 without one."""
+    return max((int(n) for n in re.findall(r"^step +(\d+)/", output, re.M)), default=0)
+
+
+def resumed_at(output: str) -> int:
+    """The step that a training went on from; 0 if it began anew."""
+    found = re.findall(r"^Resumed at step (\d+)", output, re.M)
+    return int(found[-1]) if found else 0

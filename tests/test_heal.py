@@ -1,0 +1,249 @@
+"""stages.heal: what stops DVC is a state of files; after healing the same command works."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from stages.heal import fault_of_dvc_lock
+from tests.kill import Victim, commit, copied, git, heal, outputs, run, survivors, versioned
+from tests.project import ROOT
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A project whose pipeline has run; dvc.lock is not committed."""
+    project = versioned(tmp_path_factory.mktemp("heal") / "finished")
+    done = run(project, "dvc", "repro")
+    assert done.returncode == 0, done.stdout
+    return project
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    project = copied(finished, tmp_path / "project")
+    yield project
+    survivors(project, 0)
+
+
+@pytest.fixture
+def dead():
+    """The pid of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def repro(project):
+    return run(project, "dvc", "repro")
+
+
+def claim(project, pid, folder=".dvc/tmp", what="models/model"):
+    """An entry in the rwlock, as if a `dvc repro` of this pid were writing."""
+    path = project.folder / folder / "rwlock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"write": {what: {"pid": pid, "cmd": "/bin/dvc repro"}}}))
+    return path
+
+
+def test_what_is_whole_is_left_as_it_is_without_a_word_or_a_heavy_import(project):
+    before = {f: f.read_bytes() for f in project.folder.rglob("*") if f.is_file()}
+    assert heal(project) == ""
+    assert {f: f.read_bytes() for f in before} == before
+    program = "import sys, stages.heal; sys.exit(bool({'torch', 'dvc', 'psutil'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_make_repro_heals_first():
+    plan = subprocess.run(["make", "-n", "repro"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert plan.index("python -m stages.heal") < plan.index("dvc repro")
+
+
+@pytest.mark.parametrize(
+    "torn",
+    ["", '{"read": {"/a": [{"pid": 12', "[]", '{"write": {"/a": []}}', '{"read": {"/a": [{}]}}'],
+)
+def test_a_torn_rwlock_stops_dvc_until_it_is_healed(project, torn):
+    (project.folder / ".dvc/tmp/rwlock").write_text(torn)
+    assert repro(project).returncode != 0
+    assert heal(project) == "healed: .dvc/tmp/rwlock was torn: removed\n"
+    assert repro(project).returncode == 0
+    assert heal(project) == ""
+
+
+def test_a_torn_list_of_experiments_stops_dvc_until_it_is_healed(project):
+    commit(project)
+    (project.folder / ".dvc/tmp/exps").mkdir()
+    (project.folder / ".dvc/tmp/exps/rwlock").write_text("")
+    command = ("dvc", "exp", "run", "--queue", "-S", "train.lr=2e-2")
+    assert run(project, *command).returncode != 0
+    assert heal(project) == "healed: .dvc/tmp/exps/rwlock was torn: removed\n"
+    assert run(project, *command).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["another program", "a zombie"])
+def test_a_claim_of_something_that_is_no_dvc_is_removed(project, kind):
+    holder = subprocess.Popen(["sleep", "60" if kind == "another program" else "0"], cwd="/")
+    if kind == "a zombie":
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it has ended, nobody reaps it
+    try:
+        path = claim(project, holder.pid, what=str(project.folder / "models/model"))
+        assert "is busy" in repro(project).stdout
+        assert str(holder.pid) in heal(project)
+        assert json.loads(path.read_text()) == {}
+        assert repro(project).returncode == 0
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_only_the_claims_of_the_dead_are_removed(project, dead):
+    project.set("train.max_steps", 3000)
+    running = Victim(project, "dvc", "repro")
+    running.wait_for("step    5/3000")
+    path = project.folder / ".dvc/tmp/rwlock"
+    before = path.read_bytes()
+    assert heal(project) == ""
+    assert path.read_bytes() == before
+    entries = json.loads(before)
+    entries["read"]["elsewhere"] = [{"pid": dead, "cmd": "dvc repro"}]
+    path.write_text(json.dumps(entries))
+    assert str(dead) in heal(project)
+    assert json.loads(path.read_text()) == json.loads(before)
+    assert running.process.poll() is None
+    running.kill("group", 9)
+    running.wait()
+
+
+def test_a_dvc_lock_that_dvc_may_be_writing_is_left_alone(project):
+    torn = b"schema: '2.0'\nsta"
+    (project.folder / "dvc.lock").write_bytes(torn)
+    with open(project.folder / ".dvc/tmp/lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert heal(project) == ""
+    assert (project.folder / "dvc.lock").read_bytes() == torn
+    assert "dvc.lock was torn" in heal(project)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+@pytest.mark.parametrize("cut", ["at once", "in a key"])
+def test_a_cut_dvc_lock_comes_back_from_git_or_from_the_run_cache(project, cut, committed):
+    before = outputs(project)
+    if committed:
+        commit(project)
+    lock = project.read("dvc.lock")
+    (project.folder / "dvc.lock").write_bytes(lock[: lock.rindex(b"ize:")] * (cut == "in a key"))
+    assert repro(project).returncode != 0
+    assert ("restored from git" if committed else "DVC writes it again") in heal(project)
+    done = repro(project)
+    assert done.returncode == 0, done.stdout
+    assert "Running stage" not in done.stdout.replace("Running stage 'corpus'", "")
+    assert outputs(project) == before
+
+
+def test_a_torn_dvc_lock_in_git_is_not_brought_back(project):
+    (project.folder / "dvc.lock").write_text("schema: '2.0'\nstages:\n")
+    commit(project)
+    assert "DVC writes it again" in heal(project)
+    assert heal(project) == ""
+
+
+def test_no_cut_of_a_dvc_lock_passes_with_a_half_written_entry(project):
+    """Also not one that DVC itself takes for whole, like a size that lost its last digit."""
+    lock = project.read("dvc.lock")
+    assert fault_of_dvc_lock(lock) is None
+    stages = yaml.safe_load(lock)["stages"]
+    cuts = [n for n in range(len(lock)) if lock[n - 1 : n] in (b"", b"\n")]
+    for cut in cuts + [n + 1 for n in cuts] + [n - 2 for n in cuts[1:]]:
+        if fault_of_dvc_lock(lock[:cut]) is None:
+            for name, stage in (yaml.safe_load(lock[:cut]).get("stages") or {}).items():
+                for kind in ("deps", "outs"):
+                    for entry in stage.get(kind) or []:
+                        assert entry in stages[name][kind], cut
+
+
+def test_a_killed_experiment_gives_back_the_branch_and_the_index(project):
+    commit(project)
+    branch, note = git(project, "symbolic-ref", "HEAD"), project.folder / "text" / "00.txt"
+    command = ("dvc", "exp", "run", "-S", "train.max_steps=3000")
+    experiment = Victim(project, *command)
+    experiment.wait_for("step    5/3000")
+    experiment.kill("group", 9)
+    experiment.wait()
+    assert survivors(project) == []
+    (project.folder / ".git/index.lock").touch()
+    assert run(project, "git", "symbolic-ref", "-q", "HEAD").returncode != 0  # detached
+    assert run(project, "git", "add", str(note)).returncode != 0
+    said = heal(project)
+    assert "back on branch" in said
+    assert "index.lock" in said
+    assert git(project, "symbolic-ref", "HEAD") == branch
+    assert git(project, "diff", "--cached", "--name-only") == ""
+    assert "max_steps: 3000" in git(project, "diff", "params.yaml")
+    assert "refs/exps/exec/EXEC_BASELINE" not in git(project, "for-each-ref")
+    assert heal(project) == ""
+
+
+def test_a_head_that_somebody_detached_or_moved_stays_where_it_is(project, dead):
+    commit(project)
+    git(project, "checkout", "-q", "--detach")
+    assert heal(project) == ""
+    claim(project, dead, ".dvc/tmp/exps", "workspace")
+    git(project, "commit", "-q", "--allow-empty", "-m", "work on the detached head")
+    head = git(project, "rev-parse", "HEAD")
+    assert "back on branch" not in heal(project)
+    assert run(project, "git", "symbolic-ref", "-q", "HEAD").returncode != 0
+    assert git(project, "rev-parse", "HEAD") == head
+
+
+@pytest.mark.parametrize("moment", ["stashed", "half applied", "applied", "stashed with params"])
+def test_changes_that_dvc_had_stashed_come_back(project, dead, moment):
+    """The states that `dvc exp run` passes through while it sets up an experiment."""
+    commit(project)
+    edited = project.folder / ".dvcignore"
+    edited.write_text("# mine\n")
+    claim(project, dead, ".dvc/tmp/exps", "workspace")
+    git(project, "stash", "push", "-q")
+    git(project, "checkout", "-q", "--detach")
+    if moment == "half applied":
+        edited.write_text("")
+    elif moment != "stashed":
+        git(project, "stash", "apply", "-q")
+    if moment == "stashed with params":
+        project.set("train.lr", 5.0)
+    assert "back on branch" in heal(project)
+    assert edited.read_text() == "# mine\n"
+    assert git(project, "diff", "--name-only") == ".dvcignore"
+    kept = git(project, "stash", "list")
+    assert ("left by a killed experiment" in kept) == (
+        moment in ("half applied", "stashed with params")
+    )
+    assert len(kept.splitlines()) <= 1
+    assert heal(project) == ""
+
+
+def test_a_stash_of_the_user_is_not_touched(project, dead):
+    commit(project)
+    (project.folder / ".dvcignore").write_text("# mine\n")
+    git(project, "stash", "push", "-q")
+    os.utime(claim(project, dead, ".dvc/tmp/exps", "workspace"), (2e9, 2e9))  # a later experiment
+    heal(project)
+    assert len(git(project, "stash", "list").splitlines()) == 1
+    assert git(project, "diff", "--name-only") == ""
+
+
+def test_half_copied_files_of_a_killed_dvc_are_removed_and_no_others(project, dead):
+    name = ".Abcdefghij_lmnopqrs-01.tmp"
+    ours = [project.folder / place / name for place in (".dvc/cache/files/md5/00", "models")]
+    others = [project.folder / "notes.tmp", project.folder / ".dvc/cache" / "x.tmp"]
+    for path in (*ours, *others):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    claim(project, dead)
+    assert heal(project).count(name) == 2
+    assert not [path for path in ours if path.exists()]
+    assert all(path.exists() for path in others)

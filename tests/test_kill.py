@@ -1,0 +1,223 @@
+"""Kill it anywhere: the same command goes on and ends in the bytes of an undisturbed run.
+
+Signals are real and go to real dvc commands. What pytest runs by itself are the telling cases;
+`pytest -m soak` runs the others.
+"""
+
+import fcntl
+import pickle
+import time
+
+import pytest
+import yaml
+
+from tests.kill import (
+    SIGNALS,
+    TARGETS,
+    Victim,
+    commit,
+    copied,
+    git,
+    heal,
+    last_step,
+    litter,
+    living,
+    outputs,
+    resumed_at,
+    run,
+    running_stage,
+    survivors,
+    versioned,
+)
+
+STEPS, INTERVAL, MIDDLE = 240, 20, "step  70/240"
+EXPERIMENT = ("dvc", "exp", "run", "-n", "faster", "-S", "train.lr=2e-2")
+TRAIN = ("dvc", "repro", "train")
+INT, TERM, KILL = SIGNALS
+
+
+class Undisturbed:
+    """A project whose data is prepared, and what its run and its experiment end in."""
+
+    def __init__(self, shared):
+        self.fresh = versioned(shared / "fresh", STEPS, INTERVAL)
+        self.prepared = copied(self.fresh, shared / "prepared")
+        done = run(self.prepared, "dvc", "repro", "corpus", "tokens")
+        assert done.returncode == 0, done.stdout
+        commit(self.prepared)
+        whole = copied(self.prepared, shared / "whole")
+        assert run(whole, *TRAIN).returncode == 0
+        self.trained = outputs(whole)
+        assert run(whole, "dvc", "repro").returncode == 0
+        self.outputs = outputs(whole)
+        git(whole, "checkout", "-q", ".")
+        assert run(whole, *EXPERIMENT, "--temp").returncode == 0
+        self.experiment = experiment(whole)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Made by the first worker that needs it."""
+    shared = tmp_path_factory.getbasetemp().parent / "kill"
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = shared / "undisturbed.pickle"
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(Undisturbed(shared)))
+        return pickle.loads(kept.read_bytes())
+
+
+@pytest.fixture
+def project(undisturbed, tmp_path):
+    project = copied(undisturbed.prepared, tmp_path / "project")
+    yield project
+    survivors(project, 0)
+
+
+def experiment(project):
+    """The dvc.lock of the experiment "faster"; None until it exists."""
+    names = git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split()
+    found = [name for name in names if name.endswith("/faster")]
+    return git(project, "show", f"{found[0]}:dvc.lock") if found else None
+
+
+def killed(project, command, moment, target, number):
+    """Run a command until its output says `moment`, or that is true, and kill it there."""
+    victim = Victim(project, *command)
+    if callable(moment):
+        victim.wait_until(moment)
+    else:
+        victim.wait_for(moment)
+    victim.kill(target, number)
+    code = victim.wait()
+    assert survivors(project) == []
+    return code, victim.output()
+
+
+def go_on(project, *command):
+    """Heal, and run the same command again; returns its output."""
+    heal(project)
+    again = run(project, *command)
+    assert again.returncode == 0, again.stdout
+    assert litter(project) == []
+    return again.stdout
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_killed_repro_goes_on_where_it_was(project, undisturbed, target, number):
+    code, before = killed(project, TRAIN, MIDDLE, target, number)
+    if (target, number) == ("dvc", INT):  # DVC lets the stage decide about a Ctrl-C
+        assert code == 0
+    else:
+        assert code != 0
+        if target == "stage":  # DVC would also fail for want of outputs if the stage said 0
+            assert f"exited with {-9 if number == KILL else 128 + number}" in before
+        assert "train" not in yaml.safe_load(project.read("dvc.lock"))["stages"]
+        repeated = last_step(before) - resumed_at(go_on(project, *TRAIN))
+        assert repeated <= (INTERVAL if number == KILL and target != "dvc" else 0)
+    assert outputs(project) == undisturbed.trained
+
+
+@pytest.mark.parametrize("moment", ["publishing", "before the first step", "saving"])
+@pytest.mark.parametrize("number", [pytest.param(TERM, marks=pytest.mark.soak), KILL])
+def test_a_repro_killed_at_its_worst_moments_goes_on(project, undisturbed, moment, number):
+    published = project.folder / "models/checkpoints/best.safetensors"
+    unfinished = project.folder / ".dvc/tmp/lm-resume"
+    condition = {
+        "publishing": published.exists,
+        "before the first step": "Model has",
+        "saving": lambda: any(unfinished.glob("*/step-00000040.safetensors*")),
+    }[moment]
+    code, before = killed(project, ("dvc", "repro"), condition, "group", number)
+    assert code != 0
+    resumed = resumed_at(go_on(project, "dvc", "repro"))
+    assert last_step(before) - resumed <= INTERVAL
+    assert outputs(project) == undisturbed.outputs
+
+
+def test_a_repro_killed_while_dvc_hashes_the_model_trains_no_step_again(project, undisturbed):
+    code, _ = killed(project, ("dvc", "repro"), "Final loss", "dvc", KILL)
+    assert code != 0
+    assert "train" not in yaml.safe_load(project.read("dvc.lock"))["stages"]
+    again = go_on(project, "dvc", "repro")
+    assert outputs(project) == undisturbed.outputs
+    assert resumed_at(again) == STEPS
+
+
+@pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.soak), "tokens"])
+def test_a_repro_killed_while_it_prepares_data_goes_on(undisturbed, tmp_path, stage):
+    project = copied(undisturbed.fresh, tmp_path / "project")
+    moment = f"> exec python -m stages.{stage}"
+    code, _ = killed(project, ("dvc", "repro"), moment, "group", KILL)
+    assert code != 0
+    go_on(project, "dvc", "repro")
+    assert outputs(project) == undisturbed.outputs
+
+
+def test_a_stage_does_not_begin_when_dvc_died_while_it_was_starting(project):
+    project.set("train.max_steps", 5000)
+    victim = Victim(project, "dvc", "repro")
+    victim.wait_for("> exec python -m stages.train")
+    victim.wait_until(lambda: running_stage(project) is not None)
+    victim.kill("dvc", KILL)
+    victim.wait()
+    assert survivors(project) == []
+
+
+CASES = [
+    pytest.param(
+        target, number, id=f"{target}-{number.name}", marks=[] if told else pytest.mark.soak
+    )
+    for target in TARGETS
+    for number in SIGNALS
+    if (target, number) != ("dvc", INT)
+    for told in [(target, number) in {("group", KILL), ("dvc", TERM)}]
+]
+
+
+@pytest.mark.parametrize(("target", "number"), CASES)
+@pytest.mark.parametrize("where", [(), ("--temp",)], ids=["workspace", "temp"])
+def test_a_killed_experiment_goes_on_where_it_was(project, undisturbed, where, target, number):
+    branch = git(project, "symbolic-ref", "HEAD")
+    code, before = killed(project, (*EXPERIMENT, *where), MIDDLE, target, number)
+    assert code != 0
+    assert experiment(project) is None
+    repeated = last_step(before) - resumed_at(go_on(project, *EXPERIMENT, *where))
+    assert repeated <= (INTERVAL if number == KILL and target != "dvc" else 0)
+    assert experiment(project) == undisturbed.experiment
+    assert git(project, "symbolic-ref", "HEAD") == branch
+    assert git(project, "stash", "list") == ""
+
+
+@pytest.mark.parametrize("who", ["all", pytest.param("worker", marks=pytest.mark.soak)])
+def test_a_queue_whose_worker_was_killed_goes_on(project, undisturbed, who):
+    assert run(project, *EXPERIMENT, "--queue").returncode == 0
+    assert run(project, "dvc", "queue", "start").returncode == 0
+    wait(lambda: MIDDLE in queue_output(project))
+    for process in living(project):
+        if who == "all" or "queue-worker" in process.cmdline():
+            process.kill()
+    survivors(project, 30 if who == "worker" else 0)  # the stage's own dvc may finish
+    assert "Running" in run(project, "dvc", "queue", "status").stdout  # though nothing runs
+    assert "queued again" in heal(project)
+    before = last_step(queue_output(project))
+    assert "Started '1'" in run(project, "dvc", "queue", "start").stdout
+    wait(lambda: experiment(project) is not None)
+    if who == "all":
+        assert before - resumed_at(queue_output(project)) <= INTERVAL
+    assert experiment(project) == undisturbed.experiment
+    wait(lambda: litter(project) == [])
+
+
+def queue_output(project):
+    files = project.folder.glob(".dvc/tmp/exps/run/*/*.out")
+    return "".join(file.read_text(errors="replace") for file in files)
+
+
+def wait(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
