@@ -191,6 +191,11 @@ def change_text(project):
     project.prepare("tokens")
 
 
+def change_tokenizer(project):
+    project.set("tokenizer.vocab_size", 301)
+    project.prepare("tokenizer", "tokens")
+
+
 def change_code(project):
     file = project.folder / "lm" / "model.py"
     file.write_text(file.read_text() + "\n# a comment\n")
@@ -201,11 +206,12 @@ def change_code(project):
     [
         change_text,
         change_code,
+        change_tokenizer,
         lambda project: project.set("train.lr", 9e-3),
         lambda project: project.set("model.dropout", 0.1),
         lambda project: {"OMP_NUM_THREADS": "2"},
     ],
-    ids=["text", "code", "lr", "dropout", "threads"],
+    ids=["text", "code", "tokenizer", "lr", "dropout", "threads"],
 )
 def test_nothing_of_a_run_is_reused_after_a_change(prepared, change):
     prepared.set("train.max_steps", 300)
