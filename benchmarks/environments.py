@@ -28,7 +28,7 @@ ROWS: list[tuple[str, dict[str, str], list[str], tuple[str, ...]]] = [
     ("2 threads", {"OMP_NUM_THREADS": "2"}, [], ()),
     ("the same again", {"OMP_NUM_THREADS": "2"}, [], ()),
     ("1 thread", {"OMP_NUM_THREADS": "1"}, [], ()),
-    ("3 threads", {"OMP_NUM_THREADS": "3"}, [], ()),
+    ("train.num_threads 3", {}, ["train.num_threads=3"], ()),
     ("1 thread, train.num_threads 2", {"OMP_NUM_THREADS": "1"}, ["train.num_threads=2"], ()),
     ("train.num_threads 2 on one core", {}, ["train.num_threads=2"], ONE_CORE),
     ("train.num_threads 3 on one core", {}, ["train.num_threads=3"], ONE_CORE),
@@ -47,8 +47,8 @@ ROWS: list[tuple[str, dict[str, str], list[str], tuple[str, ...]]] = [
 def child(overrides: list[str]) -> None:
     """Train and print the hash of the weights and the last loss."""
     params = load_params(Path("params.yaml"), overrides)
-    config = read_section(TrainConfig, params | {"train": params["train"] | {"max_steps": STEPS}},
-                          "train")  # fmt: skip
+    changes = {"max_steps": STEPS, "warmup_steps": 2}
+    config = read_section(TrainConfig, {"train": params["train"] | changes}, "train")
     model = read_section(ModelConfig, params, "model", vocab_size=VOCABULARY)
     device = choose_device("cpu")
     make_deterministic(device, config.num_threads)

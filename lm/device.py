@@ -22,12 +22,17 @@ from torch import Tensor
 from lm.errors import EnvironmentFault
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-# variables that make the CPU libraries choose other instructions
+# variables that make the numeric libraries choose other instructions or cut sums otherwise
 _SWITCHES = (
     "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
+    "MKL_DYNAMIC",
     "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_DYNAMIC",
     "ONEDNN_MAX_CPU_ISA",
 )
 _COMPILERS = ("c++", "g++", "clang++")

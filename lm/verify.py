@@ -113,7 +113,9 @@ def belonging_faults() -> Iterator[Fault]:
     """What does not belong together among tokens, tokenizer, model, checkpoints and provenance."""
     provenance = read_provenance(MODEL)
     yield from _raised(lambda: open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json")))
-    yield from _raised(lambda: load_model(MODEL, torch.device("cpu")))
+    if fault := next(_raised(lambda: load_model(MODEL, torch.device("cpu"))), None):
+        yield fault
+        return
     if sha256_file(MODEL / "tokenizer.json") != sha256_file(TOKENIZER / "tokenizer.json"):
         yield f"{MODEL / 'tokenizer.json'}: differs from {TOKENIZER / 'tokenizer.json'}"
     for part in ("inputs", "code"):

@@ -75,6 +75,7 @@ def test_a_flipped_bit_in_the_workspace_is_found(project):
     )
     for name in names:
         flip(project.folder / name)
+    flip(project.folder / names[0], 0)  # in the header: it cannot even be opened
     flip(project.folder / "text" / "07.txt")
     out, error = verify(project, code=2)
     for name in names:
