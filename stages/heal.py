@@ -3,7 +3,9 @@
 No stage of dvc.yaml: `make repro` calls it before `dvc repro`, `make heal` before anything else.
 DVC writes its locks and dvc.lock in place, and an experiment borrows HEAD and stash from git;
 SIGKILL and SIGTERM end DVC at once, so whatever it was doing stays half done. Each function below
-puts one such thing right and says so in a line. What a living DVC holds is left alone.
+puts one such thing right and says so in a line. What a living DVC holds is left alone, and what
+cannot be told from the user's own work is kept. A DVC in another container or on another machine
+is seen only while it trains: then nothing is mended and Busy is raised.
 """
 
 import base64
@@ -16,38 +18,44 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lm.errors import one_line_errors
+from lm.errors import Busy, one_line_errors
 
 DVC_TMP_FILE = re.compile(r"\.[\w-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname
 MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 EXEC_REFS = [f"refs/exps/exec/EXEC_{name}" for name in ("BASELINE", "MERGE", "BRANCH")]
 REFS_IN = ("for-each-ref", "--format=%(refname)")
+EXPERIMENT = re.compile(r"(On .*: )?dvc-exp:[0-9a-f]{40}:[0-9a-f]{40}:")
 STASHED = ("log", "-g", "-1", "refs/stash")
+SET_UP_SECONDS = 60  # an experiment takes far less to stash the workspace and to detach HEAD
 RUN_EXPERIMENT = "dvc.repo.experiments.queue.tasks.run_exp"
 
 
 class Project:
-    """A project folder and the DVC processes that live in it."""
+    """A project folder and the DVC processes that live in it, or in a worktree of the same git."""
 
     def __init__(self, root: Path):
         self.root, self.tmp, self.experiments = root, root / ".dvc/tmp", root / ".dvc/tmp/exps"
 
-    @cached_property
+    @property  # asked anew each time: one may have started
     def has_living_dvc(self) -> bool:
-        """Whether a dvc or git process has its working directory in the project."""
+        """Whether a dvc or git process has its working directory here, in any worktree."""
         import psutil  # 0.04 s, and most of the time nothing is torn
 
+        worktrees = (self.git("worktree", "list", "--porcelain") or "").splitlines()
+        paths = [
+            line.removeprefix("worktree ") for line in worktrees if line.startswith("worktree ")
+        ]
+        roots = [self.root, *(Path(path).resolve() for path in paths)]
         for process in psutil.process_iter(["pid", "cmdline", "status"]):
             words = [Path(word).name for word in (process.info["cmdline"] or [])[:3]]
             if process.info["status"] != psutil.STATUS_ZOMBIE and {"dvc", "git"} & set(words):
                 try:
-                    if Path(process.cwd()).is_relative_to(self.root):
+                    if any(Path(process.cwd()).is_relative_to(root) for root in roots):
                         return True
                 except psutil.NoSuchProcess:
                     continue
@@ -56,18 +64,25 @@ class Project:
         return False
 
     def git(self, *arguments: str) -> str | None:
-        """What a git command prints, or None if it fails."""
+        """What a git command prints, or None if it fails or there is no git."""
+        if shutil.which("git") is None:
+            return None
         command = ["git", "-C", str(self.root), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.rstrip("\n") if done.returncode == 0 else None
 
 
 def heal(root: Path) -> Iterator[str]:
-    """Put everything right that a killed DVC left in a project; yields one line per thing."""
+    """Put everything right that a killed DVC left in a project; yields one line per thing.
+
+    Raises Busy if a training runs in the project whose process cannot be seen from here.
+    """
     project = Project(root.resolve())
     if not project.tmp.is_dir():
         return
-    healed = False
+    refuse_unseen_training(project)
+    healed = has_dead_claim(project)
+    (project.tmp / "heal.lock").touch()
     with locked(project.tmp / "heal.lock", wait=True):
         for cure in (heal_dvc_lock, heal_workspace, heal_rwlocks, heal_queue, drop_dead_folders):
             for line in cure(project):
@@ -79,14 +94,47 @@ def heal(root: Path) -> Iterator[str]:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock file as DVC holds its own (zc.lockfile is flock); False if it is taken."""
-    with open(path, "a") as file:
+    """Hold a lock file as DVC holds its own (zc.lockfile is flock); False if it is taken.
+
+    A lock that is missing is not made: with core.hardlink_lock its mere existence means taken.
+    """
+    try:
+        file = open(path, "r+")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
+        yield True
+        return
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
-            yield True
+            yield "/" not in file.read()  # with core.hardlink_lock it holds a path, else a pid
+
+
+def refuse_unseen_training(project: Project) -> None:
+    """Raise Busy if somebody in another container or on another machine trains in this project."""
+    for path in project.tmp.glob("lm-resume/*/lock"):
+        try:
+            pid = path.read_text().strip()
+        except FileNotFoundError:  # it has just finished
+            continue
+        if pid and not is_seen(project, pid):
+            with locked(path) as free:
+                if not free:
+                    raise Busy(
+                        f"{path}: a process that cannot be seen from here trains; wait for it"
+                    )
+
+
+def is_seen(project: Project, pid: str) -> bool:
+    """Whether a process of this number works in the project."""
+    import psutil
+
+    try:
+        return Path(psutil.Process(int(pid)).cwd()).is_relative_to(project.root)
+    except (psutil.Error, ValueError):
+        return False
 
 
 def replace(path: Path, text: str) -> None:
@@ -97,7 +145,10 @@ def replace(path: Path, text: str) -> None:
 
 
 def heal_dvc_lock(project: Project) -> Iterator[str]:
-    """Bring back git's dvc.lock in place of a cut one; what it lacks the run cache fills in."""
+    """Bring back git's dvc.lock in place of a cut one; what it lacks the run cache fills in.
+
+    The cut one is kept: an editor may have left out the last line break.
+    """
     path = project.root / "dvc.lock"
     with locked(project.tmp / "lock") as free:  # DVC holds it whenever it may write dvc.lock
         if not free or not path.exists():
@@ -105,20 +156,26 @@ def heal_dvc_lock(project: Project) -> Iterator[str]:
         fault = fault_of_dvc_lock(path.read_bytes())
         if fault is None:
             return
+        kept = project.tmp / "dvc.lock.torn"
+        shutil.copyfile(path, kept)
+        where = f"the torn one is {kept.relative_to(project.root)}"
         committed = project.git("show", "HEAD:./dvc.lock")
         if committed is not None and fault_of_dvc_lock(f"{committed}\n".encode()) is None:
             replace(path, committed + "\n")
-            yield f"dvc.lock was torn ({fault}): restored from git"
+            yield f"dvc.lock was torn ({fault}): restored from git; {where}"
         else:
             path.unlink()
-            yield f"dvc.lock was torn ({fault}): removed, DVC writes it again"
+            yield f"dvc.lock was torn ({fault}): removed, DVC writes it again; {where}"
 
 
 def fault_of_dvc_lock(content: bytes) -> str | None:
     """What shows that a dvc.lock was not written to its end, or None.
 
     A cut can leave valid YAML: a short hash, a size with fewer digits, an entry without its size.
+    So only the last entry can be unfinished. A merge conflict is the user's to resolve.
     """
+    if re.search(rb"^(<<<<<<<|=======|>>>>>>>)", content, re.MULTILINE):
+        return None
     if not content.endswith(b"\n"):
         return "cut in a line" if content else "empty"
     if content.splitlines()[-1].lstrip().startswith(b"- path:"):
@@ -131,12 +188,14 @@ def fault_of_dvc_lock(content: bytes) -> str | None:
         return "no mapping of stages"
     if lock.get("schema") != "2.0":
         return "no schema"
-    for name, stage in lock.get("stages", {}).items():
-        if not isinstance(stage, dict) or "cmd" not in stage:
-            return f"stage {name} has no cmd"
-        for entry in [*(stage.get("deps") or []), *(stage.get("outs") or [])]:
-            if not is_whole(entry):
-                return f"stage {name} has an unfinished entry"
+    if list(lock)[-1] != "stages" or not lock["stages"]:
+        return None
+    name, stage = list(lock["stages"].items())[-1]
+    if not isinstance(stage, dict) or "cmd" not in stage:
+        return f"stage {name} has no cmd"
+    last = list(stage)[-1]
+    if last in ("deps", "outs") and not (stage[last] and is_whole(stage[last][-1])):
+        return f"stage {name} has an unfinished entry"
     return None
 
 
@@ -144,17 +203,18 @@ def is_whole(entry: Any) -> bool:
     """Whether a dependency or output in dvc.lock has all that DVC writes for it."""
     if not isinstance(entry, dict) or "path" not in entry:
         return False
-    if "md5" not in entry:  # an import from elsewhere may have an etag or nothing
-        return "hash" not in entry
+    if "md5" not in entry:  # what lies elsewhere has an etag, a checksum or a list of files
+        return list(entry)[-1] != "hash"
     folder = MD5.fullmatch(str(entry["md5"]))
     return folder is not None and "size" in entry and (not folder[1] or "nfiles" in entry)
 
 
 def heal_rwlocks(project: Project) -> Iterator[str]:
-    """Remove unreadable lists of who reads and writes what, and the entries of the dead.
+    """Remove unreadable lists of who reads and writes what, and entries that would block DVC.
 
     DVC refuses every command while such a list is unreadable, or names a living pid: that of a
-    zombie, or of another program that was given the number of a killed DVC.
+    zombie, or of another program that was given the number of a killed DVC. Entries of pids that
+    are gone DVC removes itself where they are in its way: they may live in another container.
     """
     for path in (project.tmp / "rwlock", project.experiments / "rwlock"):
         if not path.exists() or path.read_bytes() == b"{}":
@@ -168,7 +228,9 @@ def heal_rwlocks(project: Project) -> Iterator[str]:
                 path.unlink()
                 yield f"{name} was torn: removed"
                 continue
-            dead = sorted({e["pid"] for e in holders(entries) if not is_held(project, e)})
+            dead = sorted({e["pid"] for e in holders(entries) if not is_held(project, e, path)})
+            if path.parent == project.tmp:
+                dead = [pid for pid in dead if exists(pid)]
             if dead:
                 alive = without(entries, dead)
                 replace(path, json.dumps(alive))
@@ -195,8 +257,11 @@ def holders(entries: dict[str, Any]) -> list[dict[str, Any]]:
     return readers + list(entries.get("write", {}).values())
 
 
-def is_held(project: Project, holder: dict[str, Any]) -> bool:
-    """Whether the process of an entry lives and is the DVC that made it, as far as can be told."""
+def is_held(project: Project, holder: dict[str, Any], listed_in: Path) -> bool:
+    """Whether the process of an entry lives and may be the DVC that made it.
+
+    One that is no Python, or that began after the list was written, has only inherited the number.
+    """
     import psutil
 
     try:
@@ -207,11 +272,29 @@ def is_held(project: Project, holder: dict[str, Any]) -> bool:
         if holder["cmd"] in " ".join(words):
             return True
         is_dvc = "dvc" in [Path(word).name for word in words[:3]]
-        return is_dvc and Path(process.cwd()).is_relative_to(project.root)
+        if is_dvc and Path(process.cwd()).is_relative_to(project.root):
+            return True
+        if (program := process.exe()) and "python" not in Path(program).name:
+            return False
+        return process.create_time() < listed_in.stat().st_mtime + 1  # as exact as it is
     except psutil.AccessDenied:
         return True
     except psutil.NoSuchProcess:
         return False
+
+
+def exists(pid: int) -> bool:
+    """Whether a process has this number."""
+    import psutil
+
+    return psutil.pid_exists(pid)
+
+
+def has_dead_claim(project: Project) -> bool:
+    """Whether a DVC ended without taking back what it had said that it reads and writes."""
+    path = project.tmp / "rwlock"
+    entries = (path.exists() and read_rwlock(path)) or {}
+    return any(not is_held(project, holder, path) for holder in holders(entries))
 
 
 def without(entries: dict[str, Any], dead: list[int]) -> dict[str, Any]:
@@ -233,8 +316,9 @@ def heal_workspace(project: Project) -> Iterator[str]:
         if free:
             (project.tmp / "repro.dat").unlink(missing_ok=True)  # its arguments, and a staged file
             yield from drop_git_locks(project)
-            yield from reattach_head(project)
-            yield from return_stash(project)
+            began = set_up_at(project)
+            yield from reattach_head(project, began)
+            yield from return_stash(project, began)
             for ref in [*EXEC_REFS, *(project.git(*REFS_IN, "refs/exps/temp") or "").split()]:
                 project.git("update-ref", "--no-deref", "-d", ref)
 
@@ -245,7 +329,21 @@ def experiment_died(project: Project) -> bool:
     if (project.root / ".git" / EXEC_REFS[0]).exists():
         return True
     entries = read_rwlock(path) if path.exists() else {}
-    return entries is None or any(not is_held(project, holder) for holder in holders(entries))
+    return entries is None or any(not is_held(project, holder, path) for holder in holders(entries))
+
+
+def set_up_at(project: Project) -> list[int]:
+    """When the dead experiment began to borrow from git, as far as its traces tell."""
+    path, traces = project.experiments / "rwlock", [project.root / ".git" / EXEC_REFS[0]]
+    entries = (path.exists() and read_rwlock(path)) or {}
+    if holders(entries):
+        traces.append(path)
+    return [int(trace.stat().st_mtime) for trace in traces if trace.exists()]
+
+
+def happened_then(began: list[int], seconds: str) -> bool:
+    """Whether something of this time belongs to the experiment, and not to the user after it."""
+    return seconds.isdigit() and any(-1 <= int(seconds) - t <= SET_UP_SECONDS for t in began)
 
 
 def drop_git_locks(project: Project) -> Iterator[str]:
@@ -256,13 +354,17 @@ def drop_git_locks(project: Project) -> Iterator[str]:
         yield f"{lock.relative_to(project.root)} was left behind: removed"
 
 
-def reattach_head(project: Project) -> Iterator[str]:
+def reattach_head(project: Project, began: list[int]) -> Iterator[str]:
     """Return from the commit that DVC checked out to the branch it came from, as its own end does.
 
-    Not if somebody has moved HEAD or the branch since.
+    Not if somebody has moved HEAD or the branch since, as a rebase does, or detached it himself.
     """
     branch = project.git("rev-parse", "--symbolic-full-name", "@{-1}") or ""
     if project.git("symbolic-ref", "-q", "HEAD") or not branch.startswith("refs/heads/"):
+        return
+    newest = ("log", "-g", "-1", "--format=%gd %gs", "--date=unix", "HEAD")  # HEAD@{SECONDS} WHAT
+    when, _, what = (project.git(*newest) or "").removeprefix("HEAD@{").partition("} ")
+    if not what.startswith("checkout: ") or not happened_then(began, when):
         return
     commits = [project.git("rev-parse", "-q", "--verify", name) for name in (branch, EXEC_REFS[2])]
     if project.git("rev-parse", "HEAD") in commits:
@@ -272,22 +374,26 @@ def reattach_head(project: Project) -> Iterator[str]:
         yield f"git's HEAD was left detached by an experiment: back on branch {name}"
 
 
-def return_stash(project: Project) -> Iterator[str]:
+def return_stash(project: Project, began: list[int]) -> Iterator[str]:
     """Take the user's changes out of the stash where DVC puts them while it sets up an experiment.
 
-    DVC's own entries there go. A workspace that is neither the user's nor clean is stashed itself.
+    A workspace that is neither the user's nor clean is stashed itself. A stash with a message of
+    its own, with untracked files, or of another time is the user's; none of those is dropped.
     """
-    while (project.git(*STASHED, "--format=%gs") or "").startswith("dvc-exp:"):
+    while EXPERIMENT.match(project.git(*STASHED, "--format=%s") or ""):
         project.git("stash", "drop", "-q")
         yield "an experiment was left in git's stash: dropped"
     path = project.experiments / "rwlock"
     if "workspace" not in ((path.exists() and read_rwlock(path)) or {}).get("write", {}):
         return
-    stashed_at = project.git(*STASHED, "--format=%ct")
-    if not stashed_at or int(stashed_at) < int(path.stat().st_mtime):  # of before the experiment
+    stashed = project.git(*STASHED, "--format=%ct %s") or ""
+    stashed_at, _, message = stashed.partition(" ")
+    if not happened_then(began, stashed_at) or not message.startswith("WIP on "):
+        return
+    if project.git("rev-parse", "-q", "--verify", "stash@{0}^3") is not None:
         return
     if project.git("diff", "--quiet", "stash@{0}") is not None:
-        project.git("stash", "drop", "-q")
+        yield "git's newest stash equals the workspace: left there, it may be your own"
         return
     kept, place = "", "stash@{0}"
     if project.git("diff", "--quiet", "HEAD") is None:
@@ -295,6 +401,8 @@ def return_stash(project: Project) -> Iterator[str]:
         kept, place = "; git's stash has what the experiment made of them", "stash@{1}"
     if project.git("stash", "pop", "--index", "-q", place) is not None:
         yield f"your uncommitted changes were in git's stash: back in the workspace{kept}"
+    else:
+        yield f"your uncommitted changes are in git's stash ({place}): take them with git stash pop"
 
 
 def heal_queue(project: Project) -> Iterator[str]:
@@ -343,6 +451,8 @@ def drop_temporary_files(project: Project) -> Iterator[str]:
     places = [project.root / ".dvc/cache", project.tmp]
     places += [p for p in project.root.iterdir() if p.is_dir() and not p.name.startswith(".")]
     for place in places:
+        if place.is_symlink():  # others may be writing there
+            continue
         for folder, _, names in os.walk(place):
             for name in filter(DVC_TMP_FILE.fullmatch, names):
                 path = Path(folder, name)

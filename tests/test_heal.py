@@ -101,7 +101,59 @@ def test_a_claim_of_something_that_is_no_dvc_is_removed(project, kind):
         holder.wait()
 
 
-def test_only_the_claims_of_the_dead_are_removed(project, dead):
+def test_a_program_that_runs_dvc_as_a_library_keeps_its_claims(project):
+    """Its command line need not contain what DVC wrote down, as with `python -m`."""
+    program = [sys.executable, "-c", "import time; time.sleep(60)"]
+    holder = subprocess.Popen(program, cwd=project.folder)
+    try:
+        path = claim(project, holder.pid)
+        before = path.read_bytes()
+        assert heal(project) == ""
+        assert path.read_bytes() == before
+        os.utime(path, (1e9, 1e9))  # this program began later
+        assert str(holder.pid) in heal(project)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_claims_of_pids_that_are_not_seen_here_are_left_to_dvc(project, dead):
+    """They may live in another container, where DVC fails when its claim is gone."""
+    path = claim(project, dead, what=str(project.folder / "models/model"))
+    before = path.read_bytes()
+    assert heal(project) == ""
+    assert path.read_bytes() == before
+    done = run(project, "dvc", "repro", "--force", "train")
+    assert done.returncode == 0
+    assert "Auto removed" in done.stdout
+
+
+def test_nothing_is_healed_while_a_training_runs_that_cannot_be_seen(project, dead):
+    lock = project.folder / ".dvc/tmp/lm-resume/a/lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(str(dead))
+    (project.folder / ".dvc/tmp/rwlock").write_text("")
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run(project, "python", "-m", "stages.heal")
+        assert done.returncode == 75
+        assert "cannot be seen" in done.stdout
+    assert "rwlock was torn" in heal(project)
+
+
+def test_hardlink_locks_of_dvc_are_neither_made_nor_taken(project):
+    """With core.hardlink_lock the existence of the file is the lock; it holds a path."""
+    lock = project.folder / ".dvc/tmp/lock"
+    lock.unlink()
+    (project.folder / "dvc.lock").write_bytes(b"schema: '2.0'\nsta")
+    lock.write_text("/project/.dvc/tmp/0123456789abcdef.lock")
+    assert heal(project) == ""
+    lock.unlink()
+    assert "dvc.lock was torn" in heal(project)
+    assert not lock.exists()
+
+
+def test_only_the_claims_of_the_dead_are_removed(project):
     project.set("train.max_steps", 3000)
     running = Victim(project, "dvc", "repro")
     running.wait_for("step    5/3000")
@@ -110,9 +162,12 @@ def test_only_the_claims_of_the_dead_are_removed(project, dead):
     assert heal(project) == ""
     assert path.read_bytes() == before
     entries = json.loads(before)
-    entries["read"]["elsewhere"] = [{"pid": dead, "cmd": "dvc repro"}]
+    zombie = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    entries["read"]["elsewhere"] = [{"pid": zombie.pid, "cmd": "dvc repro"}]
     path.write_text(json.dumps(entries))
-    assert str(dead) in heal(project)
+    assert str(zombie.pid) in heal(project)
+    zombie.wait()
     assert json.loads(path.read_text()) == json.loads(before)
     assert running.process.poll() is None
     running.kill("group", 9)
@@ -164,6 +219,59 @@ def test_no_cut_of_a_dvc_lock_passes_with_a_half_written_entry(project):
                 for kind in ("deps", "outs"):
                     for entry in stage.get(kind) or []:
                         assert entry in stages[name][kind], cut
+
+
+def test_what_dvc_writes_for_things_that_lie_elsewhere_is_whole(project):
+    """A dependency on the web, a folder in a version-aware remote, an output that was missing."""
+    web = {"path": "https://x/y", "hash": "md5", "checksum": "12", "size": 3}
+    cloud = {"path": "d", "hash": "md5", "files": [{"relpath": "a", "md5": "0" * 32, "size": 1}]}
+    whole = {"path": "z", "hash": "md5", "md5": "0" * 32, "size": 1}
+    for outs in ([cloud, {"path": "gone", "hash": "md5"}, whole], [cloud]):
+        stage = {"cmd": "true", "deps": [web], "outs": outs}
+        for stages in ({"one@x": stage}, {"web": {"cmd": "true", "deps": [web]}}):
+            lock = {"schema": "2.0", "stages": stages}
+            assert fault_of_dvc_lock(yaml.safe_dump(lock, sort_keys=False).encode()) is None
+
+
+def test_a_dvc_lock_is_replaced_only_by_keeping_it_and_never_in_a_conflict(project):
+    commit(project)
+    path = project.folder / "dvc.lock"
+    conflict = b"<<<<<<< HEAD\n" + path.read_bytes() + b"=======\n>>>>>>> other\n"
+    path.write_bytes(conflict)
+    assert heal(project) == ""
+    assert path.read_bytes() == conflict
+    without_line_break = path.read_bytes()[:-1].splitlines(keepends=True)[1:-2]
+    path.write_bytes(b"".join(without_line_break)[:-1])
+    before = path.read_bytes()
+    assert ".dvc/tmp/dvc.lock.torn" in heal(project)
+    assert (project.folder / ".dvc/tmp/dvc.lock.torn").read_bytes() == before
+
+
+def test_a_torn_dvc_lock_is_healed_without_git(project, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (project.folder / "dvc.lock").write_text("")
+    program = [sys.executable, "-m", "stages.heal"]
+    environment = os.environ | {"PATH": str(tmp_path / "bin")}
+    done = subprocess.run(program, cwd=project.folder, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"DVC writes it again" in done.stdout
+
+
+def test_an_experiment_that_runs_in_another_worktree_is_left_alone(project):
+    commit(project)
+    other = project.folder.with_name("other")
+    git(project, "worktree", "add", "-q", str(other))
+    git(project, "update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD")
+    runner = subprocess.Popen(["bash", "-c", "exec -a dvc sleep 60"], cwd=other)
+    try:
+        assert heal(project) == ""
+        assert "EXEC_BASELINE" in git(project, "for-each-ref")
+    finally:
+        runner.kill()
+        runner.wait()
+    heal(project)
+    assert "EXEC_BASELINE" not in git(project, "for-each-ref")
 
 
 def test_a_killed_experiment_gives_back_the_branch_and_the_index(project):
@@ -236,10 +344,61 @@ def test_a_stash_of_the_user_is_not_touched(project, dead):
     assert git(project, "diff", "--name-only") == ""
 
 
+@pytest.mark.parametrize("how", ["untracked", "named", "later", "copied"])
+def test_a_stash_after_a_killed_experiment_is_not_lost(project, dead, how):
+    commit(project)
+    path, mine = claim(project, dead, ".dvc/tmp/exps", "workspace"), project.folder / "mine.py"
+    mine.write_text("a day of work\n")
+    git(project, "add", *([] if how == "untracked" else ["mine.py"]), ".dvcignore")
+    if how == "later":
+        os.utime(path, (1e9, 1e9))
+    options = {"untracked": ["-u"], "named": ["-m", "mine"]}.get(how, [])
+    git(project, "stash", "push", "-q", *options)
+    if how == "copied":
+        git(project, "stash", "apply", "-q")
+    kept = git(project, "stash", "list")
+    said = heal(project)
+    assert git(project, "stash", "list") == kept
+    assert ("equals the workspace" in said) == (how == "copied")
+
+
+def test_a_head_detached_later_survives_an_old_killed_experiment(project):
+    commit(project)
+    git(project, "update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD")
+    os.utime(project.folder / ".git/refs/exps/exec/EXEC_BASELINE", (1e9, 1e9))
+    git(project, "checkout", "-q", "--detach")
+    (project.folder / ".dvcignore").write_text("# staged\n")
+    git(project, "add", ".dvcignore")
+    assert "back on branch" not in heal(project)
+    assert run(project, "git", "symbolic-ref", "-q", "HEAD").returncode != 0
+    assert git(project, "diff", "--cached", "--name-only") == ".dvcignore"
+
+
+def test_a_rebase_that_waits_for_the_user_stays_where_it_is(project):
+    commit(project)
+    edited, main = project.folder / ".dvcignore", git(project, "symbolic-ref", "--short", "HEAD")
+    for branch, text in (("-b topic", "theirs"), (main, "ours")):
+        git(project, "checkout", "-q", *branch.split())
+        edited.write_text(f"# {text}\n")
+        commit(project)
+    git(project, "checkout", "-q", "topic")
+    git(project, "update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD")
+    assert run(project, "git", "rebase", "-q", main).returncode != 0
+    assert heal(project) == ""
+    assert "rebase in progress" in git(project, "status")
+    assert git(project, "diff", "--name-only", "--diff-filter=U") == ".dvcignore"
+
+
 def test_half_copied_files_of_a_killed_dvc_are_removed_and_no_others(project, dead):
     name = ".Abcdefghij_lmnopqrs-01.tmp"
+    elsewhere = project.folder.with_name("shared")
+    (project.folder / "linked").symlink_to(elsewhere)
     ours = [project.folder / place / name for place in (".dvc/cache/files/md5/00", "models")]
-    others = [project.folder / "notes.tmp", project.folder / ".dvc/cache" / "x.tmp"]
+    others = [
+        elsewhere / name,
+        project.folder / "notes.tmp",
+        project.folder / ".dvc/cache" / "x.tmp",
+    ]
     for path in (*ours, *others):
         path.parent.mkdir(exist_ok=True)
         path.touch()
