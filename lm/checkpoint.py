@@ -28,7 +28,7 @@ from lm.model import ModelConfig, TransformerLM
 from lm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
-PROVENANCE = {"model", "train", "inputs", "code", "environment"}
+PROVENANCE = ("model", "train", "inputs", "code", "environment")
 BinaryFile = io.BufferedIOBase | io.RawIOBase
 Extra = dict[str, Any]
 
@@ -260,7 +260,10 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     Raises InputError if the file is missing or something else.
     """
     provenance = read_json(folder / "provenance.json")
-    if not (isinstance(provenance, dict) and provenance.keys() >= PROVENANCE):
+    if not (
+        isinstance(provenance, dict)
+        and all(isinstance(provenance.get(part), dict) for part in PROVENANCE)
+    ):
         raise InputError(f"{folder / 'provenance.json'}: not a record of stage train; run it again")
     return provenance
 

@@ -121,6 +121,8 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     """Make torch choose kernels that give the same bits every time, and fail where it has none.
 
     On a CPU the number of threads decides how sums are cut into parts: null leaves it to torch.
+    Raises EnvironmentFault if OpenMP gives fewer threads than it promises: oneDNN then leaves
+    parts of a product unwritten.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -129,6 +131,13 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matmul
         torch.backends.cudnn.benchmark = False
+    if device.type == "cpu":
+        ones = torch.ones(128, 128, dtype=torch.bfloat16)
+        if not (ones @ ones == 128).all():
+            raise EnvironmentFault(
+                f"OpenMP promises {torch.get_num_threads()} threads and gives fewer; unset "
+                "OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS or set train.num_threads: 1"
+            )
 
 
 def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:

@@ -13,7 +13,8 @@ _SMOOTHING = 0.95  # of the average loss: it looks back about 20 steps
 class History:
     """One row per `interval` steps; when MAX_ROWS is reached, neighbours merge and it doubles.
 
-    Losses and gradient norms are means over the row's steps, in nats and as L2 norms; the step,
+    Losses and gradient norms are means over the row's steps (of its two halves, where rows have
+    merged), in nats and as L2 norms; the step,
     the learning rate and the validation loss are the row's last. A skipped step counts in none of
     the means. So the rows depend on the
     steps alone: not on the planned length, not on where a run was interrupted.

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class ResumeDirectory:
         self._buffers: dict[str, Tensor] = {}
         for litter in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):  # ours and safetensors'
             litter.unlink()
+        for path in _newest_first(folder):  # a kill came before the commit: it would count as kept
+            if not path.with_suffix(".json").exists():
+                path.unlink()
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
@@ -58,24 +61,22 @@ class ResumeDirectory:
                 )
             self._buffers[name].copy_(tensor)
         buffers = {name: self._buffers[name] for name in tensors}
-        self._pending = self._writer.submit(self._write, step, buffers, metadata, extra)
+        self._pending = self._writer.submit(self._write, step, buffers, metadata)
 
-    def _write(
-        self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str], extra: Extra
-    ) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         write_checkpoint(tensors, metadata, self.path(step))
-        commit(self.path(step))
-        kept = _newest_first(self.folder)[: self.keep]
-        needed = {self.path(step), *kept, *self._bests_of(kept, extra)}
-        for path in set(_newest_first(self.folder)) - needed:
-            _discard(path)
+        with writing(self.path(step)):
+            commit(self.path(step))
+            kept = {self.path(step), *_newest_first(self.folder)[: self.keep]}
+            for path in set(_newest_first(self.folder)) - kept - self._bests_of(kept):
+                _discard(path)
 
-    def _bests_of(self, paths: list[Path], newest: Extra) -> set[Path]:
-        extras = [newest]
+    def _bests_of(self, paths: set[Path]) -> set[Path]:
+        """The checkpoints that these call the best."""
+        steps = set()
         for path in paths:
             with suppress(InputError):  # a torn one needs nothing
-                extras.append(read_extra(path))
-        steps = {extra["best"]["step"] for extra in extras}
+                steps.add(read_extra(path)["best"]["step"])
         return {self.path(step) for step in steps if step is not None}
 
     def check(self) -> None:
@@ -100,10 +101,12 @@ class ResumeDirectory:
 
     def unlock(self) -> None:
         """Finish a save in flight, whether or not it succeeds, and let others use the folder."""
-        with suppress(EnvironmentFault):
-            self.wait()
-        self._writer.shutdown()
-        self._lock.close()
+        try:
+            with suppress(EnvironmentFault):
+                self.wait()
+        finally:
+            self._writer.shutdown()
+            self._lock.close()
 
 
 def kept_checkpoints(folder: Path) -> Iterator[tuple[Path, str | None]]:
@@ -112,7 +115,7 @@ def kept_checkpoints(folder: Path) -> Iterator[tuple[Path, str | None]]:
         try:
             verify(path)
             yield path, None
-        except InputError as error:
+        except (InputError, FileNotFoundError) as error:  # its trainer may drop it meanwhile
             yield path, str(error)
 
 
@@ -132,6 +135,14 @@ def remove_finished(folder: Path) -> None:
             ResumeDirectory(folder, keep=1).remove()
 
 
+@contextmanager
+def publishing(unfinished: Path) -> Iterator[None]:
+    """Let one run after the other write the outputs, which all runs of a workspace share."""
+    with open(unfinished / "publish.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _locked(folder: Path) -> Any:
     with writing(folder / "lock"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +154,9 @@ def _locked(folder: Path) -> Any:
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise Busy(f"{folder}: process {holder} is training this run; wait or stop it") from None
+    if os.fstat(lock.fileno()).st_nlink == 0:  # the folder was removed in this very moment
+        lock.close()
+        return _locked(folder)
     with writing(folder / "lock"):
         lock.truncate(0)
         lock.write(str(os.getpid()))

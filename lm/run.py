@@ -24,7 +24,7 @@ from lm.device import performance
 from lm.errors import Diverged, InputError
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
 from lm.history import History
-from lm.resume import ResumeDirectory, kept_checkpoints, run_folder
+from lm.resume import ResumeDirectory, kept_checkpoints, publishing, run_folder
 from lm.signals import CatchSignals
 from lm.tokenizer import Tokenizer
 from lm.train import Record, TrainConfig, TrainState
@@ -93,7 +93,7 @@ class Run:
         for path, fault in kept_checkpoints(self.directory.folder):
             fault = fault or self._fault(path)
             if fault is not None:
-                say(f"warning: {fault}; going on from the checkpoint before it")
+                say(f"warning: {fault}; passed over")
                 continue
             self._restore(path)
             finished = f"; it is finished: delete {path.parent} to train anew"
@@ -104,8 +104,9 @@ class Run:
     def _fault(self, path: Path) -> str | None:
         """Why an undamaged checkpoint must not be resumed."""
         extra = read_extra(path)
-        for part, value in _as_json(self.identity).items():
-            if extra["identity"].get(part) != value:
+        ours, theirs = _as_json(self.identity), extra["identity"]
+        for part in sorted(ours.keys() | theirs.keys()):
+            if ours.get(part) != theirs.get(part):
                 return f"{path}: of another run: {part} differs"
         if extra["best"]["step"] is not None:
             try:
@@ -124,6 +125,8 @@ class Run:
             ours, theirs = self.identity[part], extra["identity"].get(part, {})
             if ours != theirs:
                 raise InputError(f"{path}: made with another {_difference(part, ours, theirs)}")
+        if extra["best"]["step"] is not None:
+            _best_beside(path)
         if extra["iteration"] >= self.config.max_steps:
             raise InputError(
                 f"{path}: is at step {extra['iteration']}, train.max_steps = "
@@ -140,13 +143,10 @@ class Run:
         for group, ours in zip(self.state.optimizer.param_groups, settings, strict=True):
             group.update(ours)
         self.best["misses"] = 0
-        best = path.with_name("best.safetensors")  # as publish names it
-        if best.exists() and read_extra(best)["iteration"] == self.best["step"]:
-            verify(best)
-            atomic_copy(best, self.directory.path(self.best["step"]))
-            commit(self.directory.path(self.best["step"]))
-        else:
-            self.best = {"valid_loss": None, "step": None, "misses": 0}
+        if self.best["step"] is not None:
+            target = self.directory.path(self.best["step"])
+            atomic_copy(_best_beside(path), target)
+            commit(target)
         say(f"Continuing {path} from step {self.state.step}")
 
     def _restore(self, path: Path) -> None:
@@ -222,6 +222,10 @@ class Run:
         It can be repeated: the resume directory still holds the state of the last step.
         """
         self.directory.wait()
+        with publishing(self.directory.folder.parent):
+            self._publish(tokenizer, models, metrics)
+
+    def _publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
         state, checkpoints = self.state, models / "checkpoints"
         average = self.history.average_loss
         last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
@@ -285,6 +289,29 @@ def _size_bytes(file: Path) -> int:
         return file.stat().st_size
     except FileNotFoundError:  # that run has just finished
         return 0
+
+
+def _best_beside(path: Path) -> Path:
+    """The best checkpoint of the run that `path` is of: itself or a file beside it.
+
+    Raises InputError if none has the weights that `path` names: it decides what is published.
+    """
+    extra = read_extra(path)
+    step = extra["best"]["step"]
+    for best in (
+        path,
+        path.with_name("best.safetensors"),
+        path.with_name(f"step-{step:08d}.safetensors"),
+    ):
+        if best.is_file():
+            theirs = read_extra(best)
+            same = theirs["weights"].get(str(step)) == extra["weights"][str(step)]
+            if theirs["iteration"] == step and same:
+                verify(best)
+                return best
+    raise InputError(
+        f"{path}: its best checkpoint, of step {step}, is not beside it; copy it there"
+    )
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:

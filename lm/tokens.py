@@ -201,7 +201,6 @@ class Tokens:
     train: Split
     valid: Split
     vocab_size: int
-    sha256: str  # of tokens.json, which holds the hashes of all the rest
 
 
 def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
@@ -211,7 +210,7 @@ def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
     made with another tokenizer than the one whose hash is given.
     """
     manifest = read_json(folder / "tokens.json")
-    if not (isinstance(manifest, dict) and manifest.keys() >= _MANIFEST_KEYS):
+    if not _is_manifest(manifest):
         raise InputError(f"{folder / 'tokens.json'}: not a token manifest; run `dvc repro tokens`")
     if manifest["format"] > FORMAT:
         raise InputError(
@@ -224,7 +223,18 @@ def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
         _open_split(folder, "train", manifest),
         _open_split(folder, "valid", manifest),
         manifest["vocab_size"],
-        sha256_file(folder / "tokens.json"),
+    )
+
+
+def _is_manifest(value: Any) -> bool:
+    if not (isinstance(value, dict) and value.keys() >= _MANIFEST_KEYS):
+        return False
+    splits = (value["train"], value["valid"])
+    return value["dtype"] in ("uint16", "uint32") and all(
+        isinstance(split, dict)
+        and isinstance(split.get("sha256"), str)
+        and all(isinstance(split.get(key), int) for key in ("tokens", "bytes"))
+        for split in splits
     )
 
 

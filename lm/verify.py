@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from dvc.repo import Repo
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lm.checkpoint import (
@@ -36,7 +37,7 @@ from lm.resume import kept_checkpoints
 from lm.tokens import open_tokens
 from lm.train import TrainConfig, TrainState, new_state, train
 
-LOCK, UNFINISHED = Path("dvc.lock"), Path(".dvc/tmp/lm-resume")
+PIPELINE, LOCK, UNFINISHED = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/lm-resume")
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
 MODEL, LAST, BEST = (
     Path("models/model"),
@@ -48,18 +49,29 @@ Fault = str
 
 def recorded_faults(lock: Path, repo: Repo) -> Iterator[Fault]:
     """What differs from the hashes that DVC recorded, in the workspace or in its cache."""
-    content = parse_yaml(lock.read_text(encoding="utf-8"), str(lock))
-    if not (isinstance(content, dict) and isinstance(content.get("stages"), dict)):
-        raise InputError(f"{lock}: torn; `make heal` mends it")
-    outputs: set[str] = set()
-    for name, stage in content["stages"].items():
-        for entry in stage.get("outs", []):
-            outputs.add(entry["path"])
-            yield from _output_faults(Path(entry["path"]), entry["md5"], repo)
-        for entry in stage.get("deps", []):
-            path = Path(entry["path"])
-            if entry["path"] not in outputs and path.exists() and _hash(path, repo) != entry["md5"]:
-                yield f"{path}: differs from what stage {name} read; `dvc repro` runs it again"
+    recorded = _stages(lock)
+    for name in _stages(PIPELINE).keys() - {name.partition("@")[0] for name in recorded}:
+        yield f"stage {name}: not in {lock}; `dvc repro` runs it"
+    try:
+        outputs, dependencies = (
+            {entry["path"]: entry["md5"] for s in recorded.values() for entry in s.get(kind, [])}
+            for kind in ("outs", "deps")
+        )
+    except (LookupError, TypeError, AttributeError):
+        raise InputError(f"{lock}: torn; `make heal` mends it") from None
+    for path, md5 in outputs.items():
+        yield from _output_faults(Path(path), md5, repo)
+    for path, md5 in dependencies.items():
+        if path not in outputs and Path(path).exists() and _hash(Path(path), repo) != md5:
+            yield f"{path}: differs from what the stages read; `dvc repro` runs them again"
+
+
+def _stages(file: Path) -> dict[str, Any]:
+    """The stages of dvc.yaml or dvc.lock."""
+    try:
+        return dict(parse_yaml(file.read_text(encoding="utf-8"), str(file))["stages"])
+    except (UnicodeDecodeError, LookupError, TypeError, ValueError):
+        raise InputError(f"{file}: torn or not of DVC; `make heal` mends dvc.lock") from None
 
 
 def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[Fault]:
@@ -71,6 +83,9 @@ def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[Fault]:
         files = {path / item["relpath"]: item["md5"] for item in json.loads(listing.read_bytes())}
         for file in sorted(set(filter(Path.is_file, path.rglob("*"))) - files.keys()):
             yield f"{file}: not among the recorded files; {restore}"
+    elif path.is_dir():  # the list is damaged or was never here: what lies in the workspace
+        for file in sorted(filter(Path.is_file, path.rglob("*"))):
+            yield from _cache_faults(cache, _md5(file))
     for file, expected in files.items():
         if not file.exists():
             yield f"{file}: missing; {restore}"
@@ -110,47 +125,62 @@ def _md5(file: Path) -> str:
 
 
 def belonging_faults() -> Iterator[Fault]:
-    """What does not belong together among tokens, tokenizer, model, checkpoints and provenance."""
-    provenance = read_provenance(MODEL)
+    """What does not belong together among tokens, tokenizer, model and provenance."""
     yield from _raised(lambda: open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json")))
-    if fault := next(_raised(lambda: load_model(MODEL, torch.device("cpu"))), None):
-        yield fault
-        return
+    yield from _raised(lambda: load_model(MODEL, torch.device("cpu")))
     if sha256_file(MODEL / "tokenizer.json") != sha256_file(TOKENIZER / "tokenizer.json"):
         yield f"{MODEL / 'tokenizer.json'}: differs from {TOKENIZER / 'tokenizer.json'}"
-    for part in ("inputs", "code"):
-        for name, sha256 in provenance[part].items():
-            if not Path(name).is_file() or sha256_file(Path(name)) != sha256:
-                yield f"{name}: not what the model was made with; `dvc repro` makes it again"
-    published = load_file(MODEL / "model.safetensors")
-    for path in (BEST, LAST):
-        if fault := next(_raised(lambda path=path: verify(path)), None):  # type: ignore[misc]
-            yield fault
-            continue
-        extra = read_extra(path)
-        if extra["identity"] != provenance:
-            yield f"{path}: of another run than {MODEL / 'provenance.json'} says"
-        tensors = load_file(path)
-        early = provenance["train"]["early_stopping"] is not None
-        if path == (BEST if early else LAST) and not all(
-            torch.equal(tensor, tensors[f"model.{name}"]) for name, tensor in published.items()
-        ):
-            yield f"{MODEL / 'model.safetensors'}: other weights than in {path}"
+    provenance = read_provenance(MODEL)
+    for name, sha256 in {**provenance["inputs"], **provenance["code"]}.items():
+        if not Path(name).is_file() or sha256_file(Path(name)) != sha256:
+            yield f"{name}: not what the model was made with; `dvc repro` makes it again"
+
+
+def checkpoint_faults() -> Iterator[Fault]:
+    """What is damaged among the published checkpoints, or of another training than the model."""
+    for path in (LAST, BEST):
+        verify(path)
+    last, best, provenance = read_extra(LAST), read_extra(BEST), read_provenance(MODEL)
+    if last["identity"] != provenance:
+        yield f"{LAST}: of another run than {MODEL / 'provenance.json'} says"
+    step = last["best"]["step"]
+    if (best["iteration"], best["weights"].get(str(step))) != (step, last["weights"][str(step)]):
+        yield f"{BEST}: not the best checkpoint that {LAST} names"
+    source = LAST if last["identity"]["train"]["early_stopping"] is None else BEST
+    tensors, published = load_file(source), load_file(MODEL / "model.safetensors")
+    expected = {f"model.{name}" for name in published}
+    if expected != {name for name in tensors if name.startswith("model.")} or not all(
+        torch.equal(tensor, tensors[f"model.{name}"]) for name, tensor in published.items()
+    ):
+        yield f"{MODEL / 'model.safetensors'}: other weights than in {source}"
 
 
 def unfinished_faults(unfinished: Path) -> Iterator[Fault]:
-    """What is damaged among the checkpoints of unfinished runs."""
+    """What is damaged among the checkpoints of unfinished runs.
+
+    One without a manifest is no checkpoint yet, or no more: kills and trainers leave such files.
+    """
     for folder in sorted(filter(Path.is_dir, unfinished.glob("*"))):
-        for _, fault in kept_checkpoints(folder):
-            if fault is not None:
+        for path, fault in kept_checkpoints(folder):
+            if fault is not None and path.with_suffix(".json").exists():
                 yield f"{fault}; the run would go on from the checkpoint before it"
 
 
 def _raised(action: Callable[[], object]) -> Iterator[Fault]:
     try:
         action()
-    except InputError as error:
+    except (InputError, OSError) as error:
         yield str(error)
+
+
+def _complete(faults: Iterator[Fault]) -> list[Fault]:
+    """The faults, once each, with the one that kept the check from going on."""
+    found: list[Fault] = []
+    try:
+        found.extend(faults)
+    except (InputError, OSError, SafetensorError) as error:
+        found.append(str(error))
+    return list(dict.fromkeys(found))  # one object of the cache can serve many files
 
 
 def replay(steps: int, device: torch.device) -> str:
@@ -231,12 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         repo = Repo()
         checks = {
             "every output and dependency is as dvc.lock says": recorded_faults(LOCK, repo),
-            "tokens, tokenizer, model and checkpoints belong together": belonging_faults(),
-            "unfinished runs are undamaged": unfinished_faults(UNFINISHED),
+            "tokens, tokenizer, model and provenance belong together": belonging_faults(),
+            "the published checkpoints are whole and of this model": checkpoint_faults(),
+            "the checkpoints of unfinished runs are whole": unfinished_faults(UNFINISHED),
         }
         count = 0
         for claim, faults in checks.items():
-            found = list(dict.fromkeys(faults))  # one object of the cache can serve many files
+            found = _complete(faults)
             say("\n".join([f"fault: {fault}" for fault in found] or [f"ok: {claim}"]))
             count += len(found)
         if count:

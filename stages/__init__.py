@@ -1,8 +1,42 @@
-"""The stages of dvc.yaml, one module each: only they know paths and params.yaml."""
+"""The stages of dvc.yaml, one module each: only they know paths and params.yaml.
 
+Here is what must come before their imports, since importing torch takes seconds.
+"""
+
+import hashlib
 import os
+import sys
+from importlib.machinery import FileFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType
 
-from lm.signals import end_with_parent
+ROOT = Path(__file__).parent.parent
+EXECUTED: dict[Path, str] = {}  # SHA-256 of this project's code that was imported
 
-if "DVC_ROOT" in os.environ:  # now, because importing torch takes seconds in which dvc may die
+
+class _FromSource(SourceFileLoader):
+    """Compiles a module from its source and keeps the hash of what it compiled.
+
+    Python's bytecode cache trusts size and time, so it can run what the file no longer says; and
+    a file that is edited while torch is being imported would be recorded without having run.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        source = self.get_data(path)
+        EXECUTED[Path(path)] = hashlib.sha256(source).hexdigest()
+        return self.source_to_code(source, path)
+
+
+def _finder(folder: str) -> FileFinder:
+    if Path(folder) not in (ROOT / "lm", ROOT / "stages"):
+        raise ImportError
+    return FileFinder(folder, (_FromSource, [".py"]))
+
+
+sys.path_hooks.insert(0, _finder)
+
+from lm.signals import end_with_parent  # noqa: E402 - from source
+
+if "DVC_ROOT" in os.environ:  # dvc may die while torch is being imported
     end_with_parent()

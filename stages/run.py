@@ -15,6 +15,7 @@ import lm
 from lm.config import load_params, read_section
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
+from stages import EXECUTED, ROOT
 
 PARAMS = Path("params.yaml")
 # outside of every output, since DVC deletes those; DVC names the main project to its workspaces
@@ -137,8 +138,11 @@ def _signature(file: Path) -> Signature:
 
 
 def _imported_code() -> dict[str, str]:
-    """The SHA-256 of every file of this project that is imported now, by relative path."""
+    """The SHA-256 of every file of this project that was imported, by relative path."""
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    ours = {Path(file) for file in files if file and Path(file).is_relative_to(Path.cwd())}
-    ours = {file for file in ours if file.relative_to(Path.cwd()).parts[0] in ("lm", "stages")}
-    return {file.relative_to(Path.cwd()).as_posix(): sha256_file(file) for file in sorted(ours)}
+    ours = sorted({Path(file).absolute() for file in files if file})
+    return {
+        file.relative_to(ROOT).as_posix(): EXECUTED.get(file) or sha256_file(file)
+        for file in ours
+        if file.parent in (ROOT / "lm", ROOT / "stages")
+    }

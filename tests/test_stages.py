@@ -180,7 +180,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(long_run):
     newest.write_bytes(newest.read_bytes()[:-100])
     result = project.stage("train")
     assert f"warning: {os.path.relpath(newest, project.folder)}: " in result.stdout
-    assert "going on from the checkpoint before it" in result.stdout
+    assert "; passed over" in result.stdout
     assert "Resumed at step " in result.stdout
     assert outputs(project) == straight
 
