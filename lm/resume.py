@@ -138,7 +138,7 @@ def remove_finished(folder: Path) -> None:
 @contextmanager
 def publishing(unfinished: Path) -> Iterator[None]:
     """Let one run after the other write the outputs, which all runs of a workspace share."""
-    with open(unfinished / "publish.lock", "a") as lock:
+    with open(unfinished.with_name("lm-publish.lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

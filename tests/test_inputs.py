@@ -1,6 +1,7 @@
 """What a stage reads must stay as it was: DVC would record the new input with the old output."""
 
 import argparse
+import hashlib
 import os
 import shutil
 from functools import partial
@@ -76,6 +77,24 @@ def test_what_leaves_the_result_alone_is_no_change(inputs, project):
     project.set("train.lr", 0.25)  # overridden on the command line
     inputs.check_files()
     assert list(inputs.checked("ab")) == ["a", "b"]
+
+
+def test_what_is_recorded_is_the_code_that_ran(project):
+    """Python's bytecode cache would run what the file no longer says: same size, same time."""
+    module = project.folder / "lm" / "extra.py"
+    module.write_text("value = 1\n")
+    for writes in ("1", ""):  # with an empty variable Python keeps what it compiled
+        project.run("python", "-c", "import lm.extra", PYTHONDONTWRITEBYTECODE=writes)
+    times = module.stat()
+    module.write_text("value = 2\n")
+    os.utime(module, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert project.run("python", "-c", "import lm.extra; print(lm.extra.value)").stdout == "1\n"
+    program = (
+        "import stages, lm.extra, pathlib\n"
+        "print(lm.extra.value, stages.EXECUTED[pathlib.Path(lm.extra.__file__)])"
+    )
+    sha256 = hashlib.sha256(b"value = 2\n").hexdigest()
+    assert project.run("python", "-c", program).stdout == f"2 {sha256}\n"
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,7 @@ def test_the_newest_are_kept_and_damage_is_named(trainee, tmp_path):
     (tmp_path / "run" / ".tmpAbc").write_text("left by a kill")
     directory = ResumeDirectory(tmp_path / "run", keep=2)
     assert not (tmp_path / "run" / ".tmpAbc").exists()
+    assert steps(tmp_path / "run") == [10, 15]  # what was never committed would count as kept
     directory.remove()
     assert not (tmp_path / "run").exists()
 

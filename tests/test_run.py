@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import shutil
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from lm.config import RuntimeConfig, read_section
-from lm.errors import Diverged
+from lm.errors import Diverged, InputError
+from lm.resume import publishing
 from lm.run import Run
 from lm.tokenizer import byte_tokenizer
 from lm.tokens import Split
@@ -30,8 +34,11 @@ def settings(smoke_params, model_config, train_config):
     return model, config, replace(runtime, checkpoint_interval=4)
 
 
-def go(settings, folder, bad_steps, until=12):
-    """A run in which the gradients of some steps are spoilt, up to a step; then it publishes."""
+def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0)):
+    """A run in which the gradients of some steps are spoilt, up to a step; then it publishes.
+
+    `losses`: what its two validations say.
+    """
     model, config, runtime = settings
     state = new_state(model, config, torch.device("cpu"))
     for step in bad_steps:
@@ -41,7 +48,7 @@ def go(settings, folder, bad_steps, until=12):
         while not run.finished():
             record = next(steps)
             if record["step"] % config.eval_interval == 0:
-                record["valid_loss"] = 1.0
+                record["valid_loss"] = losses[record["step"] // config.eval_interval - 1]
             run.log(record)
             if run.save_due:
                 run.save()
@@ -78,3 +85,54 @@ def test_the_bound_on_skipped_steps_holds_across_a_stop(settings, tmp_path):
     with pytest.raises(Diverged, match=r"at step 7; .*3 steps before .* last good .*: step 6"):
         go(settings, tmp_path, bad)
     assert not (tmp_path / "models").exists()
+
+
+def test_a_continued_run_takes_the_best_of_the_run_it_continues_and_no_other(settings, tmp_path):
+    model, config, runtime = settings
+    folders = [tmp_path / name for name in ("mine", "other")]
+    for seed, folder in enumerate(folders):
+        changed = replace(config, seed=seed, early_stopping=3)
+        go((model, changed, runtime), folder, losses=(1.0, 2.0))  # the best is step 6
+    mine, other = (folder / "models" / "checkpoints" for folder in folders)
+    last, best = mine / "last.safetensors", (mine / "best.safetensors").read_bytes()
+    longer = replace(config, seed=0, early_stopping=3, max_steps=13)
+
+    def continue_run():
+        state = new_state(model, longer, torch.device("cpu"))
+        with Run(state, longer, runtime, MADE_OF, tmp_path / "unfinished", last) as run:
+            return run.best, (run.directory.path(6)).read_bytes()
+
+    assert continue_run() == ({"valid_loss": 1.0, "step": 6, "misses": 0}, best)
+    for name in (
+        "best.safetensors",
+        "best.json",
+    ):  # as a kill while another run publishes leaves it
+        shutil.copy(other / name, mine / name)
+    message = "last.safetensors: its best checkpoint, of step 6, is not beside it"
+    with pytest.raises(InputError, match=message):
+        continue_run()
+    (mine / "best.safetensors").unlink()
+    with pytest.raises(InputError, match=message):
+        continue_run()
+
+
+def test_two_runs_publish_one_after_the_other(settings, tmp_path):
+    unfinished, seen = tmp_path / "unfinished", []
+    unfinished.mkdir()
+    held = threading.Event()
+
+    def publish_another():
+        with publishing(unfinished):
+            held.set()
+            while not list(unfinished.glob("*/step-00000012.json")):  # the run is at its end
+                time.sleep(0.01)
+            time.sleep(0.5)
+            seen.append((tmp_path / "models").exists())
+
+    other = threading.Thread(target=publish_another)
+    other.start()
+    held.wait()
+    go(settings, tmp_path)
+    other.join()
+    assert seen == [False]
+    assert (tmp_path / "models" / "model" / "provenance.json").exists()

@@ -416,6 +416,14 @@ def test_a_compiled_run_is_exact_and_near_the_eager_one(prepared):
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
 
 
+@pytest.mark.skipif(os.cpu_count() < 2, reason="needs two threads")
+def test_threads_that_are_promised_and_not_given_are_an_error(prepared):
+    """oneDNN would leave half of a bfloat16 product unwritten."""
+    result = prepared.run("python", "-m", "stages.train", OMP_NUM_THREADS="2", OMP_THREAD_LIMIT="1")
+    assert result.returncode == 3
+    assert "OpenMP promises 2 threads and gives fewer; unset OMP_DYNAMIC" in one_line(result)
+
+
 def test_compiling_without_a_compiler_says_what_to_do(prepared, tmp_path):
     command = [sys.executable, "-m", "stages.train", "-S", "train.compile=true"]
     result = prepared.run(*command, PATH="/nonexistent")
