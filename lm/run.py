@@ -47,8 +47,8 @@ class Run:
         `made_of` (inputs, code, environment), with the settings of model and training, is all that
         decides the result: it is recorded as the model's provenance, and only a run that agrees
         in every part of it is resumed. It holds no clock, no path and no commit, or the outputs
-        would not reproduce. Raises Busy if another process trains this
-        run, InputError for a checkpoint to continue that does not fit.
+        would not reproduce. Raises Busy if another process trains this run, InputError for a
+        checkpoint to continue that does not fit.
         """
         self.state, self.config, self.runtime = state, config, runtime
         self.identity = {"model": asdict(state.model.config), "train": asdict(config), **made_of}

@@ -160,7 +160,7 @@ def test_a_clock_set_back_changes_nothing(long_run, tmp_path):
 
 
 def test_the_loss_scale_of_float16_is_resumed_too(prepared):
-    prepared.set("train.max_steps", 300)
+    prepared.set("train.max_steps", 120)
     prepared.set("train.dtype", "float16")
     prepared.prepare("train")
     straight = outputs(prepared)  # the checkpoints hold the scaler's step counter
