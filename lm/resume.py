@@ -10,6 +10,8 @@ The folder lies outside of every DVC output, because DVC deletes those before it
 import fcntl
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -35,7 +37,7 @@ class ResumeDirectory:
         """Lock the folder, making it first. Raises Busy if another process holds it."""
         self.folder, self.keep = folder, keep
         self._lock = _locked(folder)
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writer = ThreadPoolExecutor(max_workers=1, initializer=_step_back)
         self._pending: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
         for litter in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):  # ours and safetensors'
@@ -162,6 +164,12 @@ def _locked(folder: Path) -> Any:
         lock.write(str(os.getpid()))
         lock.flush()
     return lock
+
+
+def _step_back() -> None:
+    """Let training's threads go first: a core that is shared makes the others wait for it."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _discard(path: Path) -> None:
