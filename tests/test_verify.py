@@ -179,9 +179,8 @@ def test_a_damaged_checkpoint_of_an_unfinished_run_is_named(project):
     project.set("train.max_steps", 5000)
     project.train_until("step   40/").kill()
     project.processes[-1].wait()
-    (newest, *_) = sorted(
-        (project.folder / ".dvc" / "tmp" / "lm-resume").glob("*/step-*.safetensors"), reverse=True
-    )
+    unfinished = project.folder / ".dvc" / "tmp" / "lm-resume"
+    newest = max(unfinished.glob("*/step-*.json")).with_suffix(".safetensors")
     flip(newest)
     out, _ = verify(project, code=2)
     assert f"fault: {newest.relative_to(project.folder)}: content differs" in out
