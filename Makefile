@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal test lint check bench smoke certify soak
+.PHONY: setup repro heal experiments test lint check bench smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -22,6 +22,11 @@ repro: setup heal
 # put right what a killed DVC left torn; then any dvc command goes on
 heal: setup
 	@python -m stages.heal
+
+# the experiments beside their baseline: the results that matter, the settings that differ
+experiments: setup
+	@dvc exp show --no-pager --only-changed --keep 'loss_nats|bits_per_byte|valid_loss' \
+		--drop 'Created|Executor|step$$|.*tokens$$|parameters|train_loss|best_|skipped_|perplexity|bytes|baseline_|runtime|(data|lm|models|stages)/'
 
 test: setup
 	@pytest

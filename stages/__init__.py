@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 from importlib.machinery import FileFinder, SourceFileLoader
+from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType
 
@@ -35,6 +36,13 @@ def _finder(folder: str) -> FileFinder:
 
 
 sys.path_hooks.insert(0, _finder)
+
+if absent := [name for name in ("torch", "tokenizers", "tqdm") if find_spec(name) is None]:
+    sys.stderr.write(
+        f"error: {sys.executable} has no {absent[0]}: not the Python of this project; run "
+        "`source .venv/bin/activate` (`make setup` makes it), then the same command again\n"
+    )
+    raise SystemExit(3)
 
 from lm.signals import end_with_parent  # noqa: E402 - from source
 

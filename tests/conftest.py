@@ -1,6 +1,8 @@
 """Shapes in signatures are executed; one thread: two on busy cores can be 38 times slower."""
 
+import fcntl
 import os
+import pickle
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -10,8 +12,9 @@ import tests.typecheck  # noqa: F401 - the hook finds it by name
 
 install_import_hook("lm", "tests.typecheck.checked")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -22,6 +25,7 @@ from lm.config import load_params, read_section
 from lm.model import ModelConfig, TransformerLM
 from lm.text import DataConfig
 from lm.train import TrainConfig
+from tests.kill import commit, copied, run, survivors, versioned
 from tests.project import SMOKE, Project
 
 torch.set_num_threads(1)
@@ -72,3 +76,42 @@ def project(tmp_path) -> Iterator[Project]:
     project = Project(tmp_path / "project")
     yield project
     project.close()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], Any]], Any]:
+    """What a function makes in a folder, made by the first worker that needs it, for all."""
+
+    def once(name: str, make: Callable[[Path], Any]) -> Any:
+        shared = tmp_path_factory.getbasetemp().parent / name
+        shared.mkdir(exist_ok=True)
+        with open(shared / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = shared / "made.pickle"
+            if not kept.exists():
+                kept.write_bytes(pickle.dumps(make(shared)))
+            return pickle.loads(kept.read_bytes())
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def baseline(made_once) -> Project:
+    """A project whose pipeline has run and is committed: to be copied, not changed."""
+
+    def make(folder: Path) -> Project:
+        project = versioned(folder / "baseline")
+        done = run(project, "dvc", "repro")
+        assert done.returncode == 0, done.stdout
+        commit(project)
+        return project
+
+    return made_once("baseline", make)
+
+
+@pytest.fixture
+def finished(baseline, tmp_path) -> Iterator[Project]:
+    """A copy of the baseline."""
+    project = copied(baseline, tmp_path / "project")
+    yield project
+    survivors(project, 0)

@@ -4,8 +4,6 @@ Signals are real and go to real dvc commands. What pytest runs by itself are the
 `pytest -m soak` runs the others.
 """
 
-import fcntl
-import pickle
 import time
 
 import pytest
@@ -57,16 +55,8 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """Made by the first worker that needs it."""
-    shared = tmp_path_factory.getbasetemp().parent / "kill"
-    shared.mkdir(exist_ok=True)
-    with open(shared / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = shared / "undisturbed.pickle"
-        if not kept.exists():
-            kept.write_bytes(pickle.dumps(Undisturbed(shared)))
-        return pickle.loads(kept.read_bytes())
+def undisturbed(made_once):
+    return made_once("kill", Undisturbed)
 
 
 @pytest.fixture

@@ -141,28 +141,6 @@ def test_each_change_reruns_what_depends_on_it_and_nothing_else(project):
     assert ran(dvc(project, "repro")) == []  # this very state was run before: restored from cache
 
 
-def test_experiments_are_compared_by_dvc(project):
-    dvc(project, "repro")
-    for command in (("add", "-A"), ("commit", "-qm", "baseline")):
-        assert project.run("git", *command).returncode == 0
-    dvc(project, "exp", "run", "-n", "higher", "-S", "train.lr=2e-2", "-S", "train.max_steps=12")
-    lock = project.read("dvc.lock").decode()
-    assert "lr: 0.02" in lock
-    metrics = json.loads(dvc(project, "metrics", "diff", "--json"))
-    step = metrics["metrics/train.json"]["step"]
-    assert (step["old"], step["new"]) == (20, 12)
-    params = json.loads(dvc(project, "params", "diff", "--json"))
-    lr = params["params.yaml"]["train.lr"]
-    assert (lr["old"], lr["new"]) == (0.01, 0.02)
-    plots = json.loads(dvc(project, "plots", "diff", "--json"))["data"]
-    loss = plots["loss"][0]["content"]["data"]["values"]
-    assert {row["field"] for row in loss} == {"train_loss", "valid_loss"}
-    assert {row["rev"] for row in loss} == {"HEAD", "workspace"}
-    shown = json.loads(dvc(project, "exp", "show", "--json"))
-    names = [e["name"] for rev in shown for e in rev["experiments"] or [{"name": None}]]
-    assert "higher" in names
-
-
 def test_a_failing_stage_says_why_in_one_line_and_leaves_the_others(project):
     dvc(project, "repro")
     before = project.read("data/tokens/train.bin")

@@ -1,0 +1,167 @@
+"""A week with experiments: queued, compared, gone back to, and what goes wrong on the way.
+
+All with the real dvc, as README and docs/EXPERIMENTS.md say it.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+import venv
+
+import pytest
+import yaml
+from dvc.utils.hydra import apply_overrides
+
+from tests.kill import environment, git, outputs, run
+from tests.project import ROOT, Project
+
+STAGES = ("corpus", "tokenizer", "tokens", "train", "evaluate")
+
+
+def dvc(project, *arguments, code=0):
+    done = run(project, "dvc", *arguments)
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def ran(output):
+    """The stages that really ran."""
+    return [s for s in STAGES if f"Running stage '{s}'" in output]
+
+
+def locked(project, name):
+    """The stages in dvc.lock of an experiment."""
+    found = git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split()
+    (reference,) = [ref for ref in found if ref.endswith(f"/{name}")]
+    return yaml.safe_load(git(project, "show", f"{reference}:dvc.lock"))["stages"]
+
+
+def work_off_queue(project):
+    dvc(project, "queue", "start")
+    end = time.monotonic() + 120
+    while "Queued" in (status := dvc(project, "queue", "status")) or "Running" in status:
+        assert time.monotonic() < end, status
+        time.sleep(0.5)
+    return status
+
+
+def test_an_experiment_is_compared_renamed_branched_and_applied(finished):
+    before = outputs(finished)
+    output = dvc(finished, "exp", "run", "-n", "first", "-S", "train.lr=2e-2")
+    assert ran(output) == ["train", "evaluate"]
+    after = outputs(finished)
+    metrics = json.loads(dvc(finished, "metrics", "diff", "--json"))
+    assert metrics["metrics/eval.json"]["loss_nats"]["diff"] != 0
+    params = json.loads(dvc(finished, "params", "diff", "--json"))["params.yaml"]
+    assert params == {"train.lr": {"old": 0.01, "new": 0.02, "diff": 0.01}}
+    dvc(finished, "exp", "rename", "first", "higher")
+    difference = json.loads(dvc(finished, "exp", "diff", "HEAD", "higher", "--json"))
+    assert difference["params"]["params.yaml"] == params
+    loss = difference["metrics"]["metrics/eval.json"]["loss_nats"]
+    assert loss == metrics["metrics/eval.json"]["loss_nats"]
+    dvc(finished, "exp", "branch", "higher", "adopted")
+    back = dvc(finished, "exp", "run", "-S", "train.lr=1e-2")  # a setting stays: put it back
+    assert ran(back) == []  # not one step: the run cache has it
+    assert {k: v for k, v in outputs(finished).items() if k != "dvc.lock"} == {
+        k: v for k, v in before.items() if k != "dvc.lock"
+    }
+    dvc(finished, "exp", "apply", "higher")
+    assert outputs(finished) == after
+    git(finished, "checkout", "-qf", "adopted")
+    assert "up to date" in dvc(finished, "status")
+    git(finished, "checkout", "-qf", "-")  # without dvc checkout
+    assert "modified:           models/model" in dvc(finished, "status")
+    dvc(finished, "checkout")
+    assert "up to date" in dvc(finished, "status")
+    assert outputs(finished) == before
+
+
+def test_a_queued_grid_runs_the_code_and_settings_of_its_time(finished):
+    report = finished.folder / "lm" / "report.py"
+    original = report.read_text()
+    queued = original + "\n# as it was queued\n"
+    report.write_text(queued)
+    dvc(finished, "exp", "run", "--queue", "-n", "grid", "-S", "evaluate.seed=1,2")
+    report.write_text(original + "\n# the workspace has moved on\n")
+    finished.set("evaluate.max_new_tokens", 3)
+    before = outputs(finished)
+    (finished.folder / "mine").mkdir()
+    (finished.folder / "mine" / "a.txt").write_text("text that git does not know\n")
+    dvc(finished, "exp", "run", "--queue", "-n", "mine", "-S", "data.path=mine")
+    status = work_off_queue(finished)
+    assert (status.count("Success"), status.count("Failed")) == (2, 1)
+    assert outputs(finished) == before
+    assert "moved on" in report.read_text()
+    for name, seed in (("grid-1", 1), ("grid-2", 2)):
+        lock = locked(finished, name)["evaluate"]
+        settings = lock["params"]["params.yaml"]["evaluate"]
+        assert (settings["seed"], settings["max_new_tokens"]) == (seed, 16)
+        md5 = {entry["path"]: entry["md5"] for entry in lock["deps"]}
+        assert md5["lm/report.py"] == hashlib.md5(queued.encode()).hexdigest()
+    (reason,) = [x for x in dvc(finished, "queue", "logs", "mine").splitlines() if "ERROR" in x][:1]
+    assert "No such file or directory: " in reason
+    assert reason.endswith("/mine'")
+
+
+def test_the_table_of_experiments_fits_120_columns(finished):
+    for name, change in (("other", "evaluate.seed=7"), ("sliding", "evaluate.stride=16")):
+        dvc(finished, "exp", "run", "--temp", "-n", name, "-S", change)
+    shutil.copy(ROOT / "Makefile", finished.folder)
+    done = run(finished, "env", "COLUMNS=120", "make", "-o", "setup", "experiments")
+    assert done.returncode == 0, done.stdout
+    table = done.stdout
+    assert max(map(len, table.splitlines())) <= 120
+    assert "…" not in table
+    header = table.splitlines()[1].split()
+    assert header[:4] == ["Experiment", "valid_loss", "loss_nats", "bits_per_byte"]
+    assert set(header[4:]) == {"evaluate.seed", "evaluate.stride"}
+    for name, values in (("other", ["7", "-"]), ("sliding", ["0", "16"])):
+        (row,) = [line.split() for line in table.splitlines() if f"[{name}]" in line]
+        assert set(values) <= set(row)
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "presets/smoke.yaml"])
+def test_an_override_changes_one_line_of_the_settings(tmp_path, name):
+    """DVC writes the file anew, in a style of its own: in another one, git would show a dozen."""
+    copy = tmp_path / "params.yaml"
+    shutil.copy(ROOT / name, copy)
+    apply_overrides(copy, ["train.lr=0.123"])
+    before, after = (ROOT / name).read_text().splitlines(), copy.read_text().splitlines()
+    changed = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
+    assert [new for _, new in changed] == ["  lr: 0.123"]
+
+
+def test_another_python_says_how_to_find_ours(finished, tmp_path):
+    venv.create(tmp_path / "other", symlinks=True)
+    program = shutil.which("dvc", path=environment(finished)["PATH"])
+    finished.set("train.lr", 2e-2)
+    done = run(finished, "env", f"PATH={tmp_path}/other/bin:/usr/bin:/bin", program, "repro")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout
+    assert f"error: {tmp_path}/other/bin/python has no torch" in done.stdout
+    assert "source .venv/bin/activate" in done.stdout
+    assert "exited with 3" in done.stdout
+
+
+def test_a_temporary_experiment_leaves_the_workspace_alone_until_it_is_applied(finished):
+    before = outputs(finished)
+    dvc(finished, "exp", "run", "--temp", "-n", "aside", "-S", "evaluate.seed=7")
+    assert outputs(finished) == before
+    assert git(finished, "status", "--porcelain") == ""
+    code = finished.folder / "lm" / "schedule.py"
+    edited = code.read_text() + "\n# hours of work\n"
+    code.write_text(edited)
+    dvc(finished, "exp", "apply", "aside")
+    assert outputs(finished) != before
+    assert code.read_text() != edited  # swept away without a word
+    git(finished, "checkout", "refs/exps/apply/stash", "--", "lm/schedule.py")
+    assert code.read_text() == edited
+
+
+def test_without_a_commit_experiments_say_so_and_repro_works(tmp_path):
+    project = Project(tmp_path / "project")
+    git(project, "init", "-q")
+    done = run(project, "dvc", "exp", "run", "-S", "train.lr=1e-3")
+    assert (done.returncode, "Empty git repo" in done.stdout) == (255, True)
+    assert "Running stage 'corpus'" in dvc(project, "repro", "corpus")
