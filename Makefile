@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal experiments test lint check bench smoke certify soak
+.PHONY: setup repro heal experiments test lint lock check bench smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -36,7 +36,11 @@ lint: setup
 	@ruff check .
 	@mypy
 
-check: lint test
+# is dvc.lock of this code and these settings? Needs no data
+lock: setup
+	@python -m stages.lock
+
+check: lint lock test
 
 # ours beside a plain PyTorch loop, one run
 bench: setup

@@ -1,0 +1,51 @@
+"""A fresh clone, without any data, knows whether its dvc.lock is of its code and settings."""
+
+import pytest
+
+from tests.kill import copied, git, run
+
+
+@pytest.fixture
+def clone(baseline, tmp_path):
+    """A fresh clone: what git knows, no outputs, no cache."""
+    git(baseline, "clone", "-q", str(baseline.folder), str(tmp_path / "clone"))
+    project = copied(baseline, tmp_path / "unused")
+    project.folder = tmp_path / "clone"
+    return project
+
+
+def check(project):
+    done = run(project, "python", "-m", "stages.lock")
+    return done.returncode, done.stdout.strip()
+
+
+def test_a_fresh_clone_of_what_ran_is_up_to_date(clone):
+    assert not (clone.folder / "models" / "model").exists()
+    assert check(clone) == (0, "dvc.lock is of this code and these settings")
+
+
+def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
+    files = {name: clone.read(name).decode() for name in ("lm/rng.py", "dvc.yaml", "dvc.lock")}
+    lock = files["dvc.lock"]
+    model = lock[lock.index("path: models/model\n") :].split("md5: ")[1][:32]
+    for name, changed, fault in [
+        ("lm/rng.py", files["lm/rng.py"] + "# edited\n", "lm/rng.py: modified"),
+        ("dvc.yaml", files["dvc.yaml"].replace("stages.train", "stages.train -S train.lr=1"),
+         "stage train: changed command"),
+        ("dvc.lock", lock.replace(model, "0" * 32, 1),
+         "stage evaluate: recorded with another models/model than was made"),
+    ]:  # fmt: skip
+        (clone.folder / name).write_text(changed)
+        assert check(clone) == (
+            2,
+            f"error: dvc.lock is stale: {fault}; run `make repro` and commit it",
+        )
+        (clone.folder / name).write_text(files[name])
+    clone.set("train.lr", 0.5)
+    assert "train.lr: modified" in check(clone)[1]
+
+
+def test_without_a_lock_there_is_nothing_to_compare(clone):
+    (clone.folder / "dvc.lock").unlink()
+    code, message = check(clone)
+    assert (code, message) == (2, "error: dvc.lock: no such file; run `make repro` and commit it")
