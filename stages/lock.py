@@ -40,10 +40,10 @@ def gaps() -> Iterator[str]:
 
 
 def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and change: files lie one level below, settings two."""
+    """Name and change; a file of settings has both for each of its sections."""
     for name, what in found.items():
         if isinstance(what, dict):
-            yield from _flat(what)
+            yield from ((f"{name}: {section}", change) for section, change in _flat(what))
         else:
             yield name, what
 

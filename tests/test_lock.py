@@ -42,7 +42,7 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
         )
         (clone.folder / name).write_text(files[name])
     clone.set("train.lr", 0.5)
-    assert "train.lr: modified" in check(clone)[1]
+    assert "params.yaml: train: modified" in check(clone)[1]
 
 
 def test_without_a_lock_there_is_nothing_to_compare(clone):
