@@ -77,6 +77,7 @@ def _stages(file: Path) -> dict[str, Any]:
 def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[Fault]:
     cache = Path(repo.cache.local.path)
     restore = f"`dvc checkout --force {path}` brings it back from the cache"
+    instead = f"delete it, then {restore}"  # DVC takes size and time for the content
     files = {path: md5}
     listing = _cached(cache, md5)
     if md5.endswith(".dir") and listing.is_file() and not any(_cache_faults(cache, md5)):
@@ -90,7 +91,7 @@ def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[Fault]:
         if not file.exists():
             yield f"{file}: missing; {restore}"
         elif (found := _hash(file, repo)) != expected:
-            yield f"{file}: md5 {found}, dvc.lock says {expected}; {restore}"
+            yield f"{file}: md5 {found}, dvc.lock says {expected}; {instead}"
         yield from _cache_faults(cache, expected)
 
 
@@ -111,7 +112,8 @@ def _cache_faults(cache: Path, md5: str) -> Iterator[Fault]:
     if file.is_file() and (found := _md5(file)) != md5.removesuffix(".dir"):
         yield (
             f"{file}: md5 {found} is not its name: the cache is damaged; delete the file, then "
-            "`dvc commit --force` if the workspace is right, else `dvc pull` or `dvc repro --force`"
+            "`dvc commit --force` if the workspace is right, else delete the output too and `dvc "
+            "pull` or `dvc repro --force`"
         )
 
 

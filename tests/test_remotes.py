@@ -10,7 +10,7 @@ import stat
 import pytest
 import yaml
 
-from tests.kill import commit, copied, git, outputs, run, versioned
+from tests.kill import commit, copied, git, outputs, run
 from tests.project import ROOT
 from tests.servers import HOST, SERVERS, WRITABLE, free_port, http, self_signed_certificate
 from tests.test_verify import flip
@@ -18,15 +18,18 @@ from tests.test_verify import flip
 SHARING = (ROOT / "docs" / "SHARING.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="session")
+def trained(baseline, made_once):
     """A project that is trained, committed, and pushed to the folder `remote` beside it."""
-    project = versioned(tmp_path_factory.mktemp("trained") / "project")
-    dvc(project, "remote", "add", "--default", "team", str(project.folder.with_name("remote")))
-    dvc(project, "repro")
-    dvc(project, "push", "--run-cache")
-    commit(project)
-    return project
+
+    def make(folder):
+        project = copied(baseline, folder / "project")
+        dvc(project, "remote", "add", "--default", "team", str(folder / "remote"))
+        dvc(project, "push", "--run-cache")
+        commit(project)
+        return project
+
+    return made_once("remotes", make)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from copy import deepcopy
 
@@ -82,6 +83,13 @@ def test_a_flipped_bit_in_the_workspace_is_found(project):
         assert f"fault: {name}: md5 " in out
     assert "fault: text: differs from what the stages read" in out
     assert error.endswith(" faults found")
+    flip(project.folder / "text" / "07.txt")
+    advice = re.findall(r"^fault: (\S+): md5 .*; delete it, then `dvc (.*)` brings", out, re.M)
+    assert {name for name, _ in advice} == set(names)
+    for name, command in advice:
+        (project.folder / name).unlink()
+        dvc(project, *command.split())
+    verify(project)
 
 
 def test_a_flipped_bit_in_the_cache_is_found(project):
