@@ -68,7 +68,7 @@ class Run:
         self.valid_loss: float | None = None
         self.weights: dict[str, str] = {}  # their hash at each validation, by step
         self.step_seconds: list[float] = []
-        self._refreshed_s = -math.inf
+        self.refreshed_s = -math.inf
         if not self._resume() and resume_from is not None:
             self._continue(resume_from)
         tokens = config.batch_size * state.model.config.context_length
@@ -210,9 +210,9 @@ class Run:
                 self.best = {"valid_loss": self.valid_loss, "step": self.state.step, "misses": 0}
             else:
                 self.best["misses"] += 1
-        if self.live and ("valid_loss" in record or elapsed_s - self._refreshed_s >= REFRESH_S):
+        if self.live and ("valid_loss" in record or elapsed_s - self.refreshed_s >= REFRESH_S):
             self._write_metrics(self.live, durable=False)
-            self._refreshed_s = elapsed_s
+            self.refreshed_s = elapsed_s
         self.directory.check()
 
     @property

@@ -74,7 +74,7 @@ def draw(revisions: list[str]) -> list[Path]:
     except DvcException as error:
         raise InputError(f"{error}; `dvc exp list` and `git log` name what there is") from None
     for revision in sorted({revision for each in found for revision in each.source_errors}):
-        say(f"{revision}: not all of its results are here; `dvc pull` gets what was pushed")
+        say(f"{revision}: some results are not here: still to come, or for `dvc pull` to get")
     plots = [each.renderer for each in found if each.renderer.datapoints]
     if not plots:
         raise InputError(f"nothing to draw of {', '.join(revisions)}; run `dvc repro`")
