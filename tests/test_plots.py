@@ -26,13 +26,13 @@ from tests.kill import (
     heal,
     litter,
     outputs,
+    resumed_at,
     run,
     running_stage,
     versioned,
 )
 
-STEPS, INTERVAL = 120, 20  # of validations and checkpoints
-RESUMED = 40
+STEPS, INTERVAL = 200, 20  # of validations and checkpoints
 # of two revisions; training and validation are two lines each
 LINES = {"loss": 4, "loss by wall-clock": 4, "loss by tokens": 4,
          "learning rate": 2, "gradient norm": 2, "loss by position": 2}  # fmt: skip
@@ -94,7 +94,7 @@ class Compared:
         self.times_before_the_kill = [row["elapsed_s"] for row in times]
         heal(project)
         self.status = dvc_json(project, "status", "train")
-        self.resumed = dvc(project, "repro")
+        self.resumed = resumed_at(dvc(project, "repro"))
         self.litter, self.ended = litter(project), outputs(project)
         self.curves, self.times = rows(project), rows(project, "metrics/wall_clock.csv")
         commit(project)
@@ -138,7 +138,7 @@ def test_a_killed_training_leaves_no_results_and_goes_on_to_the_same_bytes(share
     (changes,) = (c["changed outs"] for c in shared.status["train"] if "changed outs" in c)
     assert changes["metrics/curves.csv"] == changes["metrics/train.json"] == "modified"
     assert changes["models/model"] == "deleted"
-    assert f"Resumed at step {RESUMED}" in shared.resumed
+    assert 0 < shared.resumed < STEPS
     assert shared.litter == []
     git(project, "checkout", "-q", ".")
     project.set("train.lr", 1e-2)
@@ -155,7 +155,8 @@ def test_the_clock_goes_on_after_a_kill_and_is_in_no_output(shared, project):
     times = [float(row["elapsed_s"]) for row in shared.times]
     assert times == sorted(times)
     assert 0 < times[0] < times[-1] < 60
-    assert [row["elapsed_s"] for row in shared.times[:RESUMED]] == shared.times_before_the_kill
+    kept = shared.times_before_the_kill[: shared.resumed]
+    assert [row["elapsed_s"] for row in shared.times[: shared.resumed]] == kept
     without = [{k: v for k, v in row.items() if k != "elapsed_s"} for row in shared.times]
     assert without == shared.curves
     assert len(without) == STEPS
@@ -165,6 +166,25 @@ def test_the_clock_goes_on_after_a_kill_and_is_in_no_output(shared, project):
     extra = read_extra(checkpoint)
     assert set(extra["history"]["rows"][0]) == set(COLUMNS)
     assert "elapsed" not in json.dumps(extra)
+
+
+def test_by_hand_results_stay_until_the_end_and_a_continued_run_continues_their_times(project):
+    names = ("metrics/curves.csv", "metrics/train.json", "metrics/wall_clock.csv")
+    before = [project.read(name) for name in names]
+    process = project.train_until(f"step  50/{STEPS}", "train.lr=3e-3")
+    process.kill()
+    process.wait()
+    assert [project.read(name) for name in names] == before
+    times = rows(project, "metrics/wall_clock.csv")
+    last = "models/checkpoints/last.safetensors"
+    longer = ("-S", f"train.max_steps={STEPS + 5}")
+    done = project.run("python", "-m", "stages.train", "--resume-from", last, *longer)
+    assert done.returncode == 0, done.stderr
+    continued = rows(project, "metrics/wall_clock.csv")
+    assert continued[:STEPS] == times
+    seconds = [float(row["elapsed_s"]) for row in continued]
+    assert len(seconds) == STEPS + 5
+    assert seconds == sorted(seconds)
 
 
 def test_revisions_are_laid_over_each_other(shared, project):
