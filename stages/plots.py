@@ -18,6 +18,7 @@ from dvc.fs import LocalFileSystem
 from dvc.render.match import match_defs_renderers
 from dvc.repo import Repo
 from dvc.repo.experiments.brancher import switch_repo
+from dvc.scm import RevError
 from dvc_render import VegaRenderer, render_html
 
 from lm.console import say
@@ -72,7 +73,8 @@ def draw(revisions: list[str]) -> list[Path]:
             )
             clocks = {revision: clock(repo, revision) for revision in revisions}
     except DvcException as error:
-        raise InputError(f"{error}; `dvc exp list` and `git log` name what there is") from None
+        known = "; `dvc exp list` and `git log` name those that there are"
+        raise InputError(f"{error}{known if isinstance(error, RevError) else ''}") from None
     for revision in sorted({revision for each in found for revision in each.source_errors}):
         say(f"{revision}: some results are not here: still to come, or for `dvc pull` to get")
     plots = [each.renderer for each in found if each.renderer.datapoints]
@@ -81,6 +83,8 @@ def draw(revisions: list[str]) -> list[Path]:
     by_time = [by_wall_clock(plot, clocks) for plot in plots if plot.name == "loss"]
     plots[1:1] = [plot for plot in by_time if plot.datapoints]
     PLOTS.mkdir(exist_ok=True)
+    for old in PLOTS.glob("*.svg"):
+        old.unlink()
     written = []
     for plot in plots:
         written.append(PLOTS / f"{plot.name.replace(' ', '_')}.svg")
@@ -95,14 +99,16 @@ def draw(revisions: list[str]) -> list[Path]:
 def clock(repo: Repo, revision: str) -> Clock:
     """The times of a revision's training, as far as they are known on this machine."""
     with switch_repo(repo, revision) as (there, _):
-        in_folder = isinstance(there.fs, LocalFileSystem)  # or in a commit
-        files, root = (there.fs, f"{there.root_dir}/") if in_folder else (there.dvcfs, "")
+        in_folder = isinstance(there.fs, LocalFileSystem)  # a workspace, or else a commit
+        files, root = (there.fs, there.root_dir) if in_folder else (there.dvcfs, "")
         try:
-            identity = json.loads(files.read_text(f"{root}models/model/provenance.json"))
-            return Clock.from_csv(clock_file(UNFINISHED, identity).read_text())
+            provenance = files.read_text(Path(root, "models/model/provenance.json").as_posix())
+            times = clock_file(UNFINISHED, json.loads(provenance))
         except FileNotFoundError:
-            running = Path(root, "metrics/wall_clock.csv")
-            return Clock.from_csv(running.read_text() if in_folder and running.exists() else "")
+            if not in_folder:
+                return Clock()
+            times = Path(root, "metrics/wall_clock.csv")  # the training is still running
+    return Clock.from_csv(times.read_text()) if times.exists() else Clock()
 
 
 def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRenderer:

@@ -232,10 +232,13 @@ def test_every_curve_lands_as_svg(shared, project):
 
 def test_a_run_of_another_machine_has_no_times_and_an_unknown_revision_is_one_line(project):
     shutil.rmtree(project.folder / ".dvc" / "tmp" / "lm-clock")
-    said = draw(project, "HEAD")
-    assert "HEAD: trained elsewhere, no times for the loss by wall-clock time" in said
+    assert (project.folder / "metrics" / "wall_clock.csv").exists()
+    said = draw(project, "HEAD", "workspace")
+    for revision in ("HEAD", "workspace"):
+        assert f"{revision}: trained elsewhere, no times for the loss by wall-clock time" in said
     assert "plots/loss.svg" in said
     assert "wall-clock.svg" not in said
+    assert not (project.folder / "plots" / "loss_by_wall-clock.svg").exists()
     said = draw(project, "HEAD", "nonsense", code=2)
     assert said.startswith("error: unknown Git revision 'nonsense'; ")
     assert said.count("\n") == 1
