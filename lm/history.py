@@ -98,7 +98,7 @@ class Clock:
         try:
             rows = csv.DictReader(text.splitlines())
             times = {int(row["step"]): float(row["elapsed_s"]) for row in rows}
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, csv.Error):
             return cls()
         return cls({s: t for s, t in times.items() if s <= last_step and math.isfinite(t)})
 

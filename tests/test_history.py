@@ -109,7 +109,9 @@ def test_a_clock_goes_on_where_it_was_cut_and_knows_every_row():
     assert timed == rows(history)
 
 
-@pytest.mark.parametrize("torn", ["", "step,elaps", "step,elapsed_s\n1,0.5\n2", "step\n1\n"])
+@pytest.mark.parametrize(
+    "torn", ["", "step,elaps", "step,elapsed_s\n1,0.5\n2", "step\n1\n", "\0" * 99]
+)
 def test_a_torn_clock_is_a_new_one(torn):
     assert Clock.from_csv(torn).elapsed_s == {}
 
