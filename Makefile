@@ -2,10 +2,10 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal experiments test lint lock check bench smoke certify soak
+.PHONY: setup repro heal experiments plots test lint lock check bench smoke certify soak
 .DELETE_ON_ERROR:
 
-setup: .venv/.ready
+setup: .venv/.ready .dvc/plots-page.html
 
 .venv/.ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -14,10 +14,20 @@ setup: .venv/.ready
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
+# what `dvc plots` fills: with Vega inside, where DVC's own page loads it from the network
+.dvc/plots-page.html: .venv/.ready stages/plots.py
+	@python -m stages.plots --template
+	@dvc config --local plots.html_template plots-page.html
+
 repro: setup heal
 	@dvc repro
 	@echo
 	@cat metrics/summary.md
+
+# every curve as SVG and one page; experiments over each other: make plots REV="workspace NAME"
+plots: REV ?= workspace
+plots: setup
+	@python -m stages.plots $(REV)
 
 # put right what a killed DVC left torn; then any dvc command goes on
 heal: setup

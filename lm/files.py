@@ -16,11 +16,12 @@ _CHUNK_BYTES = 1 << 20
 _TOO_LITTLE_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def atomic_write(path: Path, chunks: bytes | Iterable[bytes]) -> None:
+def atomic_write(path: Path, chunks: bytes | Iterable[bytes], durable: bool = True) -> None:
     """Write `path`, its folder too, so that a crash or a power cut leaves the old file or the new.
 
-    The data reach the disk under another name first; the rename publishes them. Raises
-    EnvironmentFault if they do not fit, or cannot be written for another reason.
+    The data reach the disk under another name first; the rename publishes them. Not `durable`, it
+    does not wait for the disk and only a power cut may tear the file. Raises EnvironmentFault if
+    they do not fit, or cannot be written for another reason.
     """
     scratch = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -29,13 +30,15 @@ def atomic_write(path: Path, chunks: bytes | Iterable[bytes]) -> None:
             with open(scratch, "wb") as file:
                 for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
                     file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             scratch.replace(path)
         except BaseException:
             scratch.unlink(missing_ok=True)
             raise
-        sync_directory(path.parent)
+        if durable:
+            sync_directory(path.parent)
 
 
 def atomic_copy(source: Path, target: Path) -> None:
@@ -79,9 +82,9 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """Write a JSON file as `atomic_write` does."""
-    atomic_write(path, to_json(value))
+    atomic_write(path, to_json(value), durable)
 
 
 def read_json(path: Path) -> Any:

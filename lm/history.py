@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections.abc import Mapping
 from typing import Any
 
 MAX_ROWS = 1000
@@ -48,13 +49,17 @@ class History:
         """Exponential moving average of the training loss, in nats; a true mean from the start."""
         return self._sum / self._weight if self._weight else math.nan
 
-    def to_csv(self) -> bytes:
-        """The rows as CSV; a row without a validation says nan, which plots leave out."""
+    def to_csv(self, clock: "Clock | None" = None) -> bytes:
+        """The rows as CSV, with a clock their times too.
+
+        A row without a validation, or without a time, says nan, which plots leave out.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(COLUMNS if clock is None else (*COLUMNS, "elapsed_s"))
         for row in self.rows + ([_merge(self.pending)] if self.pending else []):
-            writer.writerow(_cell(row[column]) for column in COLUMNS)
+            time = () if clock is None else (clock.elapsed_s.get(row["step"]),)
+            writer.writerow(_cell(value) for value in (*(row[c] for c in COLUMNS), *time))
         return text.getvalue().encode()
 
     def state(self) -> dict[str, Any]:
@@ -67,6 +72,35 @@ class History:
         history = cls()
         vars(history).update(state)
         return history
+
+
+class Clock:
+    """The time of training that a run's steps had taken, summed over the processes that ran it.
+
+    Kept beside the history, never in it: a checkpoint must hold no clock.
+    """
+
+    def __init__(self, elapsed_s: Mapping[int, float] | None = None):
+        """`elapsed_s`: the times until now, by step; the next ones go on from the last."""
+        self.elapsed_s = dict(elapsed_s or {})
+        self._before_s = max(self.elapsed_s.values(), default=0.0)
+
+    def tick(self, step: int, seconds: float, history: History) -> None:
+        """Note when a step was done, in seconds since this process began to train."""
+        self.elapsed_s[step] = self._before_s + seconds
+        if len(self.elapsed_s) == 2 * MAX_ROWS:
+            kept = {step, *(row["step"] for row in history.rows)}
+            self.elapsed_s = {s: time for s, time in self.elapsed_s.items() if s in kept}
+
+    @classmethod
+    def from_csv(cls, text: str, last_step: float = math.inf) -> "Clock":
+        """The clock that History.to_csv wrote, as of `last_step`; a new one if the text is torn."""
+        try:
+            rows = csv.DictReader(text.splitlines())
+            times = {int(row["step"]): float(row["elapsed_s"]) for row in rows}
+        except (KeyError, TypeError, ValueError, csv.Error):
+            return cls()
+        return cls({s: t for s, t in times.items() if s <= last_step and math.isfinite(t)})
 
 
 def _cell(value: int | float | None) -> str:

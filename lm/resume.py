@@ -130,6 +130,11 @@ def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:
     return unfinished / sha256_json(identity)[:32]
 
 
+def clock_file(unfinished: Path, identity: dict[str, Any]) -> Path:
+    """Where the times of this run's steps are kept, after its folder is gone too."""
+    return unfinished.with_name("lm-clock") / f"{run_folder(unfinished, identity).name}.csv"
+
+
 def remove_finished(folder: Path) -> None:
     """Delete a run's folder, its results being recorded elsewhere, unless a process uses it."""
     if folder.is_dir():

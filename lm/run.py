@@ -1,7 +1,7 @@
 """One training run from its first step to its published files, killable at any point between.
 
 Run(...)  locks .../lm-resume/<fingerprint>/ and restores the newest intact checkpoint
-log       history, console, whether a checkpoint is due
+log       history, console, metrics that can be watched, whether a checkpoint is due
 save      a checkpoint, in the background; a caught signal then ends the process
 publish   models and metrics appear; the resume directory keeps the last state, because a kill
           before DVC has recorded the outputs would otherwise lose the training
@@ -23,11 +23,13 @@ from lm.console import Progress, duration, say
 from lm.device import performance
 from lm.errors import Diverged, InputError
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
-from lm.history import History
-from lm.resume import ResumeDirectory, kept_checkpoints, publishing, run_folder
+from lm.history import Clock, History
+from lm.resume import ResumeDirectory, clock_file, kept_checkpoints, publishing, run_folder
 from lm.signals import CatchSignals
 from lm.tokenizer import Tokenizer
 from lm.train import Record, TrainConfig, TrainState
+
+REFRESH_S = 2.0  # between two refreshes of the metrics that can be watched
 
 
 class Run:
@@ -41,16 +43,18 @@ class Run:
         made_of: dict[str, Any],
         unfinished: Path,
         resume_from: Path | None = None,
+        live: Path | None = None,
     ):
         """Lock the run's folder under `unfinished` and bring `state` to where the run was.
 
         `made_of` (inputs, code, environment), with the settings of model and training, is all that
         decides the result: it is recorded as the model's provenance, and only a run that agrees
         in every part of it is resumed. It holds no clock, no path and no commit, or the outputs
-        would not reproduce. Raises Busy if another process trains this run, InputError for a
-        checkpoint to continue that does not fit.
+        would not reproduce. With `live` the metrics can be watched in that folder during training.
+        Raises Busy if another process trains this run, InputError for a checkpoint to continue
+        that does not fit.
         """
-        self.state, self.config, self.runtime = state, config, runtime
+        self.state, self.config, self.runtime, self.live = state, config, runtime, live
         self.identity = {"model": asdict(state.model.config), "train": asdict(config), **made_of}
         if resume_from is not None:
             self._check_continuation(resume_from)
@@ -58,11 +62,13 @@ class Run:
         folder = run_folder(unfinished, self.identity)
         self.directory = ResumeDirectory(folder, runtime.keep_checkpoints)
         _report_others(folder)
-        self.history = History()
+        self.history, self.clock = History(), Clock()
+        self.clock_file = clock_file(unfinished, self.identity)
         self.best: dict[str, Any] = {"valid_loss": None, "step": None, "misses": 0}
         self.valid_loss: float | None = None
         self.weights: dict[str, str] = {}  # their hash at each validation, by step
         self.step_seconds: list[float] = []
+        self.refreshed_s = -math.inf
         if not self._resume() and resume_from is not None:
             self._continue(resume_from)
         tokens = config.batch_size * state.model.config.context_length
@@ -155,6 +161,9 @@ class Run:
         if extra["scaler"]:
             self.state.scaler.load_state_dict(extra["scaler"])
         self.history = History.restore(extra["history"])
+        times = clock_file(self.directory.folder.parent, extra["identity"])
+        if times.exists():
+            self.clock = Clock.from_csv(times.read_text(), last_step=self.state.step)
         self.best, self.valid_loss = extra["best"], extra["valid_loss"]
         self.weights = extra["weights"]
         self.state.skipped_steps, self.state.skipped_in_a_row = extra["skipped"]
@@ -184,6 +193,8 @@ class Run:
         """Take in a finished step, with "valid_loss" if it was validated."""
         self.history.add(record)
         self.step_seconds.append(record["step_s"])
+        elapsed_s = self.progress.elapsed_s()
+        self.clock.tick(record["step"], elapsed_s, self.history)
         self.progress.show(record, self.history.average_loss)
         if "skipped" in record:
             say(f"warning: step {record['step']} skipped: {record['skipped']}")
@@ -199,6 +210,9 @@ class Run:
                 self.best = {"valid_loss": self.valid_loss, "step": self.state.step, "misses": 0}
             else:
                 self.best["misses"] += 1
+        if self.live and ("valid_loss" in record or elapsed_s - self.refreshed_s >= REFRESH_S):
+            self._write_metrics(self.live, durable=False)
+            self.refreshed_s = elapsed_s
         self.directory.check()
 
     @property
@@ -211,6 +225,7 @@ class Run:
 
     def save(self) -> None:
         """Start writing a checkpoint; after a signal wait for it and leave."""
+        atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
         self.directory.save(self.state.model, self.state.optimizer, self.state.step, self._extra())
         if self.signals.caught is not None:
             self.directory.wait()
@@ -227,27 +242,13 @@ class Run:
 
     def _publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
         state, checkpoints = self.state, models / "checkpoints"
-        average = self.history.average_loss
         last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
         assert self.best["step"] is not None  # the last step is always validated
         for step in (self.best["step"], state.step):
             verify(self.directory.path(step))
         atomic_copy(self.directory.path(self.best["step"]), best)
         commit(best)
-        atomic_write(metrics / "curves.csv", self.history.to_csv())
-        write_json(
-            metrics / "train.json",
-            {
-                "step": state.step,
-                "tokens": state.step * self.config.batch_size * state.model.config.context_length,
-                "parameters": state.model.num_parameters(),
-                "train_loss": average if math.isfinite(average) else None,
-                "valid_loss": self.valid_loss,
-                "best_valid_loss": self.best["valid_loss"],
-                "best_step": self.best["step"],
-                "skipped_steps": state.skipped_steps,
-            },
-        )
+        self._write_metrics(metrics)
         chosen = state.model
         if self.config.early_stopping is not None:
             chosen = copy.deepcopy(state.model)
@@ -258,10 +259,27 @@ class Run:
         atomic_copy(self.directory.path(state.step), last)
         commit(last)
         say(
-            f"Final loss {average:.4f}, validation {self.valid_loss:.4f}, "
+            f"Final loss {self.history.average_loss:.4f}, validation {self.valid_loss:.4f}, "
             f"in {duration(self.progress.elapsed_s())}; model in {models / 'model'}, "
             f"checkpoints in {checkpoints}, curves in {metrics / 'curves.csv'}"
         )
+
+    def _write_metrics(self, metrics: Path, durable: bool = True) -> None:
+        """Write the curves, the last step's figures, and the times, which no stage declares."""
+        state, average = self.state, self.history.average_loss
+        figures = {
+            "step": state.step,
+            "tokens": state.step * self.config.batch_size * state.model.config.context_length,
+            "parameters": state.model.num_parameters(),
+            "train_loss": average if math.isfinite(average) else None,
+            "valid_loss": self.valid_loss,
+            "best_valid_loss": self.best["valid_loss"],
+            "best_step": self.best["step"],
+            "skipped_steps": state.skipped_steps,
+        }
+        atomic_write(metrics / "curves.csv", self.history.to_csv(), durable)
+        write_json(metrics / "train.json", figures, durable)
+        atomic_write(metrics / "wall_clock.csv", self.history.to_csv(self.clock), durable)
 
     def write_performance(self, device: torch.device, metrics: Path) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""

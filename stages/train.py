@@ -1,5 +1,6 @@
 """Stage train: the tokens to models/ and metrics/; goes on by itself where it was stopped."""
 
+import os
 from pathlib import Path
 
 from lm.config import RuntimeConfig
@@ -19,7 +20,10 @@ MODELS, METRICS = Path("models"), Path("metrics")
 
 
 def train_stage(inputs: Inputs) -> None:
-    """Write models/model, models/checkpoints, metrics/{train.json,curves.csv,performance.json}."""
+    """Write models/model, models/checkpoints and metrics/.
+
+    Under DVC, which has deleted them by now, curves.csv and train.json can be watched meanwhile.
+    """
     config = inputs.section(TrainConfig, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
     device = choose_device(runtime.device)
@@ -40,7 +44,8 @@ def train_stage(inputs: Inputs) -> None:
         "environment": environment(device, config.compile),
     }
     resume_from = inputs.arguments.resume_from
-    with Run(state, config, runtime, made_of, UNFINISHED, resume_from) as this_run:
+    live = METRICS if "DVC_ROOT" in os.environ else None
+    with Run(state, config, runtime, made_of, UNFINISHED, resume_from, live) as this_run:
         steps = train(state, tokens.train, config)
         while not this_run.finished():
             record = next(steps)

@@ -183,7 +183,7 @@ def outputs(project: Project) -> dict[str, str]:
     return {
         f.relative_to(project.folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
         for f in files
-        if f.name not in (".gitignore", "performance.json")
+        if f.name not in (".gitignore", "performance.json", "wall_clock.csv")
     }
 
 

@@ -11,8 +11,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "presets" / "smoke.yaml"
-COPIED = ("lm", "stages", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore", "data/tokenizers",
-          "data/.gitignore", "models/.gitignore", "metrics/.gitignore")  # fmt: skip
+COPIED = ("lm", "stages", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore",
+          "data/tokenizers", "data/.gitignore", "models/.gitignore",
+          "metrics/.gitignore")  # fmt: skip
 
 
 class Project:

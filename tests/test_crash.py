@@ -11,6 +11,7 @@ import pytest
 from tests.faults import WarmStages
 from tests.project import Project, one_line
 
+HERE_ALONE = (".gitignore", "performance.json", "wall_clock.csv")
 FOLDERS = ("models", "metrics", "data/tokenizer", "data/tokens")
 
 
@@ -20,7 +21,7 @@ def files(project):
     for folder in FOLDERS:
         for file in sorted((project.folder / folder).rglob("*")):
             name = file.relative_to(project.folder).as_posix()
-            if file.is_file() and file.name not in (".gitignore", "performance.json"):
+            if file.is_file() and file.name not in HERE_ALONE:
                 found[name] = file.read_bytes()
     return found
 

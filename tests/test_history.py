@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from lm.history import MAX_ROWS, History
+from lm.history import MAX_ROWS, Clock, History
 
 
 def record(step):
@@ -90,3 +90,35 @@ def test_a_skipped_step_counts_in_no_mean():
     assert history.to_csv().decode().split("\n")[1:3] == ["2,2,2,nan,0.1,1", "4,4,nan,nan,0.1,nan"]
     assert History.restore(json.loads(json.dumps(history.state(), allow_nan=False))).rows
     assert math.isnan(History().average_loss)
+
+
+def test_a_clock_goes_on_where_it_was_cut_and_knows_every_row():
+    history, clock = History(), Clock()
+    for step in range(1, 2 * MAX_ROWS + 4):
+        history.add(record(step))
+        clock.tick(step, step / 4, history)
+    assert len(clock.elapsed_s) <= MAX_ROWS + 4  # bounded, as the rows are
+    text = history.to_csv(clock).decode()
+    last = int(rows(history)[500]["step"])
+    cut = Clock.from_csv(text, last_step=last)
+    assert max(cut.elapsed_s) == last
+    cut.tick(last + 1, 0.5, history)
+    assert cut.elapsed_s[last + 1] == last / 4 + 0.5
+    timed = list(csv.DictReader(io.StringIO(text)))
+    assert [float(row.pop("elapsed_s")) for row in timed] == [int(r["step"]) / 4 for r in timed]
+    assert timed == rows(history)
+
+
+@pytest.mark.parametrize(
+    "torn", ["", "step,elaps", "step,elapsed_s\n1,0.5\n2", "step\n1\n", "\0" * 99]
+)
+def test_a_torn_clock_is_a_new_one(torn):
+    assert Clock.from_csv(torn).elapsed_s == {}
+
+
+def test_steps_of_unknown_time_say_nan():
+    history, clock = run(1, 3, History()), Clock()
+    clock.tick(3, 1.5, history)
+    assert [line.split(b",")[-1] for line in history.to_csv(clock).splitlines()] == [
+        b"elapsed_s", b"nan", b"nan", b"1.5"]  # fmt: skip
+    assert Clock.from_csv(history.to_csv(clock).decode()).elapsed_s == {3: 1.5}
