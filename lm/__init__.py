@@ -7,7 +7,7 @@ Modules stand on floors and import only downwards (tests/test_house.py holds the
     checkpoint, and on it resume                training state and models as files
     model  optim  schedule  device  |  text  packages  tokenizer  tokens  baselines
             (torch, no files)       |            (bytes, no torch)
-    errors  config  rng  files  history  console  signals  report
+    errors  config  rng  files  history  console  signals  report  compare
 
 Above them stand the stages, which alone know paths and params.yaml.
 """
