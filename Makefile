@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal test lint check bench smoke certify soak
+.PHONY: setup repro heal sweep test lint check bench smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -22,6 +22,13 @@ repro: setup heal
 # put right what a killed DVC left torn; then any dvc command goes on
 heal: setup
 	@python -m stages.heal
+
+# a grid of settings and seeds as DVC experiments, one after the other, and what they show:
+#   make sweep SET='train.lr=3e-3,6e-3 train.weight_decay=0,0.1' SEEDS=1,2,3,4,5
+sweep: SET ?= train.lr=3e-3,6e-3,1.2e-2
+sweep: SEEDS ?= 1,2,3
+sweep: setup heal
+	@python -m stages.sweep $(SET) train.seed=$(SEEDS)
 
 test: setup
 	@pytest
