@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal experiments plots test lint lock check bench smoke certify soak
+.PHONY: setup repro heal experiments sweep plots test lint lock check bench smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
@@ -37,6 +37,13 @@ heal: setup
 experiments: setup
 	@dvc exp show --no-pager --only-changed --keep 'loss_nats|bits_per_byte|valid_loss' \
 		--drop 'Created|Executor|step$$|.*tokens$$|parameters|train_loss|best_|skipped_|perplexity|bytes|baseline_|runtime|(data|lm|models|stages)/'
+
+# a grid of settings and seeds as DVC experiments, one after the other, and what they show:
+#   make sweep SET='train.lr=3e-3,6e-3 train.weight_decay=0,0.1' SEEDS=1,2,3,4,5
+sweep: SET ?= train.lr=3e-3,6e-3,1.2e-2
+sweep: SEEDS ?= 1,2,3
+sweep: setup heal
+	@python -m stages.sweep $(SET) train.seed=$(SEEDS)
 
 test: setup
 	@pytest

@@ -17,7 +17,7 @@ from tests.project import ROOT, SMOKE
 
 FLOORS = [
     {"errors"},
-    {"config", "rng", "files", "history", "console", "signals", "report"},
+    {"config", "rng", "files", "history", "console", "signals", "report", "compare"},
     {
         "text",
         "packages",

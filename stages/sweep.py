@@ -1,0 +1,226 @@
+"""Run a grid of settings and seeds: `python -m stages.sweep train.lr=3e-3,6e-3 train.seed=1,2,3`.
+
+No stage of dvc.yaml: `make sweep` calls it, after stages.heal. Each point of the grid becomes a
+queued experiment (`dvc exp run --queue`), one worker runs one after the other (several race:
+treeverse/dvc#10673), and stages.compare says what they show. A point that HEAD's experiments have,
+or that is queued or running, is not queued again: a sweep that was stopped goes on. Ctrl-C and
+SIGTERM stop the worker too; its training saves its state.
+"""
+
+import argparse
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from lm.config import load_params
+from lm.console import duration, say
+from lm.errors import EnvironmentFault, InputError, Interrupted, one_line_errors
+from stages.compare import CODE, SEED, TEXT, Experiment, flat, publish, read_experiments, report
+from stages.heal import heal
+from stages.run import PARAMS
+
+DONE, UNDER_WAY = ("success", "baseline"), ("queued", "running")
+# what may differ between commits that give the same results; a queued one has DVC's arguments
+NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!*.md", ":!.dvc/tmp")
+STOP_SECONDS, MAX_STARTS = 30, 3
+# in its log: how an experiment ended
+LAST_WORDS = ("Validation loss", "Stage 'evaluate' is cached", "error:")
+
+
+def sweep(axes: list[str]) -> None:
+    """Run what is missing of the grid, and report. Raises InputError if an experiment failed."""
+    grid = points(axes)
+    before = read_experiments([])
+    if changed := git("diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock").split("\n")[:-1]:
+        say(f"Not committed, the experiments take it along: {', '.join(changed)}")
+    if new := git("ls-files", "-o", "--exclude-standard", "lm", "stages").split("\n")[:-1]:
+        say(f"Not in git, the experiments lack it: {', '.join(new)}")
+    missing = [p for p in grid if not find(before, p, DONE + UNDER_WAY)]
+    say(f"{len(grid)} in the grid, {len(missing)} to queue")
+    queue(missing, stale=[e.rev for p in missing for e in find(before, p, ("failed",))])
+    now = read_experiments([])
+    labels = {e.rev: " ".join(p) for p in grid for e in find(now, p, UNDER_WAY)}
+    wait(labels)
+    after = read_experiments([])
+    failed = [p for p in grid if not find(after, p, DONE)]
+    try:
+        publish(*report(after, None))
+    except InputError as error:
+        if not failed:
+            raise
+        say(str(error))
+    if failed:
+        names = [
+            " ".join([*p, *(f"({e.name})" for e in find(after, p, ("failed",)))]) for p in failed
+        ]
+        raise InputError(
+            f"{len(failed)} of {len(grid)} experiments failed: {', '.join(names)}; `dvc queue logs "
+            "NAME` shows why, `make sweep` runs them again"
+        )
+
+
+def points(axes: list[str]) -> list[tuple[str, ...]]:
+    """Every combination, as section.key=value; seed by seed, so that each round is complete."""
+    several = []
+    for axis in axes:
+        key, _, values = axis.partition("=")
+        if not all(values.split(",")):
+            raise InputError(f"{axis}: expected section.key=value,value, as in train.lr=1e-3,3e-3")
+        several.append(dict.fromkeys(f"{key}={value}" for value in values.split(",")))
+    seed = f"{SEED}="
+    return sorted(itertools.product(*several), key=lambda p: [v for v in p if v.startswith(seed)])
+
+
+def find(
+    experiments: list[Experiment], point: tuple[str, ...], states: tuple[str, ...]
+) -> list[Experiment]:
+    """The experiments with these settings, and the code of the workspace, that are in a state."""
+    wanted = settings(flat(load_params(PARAMS, point)))
+    return [
+        e
+        for e in experiments
+        if e.state in states
+        and settings(e.params) == wanted
+        and (e.state not in DONE or e.metrics)
+        and all(wanted.get(k) == value for k, value in e.made_by.items() if k not in (CODE, TEXT))
+        and git("diff", "--name-only", e.rev, "--", ".", *NOT_CODE) == ""
+    ]
+
+
+def settings(params: dict[str, Any]) -> dict[str, Any]:
+    """Those that decide the result."""
+    return {key: value for key, value in params.items() if not key.startswith("runtime.")}
+
+
+def queue(missing: list[tuple[str, ...]], stale: list[str]) -> None:
+    """`dvc exp run --queue -S ...` for each, after `dvc queue remove` of what failed before."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.repo.experiments.exceptions import UnresolvedExpNamesError
+
+    try:
+        with Repo() as repo:
+            for rev in stale * 2:  # what was killed early leaves DVC's stash first, then its list
+                with suppress(UnresolvedExpNamesError):
+                    repo.experiments.celery_queue.remove([rev])
+            for point in missing:
+                repo.experiments.run(queue=True, params=list(point))
+    except DvcException as error:
+        raise InputError(str(error)) from None
+
+
+def wait(labels: dict[str, str]) -> None:
+    """Let a worker run the queue until these experiments have ended; says how each did.
+
+    A worker that dies is started again. Raises Interrupted once Ctrl-C has stopped the worker.
+    """
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        tasks = repo.experiments.celery_queue
+        try:
+            follow(tasks, labels)
+        except KeyboardInterrupt:
+            stop_worker(tasks)
+            message = "stopped, training is saved; run `make sweep` again to go on"
+            raise Interrupted(signal.SIGINT, message) from None
+
+
+def follow(tasks: Any, labels: dict[str, str]) -> None:
+    """Wait for the experiments of these revisions, with a worker."""
+    left, began = dict(labels), dict[str, float]()
+    starts = 0  # without a result since
+    bar = tqdm(total=len(left), unit="experiment", disable=not sys.stderr.isatty(), leave=False)
+    while left:
+        if not has_worker():
+            if starts == MAX_STARTS:
+                where = Path(tasks.wdir, "dvc-exp-worker-1.out")
+                raise EnvironmentFault(f"DVC's worker ends before its work, see {where}")
+            starts += 1
+            start_worker()
+        queued = {entry.stash_rev for entry in tasks.iter_queued()}  # first, since they move on
+        active = {entry.stash_rev for entry in tasks.iter_active()}
+        for rev in list(left):
+            if rev in active:
+                began.setdefault(rev, time.monotonic())
+                bar.set_postfix_str(f"{left[rev]}: {(log(tasks, rev) or ['starts'])[-1]}")
+            elif rev not in queued:
+                lines = log(tasks, rev)
+                words = [line for line in lines if line.startswith(LAST_WORDS)] or lines
+                took = duration(time.monotonic() - began.get(rev, time.monotonic()))
+                what = f"{left.pop(rev)}: {words[-1] if words else 'no output'} ({took})"
+                say(f"[{len(labels) - len(left)}/{len(labels)}] {what}")
+                bar.update()
+                starts = 0
+        time.sleep(0.5)
+    bar.close()
+
+
+def start_worker() -> None:
+    """`dvc queue start`, after healing: a worker that died has left its task "Running".
+
+    In silence, because the worker keeps our output open. If one is just ending, none is started.
+    """
+    for line in heal(Path.cwd()):
+        say(f"healed: {line}")
+    command, nowhere = ["dvc", "queue", "start", "--jobs", "1"], subprocess.DEVNULL
+    if subprocess.run(command, stdout=nowhere, stderr=nowhere, check=False).returncode != 0:
+        raise EnvironmentFault(f"`{' '.join(command)}` fails; run it to see why")
+
+
+def has_worker() -> bool:
+    """Whether a worker of this project lives, or is being started."""
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = set(process.info["cmdline"] or [])
+        if "queue-worker" in words or {"dvc", "queue", "start"} <= {Path(w).name for w in words}:
+            with suppress(psutil.Error):
+                alive = process.info["status"] != psutil.STATUS_ZOMBIE
+                if alive and Path(process.cwd()).is_relative_to(Path.cwd()):
+                    return True
+    return False
+
+
+def stop_worker(tasks: Any) -> None:
+    """`dvc queue stop --kill`, repeated: the worker may begin another task before it listens."""
+    from dvc.exceptions import DvcException
+
+    tasks.shutdown()
+    end = time.monotonic() + STOP_SECONDS
+    while has_worker():
+        if time.monotonic() > end:
+            raise EnvironmentFault("DVC's worker does not stop; see `dvc queue status`")
+        with suppress(DvcException):  # it has just ended, or not quite begun
+            tasks.kill([entry.stash_rev for entry in tasks.iter_active()], force=True)
+        time.sleep(0.1)
+
+
+def log(tasks: Any, rev: str) -> list[str]:
+    """The last lines that an experiment has written."""
+    process = tasks.proc.get(rev)
+    if process is None:
+        return []
+    with open(process.stdout, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - 4096))
+        return file.read().decode(errors="replace").split("\n")[1:-1]
+
+
+def git(*arguments: str) -> str:
+    """What a git command prints."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("axes", nargs="+", metavar="section.key=value,value")
+    axes = parser.parse_args().axes
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with one_line_errors():
+        sweep(axes)
