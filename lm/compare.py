@@ -25,6 +25,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -85,6 +86,21 @@ class Difference:
     @property
     def _tail(self) -> float:
         return (1 - CONFIDENCE) / 2 / self.comparisons
+
+
+@dataclass
+class Row:
+    """A setting, and what it gave."""
+
+    setting: dict[str, Any]
+    losses: dict[int, float]  # by seed
+    difference: Difference | None = None
+    is_best: bool = False
+
+    @property
+    def mean(self) -> float:
+        """The mean over its seeds."""
+        return statistics.fmean(self.losses.values())
 
 
 def compare(settings: Sequence[Losses]) -> tuple[int | None, list[Difference | None]]:

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from lm.config import load_params
 from lm.console import duration, say
 from lm.errors import EnvironmentFault, InputError, Interrupted, one_line_errors
-from stages.compare import CODE, SEED, TEXT, Experiment, flat, publish, read_experiments, report
+from stages.compare import publish, report
+from stages.experiments import CODE, SEED, TEXT, Experiment, flat, read_experiments
 from stages.heal import heal
 from stages.run import PARAMS
 

@@ -13,7 +13,8 @@ from scipy import stats
 
 from lm.compare import compare, difference, interval
 from lm.errors import InputError
-from stages.compare import BITS, LOSS, Experiment, report
+from stages.compare import BITS, LOSS, report
+from stages.experiments import Experiment
 from stages.sweep import points
 from tests.kill import Victim, commit, git, living, run, survivors, versioned
 from tests.project import ROOT

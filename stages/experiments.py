@@ -1,0 +1,146 @@
+"""The experiments that git and DVC know: what each gave, and what made it.
+
+What made a result is read from its dvc.lock, which DVC writes with it; params.yaml may have been
+edited since.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm.config import parse_yaml
+from lm.errors import EnvironmentFault, InputError
+from lm.files import sha256_json
+
+SEED, CODE, TEXT = "train.seed", "code", "text"
+
+
+@dataclass
+class Experiment:
+    """A row of `dvc exp show`, and what its dvc.lock says of it."""
+
+    name: str
+    rev: str
+    state: str  # success, running, queued, failed; of a commit: baseline
+    params: dict[str, Any]  # of params.yaml, by section.key
+    metrics: dict[str, float] = field(default_factory=dict)  # by file:key
+    made_by: dict[str, Any] = field(default_factory=dict)  # settings, code and text of the results
+    tokenizer: str | None = None  # its hash
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def read_experiments(revisions: list[str]) -> list[Experiment]:
+    """Revisions and their experiments, as `dvc exp show` lists them; HEAD's if none is given.
+
+    Raises InputError for what git and DVC do not know.
+    """
+    from dvc.exceptions import DvcException  # takes 0.3 s
+    from dvc.repo import Repo
+
+    found = []
+    try:
+        with Repo() as repo:
+            if repo.scm.no_commits:
+                raise InputError("git has no commit, and an experiment starts from one: commit")
+            for base in _shown(repo, revisions):
+                found.append(_read(repo, base, base.name, "baseline"))
+                for one in base.experiments or []:
+                    state = one.executor.state if one.executor else "success"
+                    found.append(_read(repo, one[0], one.name, state))
+    except DvcException as error:
+        raise InputError(str(error)) from None
+    return found
+
+
+def _shown(repo: Any, revisions: list[str]) -> Any:
+    """What `dvc exp show` shows; it stumbles over a task that a worker is just setting up."""
+    from dvc.exceptions import NotDvcRepoError
+
+    for _ in range(10):
+        with suppress(FileNotFoundError, NotADirectoryError, NotDvcRepoError):
+            return repo.experiments.show(revs=revisions, hide_workspace=True)
+        time.sleep(0.5)
+    raise EnvironmentFault("`dvc exp show` fails; run it to see why")
+
+
+def _read(repo: Any, shown: Any, name: str | None, state: str) -> Experiment:
+    params = shown.data.params.get("params.yaml", {}).get("data", {}) if shown.data else {}
+    experiment = Experiment(name or shown.rev[:7], shown.rev, state, flat(params))
+    if shown.data and state in ("success", "baseline"):
+        with repo.switch(shown.rev):
+            if repo.dvcfs.exists("dvc.lock"):
+                lock = parse_yaml(repo.dvcfs.read_text("dvc.lock"), "dvc.lock")
+                _read_lock(repo, experiment, lock)
+    if experiment.made_by:
+        experiment.metrics = {
+            f"{path}:{key}": value
+            for path, file in shown.data.metrics.items()
+            for key, value in flat(file.get("data", {})).items()
+            if is_number(value)
+        }
+    return experiment
+
+
+def _read_lock(repo: Any, experiment: Experiment, lock: dict[str, Any]) -> None:
+    """Take in what made the results, unless a stage was run again and not yet those after it."""
+    facts: dict[str, set[str]] = defaultdict(set)
+    read, made, settings = set[str](), set[str](), dict[str, Any]()
+    for stage in lock.get("stages", {}).values():
+        deps, outs = stage.get("deps", []), stage.get("outs", [])
+        read |= {file["path"] for file in deps}
+        made |= {file["path"] for file in outs}
+        for file in deps + outs:
+            facts[file["path"]].add(json.dumps(file.get("md5", file)))
+        for key, value in flat(stage.get("params", {}).get("params.yaml", {})).items():
+            facts[f"setting {key}"].add(json.dumps(value))
+            settings[key] = value
+    if SEED in settings and all(len(values) == 1 for values in facts.values()):
+        sources = {name: min(facts[name]) for name in sorted(read - made)}
+        code = {name: md5 for name, md5 in sources.items() if name.endswith(".py")}
+        text = [md5 for name, md5 in sources.items() if name not in code]
+        ids = {CODE: sha256_json(code)[:7], TEXT: sha256_json(text)[:7]}
+        experiment.made_by = settings | ids
+        experiment.tokenizer = min(facts["data/tokenizer"], default=None)
+        experiment.environment = _environment(repo, json.loads(min(facts["models/model"])))
+
+
+def _environment(repo: Any, model_md5: str) -> dict[str, str]:
+    """Of the model's provenance; empty if the model is not in the cache."""
+    cache = repo.cache.local
+    try:
+        files = json.loads(Path(cache.oid_to_path(model_md5)).read_text())
+        (md5,) = (file["md5"] for file in files if file["relpath"] == "provenance.json")
+        return dict(json.loads(Path(cache.oid_to_path(md5)).read_text())["environment"])
+    except (OSError, ValueError):
+        return {}
+
+
+def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, with dots in its keys."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": leaf for inner, leaf in flat(value).items()}
+        else:
+            found[key] = value
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting or a metric is a number: true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def show(value: Any) -> str:
+    """A value as params.yaml has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def label(setting: Mapping[str, Any], names: list[str]) -> str:
+    """A setting as DVC is told of it."""
+    return " ".join(f"{name}={show(setting.get(name, ''))}" for name in names) or "the setting"
