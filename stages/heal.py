@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ EXEC_REFS = [f"refs/exps/exec/EXEC_{name}" for name in ("BASELINE", "MERGE", "BR
 REFS_IN = ("for-each-ref", "--format=%(refname)")
 EXPERIMENT = re.compile(r"(On .*: )?dvc-exp:[0-9a-f]{40}:[0-9a-f]{40}:")
 STASHED = ("log", "-g", "-1", "refs/stash")
+DYING_SECONDS = 3  # a killed process holds its locks until its memory has been given back
 SET_UP_SECONDS = 60  # an experiment takes far less to stash the workspace and to detach HEAD
 RUN_EXPERIMENT = "dvc.repo.experiments.queue.tasks.run_exp"
 
@@ -119,12 +121,18 @@ def refuse_unseen_training(project: Project) -> None:
             pid = path.read_text().strip()
         except FileNotFoundError:  # it has just finished
             continue
-        if pid and not is_seen(project, pid):
-            with locked(path) as free:
-                if not free:
-                    raise Busy(
-                        f"{path}: a process that cannot be seen from here trains; wait for it"
-                    )
+        if pid and not is_seen(project, pid) and not becomes_free(path):
+            raise Busy(f"{path}: a process that cannot be seen from here trains; wait for it")
+
+
+def becomes_free(path: Path) -> bool:
+    """Whether nobody holds a lock; one that is being killed lets go of it a little later."""
+    end = time.monotonic() + DYING_SECONDS
+    while True:
+        with locked(path) as free:
+            if free or time.monotonic() > end:
+                return free
+        time.sleep(0.1)
 
 
 def is_seen(project: Project, pid: str) -> bool:

@@ -27,6 +27,7 @@ from tests.kill import (
     resumed_at,
     run,
     running_stage,
+    survivors,
     versioned,
 )
 
@@ -71,6 +72,7 @@ def stopped(project, *command):
     yield
     os.killpg(victim.process.pid, signal.SIGKILL)
     victim.wait()
+    assert survivors(project) == []
 
 
 class Compared:
