@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 MAX_ROWS = 1000
@@ -15,10 +16,9 @@ class History:
     """One row per `interval` steps; when MAX_ROWS is reached, neighbours merge and it doubles.
 
     Losses and gradient norms are means over the row's steps (of its two halves, where rows have
-    merged), in nats and as L2 norms; the step,
-    the learning rate and the validation loss are the row's last. A skipped step counts in none of
-    the means. So the rows depend on the
-    steps alone: not on the planned length, not on where a run was interrupted.
+    merged), in nats and as L2 norms; the step, the learning rate and the validation loss are the
+    row's last. A skipped step counts in none of the means. So the rows depend on the steps alone:
+    not on the planned length, not on where a run was interrupted.
     """
 
     def __init__(self) -> None:
@@ -77,30 +77,36 @@ class History:
 class Clock:
     """The time of training that a run's steps had taken, summed over the processes that ran it.
 
-    Kept beside the history, never in it: a checkpoint must hold no clock.
+    Kept beside the history, never in it: a checkpoint must hold no clock. If the times until a
+    resumed step are lost, those after it are unknown too.
     """
 
-    def __init__(self, elapsed_s: Mapping[int, float] | None = None):
+    def __init__(self, elapsed_s: Mapping[int, float] | None = None, runs: bool = True):
         """`elapsed_s`: the times until now, by step; the next ones go on from the last."""
-        self.elapsed_s = dict(elapsed_s or {})
+        self.elapsed_s, self.runs = dict(elapsed_s or {}), runs
         self._before_s = max(self.elapsed_s.values(), default=0.0)
 
     def tick(self, step: int, seconds: float, history: History) -> None:
         """Note when a step was done, in seconds since this process began to train."""
+        if not self.runs:
+            return
         self.elapsed_s[step] = self._before_s + seconds
-        if len(self.elapsed_s) == 2 * MAX_ROWS:
+        if len(self.elapsed_s) >= 2 * MAX_ROWS:
             kept = {step, *(row["step"] for row in history.rows)}
             self.elapsed_s = {s: time for s, time in self.elapsed_s.items() if s in kept}
 
     @classmethod
-    def from_csv(cls, text: str, last_step: float = math.inf) -> "Clock":
-        """The clock that History.to_csv wrote, as of `last_step`; a new one if the text is torn."""
-        try:
-            rows = csv.DictReader(text.splitlines())
-            times = {int(row["step"]): float(row["elapsed_s"]) for row in rows}
-        except (KeyError, TypeError, ValueError, csv.Error):
-            return cls()
-        return cls({s: t for s, t in times.items() if s <= last_step and math.isfinite(t)})
+    def from_csv(cls, text: bytes, resumed_at: int | None = None) -> "Clock":
+        """The clock that History.to_csv wrote, or as of a step; unknown if the text is torn."""
+        times: dict[int, float] = {}
+        with suppress(KeyError, TypeError, ValueError, csv.Error):
+            for row in csv.DictReader(text.decode().splitlines()):
+                if math.isfinite(elapsed_s := float(row["elapsed_s"])):
+                    times[int(row["step"])] = elapsed_s
+        if resumed_at is None:
+            return cls(times)
+        until = {step: elapsed_s for step, elapsed_s in times.items() if step <= resumed_at}
+        return cls(until, runs=max(times, default=0) >= resumed_at)
 
 
 def _cell(value: int | float | None) -> str:

@@ -10,6 +10,7 @@ publish   models and metrics appear; the resume directory keeps the last state, 
 import copy
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from lm.checkpoint import commit, load_checkpoint, read_extra, save_model, verif
 from lm.config import RuntimeConfig
 from lm.console import Progress, duration, say
 from lm.device import performance
-from lm.errors import Diverged, InputError
+from lm.errors import Diverged, EnvironmentFault, InputError
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
 from lm.history import Clock, History
 from lm.resume import ResumeDirectory, clock_file, kept_checkpoints, publishing, run_folder
@@ -162,8 +163,8 @@ class Run:
             self.state.scaler.load_state_dict(extra["scaler"])
         self.history = History.restore(extra["history"])
         times = clock_file(self.directory.folder.parent, extra["identity"])
-        if times.exists():
-            self.clock = Clock.from_csv(times.read_text(), last_step=self.state.step)
+        text = times.read_bytes() if times.is_file() else b""
+        self.clock = Clock.from_csv(text, resumed_at=self.state.step)
         self.best, self.valid_loss = extra["best"], extra["valid_loss"]
         self.weights = extra["weights"]
         self.state.skipped_steps, self.state.skipped_in_a_row = extra["skipped"]
@@ -211,7 +212,8 @@ class Run:
             else:
                 self.best["misses"] += 1
         if self.live and ("valid_loss" in record or elapsed_s - self.refreshed_s >= REFRESH_S):
-            self._write_metrics(self.live, durable=False)
+            with suppress(EnvironmentFault):  # only to be watched: no reason to stop
+                self._write_metrics(self.live, durable=False)
             self.refreshed_s = elapsed_s
         self.directory.check()
 
@@ -225,7 +227,8 @@ class Run:
 
     def save(self) -> None:
         """Start writing a checkpoint; after a signal wait for it and leave."""
-        atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
+        with suppress(EnvironmentFault):  # nobody's result depends on the times
+            atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
         self.directory.save(self.state.model, self.state.optimizer, self.state.step, self._extra())
         if self.signals.caught is not None:
             self.directory.wait()

@@ -37,9 +37,12 @@ def _finder(folder: str) -> FileFinder:
 
 sys.path_hooks.insert(0, _finder)
 
-if absent := [name for name in ("torch", "tokenizers", "tqdm") if find_spec(name) is None]:
+NEEDED = ("torch", "numpy", "yaml", "safetensors", "tokenizers", "tiktoken", "tqdm")
+absent = [name for name in NEEDED if find_spec(name) is None]
+if absent or sys.version_info < (3, 11):
+    lack = f"has no {absent[0]}" if absent else "is older than Python 3.11"
     sys.stderr.write(
-        f"error: {sys.executable} has no {absent[0]}: not the Python of this project; run "
+        f"error: {sys.executable} {lack}: not the Python of this project; run "
         "`source .venv/bin/activate` (`make setup` makes it), then the same command again\n"
     )
     raise SystemExit(3)

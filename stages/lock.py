@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from scmrepo.exceptions import SCMError
 
+from lm.config import parse_yaml
 from lm.console import say
 from lm.errors import InputError, one_line_errors
 
@@ -29,14 +31,26 @@ def changes(repo: Repo) -> Iterator[str]:
                 yield from (f"{name}: {what}" for name, what in _flat(found) if what not in ABSENT)
 
 
-def gaps() -> Iterator[str]:
-    """Where dvc.lock does not fit together: a stage was recorded with another's earlier output."""
-    stages = yaml.safe_load(LOCK.read_text())["stages"]
-    made = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
-    for name, stage in stages.items():
-        for dep in stage.get("deps", []):
-            if made.get(dep["path"], dep["md5"]) != dep["md5"]:
-                yield f"stage {name}: recorded with another {dep['path']} than was made"
+def gaps(repo: Repo, recorded: dict[str, Any]) -> Iterator[str]:
+    """Where dvc.lock does not fit dvc.yaml, the files that git has, or itself."""
+    made = {str(out): out.hash_info.value for stage in repo.index.stages for out in stage.outs}
+    for stage in repo.index.stages:
+        if not stage.cmd:  # a .dvc file
+            continue
+        if stage.name not in recorded:
+            yield f"stage {stage.name}: never ran"
+            continue
+        for kind, files in (("deps", stage.deps), ("outs", stage.outs)):
+            hashes = {entry["path"]: entry["md5"] for entry in recorded[stage.name].get(kind, [])}
+            names = {str(file) for file in files if not hasattr(file, "params")}
+            for path in sorted(names ^ hashes.keys()):
+                yield f"stage {stage.name}: {path} is only in one of dvc.yaml and {LOCK}"
+            for path, md5 in hashes.items() if kind == "deps" else ():
+                if made.get(path, md5) != md5:
+                    yield f"stage {stage.name}: recorded with another {path} than was made"
+                inside = not Path(path).is_absolute() and ".." not in Path(path).parts
+                if path not in made and inside and not Path(path).exists():
+                    yield f"{path}: deleted"
 
 
 def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -48,10 +62,23 @@ def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, what
 
 
+def faults() -> list[str]:
+    """Why dvc.lock is stale; empty if it is not. Raises InputError if a file cannot be read."""
+    if not LOCK.is_file():
+        raise InputError(f"{LOCK}: no such file; run `make repro` and commit it")
+    try:
+        recorded = parse_yaml(LOCK.read_text(encoding="utf-8"), str(LOCK)).get("stages", {})
+        repo = Repo()
+        return list(dict.fromkeys([*gaps(repo, recorded), *changes(repo)]))
+    except (DvcException, SCMError) as error:
+        raise InputError(" ".join(str(error).split())) from None
+    except (AttributeError, LookupError, TypeError, UnicodeDecodeError):
+        raise InputError(f"{LOCK}: torn; `make heal` mends it") from None
+
+
 if __name__ == "__main__":
     with one_line_errors():
-        if not LOCK.is_file():
-            raise InputError(f"{LOCK}: no such file; run `make repro` and commit it")
-        if found := dict.fromkeys([*changes(Repo()), *gaps()]):
-            raise InputError(f"{LOCK} is stale: {'; '.join(found)}; run `make repro` and commit it")
+        if found := faults():
+            shown = [*found[:5], *([f"{len(found) - 5} more"] if len(found) > 5 else [])]
+            raise InputError(f"{LOCK} is stale: {'; '.join(shown)}; run `make repro` and commit it")
         say(f"{LOCK} is of this code and these settings")

@@ -19,6 +19,7 @@ from dvc.render.match import match_defs_renderers
 from dvc.repo import Repo
 from dvc.repo.experiments.brancher import switch_repo
 from dvc.scm import RevError
+from dvc_data.index import DataIndexDirError
 from dvc_render import VegaRenderer, render_html
 
 from lm.console import say
@@ -80,6 +81,9 @@ def draw(revisions: list[str]) -> list[Path]:
     plots = [each.renderer for each in found if each.renderer.datapoints]
     if not plots:
         raise InputError(f"nothing to draw of {', '.join(revisions)}; run `dvc repro`")
+    for plot in plots:
+        if "<" in json.dumps([plot.name, plot.datapoints]):  # the page would run it as HTML
+            raise InputError(f"{plot.name}: '<' in the data or in a revision's name; not drawn")
     by_time = [by_wall_clock(plot, clocks) for plot in plots if plot.name == "loss"]
     plots[1:1] = [plot for plot in by_time if plot.datapoints]
     PLOTS.mkdir(exist_ok=True)
@@ -104,17 +108,17 @@ def clock(repo: Repo, revision: str) -> Clock:
         try:
             provenance = files.read_text(Path(root, "models/model/provenance.json").as_posix())
             times = clock_file(UNFINISHED, json.loads(provenance))
-        except FileNotFoundError:
+        except (FileNotFoundError, DataIndexDirError, ValueError):  # not in the cache, or torn
             if not in_folder:
                 return Clock()
             times = Path(root, "metrics/wall_clock.csv")  # the training is still running
-    return Clock.from_csv(times.read_text()) if times.exists() else Clock()
+    return Clock.from_csv(times.read_bytes() if times.is_file() else b"")
 
 
 def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRenderer:
     """The losses again, by the time of training."""
     points = [
-        {**point, "elapsed_s": clocks[point["rev"]].elapsed_s.get(int(point["step"]))}
+        {**point, "elapsed_s": clocks[point["rev"]].elapsed_s.get(_number(point["step"]))}
         for point in losses.datapoints
     ]
     points = [point for point in points if point["elapsed_s"] is not None]
@@ -125,6 +129,11 @@ def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRendere
     texts = {"title": "Loss by wall-clock time", "x": "elapsed_s", "x_label": "seconds of training"}
     properties = {**losses.properties, **texts, "revs_with_datapoints": known}
     return VegaRenderer(points, "loss by wall-clock", **properties)
+
+
+def _number(step: str) -> int:
+    """A step of curves.csv; -1 if it is none."""
+    return int(step) if step.isdecimal() else -1
 
 
 if __name__ == "__main__":

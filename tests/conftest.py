@@ -81,9 +81,11 @@ def project(tmp_path) -> Iterator[Project]:
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], Any]], Any]:
     """What a function makes in a folder, made by the first worker that needs it, for all."""
+    base = tmp_path_factory.getbasetemp()  # of this worker; without workers, of this run
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def once(name: str, make: Callable[[Path], Any]) -> Any:
-        shared = tmp_path_factory.getbasetemp().parent / name
+        shared = base / name
         shared.mkdir(exist_ok=True)
         with open(shared / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

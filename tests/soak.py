@@ -74,9 +74,8 @@ class Soak:
             if resumed:
                 self.resumes += 1
                 self.repeated += max(0, reached - resumed)
-            if (
-                step and resumed < reached - 2 * INTERVAL
-            ):  # since the last save, and while it was written
+            lost = reached - resumed
+            if step and lost > 2 * INTERVAL:  # since the last save, and while it was written
                 self.fault(project, f"at step {reached}, went on from {resumed}")
             reached = step or reached
             if code == 0:

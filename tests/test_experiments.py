@@ -39,7 +39,7 @@ def locked(project, name):
 
 def work_off_queue(project):
     dvc(project, "queue", "start")
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while "Queued" in (status := dvc(project, "queue", "status")) or "Running" in status:
         assert time.monotonic() < end, status
         time.sleep(0.5)

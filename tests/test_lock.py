@@ -4,6 +4,12 @@ import pytest
 
 from tests.kill import copied, git, run
 
+NEW_STAGE = """  new:
+    cmd: echo > new
+    outs:
+      - new
+"""
+
 
 @pytest.fixture
 def clone(baseline, tmp_path):
@@ -32,6 +38,10 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
         ("lm/rng.py", files["lm/rng.py"] + "# edited\n", "lm/rng.py: modified"),
         ("dvc.yaml", files["dvc.yaml"].replace("stages.train", "stages.train -S train.lr=1"),
          "stage train: changed command"),
+        ("dvc.yaml", files["dvc.yaml"].replace("      - lm/schedule.py\n", ""),
+         "stage train: lm/schedule.py is only in one of dvc.yaml and dvc.lock"),
+        ("dvc.yaml", files["dvc.yaml"].replace("stages:\n", f"stages:\n{NEW_STAGE}"),
+         "stage new: never ran"),
         ("dvc.lock", lock.replace(model, "0" * 32, 1),
          "stage evaluate: recorded with another models/model than was made"),
     ]:  # fmt: skip
@@ -41,8 +51,19 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
             f"error: dvc.lock is stale: {fault}; run `make repro` and commit it",
         )
         (clone.folder / name).write_text(files[name])
+    (clone.folder / "lm" / "generate.py").unlink()
+    assert "lm/generate.py: deleted" in check(clone)[1]
     clone.set("train.lr", 0.5)
     assert "params.yaml: train: modified" in check(clone)[1]
+
+
+@pytest.mark.parametrize("torn", ["", "[]", "stages: [", "schema: '2.0'\nstages: {train: 1}\n"])
+def test_a_torn_lock_is_one_line(clone, torn):
+    (clone.folder / "dvc.lock").write_text(torn)
+    code, message = check(clone)
+    assert code == 2
+    assert message.startswith("error: ")
+    assert message.count("\n") == 0
 
 
 def test_without_a_lock_there_is_nothing_to_compare(clone):

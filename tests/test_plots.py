@@ -146,7 +146,7 @@ def test_a_killed_training_leaves_no_results_and_goes_on_to_the_same_bytes(share
 def test_the_clock_goes_on_after_a_kill_and_is_in_no_output(shared, project):
     times = [float(row["elapsed_s"]) for row in shared.times]
     assert times == sorted(times)
-    assert 0 < times[0] < times[-1] < 60
+    assert 0 < times[0] < times[-1] < 3600  # seconds
     kept = shared.times_before_the_kill[: shared.resumed]
     assert [row["elapsed_s"] for row in shared.times[: shared.resumed]] == kept
     without = [{k: v for k, v in row.items() if k != "elapsed_s"} for row in shared.times]
@@ -231,6 +231,13 @@ def test_a_run_of_another_machine_has_no_times_and_an_unknown_revision_is_one_li
     assert "plots/loss.svg" in said
     assert "wall-clock.svg" not in said
     assert not (project.folder / "plots" / "loss_by_wall-clock.svg").exists()
+    shutil.rmtree(project.folder / ".dvc" / "cache" / "files")
+    said = draw(project, "HEAD", "workspace")
+    assert "HEAD: some results are not here" in said
+    assert "plots/loss.svg" in said
+    curves = project.folder / "metrics" / "curves.csv"
+    curves.write_text(curves.read_text() + "</script><script>,2,3,4,5,6\n")
+    assert draw(project, code=2).startswith("error: loss: '<' in the data")
     said = draw(project, "HEAD", "nonsense", code=2)
     assert said.startswith("error: unknown Git revision 'nonsense'; ")
     assert said.count("\n") == 1
