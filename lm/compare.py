@@ -14,7 +14,8 @@ mean is the best, and every other one is compared with it:
   Comparisons Among Means"). All intervals together hold with a confidence of 95 %, whatever depends
   on whatever. Of nine equal settings with five seeds, something "worse" is found in 50 % of sweeps
   without a correction, in 10 % with one for the 8 comparisons made, in 3 % with this one
-  (benchmarks/seeds.py). Holm's step-down test finds a little more, but has no interval that agrees with each verdict.
+  (benchmarks/seeds.py). Holm's step-down test finds a little more, but has no interval that agrees
+  with each verdict.
 - A difference is shown if its interval leaves out zero: verdict and interval are one thing.
 
 The mean of the best, picked because it is low, is too low on average (the winner's curse); seeds
