@@ -53,7 +53,8 @@ def copied(project: Project, folder: Path) -> Project:
 
 
 def environment(project: Project) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
+    outer = ("DVC_", "MAKE", "MFLAGS")  # of the dvc or the make that may run the tests
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     site = str(project.folder.with_name(project.folder.name + ".site"))  # else in /var/tmp
     return clean | {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site}

@@ -95,8 +95,19 @@ def go_on(project, *command):
     return again.stdout
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [
+        pytest.param(
+            target,
+            number,
+            id=f"{target}-{number.name}",
+            marks=pytest.mark.soak if number == TERM and target != "dvc" else [],
+        )
+        for target in TARGETS
+        for number in SIGNALS
+    ],
+)
 def test_a_killed_repro_goes_on_where_it_was(project, undisturbed, target, number):
     code, before = killed(project, TRAIN, MIDDLE, target, number)
     if (target, number) == ("dvc", INT):  # DVC lets the stage decide about a Ctrl-C

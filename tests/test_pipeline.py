@@ -64,10 +64,10 @@ def test_two_clones_reproduce_the_same_lock_and_a_second_run_does_nothing(tmp_pa
         project = versioned(tmp_path / name)
         project.set("data.packages", ["networkx==3.6.1"])
         project.set("data.path", "data/raw")
-        project.set("train.num_threads", 2)
+        project.set("train.num_threads", 1)  # two on busy cores are slow
         result = project.run("sh", "-c", f"umask {umask}; exec dvc repro", **environment)
         assert ran(result.stdout) == list(STAGES), result.stderr
-        assert "Device: cpu (2 threads" in result.stdout
+        assert "Device: cpu (1 threads" in result.stdout
         (entry,) = json.loads(project.read("data/corpus.json"))
         assert (entry["package"], entry["version"]) == ("networkx", "3.6.1")
         assert (
