@@ -60,7 +60,7 @@ def environment(project: Project) -> dict[str, str]:
     return clean | {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site}
 
 
-def run(project: Project, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(project: Project, *command: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, stderr among stdout."""
     victim = Victim(project, *command)
     code = victim.wait(timeout)
@@ -102,7 +102,7 @@ class Victim:
         """Wait until the output contains a text."""
         self.wait_until(lambda: text in self.output())
 
-    def wait_until(self, condition, timeout: float = 60) -> None:
+    def wait_until(self, condition, timeout: float = 300) -> None:
         end = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, f"ended before: {self.output()}"
@@ -120,7 +120,7 @@ class Victim:
             stage.send_signal(number)
         return None if stage is None else stage_name(stage)
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """The exit code."""
         try:
             return self.process.wait(timeout)

@@ -118,7 +118,7 @@ def unpublished(long_run):
 
 
 def ends_with(process, message):
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 2, error
     assert message in error
     assert len(error.strip().splitlines()) == 1

@@ -219,7 +219,7 @@ def queue_output(project):
 
 
 def wait(condition):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)

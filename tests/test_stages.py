@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(long_run, number, code):
     project, straight = long_run
     process = project.train_until("step  40/")
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == code
     assert error.startswith("error: stopped, saved at step ")
     step = int(error.split("saved at step ")[1].split(";")[0])
@@ -228,7 +228,7 @@ def test_nothing_of_a_run_is_reused_after_a_change(prepared, change):
     after = prepared.train_until("step ", **environment)
     assert len(resume_directories(prepared)) == 2
     after.terminate()
-    out, _ = after.communicate(timeout=60)
+    out, _ = after.communicate(timeout=300)
     assert "Resumed" not in out
 
 
