@@ -34,7 +34,8 @@ def versioned(folder: Path, steps: int = 20, checkpoint_interval: int = 5) -> Pr
 
 
 def git(project: Project, *arguments: str) -> str:
-    done = run(project, "git", *arguments)
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.org")  # a clone has none
+    done = run(project, "git", *who, *arguments)
     assert done.returncode == 0, done.stdout
     return done.stdout.strip()
 
