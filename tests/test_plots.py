@@ -243,20 +243,33 @@ def test_a_run_of_another_machine_has_no_times_and_an_unknown_revision_is_one_li
     assert said.count("\n") == 1
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_the_pages_need_no_network(project):
+@pytest.fixture
+def pages(project):
+    """The pages that `dvc plots diff` and `make plots` make, with the plots on each."""
     dvc(project, "config", "--local", "plots.html_template", "plots-page.html")
     (project.folder / ".dvc" / "plots-page.html").unlink()
     draw(project, "--template")
     assert dvc(project, "plots", "diff", "HEAD", "faster").startswith("file://")
+    names = {"dvc_plots": set(LINES) - {"loss by wall-clock"}, "plots": set(LINES)}
+    return {project.folder / folder / "index.html": names[folder] for folder in names}
+
+
+def test_the_pages_hold_vega_and_load_nothing(pages):
+    for path, names in pages.items():
+        text = path.read_text()
+        assert text.count("vegaEmbed('#") == len(names)
+        assert "window.vegaEmbed = " in text
+        for outside in ('src="http', 'href="http', "cdn."):
+            assert outside not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_draws_the_pages_and_asks_for_nothing_else(pages):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"]
         )
-        for folder, names in (("dvc_plots", set(LINES) - {"loss by wall-clock"}), ("plots", LINES)):
-            path = project.folder / folder / "index.html"
-            for outside in ('src="http', 'href="http', "cdn."):
-                assert outside not in path.read_text()
+        for path, names in pages.items():
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             asked, said = [], []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
