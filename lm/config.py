@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -86,14 +86,23 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
             raise InputError(f"{path}: section {name} holds no keys")
     for override in overrides:
         key, equals, text = override.partition("=")
-        section, dot, name = key.partition(".")
-        if not (equals and dot):
+        *parents, name = key.split(".")
+        if not (equals and parents):
             raise InputError(f"-S {override}: expected section.key=value, as in -S train.lr=1e-3")
-        known = [f"{s}.{k}" for s, keys in params.items() for k in keys]
+        known = dict(_keys(params))
         if key not in known:
             raise InputError(f"-S {override}: unknown key {key}{_suggest(key, known)}")
-        params[section][name] = parse_yaml(text, f"-S {override}")
+        known[key][name] = parse_yaml(text, f"-S {override}")
     return params
+
+
+def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every key below the first level, spelt with dots, and the dict in which it stands."""
+    for key, value in values.items():
+        if prefix:
+            yield f"{prefix}{key}", values
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
 
 
 def _read_text(path: Path) -> str:
@@ -170,6 +179,14 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if not isinstance(value, list):
             raise InputError(f"{key} = {_show(value)}, wanted a list")
         return [_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{key} = {_show(value)}, wanted keys and values")
+        return {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InputError(f"{key} = {_show(value)}, wanted keys and values")
+        return _build(hint, value, key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not hint:

@@ -1,35 +1,37 @@
-"""The user's files as a stream of documents, split into training and validation text.
+"""The user's files as documents, and the shards in which processes share them out.
 
-    data.path --source_files--> files --READERS--> documents --split_documents--> (split, document)
+    data.path, data.sources --sources--> files --plan--> shards --documents--> (place, bytes)
+                                                                    --sides--> train or valid
 
-Memory holds one document at a time, and none is longer than MAX_DOCUMENT_BYTES. Nothing is repaired
-or left out in silence: what cannot be read is an error that names the place; what was replaced on
-request, and empty documents, are counted.
+The order is fixed: sources as params.yaml lists them, files by path, documents as they stand.
+Nothing is repaired or left out in silence: what cannot be read is an error that names the place,
+and what was left out or replaced on request is counted.
 """
 
 import hashlib
-import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
-from lm.config import INSIDE_ONE, NOT_EMPTY
+from lm.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.errors import InputError
+from lm.formats import Bad, Layout, format_of
 
-CHUNK_BYTES = 1 << 24
-MAX_DOCUMENT_BYTES = 1 << 26  # the tokenizer takes up to 140 bytes of memory for each: 9 GB
-PACKED = (  # what a file is by the bytes at an offset, and what to do with it
-    (0, b"PK\x03\x04", "a zip archive", "unpack it"),
-    (257, b"ustar", "a tar archive", "unpack it"),
-    (0, b"\x1f\x8b", "compressed by gzip", "decompress it"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd", "decompress it"),
-    (0, b"\xfd7zXZ", "compressed by xz", "decompress it"),
-    (4, b"1AY&SY", "compressed by bzip2", "decompress it"),
-    (0, b"PAR1\x15", "a parquet table", "convert it to .jsonl"),
-)
+Side = Literal["train", "valid"]
+SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
+SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of `data.sources`: a part of the text."""
+
+    path: Annotated[str, NOT_EMPTY]  # in data.path: a file, a folder or a pattern
+    text_field: str  # of .jsonl objects, the column of .parquet tables
+    weight: Annotated[float, POSITIVE] | None  # its share of the training windows; null: its size
 
 
 @dataclass(frozen=True)
@@ -39,41 +41,133 @@ class DataConfig:
     packages: list[str]  # the default corpus, as name==version; only stage corpus reads it
     path: Annotated[str, NOT_EMPTY]  # a file or a folder
     glob: str  # which files of a folder, e.g. "**/*.py"
-    text_field: str  # of .jsonl objects
+    text_field: str  # of .jsonl objects, the column of .parquet tables
+    sources: dict[str, SourceConfig] | None  # null: all of path is one
     separator: (
         Annotated[str, NOT_EMPTY] | None
     )  # cuts plain-text files into documents; null: one file, one document
     encoding_errors: Literal["strict", "replace"]
+    on_bad_document: Literal["stop", "skip"]
+    deduplicate: bool
     split: Literal["hash", "tail"]
     valid_fraction: Annotated[float, INSIDE_ONE]
+    shard_bytes: Annotated[Count, SHORTEST_SHARD]  # of text, about, in one shard of tokens
+
+    def __post_init__(self) -> None:
+        if self.sources is None:
+            return
+        if not self.sources:
+            raise InputError("data.sources = {}: names no source; null makes all of data.path one")
+        for name in self.sources:
+            if not SOURCE_NAME.fullmatch(name):
+                raise InputError(
+                    f"data.sources.{name}: a source's name names files: a-z, 0-9, - and _ only"
+                )
+        without = [name for name, source in self.sources.items() if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise InputError(
+                f"data.sources.{without[0]}.weight = null: give every source a weight, or none"
+            )
+
+
+class Source(NamedTuple):
+    """Files that are read alike."""
+
+    name: str
+    files: list[Path]
+    layout: Layout
+    weight: float | None
+
+
+class Piece(NamedTuple):
+    """A stretch of a file, as lm.formats counts; `stop` None: to its end."""
+
+    file: Path
+    start: int
+    stop: int | None
+
+
+class Shard(NamedTuple):
+    """What one process reads and one shard of tokens holds."""
+
+    source: str
+    layout: Layout
+    pieces: tuple[Piece, ...]
+
+
+class Place(NamedTuple):
+    """Where a document stands; as text, e.g. "notes/a.md" or "books.jsonl:17"."""
+
+    file: Path
+    layout: Layout
+    offset: int
+
+    def __str__(self) -> str:
+        return format_of(self.file).name(*self)
 
 
 class Document(NamedTuple):
-    """One text and where it comes from, e.g. "notes/a.md" or "books.jsonl:17"."""
+    """One text in UTF-8, and where it comes from."""
 
-    name: str
-    text: str
+    place: Place
+    data: bytes
+
+    @property
+    def text(self) -> str:
+        return self.data.decode()
+
+
+# --- files ------------------------------------------------------------------------------
+
+
+def sources(config: DataConfig) -> list[Source]:
+    """The sources with their files, sorted by path; hidden ones are left out.
+
+    Raises InputError when there is no file, and for what is neither a file nor a folder: reading a
+    pipe or a device need never end, and what lies behind a link to a folder DVC does not watch.
+    """
+    separator = None if config.separator is None else config.separator.encode()
+    replace, root = config.encoding_errors == "replace", Path(config.path)
+    if config.sources is None:
+        files = _files(root, config.glob, "data.path", config.path)
+        return [Source("text", files, Layout(config.text_field, separator, replace), None)]
+    if root.is_file():
+        raise InputError(f"data.path = {root}: a file; data.sources needs the folder they are in")
+    found = []
+    for name, source in config.sources.items():
+        key, within = f"data.sources.{name}.path", Path(source.path)
+        if within.is_absolute() or ".." in within.parts:
+            raise InputError(
+                f"{key} = {within}: must lie in data.path = {config.path}, which DVC watches"
+            )
+        if not (root / within).exists() and set("*?[") & set(source.path):
+            files = _files(root, source.path, key, source.path)
+        else:
+            files = _files(root / within, config.glob, key, source.path)
+        layout = Layout(source.text_field, separator, replace)
+        found.append(Source(name, files, layout, source.weight))
+    return found
 
 
 def source_files(config: DataConfig) -> list[Path]:
-    """The files to read, sorted by path; hidden ones are left out.
+    """The files of all sources."""
+    return [file for source in sources(config) for file in source.files]
 
-    A link to a file is followed, since DVC can fill a folder with links into its cache. Raises
-    InputError when there is no file, and for what is neither a file nor a folder: reading a pipe or
-    a device need never end, and what lies behind a link to a folder DVC does not watch.
-    """
-    path = Path(config.path)
+
+def _files(path: Path, pattern: str, key: str, value: str) -> list[Path]:
+    """The file, or those of the folder that match; `key` = `value` is the setting to blame."""
     if path.is_file():
         return [path]
     if path.exists() and not path.is_dir():
-        raise InputError(f"data.path = {path}: a pipe or a device; name a file or a folder")
+        raise InputError(f"{key} = {value}: a pipe or a device; name a file or a folder")
     if not path.is_dir():
-        hint = "; a pattern goes into data.glob" if set("*?[") & set(config.path) else ""
-        raise InputError(f"data.path = {config.path}: no such file or folder{hint}")
+        hint = "; a pattern goes into data.glob" if set("*?[") & set(value) else ""
+        raise InputError(f"{key} = {value}: no such file or folder{hint}")
+    pattern_key = key if pattern == value else "data.glob"
     try:
-        matches = list(path.glob(config.glob))
+        matches = list(path.glob(pattern))
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"data.glob = {config.glob}: {error}") from None
+        raise InputError(f"{pattern_key} = {pattern}: {error}") from None
     seen = [
         match
         for match in matches
@@ -87,164 +181,136 @@ def source_files(config: DataConfig) -> list[Path]:
                 "leave it out by data.glob"
             )
     if not files:
-        raise InputError(f"data.path = {config.path}: no file matches data.glob = {config.glob}")
+        raise InputError(f"{key} = {value}: no file matches {pattern_key} = {pattern}")
     return sorted(files, key=lambda file: file.as_posix())
 
 
-def documents(config: DataConfig, tally: Counter[str]) -> Iterator[Document]:
-    """Every document that holds more than white space, in a fixed order.
+# --- shards -----------------------------------------------------------------------------
 
-    Adds to tally["empty_documents"] and tally["replacement_characters"]. Raises InputError for
-    bytes that are not UTF-8 (unless data.encoding_errors is "replace") and for a malformed file.
+
+def plan(config: DataConfig) -> list[Shard]:
+    """All of the text in shards of about data.shard_bytes, in reading order.
+
+    A long file is cut at multiples of that size. Short ones go together, and whether a file is
+    the last of its shard is drawn from its name: so a file that comes or goes changes the shard
+    that it stands in and no other (content-defined chunking, Muthitacharoen et al. 2001, by names).
     """
-    found = False
-    for file in source_files(config):
-        for document in READERS.get(file.suffix, _read_plain_text)(file, config, tally):
-            if document.text.strip():
-                found = True
-                yield document
-            else:
-                tally["empty_documents"] += 1
-    if not found:
+    return [
+        Shard(source.name, source.layout, pieces)
+        for source in sources(config)
+        for pieces in _grouped(source, Path(config.path), config.shard_bytes)
+    ]
+
+
+def _grouped(source: Source, root: Path, size: int) -> Iterator[tuple[Piece, ...]]:
+    together: list[Piece] = []
+    held = 0
+    for file in source.files:
+        starts = format_of(file).starts(file, source.layout, size)
+        if len(starts) > 1:
+            if together:
+                yield tuple(together)
+            together, held = [], 0
+            for start, stop in zip(starts, [*starts[1:], None], strict=True):
+                yield (Piece(file, start, stop),)
+            continue
+        length = file.stat().st_size
+        together, held = [*together, Piece(file, 0, None)], held + length
+        name = file.name if file == root else file.relative_to(root).as_posix()
+        if draw(name.encode()) < length / size or held > 4 * size:
+            yield tuple(together)
+            together, held = [], 0
+    if together:
+        yield tuple(together)
+
+
+def draw(data: bytes) -> float:
+    """A number in [0, 1) from the SHA-256 of some bytes."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") / 2**64
+
+
+# --- documents --------------------------------------------------------------------------
+
+
+def documents(
+    config: DataConfig, tally: Counter[str], shards: Iterable[Shard] | None = None
+) -> Iterator[Document]:
+    """Every document that holds more than white space, in reading order; of all shards or some.
+
+    Counts in `tally` what it leaves out, by reason, and the characters it replaces. Raises
+    InputError, naming the place, for a document that is not text, unless data.on_bad_document
+    is "skip".
+    """
+    for shard in plan(config) if shards is None else shards:
+        for file, start, stop in shard.pieces:
+            for record in format_of(file).read(file, shard.layout, start, stop):
+                place = Place(file, shard.layout, record.offset)
+                if isinstance(record, Bad):
+                    if config.on_bad_document == "stop":
+                        raise InputError(f"{place}: {record.message}")
+                    tally[record.reason] += 1
+                elif _is_blank(record.data):
+                    tally["empty"] += 1
+                else:
+                    if record.replaced:
+                        tally["replacement characters"] += record.replaced
+                    yield Document(place, record.data)
+
+
+def _is_blank(data: bytes) -> bool:
+    """Whether a text is white space alone; most show at their first byte that it is not."""
+    return not (0x20 < data[0] < 0x80 if data else False) and not data.decode().strip()
+
+
+def split_documents(config: DataConfig, tally: Counter[str]) -> Iterator[tuple[Side, Document]]:
+    """Every document with its side. Raises InputError if one side, or both, stay empty."""
+    train_bytes = 0
+    if config.split == "tail":
+        train_bytes = tail_boundary(sum(len(d.data) for d in documents(config, Counter())), config)
+    counts = Counter[Side]()
+    for side, document in sides(documents(config, tally), config, train_bytes):
+        counts[side] += 1
+        yield side, document
+    require_both_sides(counts, config)
+
+
+def sides(
+    found: Iterable[Document], config: DataConfig, train_bytes: int
+) -> Iterator[tuple[Side, Document]]:
+    """Documents dealt to training and validation by data.split.
+
+    "hash": by the SHA-256 of the text, so a document keeps its side when others come or go, and
+    exact duplicates stay together. "tail": the bytes from `train_bytes` on are for validation;
+    the document that holds this place is cut, at a line break where there is one.
+    """
+    if config.split == "hash":
+        for document in found:
+            yield ("valid" if draw(document.data) < config.valid_fraction else "train"), document
+        return
+    for place, data in found:
+        cut = _cut_position(data, train_bytes)
+        if cut > 0:
+            yield "train", Document(place, data[:cut])
+        if cut < len(data):
+            yield "valid", Document(place, data[cut:])
+        train_bytes -= len(data)
+
+
+def tail_boundary(n_bytes: int, config: DataConfig) -> int:
+    """How many bytes of a text are for training if its tail is held out."""
+    return int(n_bytes * (1 - config.valid_fraction))
+
+
+def require_both_sides(documents: Mapping[Side, int], config: DataConfig) -> None:
+    """Raise InputError unless both sides have documents."""
+    empty = [side for side in get_args(Side) if not documents.get(side)]
+    if len(empty) == 2:
         raise InputError(f"data.path = {config.path}: no text")
-
-
-def _read_plain_text(file: Path, config: DataConfig, tally: Counter[str]) -> Iterator[Document]:
-    with _opened(file) as stream:
-        if config.separator is None:
-            raw = stream.read(MAX_DOCUMENT_BYTES + 1)
-            yield Document(str(file), _decode(raw, str(file), 0, config, tally))
-            return
-        offset = 0
-        for number, part in enumerate(_parts(stream, config.separator.encode()), start=1):
-            text = _decode(part, str(file), offset, config, tally)
-            offset += len(part) + len(config.separator.encode())
-            yield Document(f"{file}#{number}", text.strip("\r\n"))  # they belong to the cut
-
-
-def _parts(stream: BufferedIOBase, separator: bytes) -> Iterator[bytes]:
-    """What lies between the separators; a part that is too long is not read to its end."""
-    rest = bytearray()
-    while len(rest) <= MAX_DOCUMENT_BYTES and (chunk := stream.read(CHUNK_BYTES)):
-        searched = max(0, len(rest) - len(separator) + 1)
-        rest += chunk
-        while (end := rest.find(separator, searched)) >= 0:
-            yield bytes(rest[:end])
-            del rest[: end + len(separator)]
-            searched = 0
-    yield bytes(rest)
-
-
-def _read_jsonl(file: Path, config: DataConfig, tally: Counter[str]) -> Iterator[Document]:
-    field, offset = config.text_field, 0
-    with _opened(file) as stream:
-        lines = iter(lambda: stream.readline(MAX_DOCUMENT_BYTES + 1), b"")
-        for number, line in enumerate(lines, start=1):
-            name = f"{file}:{number}"
-            decoded = _decode(line, name, offset, config, tally)
-            offset += len(line)
-            if not decoded.strip():
-                continue
-            try:
-                record = json.loads(decoded)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{name}: not valid JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{name}: not an object with a field '{field}'")
-            if field not in record:
-                known = ", ".join(record)[:200]
-                raise InputError(f"{name}: no field '{field}' (has: {known})")
-            if not isinstance(record[field], str):
-                raise InputError(
-                    f"{name}: field '{field}' is not text; name one in data.text_field"
-                )
-            # JSON can spell half a surrogate pair; its bytes are refused as not UTF-8
-            raw = record[field].encode("utf-8", "surrogatepass")
-            yield Document(name, _decode(raw, f"{name}: field '{field}'", 0, config, tally))
-
-
-READERS: dict[str, Callable[[Path, DataConfig, Counter[str]], Iterator[Document]]] = {
-    ".jsonl": _read_jsonl,
-}  # every other suffix is plain text
-
-
-def _opened(file: Path) -> BufferedReader:
-    """The file, opened to be read. Raises InputError for what is no text but packs some."""
-    stream = open(file, "rb")  # noqa: SIM115 - the caller's `with` closes it
-    head = stream.peek(512)
-    for offset, signature, what, remedy in PACKED:
-        if head.startswith(signature, offset):
-            stream.close()
-            raise InputError(f"{file}: {what}, not text; {remedy} or leave it out by data.glob")
-    return stream
-
-
-def _decode(raw: bytes, name: str, offset: int, config: DataConfig, tally: Counter[str]) -> str:
-    """The text of bytes that begin at `offset` of what `name` names.
-
-    A NUL byte is UTF-8 but no text: it marks UTF-16, a binary file, or zeros after a crash.
-    """
-    if len(raw) > MAX_DOCUMENT_BYTES:
+    for side in empty:
         raise InputError(
-            f"{name}: a document longer than {MAX_DOCUMENT_BYTES >> 20} MiB; cut it into several, "
-            "by data.separator or, in a .jsonl file, by lines"
-        )
-    try:
-        text, nul = raw.decode("utf-8"), raw.find(0)
-        if nul < 0:
-            return text
-        bad, what = nul, "not text"
-    except UnicodeDecodeError as error:
-        bad, what = error.start, "not UTF-8"
-    if config.encoding_errors == "strict":
-        raise InputError(
-            f"{name}: byte 0x{raw[bad]:02x} at offset {offset + bad} is {what}; "
-            "convert the file, leave it out, or set data.encoding_errors: replace"
-        )
-    text = raw.decode("utf-8", "replace").replace("\0", "\ufffd")
-    inserted = text.count("\ufffd") - raw.count("\ufffd".encode())
-    tally["replacement_characters"] += inserted
-    return text
-
-
-def split_documents(config: DataConfig, tally: Counter[str]) -> Iterator[tuple[str, Document]]:
-    """Every document with its split, "train" or "valid". Raises InputError if one stays empty.
-
-    "hash": by the SHA-256 of the text, so a document keeps its side when others come or go,
-    and exact duplicates stay together. "tail": the last data.valid_fraction of the bytes, in
-    reading order, cut at a line break where there is one.
-    """
-    empty = {"train", "valid"}
-    for split, document in (_split_by_hash if config.split == "hash" else _split_tail)(
-        config, tally
-    ):
-        empty.discard(split)
-        yield split, document
-    for split in empty:
-        raise InputError(
-            f"the {split} split has no documents; change data.valid_fraction, set data.split: tail "
+            f"the {side} split has no documents; change data.valid_fraction, set data.split: tail "
             "(for one file or a few), cut the text with data.separator, or add text"
         )
-
-
-def _split_by_hash(config: DataConfig, tally: Counter[str]) -> Iterator[tuple[str, Document]]:
-    for document in documents(config, tally):
-        digest = hashlib.sha256(document.text.encode()).digest()
-        draw = int.from_bytes(digest[:8], "little") / 2**64
-        yield ("valid" if draw < config.valid_fraction else "train"), document
-
-
-def _split_tail(config: DataConfig, tally: Counter[str]) -> Iterator[tuple[str, Document]]:
-    total = sum(len(document.text.encode()) for document in documents(config, Counter()))
-    boundary, seen = int(total * (1 - config.valid_fraction)), 0
-    for document in documents(config, tally):
-        data = document.text.encode()
-        cut = _cut_position(data, boundary - seen)
-        if cut > 0:
-            yield "train", Document(document.name, data[:cut].decode())
-        if cut < len(data):
-            yield "valid", Document(document.name, data[cut:].decode())
-        seen += len(data)
 
 
 def _cut_position(data: bytes, wanted: int) -> int:

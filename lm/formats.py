@@ -1,0 +1,384 @@
+"""The formats of text files: a stretch of a file to its records, as bytes of UTF-8.
+
+    file, start, stop --Format.read--> Found(offset, data) or Bad(offset, reason, message)
+
+A long file of lines, separated parts or rows can be read in stretches, by several processes:
+`starts` says where they begin, and together they give every record once, wherever that is.
+Memory holds one chunk and one record, and no record is longer than MAX_DOCUMENT_BYTES.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BufferedReader, RawIOBase
+from itertools import takewhile
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from lm.errors import InputError
+
+CHUNK_BYTES = 1 << 22
+MAX_DOCUMENT_BYTES = 1 << 26
+ROWS = 1024  # of a table, at a time
+PACKED = (  # what a file is by the bytes at an offset, and what to do with it
+    (0, b"PK\x03\x04", "a zip archive, not text; unpack it"),
+    (257, b"ustar", "a tar archive, not text; unpack it"),
+    (0, b"\x1f\x8b", "compressed by gzip, not text; name it .gz"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd, not text; name it .zst"),
+    (0, b"\xfd7zXZ", "compressed by xz, not text; decompress it"),
+    (4, b"1AY&SY", "compressed by bzip2, not text; decompress it"),
+    (0, b"PAR1\x15", "a parquet table, not text; name it .parquet"),
+)
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+CONVERT = "convert the file, leave it out, or set data.encoding_errors: replace"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where in a file the text stands, and whether bytes that are no text are replaced."""
+
+    text_field: str  # of .jsonl objects; the column of .parquet tables
+    separator: bytes | None  # cuts plain text into records; None: one file, one record
+    replace: bool
+
+
+class Found(NamedTuple):
+    """A record's text. It begins at this byte of the file, or is this row."""
+
+    offset: int
+    data: bytes
+    replaced: int = 0  # characters put in place of what is not UTF-8
+
+
+class Bad(NamedTuple):
+    """A record without text: why, in words to count by, and in a message."""
+
+    offset: int
+    reason: str
+    message: str
+
+
+class Text:
+    """Plain text: one record a file, or what lies between the separators."""
+
+    def separator(self, layout: Layout) -> bytes | None:
+        """What stands between two records."""
+        return layout.separator
+
+    def starts(self, file: Path, layout: Layout, size: int) -> list[int]:
+        """Where stretches of `size` bytes begin; the first begins at 0."""
+        if file.suffix in COMPRESSIONS or self.separator(layout) is None:
+            return [0]
+        return list(range(0, max(1, file.stat().st_size), size))
+
+    def read(
+        self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
+    ) -> Iterator[Found | Bad]:
+        """The records of the stretch from `start`; the next one starts at `stop`."""
+        separator = self.separator(layout)
+        with opened(file) as stream:
+            if separator is None:
+                yield checked(0, stream.read(MAX_DOCUMENT_BYTES + 1), layout, base=0)
+                return
+            end = None if stop is None else next_record(stream, separator, stop)
+            if start or end:
+                start = next_record(stream, separator, start)
+                stream.seek(start)
+            for offset, data in records(stream, separator, start, end):
+                record = _too_long(offset) if data is None else self.record(offset, data, layout)
+                if record is not None:
+                    yield record
+
+    def record(self, offset: int, data: bytes, layout: Layout) -> Found | Bad | None:
+        """What lies between two separators as a record; None if there is none."""
+        found = checked(offset, data, layout, base=offset)
+        if isinstance(found, Found):
+            return found._replace(data=found.data.strip(b"\r\n"))  # they belong to the cut
+        return found
+
+    def name(self, file: Path, layout: Layout, offset: int) -> str:
+        """The record at an offset, in words that help to find it."""
+        if layout.separator is None:
+            return str(file)
+        return f"{file}#{self.number(file, layout, offset)}"
+
+    def number(self, file: Path, layout: Layout, offset: int) -> int:
+        """How many records begin at or before an offset."""
+        separator = self.separator(layout)
+        assert separator is not None
+        with opened(file) as stream:
+            before = takewhile(lambda r: r[0] <= offset, records(stream, separator, 0, None))
+            return sum(1 for _ in before)
+
+
+class JsonLines(Text):
+    """One JSON object a line, the text in one of its fields."""
+
+    def separator(self, layout: Layout) -> bytes:
+        return b"\n"
+
+    def record(self, offset: int, data: bytes, layout: Layout) -> Found | Bad | None:
+        try:
+            text = orjson.loads(data)[layout.text_field]
+        except (ValueError, LookupError, TypeError):
+            text = None
+        if isinstance(text, str):
+            return checked(offset, text.encode(), layout)
+        return _unusual_line(offset, data, layout) if data.strip() else None
+
+    def name(self, file: Path, layout: Layout, offset: int) -> str:
+        return f"{file}:{self.number(file, layout, offset)}"
+
+
+class Parquet:
+    """A table, the text in one of its columns; its stretches begin at row groups."""
+
+    def starts(self, file: Path, layout: Layout, size: int) -> list[int]:
+        """The row groups at which stretches of about `size` bytes of text begin."""
+        with _table(file) as table:
+            column = _column(file, table, layout.text_field)
+            groups = (table.metadata.row_group(i) for i in range(table.num_row_groups))
+            sizes = [group.column(column).total_uncompressed_size for group in groups]
+        stretch = np.cumsum([0, *sizes])[:-1] // size
+        return [0, *(np.flatnonzero(np.diff(stretch)) + 1).tolist()]
+
+    def read(
+        self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
+    ) -> Iterator[Found | Bad]:
+        """The rows of the row groups from `start` to before `stop`."""
+        with _table(file) as table:
+            _column(file, table, layout.text_field)
+            groups = range(table.num_row_groups)
+            row = sum(table.metadata.row_group(i).num_rows for i in groups[:start])
+            for batch in table.iter_batches(
+                ROWS, groups[start:stop], columns=[layout.text_field], use_threads=False
+            ):
+                for data in _column_bytes(batch.column(0)):
+                    if data is None:
+                        yield Bad(row, "no text", f"column '{layout.text_field}' is null")
+                    else:
+                        yield checked(row, data, layout)
+                    row += 1
+
+    def name(self, file: Path, layout: Layout, offset: int) -> str:
+        """A row, counted from 0."""
+        return f"{file}: row {offset}"
+
+
+FORMATS: dict[str, Text | Parquet] = {".jsonl": JsonLines(), ".parquet": Parquet()}
+PLAIN = Text()  # every other suffix
+
+
+def format_of(file: Path) -> Text | Parquet:
+    """What a file's suffix says, or the one before .gz or .zst."""
+    suffixes = file.suffixes[:-1] if file.suffix in COMPRESSIONS else file.suffixes
+    return FORMATS.get(suffixes[-1], PLAIN) if suffixes else PLAIN
+
+
+def checked(offset: int, data: bytes, layout: Layout, base: int | None = None) -> Found | Bad:
+    """A record if its bytes are text; `base` says where in the file they begin.
+
+    A NUL byte is UTF-8 but no text: it marks UTF-16, a binary file, or zeros after a crash.
+    """
+    if len(data) > MAX_DOCUMENT_BYTES:
+        return _too_long(offset)
+    try:
+        if not data.isascii():
+            data.decode()
+        bad, what = data.find(0), "not text"
+    except UnicodeDecodeError as error:
+        bad, what = error.start, "not UTF-8"
+    if bad < 0:
+        return Found(offset, data)
+    if layout.replace:
+        return Found(offset, *_replaced(data))
+    where = f"offset {bad} of its text" if base is None else f"offset {base + bad}"
+    return Bad(offset, what, f"byte 0x{data[bad]:02x} at {where} is {what}; {CONVERT}")
+
+
+def _replaced(data: bytes) -> tuple[bytes, int]:
+    """Bytes with U+FFFD in place of what is no text, and how many were put in."""
+    made = data.decode("utf-8", "replace").replace("\0", "\ufffd").encode()
+    return made, made.count(b"\xef\xbf\xbd") - data.count(b"\xef\xbf\xbd")
+
+
+def _too_long(offset: int) -> Bad:
+    remedy = "cut it into several, by data.separator or, in a .jsonl file, by lines"
+    limit = f"a document longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+    return Bad(offset, "too long", f"{limit}; {remedy}")
+
+
+def _unusual_line(offset: int, data: bytes, layout: Layout) -> Found | Bad:
+    """A line in which no text was found at first sight: what the standard library makes of it."""
+    line = checked(offset, data, layout, base=offset)
+    if isinstance(line, Bad):
+        return line
+    field = layout.text_field
+    try:
+        record = json.loads(line.data)
+    except (ValueError, RecursionError) as error:
+        return Bad(offset, "not JSON", f"not valid JSON ({error})")
+    if not isinstance(record, dict):
+        return Bad(offset, "no text", f"not an object with a field '{field}'")
+    if field not in record:
+        return Bad(offset, "no text", f"no field '{field}' (has: {', '.join(record)[:200]})")
+    if not isinstance(record[field], str):
+        return Bad(offset, "no text", f"field '{field}' is not text; name one in data.text_field")
+    # JSON can spell half a surrogate pair; its bytes are not UTF-8
+    found = checked(offset, record[field].encode("utf-8", "surrogatepass"), layout)
+    return (
+        found if isinstance(found, Bad) else found._replace(replaced=found.replaced + line.replaced)
+    )
+
+
+# --- lines and parts --------------------------------------------------------------------
+
+
+def records(
+    stream: IO[bytes], separator: bytes, start: int, end: int | None
+) -> Iterator[tuple[int, bytes | None]]:
+    """What lies between the separators from here on, with offsets that begin with `start`.
+
+    `end` is where a record begins that is not wanted any more. None stands for a record that
+    is too long, which memory does not hold.
+    """
+    offset, rest, dropped = start, b"", 0
+    left = float("inf") if end is None else end - start
+    while chunk := stream.read(int(min(CHUNK_BYTES, left))):
+        left -= len(chunk)
+        *whole, rest = (rest + chunk).split(separator)
+        for part in whole:
+            size = dropped + len(part)
+            yield offset, part if size <= MAX_DOCUMENT_BYTES else None
+            offset, dropped = offset + size + len(separator), 0
+        if dropped + len(rest) > MAX_DOCUMENT_BYTES:
+            surplus = len(rest) - len(separator) + 1  # the rest may begin a separator
+            dropped, rest = dropped + surplus, rest[surplus:]
+    if rest or dropped:
+        yield offset, None if dropped else rest
+
+
+def next_record(stream: IO[bytes], separator: bytes, position: int) -> int:
+    """The first byte from `position` on where a record begins for sure, or the file's end.
+
+    Whoever reads from the start of the file finds this separator, too: none overlaps it from the
+    left, as the second of three line breaks overlaps where two of them separate.
+    """
+    if position == 0:
+        return 0
+    size = len(separator)
+    base = max(0, position - 2 * size + 1)  # where the buffer begins
+    stream.seek(base)
+    buffer, place = b"", max(0, position - size) - base
+    while chunk := stream.read(CHUNK_BYTES):
+        buffer += chunk
+        while (found := buffer.find(separator, place)) >= 0:
+            if buffer.find(separator, max(0, found - size + 1), found + size - 1) < 0:
+                return base + found + size
+            place = found + 1
+        surplus = max(0, len(buffer) - 2 * size + 2)
+        place = max(place, len(buffer) - size + 1) - surplus
+        base, buffer = base + surplus, buffer[surplus:]
+    return stream.tell()
+
+
+def opened(file: Path) -> BufferedReader:
+    """A file of text as a stream, decompressed if its suffix says so.
+
+    Raises InputError for what is no text but packs some.
+    """
+    raw: Any = _Decompressed(file) if file.suffix in COMPRESSIONS else open(file, "rb", 0)  # noqa: SIM115
+    stream = BufferedReader(raw)
+    head = stream.peek(512)
+    for offset, signature, what in PACKED:
+        if head.startswith(signature, offset):
+            stream.close()
+            raise InputError(f"{file}: {what} or leave it out by data.glob")
+    return stream
+
+
+class _Decompressed(RawIOBase):
+    """The content of a .gz or .zst file, its checksums verified; can be read once."""
+
+    def __init__(self, file: Path):
+        import pyarrow  # takes 0.1 s: only where it is needed
+
+        self.file = file
+        self.stream = pyarrow.input_stream(str(file), compression=COMPRESSIONS[file.suffix])
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self.stream.read(len(buffer))
+        except OSError as error:
+            raise InputError(f"{self.file}: damaged or cut off ({error})") from None
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+# --- tables -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _table(file: Path) -> Iterator[Any]:
+    """A parquet file, opened; a compressed one is unpacked into a temporary file first."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    with ExitStack() as stack:
+        source: Any = str(file)
+        if file.suffix in COMPRESSIONS:
+            source = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(stack.enter_context(opened(file)), source, CHUNK_BYTES)
+        try:
+            # buffered: a row group is not read as a whole
+            yield stack.enter_context(ParquetFile(source, buffer_size=1 << 20, pre_buffer=False))
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).split("\n")[0]
+            raise InputError(f"{file}: damaged or no parquet table ({reason})") from None
+
+
+def _column(file: Path, table: Any, name: str) -> int:
+    """The number of a column of text among the columns that are stored."""
+    from pyarrow import types
+
+    schema = table.schema_arrow
+    if name not in schema.names:
+        raise InputError(
+            f"{file}: no column '{name}' (has: {', '.join(schema.names)[:200]}); "
+            "name one in data.text_field"
+        )
+    kind = schema.field(name).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    if not any(test(kind) for test in (*is_text, types.is_string_view, types.is_binary_view)):
+        raise InputError(
+            f"{file}: column '{name}' is {kind}, not text; name one in data.text_field"
+        )
+    stored = [table.schema.column(i).path for i in range(len(table.schema))]
+    return stored.index(name)
+
+
+def _column_bytes(column: Any) -> Iterator[bytes | None]:
+    """The values of an Arrow array of text, None for a null, without a str in between."""
+    import pyarrow
+
+    array = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+    array = array.cast(pyarrow.large_binary())
+    _, offsets, data = array.buffers()
+    ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    view = memoryview(data) if data is not None else memoryview(b"")
+    for start, end, valid in zip(ends[:-1], ends[1:], array.is_valid(), strict=True):
+        yield bytes(view[start:end]) if valid else None
