@@ -71,7 +71,7 @@ class Stages:
             for name in OUTPUTS
             for file in (self.folder / name).rglob("*")
             if file.is_file() and file.stat().st_size < 1 << 20
-            if not (stage == file.parent.name == "tokens")
+            if not (stage == "tokens" and file.is_relative_to(self.folder / "data" / "tokens"))
         }
 
 
