@@ -1,65 +1,38 @@
-"""Token ids on disk, and batches dealt from them.
+"""Token shards, opened and verified, and batches dealt from them.
 
-    documents --write_tokens--> train.bin valid.bin tokens.json --open_tokens--> Split.batch(step)
+    data/tokens --open_tokens--> TokenStream of each split --Split.batch(step)--> x, y
 
-A .bin file holds little-endian ids, uint16 where the vocabulary allows, else uint32; every
-document is followed by the end token. tokens.json says what the files hold. It is written last:
-a folder without it is not finished.
+What the files hold is told in lm/shards.py, which windows make a batch in lm/sampling.py.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lm import rng
 from lm.errors import InputError
-from lm.files import read_json, sha256_file, write_json, writing
+from lm.shards import (
+    MANIFEST,
+    REMEDY,
+    SPLITS,
+    ShardWriter,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+)
 from lm.tokenizer import Tokenizer
 
-FORMAT = 1
-BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once: enough for all cores
-_MANIFEST_KEYS = {"format", "dtype", "vocab_size", "tokenizer_sha256", "train", "valid"}
-_REMEDY = "run `dvc repro tokens`"
 Sampling = Literal["random", "epochs"]
-
-
-class _Writer:
-    """Appends the ids of one split to its file and counts what passes."""
-
-    def __init__(self, file: BinaryIO, dtype: np.dtype[Any], tokenizer: Tokenizer):
-        self.file, self.dtype, self.tokenizer = file, dtype, tokenizer
-        self.sha256 = hashlib.sha256()
-        self.n_tokens = self.n_bytes = self.n_documents = 0
-
-    def append(self, documents: list[tuple[str, str]]) -> None:
-        encoded = self.tokenizer.encode_batch([text for _, text in documents])
-        for (name, text), ids in zip(documents, encoded, strict=True):
-            size, kept = len(text.encode()), self.tokenizer.byte_lengths[ids].sum()
-            if size != kept:
-                raise InputError(
-                    f"{name}: {size} bytes of text became tokens of {kept} bytes; "
-                    "this tokenizer alters text, choose another tokenizer.kind or source"
-                )
-            data = np.array([*ids, self.tokenizer.end_id], dtype=self.dtype).tobytes()
-            self.file.write(data)
-            self.sha256.update(data)
-            self.n_tokens += len(ids) + 1
-            self.n_bytes += size
-            self.n_documents += 1
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "tokens": self.n_tokens,
-            "bytes": self.n_bytes,
-            "documents": self.n_documents,
-            "sha256": self.sha256.hexdigest(),
-        }
+BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once: enough for all cores
+OPEN_FILES = 64  # of a split at a time: thousands of shards must not use up the descriptors
+Signature = tuple[int, int, int]
 
 
 def write_tokens(
@@ -68,32 +41,49 @@ def write_tokens(
     tokenizer: Tokenizer,
     tokenizer_sha256: str,
 ) -> dict[str, Any]:
-    """Encode (split, (name, text)) into `folder`; returns what tokens.json then says.
+    """Encode (split, (name, text)) into one shard of `folder`; returns what tokens.json then says.
 
     Raises InputError if the tokenizer does not keep the text's bytes.
     """
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokens.json").unlink(missing_ok=True)
-    paths = folder / "train.bin", folder / "valid.bin"
-    with writing(paths[0]), open(paths[0], "wb") as train, open(paths[1], "wb") as valid:
+    (folder / MANIFEST).unlink(missing_ok=True)
+    dtype = token_dtype(tokenizer.vocab_size)
+    with ExitStack() as stack:
         writers = {
-            "train": _Writer(train, dtype, tokenizer),
-            "valid": _Writer(valid, dtype, tokenizer),
+            split: stack.enter_context(ShardWriter(folder / split / "text-00000.bin", dtype))
+            for split in SPLITS
         }
         for batch in _batches(documents):
             for split, writer in writers.items():
-                writer.append([document for name, document in batch if name == split])
-    manifest = {
-        "format": FORMAT,
-        "dtype": dtype.name,
-        "vocab_size": tokenizer.vocab_size,
-        "end_id": tokenizer.end_id,
-        "tokenizer_sha256": tokenizer_sha256,
-        **{split: writer.summary() for split, writer in writers.items()},
-    }
-    write_json(folder / "tokens.json", manifest)
-    return manifest
+                texts = [document for name, document in batch if name == split]
+                ids, size = _encode(texts, tokenizer)
+                writer.append(ids, size, len(texts))
+    return write_manifest(
+        folder,
+        vocab_size=tokenizer.vocab_size,
+        end_id=tokenizer.end_id,
+        tokenizer_sha256=tokenizer_sha256,
+        sources=[{"name": "text", "weight": None}],
+        shards=[{"source": "text", **{split: writer.entry() for split, writer in writers.items()}}],
+    )
+
+
+def _encode(
+    documents: list[tuple[str, str]], tokenizer: Tokenizer
+) -> tuple[NDArray[np.int64], int]:
+    """The ids of documents, each with its end token, and the bytes of their text."""
+    ids: list[int] = []
+    total = 0
+    encoded = tokenizer.encode_batch([text for _, text in documents])
+    for (name, text), new in zip(documents, encoded, strict=True):
+        size, kept = len(text.encode()), tokenizer.byte_lengths[new].sum()
+        if size != kept:
+            raise InputError(
+                f"{name}: {size} bytes of text became tokens of {kept} bytes; "
+                "this tokenizer alters text, choose another tokenizer.kind or source"
+            )
+        ids += [*new, tokenizer.end_id]
+        total += size
+    return np.array(ids, dtype=np.int64), total
 
 
 def _batches(
@@ -109,35 +99,93 @@ def _batches(
     yield batch
 
 
-class TokenFile:
-    """A .bin file as a 1-D array of ids that stay on disk: len() and slices.
+class TokenStream:
+    """Shards as one 1-D array of ids that stay on disk: len(), slices, rows of equal length.
 
-    A slice is read, not mapped: from a mapped file that somebody truncates, the next access ends
+    They are read, not mapped: from a mapped file that somebody truncates, the next access ends
     the process with SIGBUS and no word. Copying a window costs no more than mapping it.
     """
 
-    def __init__(self, file: Path, dtype: np.dtype[Any]):
-        self.file, self.dtype = file, dtype
-        self._descriptor = os.open(file, os.O_RDONLY)
-        self._length = os.fstat(self._descriptor).st_size // dtype.itemsize
+    def __init__(
+        self,
+        files: Sequence[Path],
+        lengths: Sequence[int],
+        signatures: Sequence[Signature],
+        dtype: np.dtype[Any],
+    ):
+        """Files of so many ids each, with what they looked like when they were verified."""
+        self._descriptors: dict[int, int] = {}  # by number of the file, the last used at the end
+        self.files, self.dtype = list(files), dtype
+        self._signatures = list(signatures)
+        self._bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def __len__(self) -> int:
-        return self._length
+        return int(self._bounds[-1])
 
     def __getitem__(self, place: slice) -> NDArray[Any]:
-        """The ids of a slice without a step. Raises InputError if the file has become shorter."""
-        start, stop, _ = place.indices(self._length)
+        """The ids of a slice without a step. Raises InputError if a file has changed."""
+        start, stop, _ = place.indices(len(self))
         ids = np.empty(max(0, stop - start), dtype=self.dtype)
-        view, offset = ids.data.cast("B"), start * self.dtype.itemsize
-        while view:  # one call reads at most 2 GiB
-            size = os.preadv(self._descriptor, [view], offset)
-            if size == 0:
-                raise InputError(f"{self.file}: became shorter while it was read; {_REMEDY}")
-            view, offset = view[size:], offset + size
+        self._fill(ids.view(np.uint8).data, start)
         return ids
 
+    def rows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        """The `length` ids from each start on, (len(starts), length); raises as a slice does."""
+        ids = np.empty((len(starts), length), dtype=self.dtype)
+        view, width = ids.reshape(-1).view(np.uint8).data, length * self.dtype.itemsize
+        files = np.searchsorted(self._bounds, starts, side="right") - 1
+        within = starts + length <= self._bounds[files + 1]
+        offsets = (starts - self._bounds[files]) * self.dtype.itemsize
+        places = zip(files.tolist(), offsets.tolist(), within.tolist(), strict=True)
+        for row, (file, offset, whole) in enumerate(places):
+            part = view[row * width : (row + 1) * width]
+            if not whole or os.preadv(self._descriptor(file), [part], offset) < width:
+                self._fill(part, int(starts[row]))
+        return ids
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        """Read the ids from `start` on, from one file or several, into the bytes of `view`."""
+        file = int(np.searchsorted(self._bounds, start, side="right")) - 1
+        offset = (start - int(self._bounds[file])) * self.dtype.itemsize
+        while view:
+            rest = int(self._bounds[file + 1] - self._bounds[file]) * self.dtype.itemsize - offset
+            if rest == 0:
+                file, offset = file + 1, 0
+                continue
+            size = os.preadv(self._descriptor(file), [view[:rest]], offset)  # 2 GiB at most
+            if size == 0:
+                raise InputError(f"{self.files[file]}: became shorter while it was read; {REMEDY}")
+            view, offset = view[size:], offset + size
+
+    def _descriptor(self, number: int) -> int:
+        """An open file; beyond OPEN_FILES the one that was not used for longest is closed."""
+        descriptor = self._descriptors.pop(number, None)
+        if descriptor is None:
+            if len(self._descriptors) == OPEN_FILES:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            descriptor = self._open(number)
+        self._descriptors[number] = descriptor
+        return descriptor
+
+    def _open(self, number: int) -> int:
+        file = self.files[number]
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:
+            raise InputError(f"{file}: no such file; {REMEDY}") from None
+        if _signature(descriptor) != self._signatures[number]:
+            os.close(descriptor)
+            raise InputError(f"{file}: has changed since it was verified; {REMEDY}")
+        return descriptor
+
     def __del__(self) -> None:
-        os.close(self._descriptor)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+def _signature(descriptor: int) -> Signature:
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -145,7 +193,7 @@ class Split:
     """The tokens of one split, on disk, and the batches dealt from them."""
 
     name: str
-    tokens: NDArray[Any] | TokenFile  # (n_tokens,), uint16 or uint32
+    tokens: NDArray[Any] | TokenStream  # (n_tokens,), uint16 or uint32
     n_bytes: int
 
     def require(self, context_length: int) -> None:
@@ -185,12 +233,14 @@ class Split:
 
 
 def windows(
-    tokens: NDArray[Any] | TokenFile, starts: NDArray[np.int64], context_length: int
+    tokens: NDArray[Any] | TokenStream, starts: NDArray[np.int64], context_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The windows at `starts` (B,) as x (B, T), and as y (B, T) the same one token later."""
-    rows = np.empty((len(starts), context_length + 1), dtype=np.int64)
-    for row, start in zip(rows, starts, strict=True):
-        row[:] = tokens[start : start + context_length + 1]
+    if isinstance(tokens, TokenStream):
+        rows = tokens.rows(starts, context_length + 1)
+    else:
+        rows = tokens[starts[:, None] + np.arange(context_length + 1)]
+    rows = rows.astype(np.int64)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -204,21 +254,14 @@ class Tokens:
 
 
 def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
-    """The token files, checked against tokens.json.
+    """The token shards, checked against tokens.json.
 
     Raises InputError if a file is missing, truncated, extended or edited, and if the tokens were
     made with another tokenizer than the one whose hash is given.
     """
-    manifest = read_json(folder / "tokens.json")
-    if not _is_manifest(manifest):
-        raise InputError(f"{folder / 'tokens.json'}: not a token manifest; run `dvc repro tokens`")
-    if manifest["format"] > FORMAT:
-        raise InputError(
-            f"{folder / 'tokens.json'}: written by a newer version (format {manifest['format']}, "
-            f"this one reads <= {FORMAT})"
-        )
+    manifest = read_manifest(folder)
     if tokenizer_sha256 not in (None, manifest["tokenizer_sha256"]):
-        raise InputError(f"{folder}: made with another tokenizer; run `dvc repro tokens`")
+        raise InputError(f"{folder}: made with another tokenizer; {REMEDY}")
     return Tokens(
         _open_split(folder, "train", manifest),
         _open_split(folder, "valid", manifest),
@@ -226,28 +269,24 @@ def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
     )
 
 
-def _is_manifest(value: Any) -> bool:
-    if not (isinstance(value, dict) and value.keys() >= _MANIFEST_KEYS):
-        return False
-    splits = (value["train"], value["valid"])
-    return value["dtype"] in ("uint16", "uint32") and all(
-        isinstance(split, dict)
-        and isinstance(split.get("sha256"), str)
-        and all(isinstance(split.get(key), int) for key in ("tokens", "bytes"))
-        for split in splits
-    )
-
-
 def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
-    file, entry = folder / f"{name}.bin", manifest[name]
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+    entries = [shard[name] for shard in manifest["shards"]]
+    files = [folder / entry["file"] for entry in entries]
+    signatures = [_verified(file, entry, dtype) for file, entry in zip(files, entries, strict=True)]
+    tokens = TokenStream(files, [entry["tokens"] for entry in entries], signatures, dtype)
+    return Split(name, tokens, manifest[name]["bytes"])
+
+
+def _verified(file: Path, entry: dict[str, Any], dtype: np.dtype[Any]) -> Signature:
+    """Raises InputError unless a file is the one that its entry describes."""
     expected = entry["tokens"] * dtype.itemsize
     if not file.is_file():
-        raise InputError(f"{file}: no such file; {_REMEDY}")
-    if file.stat().st_size != expected:
-        raise InputError(
-            f"{file}: {file.stat().st_size} bytes, tokens.json says {expected}; {_REMEDY}"
-        )
-    if sha256_file(file) != entry["sha256"]:
-        raise InputError(f"{file}: content differs from the hash in tokens.json; {_REMEDY}")
-    return Split(name, TokenFile(file, dtype), entry["bytes"])
+        raise InputError(f"{file}: no such file; {REMEDY}")
+    with open(file, "rb") as stream:
+        found = os.fstat(stream.fileno()).st_size
+        if found != expected:
+            raise InputError(f"{file}: {found} bytes, tokens.json says {expected}; {REMEDY}")
+        if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
+            raise InputError(f"{file}: content differs from the hash in tokens.json; {REMEDY}")
+        return _signature(stream.fileno())

@@ -24,7 +24,7 @@ from lm.errors import Diverged, EnvironmentFault, InputError, is_out_of_memory
 from lm.model import ModelConfig, TransformerLM, cross_entropy
 from lm.optim import OPTIMIZERS, AdamW, OptimizerConfig, gradient_clipping
 from lm.schedule import ScheduleConfig, learning_rate_fraction
-from lm.tokens import Sampling, Split, TokenFile
+from lm.tokens import Sampling, Split, TokenStream
 
 Record = dict[str, Any]
 THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
@@ -86,7 +86,7 @@ def new_state(model_config: ModelConfig, config: TrainConfig, device: torch.devi
 
 
 def get_batch(
-    dataset: NDArray[Any] | TokenFile,
+    dataset: NDArray[Any] | TokenStream,
     batch_size: int,
     context_length: int,
     device: str | torch.device,

@@ -1,4 +1,4 @@
-"""Stage tokens: the corpus as token ids, data/tokens/{train,valid}.bin with tokens.json."""
+"""Stage tokens: the corpus as token ids, shards in data/tokens with tokens.json."""
 
 from collections import Counter
 from functools import partial

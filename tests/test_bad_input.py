@@ -71,7 +71,7 @@ class Stages:
             for name in OUTPUTS
             for file in (self.folder / name).rglob("*")
             if file.is_file() and file.stat().st_size < 1 << 20
-            if not (stage == file.parent.name == "tokens")
+            if not (stage == "tokens" and file.is_relative_to(self.folder / "data" / "tokens"))
         }
 
 
@@ -428,8 +428,8 @@ ROWS = [
         "data/tokens/tokens.json: not valid JSON (…); run `dvc repro` again"),
     Row("tokens", "train", [file("data/tokens/tokens.json", b"[]")], 2, "data/tokens/tokens.json: not a token manifest; run `dvc repro tokens`"),
     Row("tokens", "train", [special("data/tokens/tokens.json", lambda path: None)], 2, "data/tokens/tokens.json: no such file; run `dvc repro` to make it"),
-    Row("tokens", "train", [special("data/tokens/valid.bin", lambda path: None)], 2, f"data/tokens/valid.bin: no such file; {AGAIN}"),
-    Row("tokens", "train", [file("data/tokens/valid.bin", b"\0\0\0")], 2, f"data/tokens/valid.bin: 3 bytes, tokens.json says …; {AGAIN}"),
+    Row("tokens", "train", [special("data/tokens/valid/text-00000.bin", lambda path: None)], 2, f"data/tokens/valid/text-00000.bin: no such file; {AGAIN}"),
+    Row("tokens", "train", [file("data/tokens/valid/text-00000.bin", b"\0\0\0")], 2, f"data/tokens/valid/text-00000.bin: 3 bytes, tokens.json says …; {AGAIN}"),
     Row("tokens", "train", [file("data/tokenizer/tokenizer.json", TOKENIZER.encode())], 2, f"data/tokens: made with another tokenizer; {AGAIN}"),
     Row("model", "evaluate", [file("models/model/config.json", b"[]")], 2, "models/model/config.json: section model holds no keys"),
     Row("model", "evaluate", [file("models/model/config.json", b"{}")], 2, "models/model/config.json: missing key model.vocab_size"),

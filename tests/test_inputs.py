@@ -159,11 +159,11 @@ def flip(file):
 def test_tokens_damaged_during_training_stop_it(unpublished, damage):
     """Nothing is published or saved after the damage; with the file restored it goes on."""
     project, straight = unpublished
-    file = project.folder / "data" / "tokens" / "train.bin"
+    file = project.folder / "data" / "tokens" / "train" / "text-00000.bin"
     data = file.read_bytes()
     process = project.train_until("step  40/")
     damage(file)
-    ends_with(process, "data/tokens/train.bin")
+    ends_with(process, "data/tokens/train/text-00000.bin")
     assert not (project.folder / "models" / "model").exists()
     file.unlink()
     file.write_bytes(data)

@@ -98,7 +98,7 @@ def test_provenance_says_what_made_the_model_and_no_clock_path_or_commit(project
     assert provenance["train"]["lr"] == 0.01
     assert provenance["model"]["d_model"] == 32
     for name in (
-        "data/tokens/train.bin",
+        "data/tokens/train/text-00000.bin",
         "data/tokens/tokens.json",
         "data/tokenizer/tokenizer.json",
     ):
@@ -143,13 +143,13 @@ def test_each_change_reruns_what_depends_on_it_and_nothing_else(project):
 
 def test_a_failing_stage_says_why_in_one_line_and_leaves_the_others(project):
     dvc(project, "repro")
-    before = project.read("data/tokens/train.bin")
+    before = project.read("data/tokens/train/text-00000.bin")
     project.set("model.num_heads", 3)
     result = project.run("dvc", "repro")
     assert result.returncode != 0
     assert "error: params.yaml: model.d_model = 32 is not divisible by" in result.stderr
     assert "Traceback" not in result.stderr
-    assert project.read("data/tokens/train.bin") == before
+    assert project.read("data/tokens/train/text-00000.bin") == before
     project.set("model.num_heads", 2)
     assert ran(dvc(project, "repro")) == []
 

@@ -455,7 +455,7 @@ def test_evaluation_reports_the_validation_split_beside_its_baselines(prepared):
     metrics = json.loads(prepared.read("metrics/eval.json"))
     manifest = json.loads(prepared.read("data/tokens/tokens.json"))
     train, valid = (
-        np.fromfile(prepared.folder / "data" / "tokens" / f"{split}.bin", "<u2").tolist()
+        np.fromfile(prepared.folder / "data/tokens" / split / "text-00000.bin", "<u2").tolist()
         for split in ("train", "valid")
     )
     assert metrics["tokens"] == manifest["valid"]["tokens"] - 1 == len(valid) - 1
@@ -514,7 +514,7 @@ def test_one_file_is_split_at_its_tail(project):
 
 
 def test_damaged_tokens_are_refused_by_name(prepared):
-    file = prepared.folder / "data" / "tokens" / "train.bin"
+    file = prepared.folder / "data" / "tokens" / "train" / "text-00000.bin"
     data = file.read_bytes()
     for damaged, message in (
         (data[:-1], "tokens.json says"),
@@ -524,7 +524,7 @@ def test_damaged_tokens_are_refused_by_name(prepared):
         file.write_bytes(damaged)
         result = prepared.stage("train")
         assert result.returncode == 2
-        assert "data/tokens/train.bin: " in one_line(result)
+        assert "data/tokens/train/text-00000.bin: " in one_line(result)
         assert message in one_line(result)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.errors import InputError
+from lm.shards import ShardWriter, write_manifest
 from lm.text import Document
 from lm.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-from lm.tokens import Split, open_tokens, windows, write_tokens
+from lm.tokens import OPEN_FILES, Split, open_tokens, windows, write_tokens
 
 DOCUMENTS = [
     ("train", Document("a", "first text")),
@@ -62,7 +64,7 @@ def test_batches_of_documents_change_no_byte(folder, tmp_path, monkeypatch):
         monkeypatch.setattr("lm.tokens.BATCH_BYTES", size)
         again = tmp_path / str(size)
         write_tokens(again, DOCUMENTS, byte_tokenizer(), "tokenizer-hash")
-        for name in ("train.bin", "valid.bin", "tokens.json"):
+        for name in ("train/text-00000.bin", "valid/text-00000.bin", "tokens.json"):
             assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -98,35 +100,165 @@ def damage(file, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated", "train.bin: 49 bytes, tokens.json says 52"),
-        ("extended", "train.bin: 54 bytes, tokens.json says 52"),
-        ("flipped", "train.bin: content differs from the hash"),
+        ("truncated", "train/text-00000.bin: 49 bytes, tokens.json says 52"),
+        ("extended", "train/text-00000.bin: 54 bytes, tokens.json says 52"),
+        ("flipped", "train/text-00000.bin: content differs from the hash"),
     ],
 )
 def test_a_damaged_file_is_found_when_opened(folder, how, message):
-    damage(folder / "train.bin", how)
+    damage(folder / "train" / "text-00000.bin", how)
     with pytest.raises(InputError, match=message):
         open_tokens(folder)
 
 
-def test_foreign_and_future_folders_are_refused(folder):
+def test_foreign_past_and_future_folders_are_refused(folder):
     with pytest.raises(InputError, match="made with another tokenizer"):
         open_tokens(folder, "another-hash")
     manifest = json.loads((folder / "tokens.json").read_text())
     (folder / "tokens.json").write_text(json.dumps(manifest | {"format": 9}))
-    with pytest.raises(InputError, match=r"newer version \(format 9, this one reads <= 1\)"):
+    with pytest.raises(InputError, match=r"a newer version \(format 9, this one reads 2\)$"):
         open_tokens(folder)
-    for content in ("{}", "[]", "3"):
-        (folder / "tokens.json").write_text(content)
-        with pytest.raises(InputError, match="not a token manifest"):
-            open_tokens(folder)
-    (folder / "tokens.json").write_text('{"format": 1,')
+    first = {"format": 1, "dtype": "uint16", "vocab_size": 256, "end_id": 255}
+    (folder / "tokens.json").write_text(json.dumps(first))
+    with pytest.raises(InputError, match=r"older version \(format 1, .*; run `dvc repro tokens`"):
+        open_tokens(folder)
+    (folder / "tokens.json").write_text('{"format": 2,')
     with pytest.raises(InputError, match="not valid JSON"):
         open_tokens(folder)
     (folder / "tokens.json").write_text(json.dumps(manifest))
-    (folder / "valid.bin").unlink()
-    with pytest.raises(InputError, match=r"valid.bin: no such file"):
+    (folder / "valid" / "text-00000.bin").unlink()
+    with pytest.raises(InputError, match=r"valid/text-00000.bin: no such file"):
         open_tokens(folder)
+
+
+def changed(manifest, place, value):
+    """A manifest with another value, or none, at a place such as "shards.0.train.file"."""
+    manifest = json.loads(json.dumps(manifest))
+    inner, (*outer, last) = manifest, [int(k) if k.isdigit() else k for k in place.split(".")]
+    for key in outer:
+        inner = inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return manifest
+
+
+NOT_ONE = r"tokens.json: not a token manifest; run `dvc repro tokens`"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("shards", None, NOT_ONE),
+        ("format", True, NOT_ONE),
+        ("dtype", "float64", NOT_ONE),
+        ("dtype", "uint32", NOT_ONE),  # 256 ids need two bytes
+        ("end_id", 256, NOT_ONE),
+        ("train.tokens", None, NOT_ONE),
+        ("train.tokens", 26.0, NOT_ONE),
+        ("sources.0.weight", None, NOT_ONE),
+        ("sources.0.weight", "much", NOT_ONE),
+        ("sources.0.weight", -1, "source text has the weight -1, must be > 0"),
+        ("shards.0.valid", [], NOT_ONE),
+        ("shards.0.train.tokens", -26, NOT_ONE),
+        ("shards.0.train.sha256", 5, NOT_ONE),
+        ("shards.0.source", "another", "shards do not stand in the order of its sources"),
+        ("shards.0.train.tokens", 25, "26 tokens in train, its shards have 25"),
+        ("valid.bytes", 9, "9 bytes in valid, its shards have 8"),
+        ("shards.0.train.file", "../../secret.bin", "'../../secret.bin' is no file of its folder"),
+        ("shards.0.train.file", "/etc/secret.bin", "'/etc/secret.bin' is no file of its folder"),
+        ("shards.0.train.file", "train/../x.bin", "'train/../x.bin' is no file of its folder"),
+        ("shards.0.train.file", "valid/text-00000.bin", "names a file twice"),
+        ("shards.0.train.file", "train/other.bin", "train/other.bin: no such file"),
+    ],
+)
+def test_a_manifest_that_is_none_or_contradicts_itself_is_refused(folder, place, value, message):
+    manifest = json.loads((folder / "tokens.json").read_text())
+    (folder / "tokens.json").write_text(json.dumps(changed(manifest, place, value)))
+    with pytest.raises(InputError, match=message) as caught:
+        open_tokens(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '"text"', "null"])
+def test_json_that_is_no_manifest_is_refused(folder, content):
+    (folder / "tokens.json").write_text(content)
+    with pytest.raises(InputError, match=NOT_ONE):
+        open_tokens(folder)
+
+
+def write_shards(folder, cuts, weights=(None,), dtype="<u2"):
+    """The ids 0 .. 999 as training split, cut into shards, one after the other for each source."""
+    ids, shards = np.arange(1000), []
+    sources = [{"name": f"source{i}", "weight": weight} for i, weight in enumerate(weights)]
+    for number, (start, stop) in enumerate(zip([0, *cuts], [*cuts, 1000], strict=True)):
+        source = f"source{number * len(weights) // (len(cuts) + 1)}"
+        shard = {"source": source}
+        for split, part in (("train", ids[start:stop]), ("valid", ids[:0])):
+            path = folder / split / f"{source}-{number:05}.bin"
+            with ShardWriter(path, np.dtype(dtype)) as writer:
+                for piece in np.array_split(part, 3):
+                    writer.append(piece, len(piece), 1)
+            shard[split] = writer.entry()
+        shards.append(shard)
+    return write_manifest(
+        folder,
+        vocab_size=1000 if dtype == "<u2" else 100_000,
+        end_id=0,
+        tokenizer_sha256="",
+        sources=sources,
+        shards=shards,
+    )
+
+
+@pytest.mark.parametrize("cuts", [[], [500], [1, 1, 2, 3, 40], list(range(0, 1000, 7))], ids=len)
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_where_shards_are_cut_changes_no_slice_and_no_window(tmp_path, cuts, dtype):
+    write_shards(tmp_path, cuts, dtype=dtype)
+    split = open_tokens(tmp_path).train
+    assert split.tokens.dtype == np.dtype(dtype)
+    assert split.n_bytes == len(split.tokens) == 1000
+    for place in (slice(None), slice(3, 9), slice(990, 2000), slice(9, 3), slice(-4, None)):
+        np.testing.assert_array_equal(split.tokens[place], np.arange(1000)[place])
+    starts = np.arange(0, 1000 - 20, 3)
+    for mine, expected in zip(
+        windows(split.tokens, starts, 20), windows(np.arange(1000), starts, 20), strict=True
+    ):
+        np.testing.assert_array_equal(mine, expected)
+    assert windows(split.tokens, starts[:0], 20)[0].shape == (0, 20)
+
+
+def test_many_shards_do_not_use_up_the_descriptors(tmp_path):
+    def count_open():
+        return len(list(Path("/dev/fd").iterdir()))
+
+    write_shards(tmp_path, list(range(1, 1000, 2)))
+    before = count_open()
+    split = open_tokens(tmp_path).train
+    np.testing.assert_array_equal(split.tokens[:], np.arange(1000))
+    split.batch(0, 100, 30, 0, "random")
+    assert count_open() == before + OPEN_FILES
+    del split
+    assert count_open() == before
+
+
+def test_a_shard_that_is_replaced_after_it_was_verified_is_not_read(tmp_path):
+    write_shards(tmp_path, [500])
+    split = open_tokens(tmp_path).train
+    for number, what in enumerate(("changed since it was verified", "no such file")):
+        shard = tmp_path / "train" / f"source0-0000{number}.bin"
+        shard.rename(tmp_path / "old")
+        if number == 0:
+            shard.write_bytes(np.arange(500, dtype="<u2")[::-1].tobytes())
+        with pytest.raises(InputError, match=rf"{shard.name}: .*{what}"):
+            split.tokens[500 * number : 500 * number + 5]
+
+
+def test_a_manifest_with_weights_for_some_sources_is_refused(tmp_path):
+    with pytest.raises(InputError, match="source source1 has no weight, others have; give each"):
+        write_shards(tmp_path, [300], weights=(0.5, None))
+    assert not (tmp_path / "tokens.json").exists()
 
 
 SPLIT = Split("train", np.arange(1000, dtype=np.uint16), 0)
@@ -184,18 +316,10 @@ def test_windows_are_the_tokens_at_their_starts():
     assert y.tolist() == [[11, 12, 13], [1, 2, 3]]
 
 
-def test_a_file_on_disk_slices_like_an_array(folder):
-    on_disk = open_tokens(folder).train.tokens
-    array = np.memmap(folder / "train.bin", dtype="<u2", mode="r")
-    assert len(on_disk) == len(array)
-    for place in (slice(None), slice(3, 9), slice(20, 99), slice(9, 3), slice(-4, None)):
-        assert np.array_equal(on_disk[place], array[place])
-
-
 def test_a_file_that_becomes_shorter_is_an_error_and_no_bus_error(folder):
     split = open_tokens(folder).train
     split.batch(0, 2, 4, seed=0, sampling="random")
-    os.truncate(folder / "train.bin", 10)
+    os.truncate(folder / "train" / "text-00000.bin", 10)
     assert len(split.tokens[0:5]) == 5
-    with pytest.raises(InputError, match=r"train.bin: became shorter while it was read; run `dvc"):
+    with pytest.raises(InputError, match=r"-00000.bin: became shorter while it was read; run"):
         split.tokens[3:8]

@@ -70,7 +70,7 @@ def test_a_flipped_bit_in_the_workspace_is_found(project):
     names = (
         "models/model/model.safetensors",
         "models/checkpoints/best.safetensors",
-        "data/tokens/train.bin",
+        "data/tokens/train/text-00000.bin",
         "data/tokenizer/tokenizer.json",
         "metrics/curves.csv",
     )
