@@ -64,6 +64,7 @@ class RuntimeConfig:
     log_interval: Count  # steps between two lines on the console
     checkpoint_interval: Count  # steps between two checkpoints
     keep_checkpoints: Annotated[int, Bound(lambda x: x >= 2, "must be >= 2")]
+    num_workers: Annotated[int, Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")] | None
 
 
 MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds

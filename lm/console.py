@@ -1,10 +1,12 @@
-"""What a training run says: plain lines in a log, a progress bar as well on a terminal."""
+"""What a long run says: plain lines in a log, a progress bar on a terminal."""
 
 import sys
 import time
 from typing import Any
 
 from tqdm import tqdm
+
+tqdm.monitor_interval = 0  # its thread would stand in the way of processes that fork
 
 
 def say(text: str) -> None:
@@ -47,6 +49,40 @@ class Progress:
     def close(self) -> None:
         """Take the bar away."""
         self.bar.close()
+
+
+class ByteProgress:
+    """How much of some bytes is done, how fast, and how long it will take: a line each interval."""
+
+    def __init__(self, what: str, total_bytes: int, interval_s: float = 10.0):
+        self.what, self.total, self.interval_s = what, total_bytes, interval_s
+        self.done, self.start = 0, time.perf_counter()
+        self.told = self.start
+        self.bar = tqdm(
+            desc=what, total=total_bytes, unit="B", unit_scale=True, leave=False,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+
+    def show(self, n_bytes: int) -> None:
+        """So many more are done."""
+        self.bar.update(n_bytes)
+        self.done += n_bytes
+        now = time.perf_counter()
+        if self.bar.disable and now - self.told >= self.interval_s:
+            self.told = now
+            speed = self.done / (now - self.start)
+            say(
+                f"{self.what} {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
+                f"  {speed / 1e6:,.1f} MB/s  ETA {duration((self.total - self.done) / speed)}"
+            )
+
+    def close(self) -> None:
+        """Take the bar away; say how fast it was if it took long enough to be asked."""
+        self.bar.close()
+        elapsed = time.perf_counter() - self.start
+        if elapsed >= 1:
+            speed = self.done / elapsed / 1e6
+            say(f"{self.what}: {self.done / 1e6:,.1f} MB in {duration(elapsed)}, {speed:,.1f} MB/s")
 
 
 def duration(seconds: float) -> str:

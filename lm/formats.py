@@ -86,14 +86,23 @@ class Text:
             if separator is None:
                 yield checked(0, stream.read(MAX_DOCUMENT_BYTES + 1), layout, base=0)
                 return
-            end = None if stop is None else next_record(stream, separator, stop)
-            if start or end:
-                start = next_record(stream, separator, start)
-                stream.seek(start)
+            start, end = _go_to(stream, separator, start, stop)
             for offset, data in records(stream, separator, start, end):
                 record = _too_long(offset) if data is None else self.record(offset, data, layout)
                 if record is not None:
                     yield record
+
+    def content(
+        self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
+    ) -> Iterator[bytes]:
+        """The bytes of the file that decide the records of a stretch."""
+        separator = self.separator(layout)
+        with open(file, "rb") as stream:
+            if separator is None:
+                yield from _chunks(stream)
+                return
+            start, end = _go_to(stream, separator, start, stop)
+            yield from _chunks(stream, None if end is None else end - start)
 
     def record(self, offset: int, data: bytes, layout: Layout) -> Found | Bad | None:
         """What lies between two separators as a record; None if there is none."""
@@ -165,6 +174,22 @@ class Parquet:
                     else:
                         yield checked(row, data, layout)
                     row += 1
+
+    def content(
+        self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
+    ) -> Iterator[bytes]:
+        """How the column is stored in these row groups, and its pages."""
+        if file.suffix in COMPRESSIONS:
+            yield from PLAIN.content(file, Layout("", None, layout.replace))
+            return
+        with _table(file) as table, open(file, "rb") as stream:
+            number = _column(file, table, layout.text_field)
+            for i in range(table.num_row_groups)[start:stop]:
+                column = table.metadata.row_group(i).column(number)
+                yield f"{column.physical_type} {column.compression} {column.num_values}".encode()
+                first = column.dictionary_page_offset or column.data_page_offset
+                stream.seek(min(first, column.data_page_offset))
+                yield from _chunks(stream, column.total_compressed_size)
 
     def name(self, file: Path, layout: Layout, offset: int) -> str:
         """A row, counted from 0."""
@@ -249,9 +274,7 @@ def records(
     is too long, which memory does not hold.
     """
     offset, rest, dropped = start, b"", 0
-    left = float("inf") if end is None else end - start
-    while chunk := stream.read(int(min(CHUNK_BYTES, left))):
-        left -= len(chunk)
+    for chunk in _chunks(stream, None if end is None else end - start):
         *whole, rest = (rest + chunk).split(separator)
         for part in whole:
             size = dropped + len(part)
@@ -262,6 +285,25 @@ def records(
             dropped, rest = dropped + surplus, rest[surplus:]
     if rest or dropped:
         yield offset, None if dropped else rest
+
+
+def _chunks(stream: IO[bytes], size: int | None = None) -> Iterator[bytes]:
+    """The next bytes of a stream, so many or all."""
+    left = float("inf") if size is None else size
+    while chunk := stream.read(int(min(CHUNK_BYTES, left))):
+        left -= len(chunk)
+        yield chunk
+
+
+def _go_to(
+    stream: IO[bytes], separator: bytes, start: int, stop: int | None
+) -> tuple[int, int | None]:
+    """Move to the first record of a stretch; returns where it begins, and where the next does."""
+    end = None if stop is None else next_record(stream, separator, stop)
+    if start or end is not None:  # what is compressed has one stretch, and no way back
+        start = next_record(stream, separator, start)
+        stream.seek(start)
+    return start, end
 
 
 def next_record(stream: IO[bytes], separator: bytes, position: int) -> int:

@@ -48,3 +48,28 @@ def samples(pairs: list[tuple[str, str]]) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join(f"    {line}".rstrip() for line in text.rstrip().split("\n"))
+
+
+def data_table(report: Mapping[str, Any]) -> str:
+    """What the tokens hold, by source and in all, and what was left out (Markdown)."""
+    rows = [*report["sources"].items(), *([("all", report)] if len(report["sources"]) > 1 else [])]
+    lines = [
+        "| source | documents | bytes | tokens | held out | bytes per token | longest document "
+        "| vocabulary used |",
+        "|--------|----------:|------:|-------:|---------:|----------------:|-----------------:"
+        "|----------------:|",
+        *(
+            f"| {name} | {part['documents']:,} | {part['bytes']:,} | {part['tokens']:,} "
+            f"| {part['valid']['tokens'] / max(1, part['tokens']):.1%} "
+            f"| {part['bytes_per_token']:.2f} | {part['longest_document_bytes']:,} "
+            f"| {part['vocabulary_used'] / report['vocabulary']:.1%} |"
+            for name, part in rows
+        ),
+    ]
+    left_out = {"duplicate": report["duplicates"], **report["left_out"]}
+    counted = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
+    if counted:
+        lines += ["", f"Left out: {', '.join(counted)}"]
+    if report["replacement_characters"]:
+        lines += ["", f"Replacement characters put in: {report['replacement_characters']:,}"]
+    return "\n".join(lines) + "\n"

@@ -11,16 +11,17 @@ and what was left out or replaced on request is counted.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple
 
 from lm.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.errors import InputError
 from lm.formats import Bad, Layout, format_of
 
 Side = Literal["train", "valid"]
+REPLACED = "replacement characters"  # beside the reasons for which documents are left out
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
 SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
 
@@ -93,6 +94,7 @@ class Shard(NamedTuple):
     source: str
     layout: Layout
     pieces: tuple[Piece, ...]
+    size_bytes: int  # on the disk, about
 
 
 class Place(NamedTuple):
@@ -196,32 +198,32 @@ def plan(config: DataConfig) -> list[Shard]:
     that it stands in and no other (content-defined chunking, Muthitacharoen et al. 2001, by names).
     """
     return [
-        Shard(source.name, source.layout, pieces)
+        Shard(source.name, source.layout, tuple(pieces), size_bytes)
         for source in sources(config)
-        for pieces in _grouped(source, Path(config.path), config.shard_bytes)
+        for pieces, size_bytes in _grouped(source, Path(config.path), config.shard_bytes)
     ]
 
 
-def _grouped(source: Source, root: Path, size: int) -> Iterator[tuple[Piece, ...]]:
+def _grouped(source: Source, root: Path, size: int) -> Iterator[tuple[list[Piece], int]]:
     together: list[Piece] = []
     held = 0
     for file in source.files:
         starts = format_of(file).starts(file, source.layout, size)
+        length = file.stat().st_size
         if len(starts) > 1:
             if together:
-                yield tuple(together)
+                yield together, held
             together, held = [], 0
             for start, stop in zip(starts, [*starts[1:], None], strict=True):
-                yield (Piece(file, start, stop),)
+                yield [Piece(file, start, stop)], length // len(starts)
             continue
-        length = file.stat().st_size
         together, held = [*together, Piece(file, 0, None)], held + length
         name = file.name if file == root else file.relative_to(root).as_posix()
         if draw(name.encode()) < length / size or held > 4 * size:
-            yield tuple(together)
+            yield together, held
             together, held = [], 0
     if together:
-        yield tuple(together)
+        yield together, held
 
 
 def draw(data: bytes) -> float:
@@ -253,7 +255,7 @@ def documents(
                     tally["empty"] += 1
                 else:
                     if record.replaced:
-                        tally["replacement characters"] += record.replaced
+                        tally[REPLACED] += record.replaced
                     yield Document(place, record.data)
 
 
@@ -271,7 +273,7 @@ def split_documents(config: DataConfig, tally: Counter[str]) -> Iterator[tuple[S
     for side, document in sides(documents(config, tally), config, train_bytes):
         counts[side] += 1
         yield side, document
-    require_both_sides(counts, config)
+    require_both_sides(counts["train"], counts["valid"], config)
 
 
 def sides(
@@ -301,16 +303,16 @@ def tail_boundary(n_bytes: int, config: DataConfig) -> int:
     return int(n_bytes * (1 - config.valid_fraction))
 
 
-def require_both_sides(documents: Mapping[Side, int], config: DataConfig) -> None:
-    """Raise InputError unless both sides have documents."""
-    empty = [side for side in get_args(Side) if not documents.get(side)]
-    if len(empty) == 2:
+def require_both_sides(n_train: int, n_valid: int, config: DataConfig) -> None:
+    """Raise InputError unless there are documents for training and for validation."""
+    if n_train == n_valid == 0:
         raise InputError(f"data.path = {config.path}: no text")
-    for side in empty:
-        raise InputError(
-            f"the {side} split has no documents; change data.valid_fraction, set data.split: tail "
-            "(for one file or a few), cut the text with data.separator, or add text"
-        )
+    for side, n_documents in (("train", n_train), ("valid", n_valid)):
+        if n_documents == 0:
+            raise InputError(
+                f"the {side} split has no documents; change data.valid_fraction, set data.split: "
+                "tail (for one file or a few), cut the text with data.separator, or add text"
+            )
 
 
 def _cut_position(data: bytes, wanted: int) -> int:

@@ -22,7 +22,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lm.config import NOT_EMPTY, Count
+from lm.config import AT_LEAST_ONE, NOT_EMPTY, Count
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import atomic_write, read_json, to_json
 
@@ -38,6 +38,7 @@ class TokenizerConfig:
 
     kind: Literal["bpe", "bytes", "file", "tiktoken"]
     vocab_size: Count  # of "bpe", the end token included
+    sample_bytes: Annotated[int, AT_LEAST_ONE]  # of training text that "bpe" learns from, at most
     source: str | None  # "file": a name in data/tokenizers/; "tiktoken": an encoding's name
     end_token: Annotated[str, NOT_EMPTY]  # stands between documents
 

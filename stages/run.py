@@ -6,7 +6,7 @@ A stage is started as `python -m stages.NAME [-S section.key=value ...]`.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,9 @@ from stages import EXECUTED, ROOT
 
 PARAMS = Path("params.yaml")
 # outside of every output, since DVC deletes those; DVC names the main project to its workspaces
-UNFINISHED = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp", "lm-resume")
+SCRATCH = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp")
+UNFINISHED = SCRATCH / "lm-resume"
 Config = TypeVar("Config")
-Item = TypeVar("Item")
 Signature = tuple[int, int, int, int]
 Listing = Callable[[], list[Path]]
 
@@ -37,7 +37,7 @@ class Inputs:
         self.arguments, self.sections = arguments, sections
         self.params = load_params(PARAMS, arguments.overrides)
         self.code = _imported_code()
-        self.files: dict[Path, str] = {}  # SHA-256 by path
+        self.files: dict[Path, str] = {}  # SHA-256 by path, of those that are hashed
         self._signatures: dict[Path, Signature] = {}
         self._listings: list[tuple[Listing, list[Path]]] = []
 
@@ -45,25 +45,29 @@ class Inputs:
         """A section of params.yaml as its dataclass; see lm.config.read_section."""
         return read_section(kind, self.params, name, str(PARAMS), **derived)
 
-    def watch(self, *paths: Path | Listing) -> None:
-        """Remember the content of files that are to be read: of a file, a folder, or a listing."""
+    def watch(self, *paths: Path) -> None:
+        """Remember the content of files that are to be read: of a file or of a folder."""
         for path in paths:
-            listing = path if callable(path) else partial(_files, path)
-            self._listings.append((listing, listing()))
-            for file in self._listings[-1][1]:
-                self._signatures[file] = _signature(file)
+            for file in self.watch_untouched(partial(_files, path)):
                 self.files[file] = sha256_file(file)
+
+    def watch_untouched(self, listing: Listing) -> list[Path]:
+        """Remember the look of files that are too large to be hashed twice; returns them."""
+        files = listing()
+        self._listings.append((listing, files))
+        self._signatures.update({file: _signature(file) for file in files})
+        return files
 
     def check_files(self, again: bool = False) -> None:
         """Raise InputError if a file has changed; `again` hashes even those that look untouched."""
-        for listing, before in self._listings:
-            for file in sorted(set(listing()) - set(before)):
+        for listing, listed in self._listings:
+            for file in sorted(set(listing()) - set(listed)):
                 raise self._changed(file)
-        for file, sha256 in self.files.items():
+        for file, before in self._signatures.items():
             if not file.is_file():
                 raise self._changed(file)
-            signature = _signature(file)
-            if again or signature != self._signatures[file]:
+            signature, sha256 = _signature(file), self.files.get(file)
+            if signature != before or (again and sha256 is not None):
                 if sha256_file(file) != sha256:
                     raise self._changed(file)
                 self._signatures[file] = signature
@@ -78,11 +82,6 @@ class Inputs:
         for section in self.sections:
             if section != "runtime" and now.get(section) != self.params[section]:
                 raise self._changed(f"{PARAMS}: section {section}")
-
-    def checked(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, and after the last one `check`."""
-        yield from items
-        self.check()
 
     def _changed(self, what: Path | str) -> InputError:
         return InputError(

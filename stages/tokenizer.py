@@ -1,11 +1,14 @@
 """Stage tokenizer: data/tokenizer/tokenizer.json, learnt from the training split or taken over."""
 
+import tempfile
 from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from lm.config import RuntimeConfig
 from lm.console import say
+from lm.sample import read_sample, write_sample
 from lm.text import DataConfig, source_files, split_documents
 from lm.tokenizer import (
     TokenizerConfig,
@@ -14,7 +17,8 @@ from lm.tokenizer import (
     from_tiktoken,
     train_bpe,
 )
-from stages.run import Inputs, run
+from lm.workers import number_of_workers
+from stages.run import SCRATCH, Inputs, run
 
 TOKENIZER, OWN_TOKENIZERS = Path("data/tokenizer"), Path("data/tokenizers")
 SAMPLES = 200  # documents on which a tokenizer from elsewhere is tried
@@ -24,23 +28,28 @@ def tokenizer(inputs: Inputs) -> None:
     """Write data/tokenizer/."""
     config = inputs.section(TokenizerConfig, "tokenizer")
     data = inputs.section(DataConfig, "data")
-    inputs.watch(OWN_TOKENIZERS, partial(source_files, data))
-    texts = (
-        document.text for split, document in split_documents(data, Counter()) if split == "train"
-    )
+    num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
+    inputs.watch(OWN_TOKENIZERS)
+    inputs.watch_untouched(partial(source_files, data))
+    found = split_documents(data, Counter())
+    texts = islice((document.text for side, document in found if side == "train"), SAMPLES)
     if config.kind == "bpe":
-        result = train_bpe(texts, config.vocab_size, config.end_token)
+        SCRATCH.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="lm-sample-", dir=SCRATCH) as folder:
+            sample = Path(folder) / "sample"
+            write_sample(data, config.sample_bytes, num_workers, sample)
+            result = train_bpe(read_sample(sample), config.vocab_size, config.end_token)
     elif config.kind == "bytes":
         result = byte_tokenizer(config.end_token)
     elif config.kind == "tiktoken":
-        result = from_tiktoken(str(config.source), islice(texts, SAMPLES), config.end_token)
+        result = from_tiktoken(str(config.source), texts, config.end_token)
     else:
         source = OWN_TOKENIZERS / str(config.source)
-        result = foreign_tokenizer(source, islice(texts, SAMPLES), config.end_token)
+        result = foreign_tokenizer(source, texts, config.end_token)
     inputs.check()
     result.save(TOKENIZER)
     say(f"Tokenizer ({config.kind}) with {result.vocab_size:,} tokens in {TOKENIZER}")
 
 
 if __name__ == "__main__":
-    run(tokenizer, ["data", "tokenizer"])
+    run(tokenizer, ["data", "tokenizer", "runtime"])

@@ -1,37 +1,55 @@
-"""Stage tokens: the corpus as token ids, shards in data/tokens with tokens.json."""
+"""Stage tokens: the corpus as token ids in data/tokens/, and what it holds in metrics/data.*.
 
-from collections import Counter
+One process, or N machines that share this folder: `--shard 1/N` ... `--shard N/N` each make a part
+of the shards, then `dvc repro tokens`, or `--merge`, collects them.
+"""
+
 from functools import partial
 from pathlib import Path
 
+from lm.config import RuntimeConfig
 from lm.console import say
-from lm.files import sha256_file
-from lm.text import DataConfig, source_files, split_documents
+from lm.files import atomic_write, sha256_json, write_json
+from lm.prepare import Job, drop_unused, encode_all, require_done, share, tasks
+from lm.publish import publish
+from lm.report import data_table
+from lm.shards import MANIFEST
+from lm.text import DataConfig, plan, source_files
 from lm.tokenizer import load_tokenizer
-from lm.tokens import write_tokens
-from stages.run import Inputs, run
+from lm.workers import number_of_workers
+from stages.run import SCRATCH, Inputs, run
 
-TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
+TOKENIZER, TOKENS, RESULTS = Path("data/tokenizer"), Path("data/tokens"), Path("metrics")
 
 
 def tokens(inputs: Inputs) -> None:
-    """Write data/tokens/."""
-    tally: Counter[str] = Counter()
+    """Write data/tokens/, metrics/data.json and metrics/data.md."""
     data = inputs.section(DataConfig, "data")
-    inputs.watch(TOKENIZER, partial(source_files, data))
-    documents = inputs.checked(split_documents(data, tally))  # the manifest comes after the last
-    tokenizer = load_tokenizer(TOKENIZER)
-    sha256 = sha256_file(TOKENIZER / "tokenizer.json")
-    manifest = write_tokens(TOKENS, documents, tokenizer, sha256)
-    for split in ("train", "valid"):
-        entry = manifest[split]
-        say(
-            f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, "
-            f"{entry['tokens']:,} tokens, {entry['bytes'] / entry['tokens']:.2f} bytes per token"
-        )
-    for what, count in sorted(tally.items()):
-        say(f"{what.replace('_', ' ')}: {count:,}")
+    num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
+    inputs.watch(TOKENIZER)
+    inputs.watch_untouched(partial(source_files, data))
+    job = Job(data, TOKENIZER, sha256_json(inputs.code), SCRATCH / "lm-shards")
+    shards = plan(data)
+    todo = tasks(data, shards, num_workers)
+    if inputs.arguments.shard:
+        part = share(todo, inputs.arguments.shard)
+        encode_all(job, part, num_workers)
+        inputs.check()
+        say(f"{len(part):,} of {len(todo):,} shards are done")
+        return
+    if inputs.arguments.merge:
+        require_done(job, todo, num_workers)
+    (TOKENS / MANIFEST).unlink(missing_ok=True)
+    job, records = encode_all(job, todo, num_workers)
+    inputs.check()
+    report = publish(TOKENS, job, load_tokenizer(TOKENIZER), shards, records)
+    write_json(RESULTS / "data.json", report)
+    atomic_write(RESULTS / "data.md", data_table(report).encode())
+    drop_unused(job.kept, {record["key"] for record in records})
+    say(data_table(report))
 
 
 if __name__ == "__main__":
-    run(tokens, ["data"])
+    shard = ("--shard", {"metavar": "I/N", "help": "make the I-th of N parts, publish nothing"})
+    merge = ("--merge", {"action": "store_true", "help": "publish, if every part was made"})
+    run(tokens, ["data", "runtime"], shard, merge)
