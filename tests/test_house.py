@@ -22,6 +22,7 @@ FLOORS = [
         "text",
         "packages",
         "tokenizer",
+        "encoder",
         "tokens",
         "baselines",
         "model",
@@ -34,9 +35,9 @@ FLOORS = [
     {"train", "evaluate", "generate"},
     {"run", "verify"},
 ]
-BYTES_SIDE = {"text", "packages", "tokenizer", "tokens", "baselines"}
+BYTES_SIDE = {"text", "packages", "tokenizer", "encoder", "tokens", "baselines"}
 TORCH_SIDE = {"model", "optim", "schedule", "device"}
-SAME_FLOOR = {("tokens", "tokenizer")}  # the one step sideways
+SAME_FLOOR = {("tokens", "tokenizer"), ("encoder", "tokenizer")}  # the one step sideways
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODEL = load_params(SMOKE)["model"]
 MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")
