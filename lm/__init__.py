@@ -5,8 +5,8 @@ Modules stand on floors and import only downwards (tests/test_house.py holds the
     run   verify                                the life of a training run; is it all true?
     train   evaluate   generate                 joins: data meets model
     checkpoint, and on it resume                training state and models as files
-    model  optim  schedule  device  |  text  packages  tokenizer  tokens  baselines
-            (torch, no files)       |            (bytes, no torch)
+    model  optim  schedule  device  |  text  packages  grammar  tokenizer  tokens
+            (torch, no files)       |            baselines  (bytes, no torch)
     errors  config  rng  files  history  console  signals  report  compare
 
 Above them stand the stages, which alone know paths and params.yaml.

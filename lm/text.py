@@ -16,7 +16,7 @@ from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from lm.config import INSIDE_ONE, NOT_EMPTY
+from lm.config import INSIDE_ONE, NOT_EMPTY, Count
 from lm.errors import InputError
 
 CHUNK_BYTES = 1 << 24
@@ -36,7 +36,9 @@ PACKED = (  # what a file is by the bytes at an offset, and what to do with it
 class DataConfig:
     """The section `data`: which text, and how it is split."""
 
-    packages: list[str]  # the default corpus, as name==version; only stage corpus reads it
+    source: Literal["packages", "grammar"]  # what stage corpus writes into data/raw
+    packages: list[str]  # as name==version
+    grammar_bytes: Count  # of stories
     path: Annotated[str, NOT_EMPTY]  # a file or a folder
     glob: str  # which files of a folder, e.g. "**/*.py"
     text_field: str  # of .jsonl objects

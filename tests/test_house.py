@@ -21,6 +21,7 @@ FLOORS = [
     {
         "text",
         "packages",
+        "grammar",
         "tokenizer",
         "tokens",
         "baselines",
@@ -34,7 +35,7 @@ FLOORS = [
     {"train", "evaluate", "generate"},
     {"run", "verify"},
 ]
-BYTES_SIDE = {"text", "packages", "tokenizer", "tokens", "baselines"}
+BYTES_SIDE = {"text", "packages", "grammar", "tokenizer", "tokens", "baselines"}
 TORCH_SIDE = {"model", "optim", "schedule", "device"}
 SAME_FLOOR = {("tokens", "tokenizer")}  # the one step sideways
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -110,14 +111,16 @@ def test_each_stage_depends_on_the_settings_it_reads():
     reading = {f"data.{key}" for key in text}  # data.path is a dependency: DVC watches the text
     assert {f"data.{key}" for key in load_params(SMOKE)["data"]} - reading == {
         "data.path",
+        "data.source",
         "data.packages",
+        "data.grammar_bytes",
     }
     assert {name: set(stage["params"]) for name, stage in PIPELINE.items()} == {
-        "corpus": {"data.packages"},
+        "corpus": {"data.source", "data.packages", "data.grammar_bytes"},
         "tokenizer": {"tokenizer", *reading},
         "tokens": reading,
         "train": {"model", "train"},
-        "evaluate": {"evaluate"},
+        "evaluate": {"evaluate", "data.source"},
     }
     for name in ("tokenizer", "tokens"):
         assert "${data.path}" in PIPELINE[name]["deps"]
