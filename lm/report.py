@@ -9,6 +9,7 @@ ROWS = {
     "unigram": "unigram",
     "bigram": "bigram, interpolated",
     "loss_nats": "this model",
+    "floor": "entropy of the grammar",
 }
 
 
@@ -19,17 +20,21 @@ def summary(
     places: Mapping[str, str],
 ) -> str:
     """The validation loss beside its baselines, a sample, and where everything lies (Markdown)."""
-    losses = {**baselines, "loss_nats": metrics["loss_nats"]}
     bits = metrics["tokens"] / (math.log(2) * metrics["bytes"])  # nats/token to bits/byte
+    losses = {**baselines, "loss_nats": metrics["loss_nats"]}
+    if "floor_bits_per_byte" in metrics:
+        losses["floor"] = metrics["floor_bits_per_byte"] / bits
+    rows = {key: ROWS[key] for key in losses}
+    width = max(map(len, rows.values()))
     lines = [
         f"Validation on {metrics['tokens']:,} tokens ({metrics['bytes']:,} bytes)",
         "",
-        "|                      | nats per token | perplexity | bits per byte |",
-        "|----------------------|---------------:|-----------:|--------------:|",
+        f"| {'':<{width}} | nats per token | perplexity | bits per byte |",
+        f"|-{'-' * width}-|---------------:|-----------:|--------------:|",
         *(
-            f"| {label:<20} | {losses[key]:>14.4f} | {math.exp(min(losses[key], 99.0)):>10,.1f} "
-            f"| {losses[key] * bits:>13.4f} |"
-            for key, label in ROWS.items()
+            f"| {rows[key]:<{width}} | {loss:>14.4f} | {math.exp(min(loss, 99.0)):>10,.1f} "
+            f"| {loss * bits:>13.4f} |"
+            for key, loss in losses.items()
         ),
         "",
         samples([sample]),

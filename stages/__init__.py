@@ -37,7 +37,17 @@ def _finder(folder: str) -> FileFinder:
 
 sys.path_hooks.insert(0, _finder)
 
-NEEDED = ("torch", "numpy", "yaml", "safetensors", "tokenizers", "tiktoken", "orjson", "pyarrow", "tqdm")
+NEEDED = (
+    "torch",
+    "numpy",
+    "yaml",
+    "safetensors",
+    "tokenizers",
+    "tiktoken",
+    "orjson",
+    "pyarrow",
+    "tqdm",
+)
 absent = [name for name in NEEDED if find_spec(name) is None]
 if absent or sys.version_info < (3, 11):
     lack = f"has no {absent[0]}" if absent else "is older than Python 3.11"

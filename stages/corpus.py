@@ -1,55 +1,96 @@
-"""Stage corpus: the source code of data.packages, one .jsonl file each, and their manifest."""
+"""Stage corpus: the default text and its manifest, by data.source.
+
+packages: the source code of data.packages, one .jsonl file each; grammar: stories (lm/grammar.py).
+"""
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lm.console import say
 from lm.errors import InputError
 from lm.files import atomic_write, read_json, write_json
+from lm.grammar import STORIES, stories
 from lm.packages import python_sources
 from lm.text import DataConfig
 from stages.run import Inputs, run
 
 RAW, MANIFEST = Path("data/raw"), Path("data/corpus.json")
+STORIES_FILE, STORIES_SEED = "grammar.jsonl", 0
 
 
 def corpus(inputs: Inputs) -> None:
     """Write data/raw/*.jsonl and data/corpus.json."""
-    packages = inputs.section(DataConfig, "data").packages
+    config = inputs.section(DataConfig, "data")
     _refuse_strangers()
-    RAW.mkdir(parents=True, exist_ok=True)
-    manifest: list[dict[str, Any]] = []
-    for requirement in packages:
-        name, _, version = requirement.partition("==")
-        sources = list(python_sources(requirement))
-        lines = (json.dumps({"path": path, "text": text}) + "\n" for path, text in sources)
-        data = "".join(lines).encode()
-        atomic_write(RAW / f"{name}.jsonl", data)
-        entry = {
-            "package": name,
-            "version": version,
-            "files": len(sources),
-            "bytes": sum(len(text.encode()) for _, text in sources),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-        manifest.append(entry)
-        say(f"{requirement}: {entry['files']} files, {entry['bytes']:,} bytes of source")
+    if config.source == "grammar":
+        manifest = [_write_stories(config.grammar_bytes)]
+    else:
+        manifest = [_write_package(requirement) for requirement in config.packages]
     inputs.check()
     write_json(MANIFEST, manifest)
-    for stale in {f.name for f in RAW.iterdir()} - {f"{e['package']}.jsonl" for e in manifest}:
+    RAW.mkdir(parents=True, exist_ok=True)
+    for stale in {f.name for f in RAW.iterdir()} - {_file_name(entry) for entry in manifest}:
         (RAW / stale).unlink()
+
+
+def _write_package(requirement: str) -> dict[str, Any]:
+    """Write a package's sources; returns its entry of the manifest."""
+    name, _, version = requirement.partition("==")
+    sources = list(python_sources(requirement))
+    lines = (json.dumps({"path": path, "text": text}) + "\n" for path, text in sources)
+    data = "".join(lines).encode()
+    entry = {
+        "package": name,
+        "version": version,
+        "files": len(sources),
+        "bytes": sum(len(text.encode()) for _, text in sources),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    atomic_write(RAW / _file_name(entry), data)
+    say(f"{requirement}: {entry['files']} files, {entry['bytes']:,} bytes of source")
+    return entry
+
+
+def _write_stories(size_bytes: int) -> dict[str, Any]:
+    """Write the stories one by one; returns their entry, with the entropy of endless stories."""
+    sha256, documents, n_bytes = hashlib.sha256(), 0, 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal documents, n_bytes
+        for text in stories(STORIES_SEED, size_bytes):
+            documents, n_bytes = documents + 1, n_bytes + len(text.encode())
+            line = json.dumps({"text": text}).encode() + b"\n"
+            sha256.update(line)
+            yield line
+
+    atomic_write(RAW / STORIES_FILE, lines())
+    floor = round(STORIES.bits_per_byte(), 6)  # the last digits are the linear algebra library's
+    say(f"grammar: {documents:,} stories, {n_bytes:,} bytes, entropy {floor:.4f} bits per byte")
+    return {
+        "grammar": "stories",
+        "documents": documents,
+        "bytes": n_bytes,
+        "sha256": sha256.hexdigest(),
+        "bits_per_byte": floor,
+    }
+
+
+def _file_name(entry: dict[str, Any]) -> str:
+    return f"{entry['package']}.jsonl" if "package" in entry else STORIES_FILE
 
 
 def _refuse_strangers() -> None:
     """Raise InputError if data/raw holds a file that an earlier run of this stage did not write."""
     entries = read_json(MANIFEST) if MANIFEST.exists() else []
     if not (
-        isinstance(entries, list) and all(isinstance(e, dict) and "package" in e for e in entries)
+        isinstance(entries, list)
+        and all(isinstance(e, dict) and e.keys() & {"package", "grammar"} for e in entries)
     ):
         raise InputError(f"{MANIFEST}: not a list of packages; delete it and {RAW}, and run again")
-    written = {f"{entry['package']}.jsonl" for entry in entries}
+    written = {_file_name(entry) for entry in entries}
     for file in sorted(RAW.glob("*")):
         if file.name not in written and not file.name.endswith(".tmp"):
             raise InputError(

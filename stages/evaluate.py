@@ -1,18 +1,29 @@
-"""Stage evaluate: how good models/model/ is on the validation split, beside simple baselines."""
+"""Stage evaluate: how good models/model/ is on the validation split, beside simple baselines.
 
+Where the text is of a grammar (data.source), beside its entropy too: the floor for any model.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lm.baselines import Bigram, uniform_loss_nats
 from lm.checkpoint import load_model, read_provenance
 from lm.config import RuntimeConfig
 from lm.console import say
 from lm.device import choose_device, make_deterministic
+from lm.errors import InputError
 from lm.evaluate import METRICS, EvaluateConfig, evaluate, loss_by_position
 from lm.files import atomic_write, sha256_file, write_json
 from lm.generate import complete
+from lm.grammar import STORIES
 from lm.report import samples, summary
 from lm.resume import remove_finished, run_folder
-from lm.tokens import open_tokens
+from lm.text import DataConfig
+from lm.tokenizer import Tokenizer
+from lm.tokens import Split, open_tokens
 from stages.run import UNFINISHED, Inputs, run
 
 PLACES = {
@@ -23,6 +34,7 @@ PLACES = {
     "Samples": "metrics/samples.md",
 }
 MODEL, TOKENS, RESULTS = Path("models/model"), Path("data/tokens"), Path("metrics")
+CHANCE = 0.001  # how far below the floor a model may come: rounding, and no more
 
 
 def evaluate_stage(inputs: Inputs) -> None:
@@ -39,6 +51,8 @@ def evaluate_stage(inputs: Inputs) -> None:
         model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride
     )
     metrics = {name: metric(sums) for name, metric in METRICS.items()}
+    if inputs.section(DataConfig, "data").source == "grammar":
+        metrics |= _floor(metrics, tokens.valid, tokenizer)
     unigram, bigram = Bigram(tokens.train.tokens, tokens.vocab_size).losses_nats(
         tokens.valid.tokens
     )
@@ -62,5 +76,44 @@ def evaluate_stage(inputs: Inputs) -> None:
         f"{metrics['bits_per_byte']:.4f} bits per byte")  # fmt: skip
 
 
+def _floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[str, float]:
+    """What the best model can reach on this very text, and how far above it this one is.
+
+    floor_bits_per_byte = sum of bits(document) / bytes, with the bytes of `bits_per_byte`. Both
+    numerators are of the same events. The model's holds every token but the split's first, end
+    tokens included; the grammar's holds every choice. A story's last choice tells that it ends (no
+    story is a prefix of another), so the end token after it costs the best model nothing; so does
+    the first token, for every story begins with the same word. The bytes lack that word's.
+
+    The floor is no estimate: it is -log2 of the true probability of the validation text. A model
+    that has not seen the text saves k bits on it with probability below 2^-k (Markov's inequality:
+    the expectation of q(x) / p(x) is at most 1), so no luck takes it CHANCE of thousands of bits
+    below. Raises InputError for one that is, and for text that is not the grammar's.
+    """
+    bits = 0.0
+    for number, text in enumerate(_documents(valid, tokenizer), start=1):
+        try:
+            bits += STORIES.bits(text)
+        except ValueError as error:
+            raise InputError(
+                f"{TOKENS}: document {number} of the validation split is not of the grammar "
+                f"({error}); data.source: grammar needs data.path: data/raw and data.split: hash"
+            ) from None
+    floor, found = bits / metrics["bytes"], metrics["bits_per_byte"]
+    if found < floor * (1 - CHANCE):
+        raise InputError(
+            f"{MODEL}: {found:.4f} bits per byte, below the entropy of the text, {floor:.4f}: no "
+            "model can; it has seen the validation text in training, or there is a bug"
+        )
+    return {"floor_bits_per_byte": floor, "distance_to_floor": found / floor - 1}
+
+
+def _documents(split: Split, tokenizer: Tokenizer) -> Iterator[str]:
+    """The texts of a split, cut after each end token."""
+    ids = split.tokens[: len(split.tokens)]
+    for document in np.split(ids, np.flatnonzero(ids == tokenizer.end_id) + 1)[:-1]:
+        yield tokenizer.decode(document[:-1].tolist())
+
+
 if __name__ == "__main__":
-    run(evaluate_stage, ["evaluate", "runtime"])
+    run(evaluate_stage, ["data", "evaluate", "runtime"])

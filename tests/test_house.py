@@ -18,14 +18,23 @@ from tests.project import ROOT, SMOKE
 FLOORS = [
     {"errors"},
     {"config", "rng", "files", "history", "console", "signals", "report", "compare"},
-    {"formats", "packages", "tokenizer", "shards", "baselines", "workers"}
+    {"formats", "packages", "grammar", "tokenizer", "shards", "baselines", "workers"}
     | {"model", "optim", "schedule", "device"},
     {"text", "encoder", "tokens", "checkpoint"},
     {"prepare", "resume"},
     {"publish", "sample", "train", "evaluate", "generate"},
     {"run", "verify"},
 ]
-BYTES_SIDE = {"formats", "packages", "tokenizer", "shards", "baselines", "workers", "text"} | {
+BYTES_SIDE = {
+    "grammar",
+    "formats",
+    "packages",
+    "tokenizer",
+    "shards",
+    "baselines",
+    "workers",
+    "text",
+} | {
     "encoder",
     "tokens",
     "prepare",
@@ -103,13 +112,18 @@ def test_dvc_deps_are_the_files_each_stage_imports(stage):
 
 def test_each_stage_depends_on_the_settings_it_reads():
     keys = {f"data.{key}" for key in load_params(SMOKE)["data"]}
-    reading = keys - {"data.packages", "data.path"}  # DVC watches the path itself
+    reading = keys - {
+        "data.source",
+        "data.packages",
+        "data.grammar_bytes",
+        "data.path",
+    }  # DVC watches the path itself
     assert {name: set(stage["params"]) for name, stage in PIPELINE.items()} == {
-        "corpus": {"data.packages"},
+        "corpus": {"data.source", "data.packages", "data.grammar_bytes"},
         "tokenizer": {"tokenizer", *reading},
         "tokens": reading,
         "train": {"model", "train"},
-        "evaluate": {"evaluate"},
+        "evaluate": {"evaluate", "data.source"},
     }
     for name in ("tokenizer", "tokens"):
         assert "${data.path}" in PIPELINE[name]["deps"]
