@@ -1,0 +1,308 @@
+"""From a file of text to a file of token ids: ours beside the ways of others, in one run.
+
+    python -m benchmarks.data --megabytes 100 --rounds 3
+
+Each way is a process of its own, timed from its start to its end, and all make the same ids with
+the same vocabulary; they take turns. `nanogpt` needs the package datasets and is left out without.
+Memory is the peak of the resident set, summed over a process and its children.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.corpus import END, documents
+
+ROOT = Path(__file__).parent.parent
+OURS = "ours"
+SPAN = 1 << 22  # bytes of text that a pool hands to one process
+
+
+# --- the ways: FILE, TOKENIZER, OUT, cores -------------------------------------------------
+
+
+def raw(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
+    """Read the file, write nothing."""
+    with open(file, "rb") as stream:
+        while stream.read(SPAN):
+            pass
+
+
+def bare(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
+    """gigatoken as it is: the file to ids, without a split or a check."""
+    os.environ["RAYON_NUM_THREADS"] = str(cores)
+    import gigatoken
+
+    content = json.loads(tokenizer.read_text())
+    end_id = content.pop("added_tokens")[-1]["id"]
+    encoder = gigatoken.Tokenizer.from_json(json.dumps(content | {"added_tokens": []}))
+    with open(out, "wb") as target:
+        for span in spans(file):
+            found = encoder.encode_batch(gigatoken.gigatoken_rs.BytesSource(span, END)).layout
+            offsets, ids = found.offsets.data, found.content.data
+            np.insert(ids, offsets[1:], end_id).astype(np.uint16).tofile(target)
+
+
+def tiktoken_pool(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
+    """tiktoken in a pool of processes over spans of documents, one writer."""
+    write_in_order(file, out, cores, _tiktoken_span, _open_tiktoken, tokenizer)
+
+
+def tokenizers_pool(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
+    """Hugging Face tokenizers in a pool of processes over spans of documents, one writer."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    write_in_order(file, out, cores, _tokenizers_span, _open_tokenizers, tokenizer)
+
+
+def nanogpt(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
+    """datasets.map with tiktoken, then the arrow table to a memmap in batches: nanoGPT's way."""
+    import datasets  # type: ignore[import-not-found]
+
+    datasets.disable_progress_bars()
+    _open_tiktoken(tokenizer)
+    texts = [part.decode() for span in spans(file) for part in span.split(END) if part.strip()]
+    table = datasets.Dataset.from_dict({"text": texts})
+    made = table.map(_tokenized, remove_columns=["text"], num_proc=cores)
+    ids = np.memmap(out, dtype=np.uint16, mode="w+", shape=(int(np.sum(made["len"])),))
+    place, n_batches = 0, min(1024, len(made))
+    for i in range(n_batches):
+        batch = made.shard(n_batches, i, contiguous=True).with_format("numpy")
+        joined = np.concatenate(batch["ids"])
+        ids[place : place + len(joined)] = joined
+        place += len(joined)
+    ids.flush()
+
+
+WAYS: dict[str, Callable[[Path, Path, Path, int], None]] = {
+    "bare gigatoken": bare,
+    "tiktoken pool": tiktoken_pool,
+    "tokenizers pool": tokenizers_pool,
+    "nanogpt": nanogpt,
+    "raw read": raw,
+}
+
+
+def spans(file: Path) -> Iterator[bytes]:
+    """The file in stretches of whole documents."""
+    rest = b""
+    with open(file, "rb") as stream:
+        while chunk := stream.read(SPAN):
+            whole, _, rest = (rest + chunk).rpartition(END)
+            yield whole
+    if rest.strip():
+        yield rest
+
+
+def write_in_order(
+    file: Path,
+    out: Path,
+    cores: int,
+    encode: Callable[[bytes], Any],
+    begin: Callable[[Path], None],
+    tokenizer: Path,
+) -> None:
+    context = multiprocessing.get_context("fork")
+    with context.Pool(cores, begin, (tokenizer,)) as pool, open(out, "wb") as target:
+        for ids in pool.imap(encode, spans(file)):
+            ids.tofile(target)
+
+
+_encoder: Any = None
+_end_id = 0
+
+
+def _open_tiktoken(tokenizer: Path) -> None:
+    global _encoder, _end_id
+    import tiktoken
+
+    from lm.tokenizer import load_tokenizer
+
+    ours = load_tokenizer(tokenizer.parent)
+    ranks = {ours.decode_bytes([i]): i for i in range(ours.vocab_size) if i != ours.end_id}
+    _encoder = tiktoken.Encoding(
+        "ours", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    _end_id = ours.end_id
+
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def _open_tokenizers(tokenizer: Path) -> None:
+    global _encoder, _end_id
+    from lm.tokenizer import load_tokenizer
+
+    _encoder = load_tokenizer(tokenizer.parent)
+    _end_id = _encoder.end_id
+
+
+def _texts(span: bytes) -> list[str]:
+    return [part.decode() for part in span.split(END) if part.strip()]
+
+
+def _joined(encoded: Any) -> Any:
+    return np.array([i for ids in encoded for i in (*ids, _end_id)], dtype=np.uint16)
+
+
+def _tiktoken_span(span: bytes) -> Any:
+    return _joined(_encoder.encode_ordinary(text) for text in _texts(span))
+
+
+def _tokenizers_span(span: bytes) -> Any:
+    return _joined(_encoder.encode_batch(_texts(span)))
+
+
+def _tokenized(row: dict[str, str]) -> dict[str, Any]:
+    ids = [*_encoder.encode_ordinary(row["text"]), _end_id]
+    return {"ids": ids, "len": len(ids)}
+
+
+# --- the run ----------------------------------------------------------------------------
+
+
+def measure(way: str, file: Path, tokenizer: Path, out: Path, cores: int) -> tuple[float, float]:
+    """Seconds and the peak resident set in MB of one way, as a process."""
+    options = {"way": way, "file": file, "tokenizer": tokenizer, "out": out, "cores": cores}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command, folder = [sys.executable, "-m", "benchmarks.data", *words], ROOT
+    if way == OURS:
+        folder = out.parent / "project"
+        shutil.rmtree(folder / ".dvc", ignore_errors=True)  # done shards are kept there
+        command = stage("tokens", file, {"runtime.num_workers": cores})
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, resident_bytes(process.pid))
+        time.sleep(0.02)
+    elapsed = time.perf_counter() - start
+    assert process.returncode == 0, way
+    return elapsed, peak / 1e6
+
+
+def stage(name: str, file: Path, settings: dict[str, Any]) -> list[str]:
+    """The command of a stage of this project, on a text of ours."""
+    separator = END.decode() if file.suffix == ".txt" else "null"
+    settings = {"data.path": file, "data.separator": separator, **settings}
+    given = [word for key, value in settings.items() for word in ("-S", f"{key}={value}")]
+    return [sys.executable, "-m", f"stages.{name}", *given]
+
+
+def resident_bytes(pid: int) -> int:
+    """Of a process and its children; what they share is counted for each."""
+    total = 0
+    try:
+        for process in [(top := psutil.Process(pid)), *top.children(recursive=True)]:
+            total += process.memory_info().rss
+    except psutil.NoSuchProcess:
+        pass
+    return total
+
+
+def digest(out: Path, way: str) -> tuple[int, int]:
+    """How many ids there are and their sum: the same for all ways, whatever was held out."""
+    files = [out]
+    if way == OURS:
+        files = sorted((out.parent / "project" / "data" / "tokens").glob("*/*.bin"))
+    ids = [np.fromfile(file, dtype=np.uint16) for file in files]
+    return sum(map(len, ids)), sum(int(part.sum(dtype=np.int64)) for part in ids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=float, default=100)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument("--only", nargs="*", default=[OURS, *WAYS])
+    for name in ("--file", "--tokenizer", "--out"):
+        parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--cores", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        WAYS[arguments.way](arguments.file, arguments.tokenizer, arguments.out, arguments.cores)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        compare(Path(folder), arguments)
+
+
+def compare(folder: Path, arguments: argparse.Namespace) -> None:
+    """All ways in turns, on 2 cores and on 1, and our formats; a table in Markdown."""
+    texts = [text.strip(b"\r\n") for text in documents(int(arguments.megabytes * 1e6))]
+    files = write_formats(folder, texts)
+    size = sum(map(len, texts))
+    project = folder / "project"
+    project.mkdir()
+    for name in ("lm", "stages"):
+        shutil.copytree(ROOT / name, project / name)
+    shutil.copy(ROOT / "params.yaml", project)
+    tokenizer = learn(files["text"], project, arguments.vocabulary)
+    ways = [
+        w
+        for w in (OURS, *WAYS)
+        if w in arguments.only and (w != "nanogpt" or find_spec("datasets"))
+    ]
+    rows = [(way, "text") for way in ways]
+    rows += [(OURS, kind) for kind in files if kind != "text"] if OURS in ways else []
+    for cores in (2, 1):
+        taken: dict[tuple[str, str], list[tuple[float, float]]] = {row: [] for row in rows}
+        found = {}
+        for _ in range(arguments.rounds):
+            for way, kind in rows:
+                measured = measure(way, files[kind], tokenizer, folder / "out.bin", cores)
+                taken[way, kind].append(measured)
+                if way != "raw read":
+                    found[way, kind] = digest(folder / "out.bin", way)
+        assert len(set(found.values())) == 1, found
+        (n_tokens, _) = next(iter(found.values()))
+        print(
+            f"\n{size / 1e6:.0f} MB, {len(texts):,} documents, {n_tokens:,} ids, {cores} core(s)\n"
+        )
+        print("| way | s | MB/s | ours is faster by | peak MB |\n|---|--:|--:|--:|--:|")
+        base = statistics.median(seconds for seconds, _ in taken[OURS, "text"])
+        for (way, kind), runs in taken.items():
+            seconds = statistics.median(seconds for seconds, _ in runs)
+            peak = max(peak for _, peak in runs)
+            name, speed = way if kind == "text" else f"{way}, {kind}", size / 1e6 / seconds
+            print(f"| {name} | {seconds:.2f} | {speed:,.0f} | {seconds / base:.2f} | {peak:,.0f} |")
+
+
+def write_formats(folder: Path, texts: list[bytes]) -> dict[str, Path]:
+    """The same documents in each format."""
+    import pyarrow
+    from pyarrow import parquet
+
+    paths = {kind: folder / f"text.{suffix}" for kind, suffix in
+             (("text", "txt"), ("jsonl", "jsonl"), ("parquet", "parquet"))}  # fmt: skip
+    paths["text"].write_bytes(b"".join(text + END for text in texts))
+    with open(paths["jsonl"], "w") as lines:
+        lines.writelines(json.dumps({"text": text.decode()}) + "\n" for text in texts)
+    table = pyarrow.table({"text": [text.decode() for text in texts]})
+    parquet.write_table(table, paths["parquet"], row_group_size=1000)
+    return paths
+
+
+def learn(file: Path, project: Path, vocabulary: int) -> Path:
+    """The vocabulary that all ways use, by our stage tokenizer."""
+    (project / "data" / "tokenizers").mkdir(parents=True)
+    command = stage("tokenizer", file, {"tokenizer.vocab_size": vocabulary})
+    subprocess.run(command, cwd=project, check=True)
+    return project / "data" / "tokenizer" / "tokenizer.json"
+
+
+if __name__ == "__main__":
+    main()
