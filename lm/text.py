@@ -19,6 +19,7 @@ from typing import Annotated, Literal, NamedTuple
 from lm.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.errors import InputError
 from lm.formats import Bad, Layout, format_of
+from lm.listing import SUFFIX, listed_folder
 
 Side = Literal["train", "valid"]
 REPLACED = "replacement characters"  # beside the reasons for which documents are left out
@@ -131,9 +132,9 @@ def sources(config: DataConfig) -> list[Source]:
     pipe or a device need never end, and what lies behind a link to a folder DVC does not watch.
     """
     separator = None if config.separator is None else config.separator.encode()
-    replace, root = config.encoding_errors == "replace", Path(config.path)
+    replace, root = config.encoding_errors == "replace", text_root(config)
     if config.sources is None:
-        files = _files(root, config.glob, "data.path", config.path)
+        files = _files(root, config.glob, "data.path", str(root))
         return [Source("text", files, Layout(config.text_field, separator, replace), None)]
     if root.is_file():
         raise InputError(f"data.path = {root}: a file; data.sources needs the folder they are in")
@@ -151,6 +152,12 @@ def sources(config: DataConfig) -> list[Source]:
         layout = Layout(source.text_field, separator, replace)
         found.append(Source(name, files, layout, source.weight))
     return found
+
+
+def text_root(config: DataConfig) -> Path:
+    """What data.path names: a file, a folder, or the folder behind a listing (see lm.listing)."""
+    path = Path(config.path)
+    return listed_folder(path) if path.suffix == SUFFIX and path.is_file() else path
 
 
 def source_files(config: DataConfig) -> list[Path]:
@@ -199,10 +206,11 @@ def plan(config: DataConfig) -> list[Shard]:
     the last of its shard is drawn from its name: so a file that comes or goes changes the shard
     that it stands in and no other (content-defined chunking, Muthitacharoen et al. 2001, by names).
     """
+    root = text_root(config)
     return [
         Shard(source.name, source.layout, tuple(pieces), size_bytes)
         for source in sources(config)
-        for pieces, size_bytes in _grouped(source, Path(config.path), config.shard_bytes)
+        for pieces, size_bytes in _grouped(source, root, config.shard_bytes)
     ]
 
 

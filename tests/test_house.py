@@ -17,8 +17,8 @@ from tests.project import ROOT, SMOKE
 
 FLOORS = [
     {"errors"},
-    {"config", "rng", "files", "history", "console", "signals", "report", "compare"},
-    {"formats", "packages", "grammar", "tokenizer", "shards", "baselines", "workers"}
+    {"config", "rng", "files", "history", "console", "signals", "report", "compare"} | {"listing"},
+    {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "baselines", "workers"}
     | {"model", "optim", "schedule", "device"},
     {"text", "encoder", "tokens", "checkpoint"},
     {"prepare", "resume"},
