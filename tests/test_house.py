@@ -23,6 +23,7 @@ FLOORS = [
         "packages",
         "tokenizer",
         "shards",
+        "sampling",
         "tokens",
         "baselines",
         "model",
@@ -35,9 +36,13 @@ FLOORS = [
     {"train", "evaluate", "generate"},
     {"run", "verify"},
 ]
-BYTES_SIDE = {"text", "packages", "tokenizer", "shards", "tokens", "baselines"}
+BYTES_SIDE = {"text", "packages", "tokenizer", "shards", "sampling", "tokens", "baselines"}
 TORCH_SIDE = {"model", "optim", "schedule", "device"}
-SAME_FLOOR = {("tokens", "tokenizer"), ("tokens", "shards")}  # the only steps sideways
+SAME_FLOOR = {
+    ("tokens", "tokenizer"),
+    ("tokens", "shards"),
+    ("tokens", "sampling"),
+}  # no other step sideways
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODEL = load_params(SMOKE)["model"]
 MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")
