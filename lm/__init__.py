@@ -6,8 +6,8 @@ Modules stand on floors and import only downwards (tests/test_house.py holds the
     train   evaluate   generate                 joins: data meets model
             and of data preparation:        publish  sample, on prepare
     checkpoint, and on it resume            training state and models as files
-    model  optim  schedule  device  |  text  encoder  tokens, on formats  tokenizer  shards
-            (torch, no files)       |  packages  grammar  listing  baselines  workers (no torch)
+    model  optim  schedule  device  |  text  encoder  tokens, on formats  tokenizer  sampling
+            (torch, no files)       |  shards  packages  grammar  listing  baselines  workers
     errors  config  rng  files  history  console  signals  report  compare
 
 Above them stand the stages, which alone know paths and params.yaml.

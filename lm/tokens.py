@@ -7,17 +7,17 @@ What the files hold is told in lm/shards.py, which windows make a batch in lm/sa
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lm import rng
 from lm.errors import InputError
+from lm.sampling import DocumentWindows, Numbers, Sampling, deal, drawn, ordered
 from lm.shards import (
     MANIFEST,
     REMEDY,
@@ -29,8 +29,9 @@ from lm.shards import (
 )
 from lm.tokenizer import Tokenizer
 
-Sampling = Literal["random", "epochs"]
 BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once: enough for all cores
+PLANNED = 1024  # windows whose places are computed at once
+SCANNED = 1 << 22  # tokens read at once to find the ends of documents
 OPEN_FILES = 64  # of a split at a time: thousands of shards must not use up the descriptors
 Signature = tuple[int, int, int]
 
@@ -131,17 +132,16 @@ class TokenStream:
 
     def rows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
         """The `length` ids from each start on, (len(starts), length); raises as a slice does."""
-        ids = np.empty((len(starts), length), dtype=self.dtype)
-        view, width = ids.reshape(-1).view(np.uint8).data, length * self.dtype.itemsize
+        width, size = length * self.dtype.itemsize, self.dtype.itemsize
         files = np.searchsorted(self._bounds, starts, side="right") - 1
-        within = starts + length <= self._bounds[files + 1]
-        offsets = (starts - self._bounds[files]) * self.dtype.itemsize
-        places = zip(files.tolist(), offsets.tolist(), within.tolist(), strict=True)
-        for row, (file, offset, whole) in enumerate(places):
-            part = view[row * width : (row + 1) * width]
-            if not whole or os.preadv(self._descriptor(file), [part], offset) < width:
-                self._fill(part, int(starts[row]))
-        return ids
+        offsets = (starts - self._bounds[files]) * size
+        sizes = np.minimum(width, (self._bounds[files + 1] - starts) * size)
+        places = zip(files.tolist(), sizes.tolist(), offsets.tolist(), strict=True)
+        pieces = [os.pread(self._descriptor(f), size, offset) for f, size, offset in places]
+        for row, piece in enumerate(pieces):
+            if len(piece) < width:  # runs on into the next file, or the file is shorter than it was
+                pieces[row] = self[int(starts[row]) : int(starts[row]) + length].tobytes()
+        return np.frombuffer(b"".join(pieces), dtype=self.dtype).reshape(-1, length)
 
     def _fill(self, view: memoryview, start: int) -> None:
         """Read the ids from `start` on, from one file or several, into the bytes of `view`."""
@@ -189,12 +189,30 @@ def _signature(descriptor: int) -> Signature:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A part of a split that has a share of the windows of its own."""
+
+    name: str
+    start: int
+    stop: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class Split:
-    """The tokens of one split, on disk, and the batches dealt from them."""
+    """The tokens of one split, on disk, and the batches dealt from them.
+
+    Without sources that have weights, windows come from all the tokens alike.
+    """
 
     name: str
     tokens: NDArray[Any] | TokenStream  # (n_tokens,), uint16 or uint32
     n_bytes: int
+    end_id: int | None = None
+    weighted: tuple[Source, ...] = ()
+    # kept from call to call: the windows of documents, and the places of the batches to come
+    _documents: dict[tuple[int, int], DocumentWindows] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[Any, ...], tuple[int, Numbers]] = field(default_factory=dict, repr=False)
 
     def require(self, context_length: int) -> None:
         """Raises InputError unless one window and its shifted targets fit."""
@@ -217,19 +235,66 @@ class Split:
         """The places of the first token of each window of a batch, (batch_size,).
 
         A pure function of (seed, step). "random": windows anywhere, drawn with replacement.
-        "epochs": adjoining windows, each seen exactly once an epoch, in a new order each time.
+        "epochs": adjoining windows, and "documents": windows that cut each document from its
+        start, each seen exactly once an epoch, in a new order each time. Sources with weights
+        have exact shares of the windows, and epochs of their own.
         """
+        n_steps = max(1, PLANNED // batch_size)
+        first = step - step % n_steps
+        kind = batch_size, context_length, seed, sampling
+        if kind not in self._plans or self._plans[kind][0] != first:
+            # many batches at once cost little more than one
+            self._plans[kind] = first, self._plan(range(first, first + n_steps), *kind)
+        return self._plans[kind][1][step - first]
+
+    def _plan(
+        self, steps: range, batch_size: int, context_length: int, seed: int, sampling: Sampling
+    ) -> NDArray[np.int64]:
+        """What `starts` gives for each of some steps, (len(steps), batch_size)."""
         self.require(context_length)
+        numbers = steps.start * batch_size + np.arange(len(steps) * batch_size)
+        sources = self.weighted or (Source("", 0, len(self.tokens), 1.0),)
+        owners, numbers = deal(tuple(source.weight for source in sources), numbers)
+        starts = np.empty_like(numbers)
+        for number, source in enumerate(sources):
+            mine, stream = owners == number, [number] if self.weighted else []
+            size, start_of = self._windows_of(source, context_length, sampling)
+            if sampling == "random":
+                places = drawn(seed, steps, batch_size, size)[mine]
+            else:
+                places = ordered(seed, numbers[mine], size, *stream)
+            starts[mine] = source.start + start_of(places)
+        return starts.reshape(-1, batch_size)
+
+    def _windows_of(
+        self, source: Source, context_length: int, sampling: Sampling
+    ) -> tuple[int, Callable[[Numbers], Numbers]]:
+        """How many windows a source has, and where in it they start."""
+        last = source.stop - source.start - context_length - 1
+        if last < 0:
+            raise InputError(
+                f"source {source.name} has {source.stop - source.start} tokens in the {self.name} "
+                f"split, needs at least {context_length + 1}; lower model.context_length, add text "
+                "or leave the source out"
+            )
         if sampling == "random":
-            key = rng.seed(seed, "batch", step)
-            return rng.random_integers(key, batch_size, len(self.tokens) - context_length)
-        n_windows = (len(self.tokens) - 1) // context_length
-        epochs, places = np.divmod(step * batch_size + np.arange(batch_size), n_windows)
-        starts = np.empty(batch_size, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            mine, key = epochs == epoch, rng.seed(seed, "epoch", int(epoch))
-            starts[mine] = rng.permuted(key, places[mine], n_windows) * context_length
-        return starts
+            return last + 1, lambda places: places
+        if sampling == "epochs":
+            return last // context_length + 1, lambda places: places * context_length
+        documents = self._documents_of(source, context_length)
+        return len(documents), lambda places: np.minimum(documents.starts(places), last)
+
+    def _documents_of(self, source: Source, context_length: int) -> DocumentWindows:
+        key = source.start, context_length
+        if key not in self._documents:
+            if self.end_id is None:
+                raise InputError("sampling = documents: nobody has said which id ends a document")
+            pieces = range(source.start, source.stop, SCANNED)
+            chunks = (self.tokens[i : min(i + SCANNED, source.stop)] for i in pieces)
+            self._documents[key] = DocumentWindows(chunks, self.end_id, context_length)
+            if not len(self._documents[key]):
+                raise InputError(f"{source.name or self.name}: every document is empty; add text")
+        return self._documents[key]
 
 
 def windows(
@@ -275,7 +340,21 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
     files = [folder / entry["file"] for entry in entries]
     signatures = [_verified(file, entry, dtype) for file, entry in zip(files, entries, strict=True)]
     tokens = TokenStream(files, [entry["tokens"] for entry in entries], signatures, dtype)
-    return Split(name, tokens, manifest[name]["bytes"])
+    return Split(
+        name, tokens, manifest[name]["bytes"], manifest["end_id"], _weighted(name, manifest)
+    )
+
+
+def _weighted(split: str, manifest: dict[str, Any]) -> tuple[Source, ...]:
+    """Where each source lies in a split, if sources have weights."""
+    sources, start = [], 0
+    for source in manifest["sources"]:
+        shards = [shard for shard in manifest["shards"] if shard["source"] == source["name"]]
+        stop = start + sum(shard[split]["tokens"] for shard in shards)
+        if source["weight"] is not None:
+            sources.append(Source(source["name"], start, stop, float(source["weight"])))
+        start = stop
+    return tuple(sources)
 
 
 def _verified(file: Path, entry: dict[str, Any], dtype: np.dtype[Any]) -> Signature:

@@ -23,8 +23,9 @@ from lm.device import Dtype, autocast, compiled, to_device
 from lm.errors import Diverged, EnvironmentFault, InputError, is_out_of_memory
 from lm.model import ModelConfig, TransformerLM, cross_entropy
 from lm.optim import OPTIMIZERS, AdamW, OptimizerConfig, gradient_clipping
+from lm.sampling import Sampling
 from lm.schedule import ScheduleConfig, learning_rate_fraction
-from lm.tokens import Sampling, Split, TokenStream
+from lm.tokens import Split, TokenStream
 
 Record = dict[str, Any]
 THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
