@@ -3,8 +3,11 @@
 import fcntl
 import os
 import pickle
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# a shell that runs the tests in the background has them ignore Ctrl-C; what they start must not
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from jaxtyping import install_import_hook
 
@@ -25,7 +28,7 @@ from lm.config import load_params, read_section
 from lm.model import ModelConfig, TransformerLM
 from lm.text import DataConfig
 from lm.train import TrainConfig
-from tests.kill import commit, copied, run, survivors, versioned
+from tests.kill import commit, copied, dvc, outputs, survivors, versioned
 from tests.project import SMOKE, Project
 
 torch.set_num_threads(1)
@@ -102,9 +105,8 @@ def baseline(made_once) -> Project:
     """A project whose pipeline has run and is committed: to be copied, not changed."""
 
     def make(folder: Path) -> Project:
-        project = versioned(folder / "baseline")
-        done = run(project, "dvc", "repro")
-        assert done.returncode == 0, done.stdout
+        project = versioned(folder / "baseline", eval_interval=8)  # the last part is shorter
+        dvc(project, "repro")
         commit(project)
         return project
 
@@ -116,4 +118,21 @@ def finished(baseline, tmp_path) -> Iterator[Project]:
     """A copy of the baseline."""
     project = copied(baseline, tmp_path / "project")
     yield project
+    project.close()
     survivors(project, 0)
+
+
+@pytest.fixture(scope="session")
+def long_run(made_once) -> tuple[Project, dict[str, str]]:
+    """A run without DVC, long enough to be caught: its project before it, and what it ends in."""
+
+    def make(folder: Path) -> tuple[Project, dict[str, str]]:
+        project = Project(folder / "long")
+        project.set("train.max_steps", 160)
+        project.set("train.eval_interval", 20)
+        project.prepare("tokenizer", "tokens")
+        whole = copied(project, folder / "whole")
+        whole.prepare("train")
+        return project, outputs(whole)
+
+    return made_once("long", make)

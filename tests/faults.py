@@ -1,12 +1,15 @@
 """A warmed process that forks itself for each run of a stage, and strikes at a chosen write.
 
-Importing torch takes seconds, a run of the smoke preset half of one. The strike is real: a signal
-that the process sends itself, or a limit of the operating system, right before the operation
-number `at` that changes a file in the project (an audit event of Python), never a mock.
+Importing torch takes seconds, a run of the smoke preset half of one; the project's own modules are
+imported anew by each run. The strike is real: a signal that the process sends itself, or a limit
+of the operating system, right before the operation number `at` that changes a file in the project
+(an audit event of Python), never a mock.
 
     python -m tests.faults   reads one case a line as JSON, answers each in a line of JSON
 """
 
+import atexit
+import functools
 import importlib
 import json
 import os
@@ -18,56 +21,61 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
+ROOT = Path(__file__).parent.parent
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"}
 
 
-class WarmStages:
-    """The stages of a project, each run in a fork of one warmed process."""
+@functools.cache
+def warmed() -> "subprocess.Popen[str]":
+    """The warmed process, one for each process of the tests, which it ends with."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.faults"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
-    def __init__(self, project: Any):
-        root = Path(__file__).parent.parent
-        path = f"{project.folder}{os.pathsep}{root}"  # its own lm and stages, and these tests
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults"],
-            cwd=project.folder,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def close() -> None:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
 
-    def run(self, stage: str, *arguments: str, **strike: Any) -> dict[str, Any]:
-        """Run a stage; `strike`: at and signal, or limit (bytes a file may grow to).
+    atexit.register(close)
+    return process
 
-        Gives status (negative: ended by that signal), out, err, changes of files, peak_bytes.
-        """
-        case = {"stage": stage, "arguments": arguments, **strike}
-        self.process.stdin.write(json.dumps(case) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+def run_warm(folder: Path, stage: str, *arguments: str, **more: Any) -> dict[str, Any]:
+    """Run a stage of the project in a folder, as `python -m stages.STAGE` would.
+
+    `more`: environment, and a strike: at and signal, or limit (bytes a file may grow to).
+    Gives status (negative: ended by that signal), out, err, changes of files, peak_bytes.
+    """
+    case = {"folder": str(folder), "stage": stage, "arguments": arguments, **more}
+    warmed().stdin.write(json.dumps(case) + "\n")
+    warmed().stdin.flush()
+    return json.loads(warmed().stdout.readline())
 
 
 def watch_changes(log: int, at: int | None, number: int) -> None:
-    """Log each change of a file below the working directory; before change `at` strike."""
+    """Log each change of a file below the working directory; before change `at` strike.
+
+    What changes nothing is left out, since killed before it or after it is the same: looking into
+    a folder or syncing it, making one that is there.
+    """
     folder, seen = str(Path.cwd()), 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
         if event == "open":
             path, _, flags = arguments
-            if not isinstance(path, str) or not (flags & os.O_ACCMODE or os.path.isdir(path)):  # noqa: PTH112
+            if not isinstance(path, str) or not flags & os.O_ACCMODE:
                 return
         elif event not in CHANGES:
             return
         path = os.path.abspath(str(arguments[0]))  # noqa: PTH100 - Path() would recurse
-        if not path.startswith(folder):
+        if not path.startswith(folder) or (event == "os.mkdir" and os.path.isdir(path)):  # noqa: PTH112
             return
         seen += 1
         os.write(log, f"{event} {os.path.relpath(path, folder)}\n".encode())
@@ -80,6 +88,9 @@ def watch_changes(log: int, at: int | None, number: int) -> None:
 def child(case: dict[str, Any], log: int) -> int:
     """Run the stage as `python -m stages.NAME` would; its exit status."""
     signal.alarm(60)  # nothing may hang
+    os.chdir(case["folder"])
+    sys.path.insert(0, case["folder"])
+    os.environ.update(case.get("environment", {}))
     sys.argv = [case["stage"], *case["arguments"]]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "limit" in case:
@@ -126,6 +137,8 @@ if __name__ == "__main__":
         importlib.import_module(f"stages.{name}")
     for name in [name for name in sys.modules if name.partition(".")[0] in ("lm", "stages")]:
         del sys.modules[name]  # each run imports its own code, as a process of its own would
+    import torch
+
     torch.use_deterministic_algorithms(True)  # brings in half of torch's compiler
 
     for line in sys.stdin:

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,13 +17,16 @@ from tests.project import Project
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 TARGETS = ("stage", "dvc", "group")
-PREPARED = ("corpus", "tokenizer", "tokens")
+STAGES = ("corpus", "tokenizer", "tokens", "train", "evaluate")
 
 
-def versioned(folder: Path, steps: int = 20, checkpoint_interval: int = 5) -> Project:
+def versioned(
+    folder: Path, steps: int = 20, checkpoint_interval: int = 5, eval_interval: int = 10
+) -> Project:
     """A project under git, committed, that logs every step."""
     project = Project(folder)
     project.set("train.max_steps", steps)
+    project.set("train.eval_interval", eval_interval)
     project.set("runtime.log_interval", 1)
     project.set("runtime.checkpoint_interval", checkpoint_interval)
     for command in ("init -q", "config user.name test", "config user.email test@example.org"):
@@ -53,12 +55,12 @@ def copied(project: Project, folder: Path) -> Project:
     return other
 
 
-def environment(project: Project) -> dict[str, str]:
-    outer = ("DVC_", "MAKE", "MFLAGS")  # of the dvc or the make that may run the tests
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    site = str(project.folder.with_name(project.folder.name + ".site"))  # else in /var/tmp
-    return clean | {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site}
+def cloned(project: Project, folder: Path) -> Project:
+    """A fresh clone: what git knows, no outputs, no cache."""
+    git(project, "clone", "-q", str(project.folder), str(folder))
+    other = copy.deepcopy(project)
+    other.folder = folder
+    return other
 
 
 def run(project: Project, *command: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
@@ -66,6 +68,18 @@ def run(project: Project, *command: str, timeout: float = 3000) -> subprocess.Co
     victim = Victim(project, *command)
     code = victim.wait(timeout)
     return subprocess.CompletedProcess(command, code, victim.output(), "")
+
+
+def dvc(project: Project, *arguments: str, code: int = 0) -> str:
+    """What a dvc command says, which must end with this code."""
+    done = run(project, "dvc", *arguments)
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    """The stages that a dvc command really ran."""
+    return [stage for stage in STAGES if f"Running stage '{stage}'" in output]
 
 
 def heal(project: Project) -> str:
@@ -89,7 +103,7 @@ class Victim:
             self.process = subprocess.Popen(
                 command,
                 cwd=project.folder,
-                env=environment(project),
+                env=project.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -108,7 +122,7 @@ class Victim:
         while not condition():
             assert self.process.poll() is None, f"ended before: {self.output()}"
             assert time.monotonic() < end, f"nothing came: {self.output()}"
-            time.sleep(0.002)
+            time.sleep(0.005)
 
     def kill(self, target: str, number: signal.Signals) -> str | None:
         """Send a signal; returns the stage that was running."""
@@ -181,11 +195,11 @@ def outputs(project: Project) -> dict[str, str]:
     """The SHA-256 of dvc.lock and of every file that the pipeline makes."""
     files = [project.folder / "dvc.lock"]
     for name in ("data", "models", "metrics"):
-        files += [f for f in (project.folder / name).rglob("*") if f.is_file()]
+        files += (project.folder / name).rglob("*")
     return {
         f.relative_to(project.folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
         for f in files
-        if f.name not in (".gitignore", "performance.json", "wall_clock.csv")
+        if f.is_file() and f.name not in (".gitignore", "performance.json", "wall_clock.csv")
     }
 
 

@@ -1,4 +1,4 @@
-"""A project folder for tests that run the stages as a user does: in processes of their own."""
+"""A project folder for tests that run the stages, in processes of their own or in warmed ones."""
 
 import os
 import shutil
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.faults import run_warm
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "presets" / "smoke.yaml"
@@ -45,14 +47,20 @@ class Project:
         self.params[section][name] = value
         (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params))
 
-    def start(self, *command: str, **environment: str) -> "subprocess.Popen[str]":
-        """Start a program in the folder, one thread, with this environment's Python first."""
+    def environment(self) -> dict[str, str]:
+        """One thread, this Python first, and nothing of a dvc or a make that may run the tests."""
+        outer = ("DVC_", "MAKE", "MFLAGS")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
+        site = str(self.folder.with_name(self.folder.name + ".site"))  # else in /var/tmp
+        return clean | {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site}
+
+    def start(self, *command: str, **environment: str) -> "subprocess.Popen[str]":
+        """Start a program in the folder."""
         process = subprocess.Popen(
             command,
             cwd=self.folder,
-            env=clean | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
+            env=self.environment() | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -81,10 +89,18 @@ class Project:
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
-    def stage(self, name: str, *overrides: str) -> "subprocess.CompletedProcess[str]":
-        """Run `python -m stages.NAME`, each override given by -S."""
+    def warm(self, stage: str, *arguments: str, **more: Any) -> dict[str, Any]:
+        """Run a stage in a fork of a process that has imported torch: see tests.faults.run_warm."""
+        return run_warm(self.folder, stage, *arguments, **more)
+
+    def stage(
+        self, name: str, *overrides: str, resume_from: str | None = None, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a stage like that, each override given by -S."""
         given = [word for override in overrides for word in ("-S", override)]
-        return self.run("python", "-m", f"stages.{name}", *given)
+        given += ["--resume-from", resume_from] if resume_from else []
+        done = self.warm(name, *given, environment=environment)
+        return subprocess.CompletedProcess(given, done["status"], done["out"], done["err"])
 
     def prepare(self, *stages: str) -> None:
         """Run stages that must succeed."""

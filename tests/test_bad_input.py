@@ -22,22 +22,18 @@ from typing import NamedTuple
 import pytest
 
 from lm.tokenizer import END_TOKEN, train_bpe
-from tests.faults import WarmStages
 from tests.project import Project
 
 OUTPUTS = ("data", "models", "metrics")
 
 
 class Stages:
-    """A prepared project, and a warm process in it that forks a stage at a time."""
+    """A prepared project, put back after each test."""
 
     def __init__(self, folder: Path):
         self.project = Project(folder / "project")
         self.folder = self.project.folder
-        self.warm = WarmStages(self.project)
-        for stage in ("tokenizer", "tokens"):
-            result = self.warm.run(stage)
-            assert result["status"] == 0, result["err"]
+        self.project.prepare("tokenizer", "tokens")
         self.pristine = folder / "pristine"
         shutil.copytree(self.folder, self.pristine)
 
@@ -60,7 +56,7 @@ class Stages:
                 given(self.folder)
         before = self.outputs(row.stage)
         words = [("-S", given) for given in row.given if isinstance(given, str)]
-        result = self.warm.run(row.stage, *chain.from_iterable(words))
+        result = self.project.warm(row.stage, *chain.from_iterable(words))
         changed = before.items() ^ self.outputs(row.stage).items()
         return result, {name for name, _ in changed}
 
@@ -77,9 +73,7 @@ class Stages:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    stages = Stages(tmp_path_factory.mktemp("bad"))
-    yield stages
-    stages.warm.close()
+    return Stages(tmp_path_factory.mktemp("bad"))
 
 
 @pytest.fixture

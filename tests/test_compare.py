@@ -23,7 +23,7 @@ from tests.project import ROOT
 @pytest.fixture
 def project(tmp_path):
     """Committed, never run; `make` finds its environment ready."""
-    project = versioned(tmp_path / "project", steps=60)
+    project = versioned(tmp_path / "project")
     shutil.copy(ROOT / "Makefile", project.folder)
     for name in ("requirements.txt", "constraints.txt", ".venv/.ready"):
         (project.folder / name).parent.mkdir(exist_ok=True)

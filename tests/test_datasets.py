@@ -4,10 +4,9 @@ import hashlib
 
 import yaml
 
-from tests.kill import commit, versioned
+from tests.kill import cloned, commit, dvc, ran, versioned
 from tests.servers import http
-from tests.test_pipeline import ran
-from tests.test_remotes import cloned, dvc, told
+from tests.test_remotes import told
 
 TEXT, PIN = "data/tale.txt", "data/tale.txt.dvc"
 

@@ -13,21 +13,8 @@ import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
-from tests.kill import environment, git, outputs, run
+from tests.kill import dvc, git, outputs, ran, run
 from tests.project import ROOT, Project
-
-STAGES = ("corpus", "tokenizer", "tokens", "train", "evaluate")
-
-
-def dvc(project, *arguments, code=0):
-    done = run(project, "dvc", *arguments)
-    assert done.returncode == code, done.stdout
-    return done.stdout
-
-
-def ran(output):
-    """The stages that really ran."""
-    return [s for s in STAGES if f"Running stage '{s}'" in output]
 
 
 def locked(project, name):
@@ -37,13 +24,22 @@ def locked(project, name):
     return yaml.safe_load(git(project, "show", f"{reference}:dvc.lock"))["stages"]
 
 
-def work_off_queue(project):
+def work_off_queue(project, experiments):
+    """Let a worker run so many experiments; what DVC then says of them."""
     dvc(project, "queue", "start")
     end = time.monotonic() + 600
-    while "Queued" in (status := dvc(project, "queue", "status")) or "Running" in status:
-        assert time.monotonic() < end, status
-        time.sleep(0.5)
+    while len(ended(project)) < experiments or "Running" in (
+        status := dvc(project, "queue", "status")
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.1)
     return status
+
+
+def ended(project):
+    """The queue's experiments whose process has ended, from DVC's notes: it is slow to ask."""
+    notes = project.folder.glob(".dvc/tmp/exps/run/*/*.json")
+    return [note for note in notes if json.loads(note.read_text())["returncode"] is not None]
 
 
 def test_an_experiment_is_compared_renamed_branched_and_applied(finished):
@@ -89,7 +85,7 @@ def test_a_queued_grid_runs_the_code_and_settings_of_its_time(finished):
     (finished.folder / "mine").mkdir()
     (finished.folder / "mine" / "a.txt").write_text("text that git does not know\n")
     dvc(finished, "exp", "run", "--queue", "-n", "mine", "-S", "data.path=mine")
-    status = work_off_queue(finished)
+    status = work_off_queue(finished, 3)
     assert (status.count("Success"), status.count("Failed")) == (2, 1)
     assert outputs(finished) == before
     assert "moved on" in report.read_text()
@@ -134,7 +130,7 @@ def test_an_override_changes_one_line_of_the_settings(tmp_path, name):
 
 def test_another_python_says_how_to_find_ours(finished, tmp_path):
     venv.create(tmp_path / "other", symlinks=True)
-    program = shutil.which("dvc", path=environment(finished)["PATH"])
+    program = shutil.which("dvc", path=finished.environment()["PATH"])
     finished.set("train.lr", 2e-2)
     done = run(finished, "env", f"PATH={tmp_path}/other/bin:/usr/bin:/bin", program, "repro")
     assert done.returncode != 0

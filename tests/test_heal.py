@@ -10,24 +10,15 @@ import pytest
 import yaml
 
 from stages.heal import fault_of_dvc_lock
-from tests.kill import Victim, commit, copied, git, heal, outputs, run, survivors, versioned
+from tests.kill import Victim, commit, git, heal, outputs, run, survivors
 from tests.project import ROOT
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A project whose pipeline has run; dvc.lock is not committed."""
-    project = versioned(tmp_path_factory.mktemp("heal") / "finished")
-    done = run(project, "dvc", "repro")
-    assert done.returncode == 0, done.stdout
-    return project
-
-
 @pytest.fixture
-def project(finished, tmp_path):
-    project = copied(finished, tmp_path / "project")
-    yield project
-    survivors(project, 0)
+def project(finished):
+    """A project whose pipeline has run; dvc.lock is not committed."""
+    git(finished, "reset", "-q", "HEAD~1")
+    return finished
 
 
 @pytest.fixture

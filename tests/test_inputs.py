@@ -12,8 +12,7 @@ import pytest
 import stages.run
 from lm.errors import InputError
 from stages.run import Inputs
-from tests.project import Project
-from tests.test_stages import outputs
+from tests.kill import copied, outputs
 
 
 @pytest.fixture
@@ -97,24 +96,12 @@ def test_what_is_recorded_is_the_code_that_ran(project):
     assert project.run("python", "-c", program).stdout == f"2 {sha256}\n"
 
 
-@pytest.fixture(scope="module")
-def long_run(tmp_path_factory):
-    """A prepared project whose run can be caught, and its outputs when left alone."""
-    project = Project(tmp_path_factory.mktemp("inputs") / "project")
-    project.set("train.max_steps", 300)
-    project.prepare("tokenizer", "tokens", "train")
-    yield project, outputs(project)
-    project.close()
-
-
 @pytest.fixture
-def unpublished(long_run):
-    """The same, as if the run had not begun."""
-    project, straight = long_run
-    project.forget_runs()
-    for folder in ("models/model", "models/checkpoints"):
-        shutil.rmtree(project.folder / folder)
-    return project, straight
+def long(long_run, tmp_path):
+    """A prepared project whose run can be caught, and its outputs when left alone."""
+    project = copied(long_run[0], tmp_path / "project")
+    yield project, long_run[1]
+    project.close()
 
 
 def ends_with(process, message):
@@ -124,9 +111,9 @@ def ends_with(process, message):
     assert len(error.strip().splitlines()) == 1
 
 
-def test_an_edit_during_training_is_no_wrong_record_and_loses_nothing(unpublished):
+def test_an_edit_during_training_is_no_wrong_record_and_loses_nothing(long):
     """Code and settings edited meanwhile: put back, the finished training is published."""
-    project, straight = unpublished
+    project, straight = long
     code = project.folder / "lm" / "optim.py"
     before = code.read_text()
     process = project.train_until("step  40/")
@@ -135,7 +122,7 @@ def test_an_edit_during_training_is_no_wrong_record_and_loses_nothing(unpublishe
     assert not (project.folder / "models" / "model").exists()
     code.write_text(before)
     result = project.stage("train")
-    assert "Resumed at step 300" in result.stdout
+    assert "Resumed at step 160" in result.stdout
     assert outputs(project) == straight
 
 
@@ -156,9 +143,9 @@ def flip(file):
 
 
 @pytest.mark.parametrize("damage", [truncate, append, flip, replace_file])
-def test_tokens_damaged_during_training_stop_it(unpublished, damage):
+def test_tokens_damaged_during_training_stop_it(long, damage):
     """Nothing is published or saved after the damage; with the file restored it goes on."""
-    project, straight = unpublished
+    project, straight = long
     file = project.folder / "data" / "tokens" / "train" / "text-00000.bin"
     data = file.read_bytes()
     process = project.train_until("step  40/")

@@ -1,7 +1,7 @@
 """Kill it anywhere: the same command goes on and ends in the bytes of an undisturbed run.
 
-Signals are real and go to real dvc commands. What pytest runs by itself are the telling cases;
-`pytest -m soak` runs the others.
+Signals are real and go to real dvc commands. pytest by itself sends each signal once and strikes
+each target, place and moment once; `pytest -m soak` runs the others.
 """
 
 import time
@@ -30,7 +30,7 @@ from tests.kill import (
 
 STEPS, INTERVAL, MIDDLE = 240, 20, "step  70/240"
 UNSAVED = 2 * INTERVAL  # steps that SIGKILL may cost: since the last save, and while it was written
-EXPERIMENT = ("dvc", "exp", "run", "-n", "faster", "-S", "train.lr=2e-2")
+EXPERIMENT = ("dvc", "exp", "run", "train", "-n", "faster", "-S", "train.lr=2e-2")
 TRAIN = ("dvc", "repro", "train")
 INT, TERM, KILL = SIGNALS
 
@@ -46,8 +46,6 @@ class Undisturbed:
         commit(self.prepared)
         whole = copied(self.prepared, shared / "whole")
         assert run(whole, *TRAIN).returncode == 0
-        self.trained = outputs(whole)
-        assert run(whole, "dvc", "repro").returncode == 0
         self.outputs = outputs(whole)
         git(whole, "checkout", "-q", ".")
         assert run(whole, *EXPERIMENT, "--temp").returncode == 0
@@ -102,10 +100,11 @@ def go_on(project, *command):
             target,
             number,
             id=f"{target}-{number.name}",
-            marks=pytest.mark.soak if number == TERM and target != "dvc" else [],
+            marks=[] if told else pytest.mark.soak,
         )
         for target in TARGETS
         for number in SIGNALS
+        for told in [(target, number) in {("stage", TERM), ("dvc", KILL), ("group", INT)}]
     ],
 )
 def test_a_killed_repro_goes_on_where_it_was(project, undisturbed, target, number):
@@ -116,10 +115,11 @@ def test_a_killed_repro_goes_on_where_it_was(project, undisturbed, target, numbe
         assert code != 0
         if target == "stage":  # DVC would also fail for want of outputs if the stage said 0
             assert f"exited with {-9 if number == KILL else 128 + number}" in before
+            assert ("error: stopped, saved at step" in before) is (number != KILL)
         assert "train" not in yaml.safe_load(project.read("dvc.lock"))["stages"]
         repeated = last_step(before) - resumed_at(go_on(project, *TRAIN))
         assert repeated <= (UNSAVED if number == KILL and target != "dvc" else 0)
-    assert outputs(project) == undisturbed.trained
+    assert outputs(project) == undisturbed.outputs
 
 
 @pytest.mark.parametrize("moment", ["publishing", "before the first step", "saving"])
@@ -132,18 +132,18 @@ def test_a_repro_killed_at_its_worst_moments_goes_on(project, undisturbed, momen
         "before the first step": "Model has",
         "saving": lambda: any(unfinished.glob("*/step-00000040.safetensors*")),
     }[moment]
-    code, before = killed(project, ("dvc", "repro"), condition, "group", number)
+    code, before = killed(project, TRAIN, condition, "group", number)
     assert code != 0
-    resumed = resumed_at(go_on(project, "dvc", "repro"))
+    resumed = resumed_at(go_on(project, *TRAIN))
     assert last_step(before) - resumed <= UNSAVED
     assert outputs(project) == undisturbed.outputs
 
 
 def test_a_repro_killed_while_dvc_hashes_the_model_trains_no_step_again(project, undisturbed):
-    code, _ = killed(project, ("dvc", "repro"), "Final loss", "dvc", KILL)
+    code, _ = killed(project, TRAIN, "Final loss", "dvc", KILL)
     assert code != 0
     assert "train" not in yaml.safe_load(project.read("dvc.lock"))["stages"]
-    again = go_on(project, "dvc", "repro")
+    again = go_on(project, *TRAIN)
     assert outputs(project) == undisturbed.outputs
     assert resumed_at(again) == STEPS
 
@@ -151,11 +151,11 @@ def test_a_repro_killed_while_dvc_hashes_the_model_trains_no_step_again(project,
 @pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.soak), "tokens"])
 def test_a_repro_killed_while_it_prepares_data_goes_on(undisturbed, tmp_path, stage):
     project = copied(undisturbed.fresh, tmp_path / "project")
-    moment = f"> exec python -m stages.{stage}"
-    code, _ = killed(project, ("dvc", "repro"), moment, "group", KILL)
+    prepare = ("dvc", "repro", "corpus", "tokens")
+    code, _ = killed(project, prepare, f"> exec python -m stages.{stage}", "group", KILL)
     assert code != 0
-    go_on(project, "dvc", "repro")
-    assert outputs(project) == undisturbed.outputs
+    go_on(project, *prepare)
+    assert outputs(project) == outputs(undisturbed.prepared)
 
 
 def test_a_stage_does_not_begin_when_dvc_died_while_it_was_starting(project):
@@ -170,23 +170,28 @@ def test_a_stage_does_not_begin_when_dvc_died_while_it_was_starting(project):
 
 CASES = [
     pytest.param(
-        target, number, id=f"{target}-{number.name}", marks=[] if told else pytest.mark.soak
+        where,
+        target,
+        number,
+        id=f"{where}-{target}-{number.name}",
+        marks=[] if told else pytest.mark.soak,
     )
     for target in TARGETS
     for number in SIGNALS
     if (target, number) != ("dvc", INT)
-    for told in [(target, number) in {("group", KILL), ("dvc", TERM)}]
+    for where in ("workspace", "temp")
+    for told in [(where, target, number) in {("workspace", "group", KILL), ("temp", "dvc", TERM)}]
 ]
 
 
-@pytest.mark.parametrize(("target", "number"), CASES)
-@pytest.mark.parametrize("where", [(), ("--temp",)], ids=["workspace", "temp"])
+@pytest.mark.parametrize(("where", "target", "number"), CASES)
 def test_a_killed_experiment_goes_on_where_it_was(project, undisturbed, where, target, number):
+    command = (*EXPERIMENT, *(["--temp"] if where == "temp" else []))
     branch = git(project, "symbolic-ref", "HEAD")
-    code, before = killed(project, (*EXPERIMENT, *where), MIDDLE, target, number)
+    code, before = killed(project, command, MIDDLE, target, number)
     assert code != 0
     assert experiment(project) is None
-    repeated = last_step(before) - resumed_at(go_on(project, *EXPERIMENT, *where))
+    repeated = last_step(before) - resumed_at(go_on(project, *command))
     assert repeated <= (UNSAVED if number == KILL and target != "dvc" else 0)
     assert experiment(project) == undisturbed.experiment
     assert git(project, "symbolic-ref", "HEAD") == branch

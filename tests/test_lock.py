@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.kill import copied, git, run
+from tests.kill import cloned, run
 
 NEW_STAGE = """  new:
     cmd: echo > new
@@ -13,11 +13,7 @@ NEW_STAGE = """  new:
 
 @pytest.fixture
 def clone(baseline, tmp_path):
-    """A fresh clone: what git knows, no outputs, no cache."""
-    git(baseline, "clone", "-q", str(baseline.folder), str(tmp_path / "clone"))
-    project = copied(baseline, tmp_path / "unused")
-    project.folder = tmp_path / "clone"
-    return project
+    return cloned(baseline, tmp_path / "clone")
 
 
 def check(project):

@@ -10,7 +10,7 @@ import stat
 import pytest
 import yaml
 
-from tests.kill import commit, copied, git, outputs, run
+from tests.kill import cloned, commit, copied, dvc, git, outputs, run
 from tests.project import ROOT
 from tests.servers import HOST, SERVERS, WRITABLE, free_port, http, self_signed_certificate
 from tests.test_verify import flip
@@ -39,20 +39,6 @@ def clone(trained, tmp_path):
     shutil.copytree(trained.folder.with_name("remote"), tmp_path / "remote")
     configure(clone, url=tmp_path / "remote")
     return clone
-
-
-def cloned(project, folder):
-    git(project, "clone", "-q", str(project.folder), str(folder))
-    other = copy.deepcopy(project)
-    other.folder = folder
-    return other
-
-
-def dvc(project, *arguments, code=0):
-    """What dvc says."""
-    done = run(project, "dvc", *arguments)
-    assert done.returncode == code, done.stdout
-    return done.stdout
 
 
 def configure(project, **options):
@@ -177,21 +163,21 @@ def test_repro_with_pull_in_a_fresh_clone_trains_nothing(trained, tmp_path):
 def test_an_experiments_settings_are_restored_elsewhere_once_it_was_pushed(trained, tmp_path):
     project, remote = copied(trained, tmp_path / "project"), tmp_path / "remote"
     configure(project, url=remote)
-    dvc(project, "exp", "run", "--name", "short", "-S", "train.max_steps=6")
-    model, lock = recorded(project, "models/model"), project.read("dvc.lock")
+    dvc(project, "exp", "run", "--name", "short", "-S", "evaluate.max_new_tokens=3")
+    samples, lock = recorded(project, "metrics/samples.md"), project.read("dvc.lock")
     git(project, "checkout", "-q", ".")
     git(project, "clone", "-q", "--bare", ".", str(tmp_path / "origin"))
     git(project, "remote", "add", "origin", str(tmp_path / "origin"))
     dvc(project, "push", "--run-cache")
-    assert (remote / recorded(project, "models/model")).exists()
-    assert not (remote / model).exists()  # that it ran, not what it made
+    assert (remote / recorded(project, "metrics/samples.md")).exists()
+    assert not (remote / samples).exists()  # that it ran, not what it made
     dvc(project, "exp", "push", "origin", "short")
-    assert (remote / model).exists()
+    assert (remote / samples).exists()
 
     project.folder = tmp_path / "origin"
     clone = cloned(project, tmp_path / "clone")
     configure(clone, url=remote)
-    clone.set("train.max_steps", 6)
+    clone.set("evaluate.max_new_tokens", 3)
     assert "Running stage" not in dvc(clone, "repro", "--pull")
     assert clone.read("dvc.lock") == lock
     git(clone, "checkout", "-q", ".")

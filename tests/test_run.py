@@ -11,8 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lm.checkpoint import read_extra
 from lm.config import RuntimeConfig, read_section
 from lm.errors import Diverged, InputError
 from lm.resume import publishing
@@ -34,7 +36,7 @@ def settings(smoke_params, model_config, train_config):
     return model, config, replace(runtime, checkpoint_interval=4)
 
 
-def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0)):
+def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0), resume_from=None):
     """A run in which the gradients of some steps are spoilt, up to a step; then it publishes.
 
     `losses`: what its two validations say.
@@ -43,7 +45,7 @@ def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0)):
     state = new_state(model, config, torch.device("cpu"))
     for step in bad_steps:
         poisoned(state, step)
-    with Run(state, config, runtime, MADE_OF, folder / "unfinished") as run:
+    with Run(state, config, runtime, MADE_OF, folder / "unfinished", resume_from) as run:
         steps = train(state, SPLIT, config)
         while not run.finished():
             record = next(steps)
@@ -75,6 +77,33 @@ def test_skipped_steps_are_counted_told_and_resumed(settings, tmp_path, capsys):
     assert [int(row["step"]) for row in rows if row["train_loss"] == "nan"] == bad
     weights = load_file(tmp_path / "a/models/checkpoints/last.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_the_loss_scale_of_float16_is_resumed_too(settings, tmp_path, capsys):
+    model, config, runtime = settings
+    settings = model, replace(config, dtype="float16"), runtime
+    go(settings, tmp_path / "a")
+    assert go(settings, tmp_path / "b", until=7) is None
+    go(settings, tmp_path / "b")
+    assert "Resumed at step 6" in capsys.readouterr().out
+    a, b = (tmp_path / folder / "models/checkpoints/last.safetensors" for folder in "ab")
+    assert read_extra(a)["scaler"]["_growth_tracker"] == 12  # steps since the scale was changed
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_continued_run_takes_the_settings_of_now(settings, tmp_path):
+    model, config, runtime = settings
+    go(settings, tmp_path)
+    last = tmp_path / "models" / "checkpoints" / "last.safetensors"
+    changed = replace(config, max_steps=14, weight_decay=0.5, beta2=0.5, lr=1e-4,
+                      schedule="constant", dtype="float16")  # fmt: skip
+    go((model, changed, runtime), tmp_path, resume_from=last)
+    with safe_open(last, framework="pt") as file:
+        header = json.loads(file.metadata()["checkpoint"])
+    groups = header["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-4, 1e-4]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [group["betas"] for group in groups] == [[0.9, 0.5]] * 2
 
 
 def test_the_bound_on_skipped_steps_holds_across_a_stop(settings, tmp_path):

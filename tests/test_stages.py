@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,30 +20,46 @@ from safetensors.torch import load_file
 from lm.config import read_section
 from lm.text import DataConfig, split_documents
 from lm.tokenizer import train_bpe
+from tests.kill import copied, outputs
 from tests.project import ROOT, one_line, wait_for
 from tests.test_baselines import by_hand
 
-OUTPUTS = (
-    "models/model/provenance.json",
-    "models/model/model.safetensors",
-    "models/model/config.json",
-    "models/model/tokenizer.json",
-    "models/checkpoints/last.safetensors",
-    "models/checkpoints/best.safetensors",
-    "metrics/train.json",
-    "metrics/curves.csv",
-)
+LAST = "models/checkpoints/last.safetensors"
 
 
 @pytest.fixture
-def prepared(project):
+def prepared(long_run, tmp_path):
     """A project whose tokens are made."""
-    project.prepare("tokenizer", "tokens")
-    return project
+    project = copied(long_run[0], tmp_path / "project")
+    project.set("train.max_steps", 20)
+    project.set("train.eval_interval", 10)
+    yield project
+    project.close()
 
 
-def outputs(project):
-    return {name: project.read(name) for name in OUTPUTS}
+@pytest.fixture
+def long(long_run, tmp_path):
+    """A project whose run is long enough to be caught, and its outputs when left alone."""
+    project, straight = long_run
+    project = copied(project, tmp_path / "project")
+    yield project, straight
+    project.close()
+
+
+@pytest.fixture
+def killed(long_run, made_once, tmp_path):
+    """The same after SIGKILL at step 40."""
+
+    def make(folder):
+        project = copied(long_run[0], folder / "project")
+        project.train_until("step  40/").kill()
+        project.close()
+        project.processes.clear()
+        return project
+
+    project = copied(made_once("killed", make), tmp_path / "project")
+    yield project, long_run[1]
+    project.close()
 
 
 def newest_checkpoint(project):
@@ -97,18 +114,9 @@ def test_settings_are_overridden_from_the_command_line(prepared):
     assert "lr 1.00e-04" in result.stdout
 
 
-@pytest.fixture
-def long_run(prepared):
-    """A project whose run is long enough to be caught, and its outputs when left alone."""
-    prepared.set("train.max_steps", 300)
-    prepared.prepare("train")
-    prepared.forget_runs()
-    return prepared, outputs(prepared)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(long_run, number, code):
-    project, straight = long_run
+def test_an_interrupted_run_goes_on_to_the_same_bytes(long, number, code):
+    project, straight = long
     process = project.train_until("step  40/")
     process.send_signal(number)
     _, error = process.communicate(timeout=300)
@@ -121,11 +129,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(long_run, number, code):
     assert outputs(project) == straight
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(long_run):
-    project, straight = long_run
-    process = project.train_until("step  40/")
-    process.kill()
-    process.communicate()
+def test_a_killed_run_goes_on_to_the_same_bytes(killed):
+    project, straight = killed
     result = project.stage("train")
     assert result.returncode == 0, result.stderr
     step = int(result.stdout.split("Resumed at step ")[1].split()[0])
@@ -147,8 +152,8 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler to build a clock that is late")
-def test_a_clock_set_back_changes_nothing(long_run, tmp_path):
-    project, straight = long_run
+def test_a_clock_set_back_changes_nothing(killed, tmp_path):
+    project, straight = killed
     (tmp_path / "clock.c").write_text(YESTERDAY)
     library = str(tmp_path / "clock.so")
     build = ("cc", "-shared", "-fPIC", "-o", library, str(tmp_path / "clock.c"), "-ldl")
@@ -156,8 +161,6 @@ def test_a_clock_set_back_changes_nothing(long_run, tmp_path):
     now = "import time; print(time.time())"
     shown = project.run("python", "-c", now, LD_PRELOAD=library).stdout
     assert float(shown) < time.time() - 86_000
-    project.train_until("step  40/").kill()
-    project.processes[-1].wait()
     for file in project.folder.rglob("step-*"):
         os.utime(file, (2e9, 2e9))
     result = project.run("python", "-m", "stages.train", LD_PRELOAD=library)
@@ -165,23 +168,8 @@ def test_a_clock_set_back_changes_nothing(long_run, tmp_path):
     assert outputs(project) == straight
 
 
-def test_the_loss_scale_of_float16_is_resumed_too(prepared):
-    prepared.set("train.max_steps", 120)
-    prepared.set("train.dtype", "float16")
-    prepared.prepare("train")
-    straight = outputs(prepared)  # the checkpoints hold the scaler's step counter
-    prepared.forget_runs()
-    prepared.train_until("step  40/").kill()
-    prepared.processes[-1].wait()
-    assert "Resumed at step " in prepared.stage("train").stdout
-    assert outputs(prepared) == straight
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over(long_run):
-    project, straight = long_run
-    process = project.train_until("step  40/")
-    process.kill()
-    process.communicate()
+def test_a_damaged_newest_checkpoint_is_passed_over(killed):
+    project, straight = killed
     newest = newest_checkpoint(project)
     newest.write_bytes(newest.read_bytes()[:-100])
     result = project.stage("train")
@@ -215,29 +203,33 @@ def change_code(project):
         change_tokenizer,
         lambda project: project.set("train.lr", 9e-3),
         lambda project: project.set("model.dropout", 0.1),
-        lambda project: {"OMP_NUM_THREADS": "2"},
     ],
-    ids=["text", "code", "tokenizer", "lr", "dropout", "threads"],
+    ids=["text", "code", "tokenizer", "lr", "dropout"],
 )
-def test_nothing_of_a_run_is_reused_after_a_change(prepared, change):
-    prepared.set("train.max_steps", 300)
-    process = prepared.train_until("step  40/")
-    process.kill()
-    process.communicate()
-    environment = change(prepared) or {}
-    after = prepared.train_until("step ", **environment)
-    assert len(resume_directories(prepared)) == 2
-    after.terminate()
-    out, _ = after.communicate(timeout=300)
-    assert "Resumed" not in out
+def test_nothing_of_a_run_is_reused_after_a_change(killed, change):
+    project, _ = killed
+    change(project)
+    result = project.stage("train")
+    assert result.returncode == 0, result.stderr
+    assert "1 other runs keep " in result.stdout  # in the folder of the unfinished one
+    assert len(resume_directories(project)) == 2
+    assert "Resumed" not in result.stdout
 
 
-def test_a_change_of_runtime_goes_on(prepared):
-    prepared.set("train.max_steps", 300)
-    process = prepared.train_until("step  40/")
-    process.kill()
-    process.communicate()
-    prepared.train_until("Resumed at step ", "runtime.log_interval=1")
+def test_nothing_of_a_run_is_reused_with_another_number_of_threads(killed):
+    project, _ = killed
+    after = project.start("python", "-m", "stages.train", OMP_NUM_THREADS="2")
+    for line in after.stdout:
+        assert "Resumed" not in line
+        if line.startswith("step "):
+            break
+    assert len(resume_directories(project)) == 2
+
+
+def test_a_change_of_runtime_goes_on(killed):
+    project, straight = killed
+    assert "Resumed at step " in project.stage("train", "runtime.log_interval=1").stdout
+    assert outputs(project) == straight
 
 
 def test_a_second_trainer_of_the_same_run_is_refused(prepared):
@@ -255,12 +247,10 @@ def test_a_run_is_continued_from_a_checkpoint_with_more_steps(prepared):
     straight = prepared.read("models/model/model.safetensors"), prepared.read("metrics/curves.csv")
     prepared.set("train.max_steps", 20)
     prepared.prepare("train")
-    last = "models/checkpoints/last.safetensors"
-    refused = prepared.run("python", "-m", "stages.train", "--resume-from", last)
+    refused = prepared.stage("train", resume_from=LAST)
     assert refused.returncode == 2
     assert "is at step 20, train.max_steps = 20; nothing is left to do" in one_line(refused)
-    more = ("--resume-from", last, "-S", "train.max_steps=30")
-    result = prepared.run("python", "-m", "stages.train", *more)
+    result = prepared.stage("train", "train.max_steps=30", resume_from=LAST)
     assert result.returncode == 0, result.stderr
     assert "Continuing models/checkpoints/last.safetensors from step 20" in result.stdout
     assert "lr 1.00e-02" in result.stdout
@@ -271,9 +261,7 @@ def test_a_run_is_continued_from_a_checkpoint_with_more_steps(prepared):
     folder = prepared.folder / "models" / "checkpoints"
 
     def refused(message, *overrides):
-        given = [word for override in overrides for word in ("-S", override)]
-        again = ("-S", "train.max_steps=40", *given)
-        result = prepared.run("python", "-m", "stages.train", "--resume-from", last, *again)
+        result = prepared.stage("train", "train.max_steps=40", *overrides, resume_from=LAST)
         assert result.returncode == 2
         assert message in one_line(result)
 
@@ -294,44 +282,26 @@ def test_a_run_is_continued_from_a_checkpoint_with_more_steps(prepared):
     refused("no such file")
 
 
-def test_a_continued_run_takes_the_settings_of_now(prepared):
-    prepared.prepare("train")
-    last = "models/checkpoints/last.safetensors"
-    changes = ("train.max_steps=25", "train.weight_decay=0.5", "train.beta2=0.5", "train.lr=1e-4",
-               "train.schedule=constant", "train.dtype=float16")  # fmt: skip
-    given = [word for change in changes for word in ("-S", change)]
-    result = prepared.run("python", "-m", "stages.train", "--resume-from", last, *given)
-    assert result.returncode == 0, result.stderr
-    with safe_open(prepared.folder / last, framework="pt") as file:
-        header = json.loads(file.metadata()["checkpoint"])
-    groups = header["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == [1e-4, 1e-4]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
-    assert [group["betas"] for group in groups] == [[0.9, 0.5]] * 2
-
-
-def test_a_checkpoint_of_another_run_in_the_folder_is_not_resumed(prepared):
-    prepared.set("train.max_steps", 300)
-    folders = []
-    for seed in (1, 2):
-        prepared.set("train.seed", seed)
-        prepared.train_until("step  20/").kill()
-        prepared.processes[-1].wait()
-        (new,) = set(resume_directories(prepared)) - set(folders)
-        folders.append(new)
-    for file in folders[1].glob("step-*"):
+def test_a_checkpoint_of_another_run_in_the_folder_is_not_resumed(killed):
+    project, _ = killed
+    (killed_run,) = resume_directories(project)
+    project.set("train.seed", 2)
+    project.prepare("train")
+    straight = outputs(project)
+    (other,) = set(resume_directories(project)) - {killed_run}
+    for file in other.glob("step-*"):
         file.unlink()
-    for file in folders[0].glob("step-*"):
-        shutil.copy(file, folders[1])
-    process = prepared.train_until("of another run: train differs")
-    wait_for(process, "step   5/")  # from the beginning
+    for file in killed_run.glob("step-*"):
+        shutil.copy(file, other)
+    result = project.stage("train")
+    assert "of another run: train differs" in result.stdout
+    assert "Resumed" not in result.stdout
+    assert "step   5/" in result.stdout  # from the beginning
+    assert outputs(project) == straight
 
 
-def test_a_run_whose_best_checkpoint_is_damaged_begins_anew(long_run):
-    project, straight = long_run
-    process = project.train_until("step  40/")
-    process.kill()
-    process.communicate()
+def test_a_run_whose_best_checkpoint_is_damaged_begins_anew(killed):
+    project, straight = killed
     (folder,) = resume_directories(project)
     checkpoints = [path.with_suffix(".safetensors") for path in folder.glob("step-*.json")]
     bests = set()
@@ -347,13 +317,6 @@ def test_a_run_whose_best_checkpoint_is_damaged_begins_anew(long_run):
     assert all(f"/{best.name}: " in result.stdout for best in bests)
     assert "Resumed" not in result.stdout
     assert outputs(project) == straight
-
-
-def test_unfinished_runs_are_reported(prepared):
-    prepared.train_until("step ", "train.max_steps=5000").kill()
-    prepared.processes[-1].wait()
-    result = prepared.stage("train")
-    assert "1 other runs keep " in result.stdout
 
 
 def test_text_in_the_folder_of_the_corpus_stage_is_not_deleted(project):
@@ -383,9 +346,7 @@ def test_early_stopping_keeps_the_best_model(prepared):
     last = load_file(prepared.folder / "models/checkpoints/last.safetensors")
     assert all(torch.equal(tensor, best[f"model.{key}"]) for key, tensor in model.items())
     assert not torch.equal(best["model.lm_head.weight"], last["model.lm_head.weight"])
-    given = [word for override in overrides for word in ("-S", override)]
-    checkpoint = ("--resume-from", "models/checkpoints/last.safetensors")
-    result = prepared.run("python", "-m", "stages.train", *checkpoint, *given)
+    result = prepared.stage("train", *overrides, resume_from=LAST)
     assert result.returncode == 0, result.stderr
     continued = json.loads(prepared.read("metrics/train.json"))
     assert continued["step"] >= metrics["step"] + 2  # its patience begins anew
@@ -409,12 +370,14 @@ def test_divergence_exits_4_and_publishes_nothing(prepared, max_steps):
     not shutil.which("c++") or " " in torch.__file__, reason="torch.compile cannot work here"
 )
 def test_a_compiled_run_is_exact_and_near_the_eager_one(prepared):
-    overrides = ("train.max_steps=6", "train.dtype=bfloat16")
+    overrides = ("train.max_steps=6", "train.dtype=bfloat16", "model.num_layers=1")
     assert prepared.stage("train", *overrides).returncode == 0
     eager, runs = outputs(prepared), []
     losses = [json.loads(prepared.read("metrics/train.json"))["train_loss"]]
+    overrides = [word for change in (*overrides, "train.compile=true") for word in ("-S", change)]
     for _ in range(2):
-        result = prepared.stage("train", *overrides, "train.compile=true")
+        prepared.forget_runs()
+        result = prepared.run("python", "-m", "stages.train", *overrides)
         assert result.returncode == 0, result.stderr
         runs.append(outputs(prepared))
     losses.append(json.loads(prepared.read("metrics/train.json"))["train_loss"])
@@ -432,8 +395,7 @@ def test_threads_that_are_promised_and_not_given_are_an_error(prepared):
 
 
 def test_compiling_without_a_compiler_says_what_to_do(prepared, tmp_path):
-    command = [sys.executable, "-m", "stages.train", "-S", "train.compile=true"]
-    result = prepared.run(*command, PATH="/nonexistent")
+    result = prepared.stage("train", "train.compile=true", PATH="/nonexistent")
     assert result.returncode == 3
     assert "no C++ compiler found; install g++ or set train.compile: false" in one_line(result)
     broken = tmp_path / "bin" / "g++"
@@ -442,6 +404,7 @@ def test_compiling_without_a_compiler_says_what_to_do(prepared, tmp_path):
     broken.chmod(0o755)
     cache = str(tmp_path / "cache")
     path = f"{broken.parent}:/usr/bin:/bin"
+    command = (sys.executable, "-m", "stages.train", "-S", "train.compile=true")
     result = prepared.run(*command, PATH=path, CXX=str(broken), TORCHINDUCTOR_CACHE_DIR=cache)
     assert result.returncode == 3
     assert result.stderr.count("error: train.compile = true: ") == 1
@@ -564,6 +527,12 @@ def alive(pid):
         return False
 
 
+def catches(pid, number):
+    """Whether a process handles a signal, from the mask of /proc/PID/status."""
+    (caught,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return int(caught, 16) >> (number - 1) & 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told by Linux alone")
 @pytest.mark.parametrize("batch_size", [4, 4_000], ids=["short steps", "long steps"])
 def test_a_trainer_does_not_outlive_its_parent(prepared, batch_size):
@@ -575,8 +544,8 @@ def test_a_trainer_does_not_outlive_its_parent(prepared, batch_size):
     )
     child = int(parent.stdout.readline())
     wait_for(parent, "step " if batch_size == 4 else "Model has")
-    time.sleep(2)
-    assert alive(child)
+    while not catches(child, signal.SIGTERM):  # from the first step on
+        assert alive(child)
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 5
