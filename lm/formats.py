@@ -3,14 +3,14 @@
     file, start, stop --Format.read--> Found(offset, data) or Bad(offset, reason, message)
 
 A long file of lines, separated parts or rows can be read in stretches, by several processes:
-`starts` says where they begin, and together they give every record once, wherever that is.
+`starts` says where they begin, each with a record, and together they give every record once.
 Memory holds one chunk and one record, and no record is longer than MAX_DOCUMENT_BYTES.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, RawIOBase
@@ -24,6 +24,7 @@ import orjson
 from lm.errors import InputError
 
 CHUNK_BYTES = 1 << 22
+SEARCH_BYTES = 1 << 16  # read at once where only the next separator is sought
 MAX_DOCUMENT_BYTES = 1 << 26
 ROWS = 1024  # of a table, at a time
 PACKED = (  # what a file is by the bytes at an offset, and what to do with it
@@ -72,10 +73,15 @@ class Text:
         return layout.separator
 
     def starts(self, file: Path, layout: Layout, size: int) -> list[int]:
-        """Where stretches of `size` bytes begin; the first begins at 0."""
-        if file.suffix in COMPRESSIONS or self.separator(layout) is None:
+        """Where stretches of about `size` bytes begin, each with a record; the first at 0."""
+        separator = self.separator(layout)
+        if file.suffix in COMPRESSIONS or separator is None:
             return [0]
-        return list(range(0, max(1, file.stat().st_size), size))
+        found, end = [0], file.stat().st_size
+        with open(file, "rb") as stream:
+            while (wanted := (found[-1] // size + 1) * size) < end:
+                found.append(next_record(stream, separator, wanted))
+        return found if found[-1] < end else found[:-1] or [0]
 
     def read(
         self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
@@ -86,8 +92,9 @@ class Text:
             if separator is None:
                 yield checked(0, stream.read(MAX_DOCUMENT_BYTES + 1), layout, base=0)
                 return
-            start, end = _go_to(stream, separator, start, stop)
-            for offset, data in records(stream, separator, start, end):
+            if start:  # what is compressed has one stretch, and no way back
+                stream.seek(start)
+            for offset, data in records(stream, separator, start, stop):
                 record = _too_long(offset) if data is None else self.record(offset, data, layout)
                 if record is not None:
                     yield record
@@ -96,13 +103,9 @@ class Text:
         self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
     ) -> Iterator[bytes]:
         """The bytes of the file that decide the records of a stretch."""
-        separator = self.separator(layout)
         with open(file, "rb") as stream:
-            if separator is None:
-                yield from _chunks(stream)
-                return
-            start, end = _go_to(stream, separator, start, stop)
-            yield from _chunks(stream, None if end is None else end - start)
+            stream.seek(start)
+            yield from _chunks(stream, None if stop is None else stop - start)
 
     def record(self, offset: int, data: bytes, layout: Layout) -> Found | Bad | None:
         """What lies between two separators as a record; None if there is none."""
@@ -150,6 +153,8 @@ class Parquet:
 
     def starts(self, file: Path, layout: Layout, size: int) -> list[int]:
         """The row groups at which stretches of about `size` bytes of text begin."""
+        if file.suffix in COMPRESSIONS:
+            return [0]
         with _table(file) as table:
             column = _column(file, table, layout.text_field)
             groups = (table.metadata.row_group(i) for i in range(table.num_row_groups))
@@ -162,18 +167,15 @@ class Parquet:
     ) -> Iterator[Found | Bad]:
         """The rows of the row groups from `start` to before `stop`."""
         with _table(file) as table:
-            _column(file, table, layout.text_field)
+            number = _column(file, table, layout.text_field)
             groups = range(table.num_row_groups)
             row = sum(table.metadata.row_group(i).num_rows for i in groups[:start])
-            for batch in table.iter_batches(
-                ROWS, groups[start:stop], columns=[layout.text_field], use_threads=False
-            ):
-                for data in _column_bytes(batch.column(0)):
-                    if data is None:
-                        yield Bad(row, "no text", f"column '{layout.text_field}' is null")
-                    else:
-                        yield checked(row, data, layout)
-                    row += 1
+            for data in _values(table, number, layout.text_field, groups[start:stop]):
+                if data is None:
+                    yield Bad(row, "no text", f"column '{layout.text_field}' is null")
+                else:
+                    yield checked(row, data, layout)
+                row += 1
 
     def content(
         self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
@@ -186,7 +188,8 @@ class Parquet:
             number = _column(file, table, layout.text_field)
             for i in range(table.num_row_groups)[start:stop]:
                 column = table.metadata.row_group(i).column(number)
-                yield f"{column.physical_type} {column.compression} {column.num_values}".encode()
+                stored = (column.physical_type, column.compression, column.num_values)
+                yield repr((stored, table.schema.column(number).max_definition_level)).encode()
                 first = column.dictionary_page_offset or column.data_page_offset
                 stream.seek(min(first, column.data_page_offset))
                 yield from _chunks(stream, column.total_compressed_size)
@@ -295,30 +298,17 @@ def _chunks(stream: IO[bytes], size: int | None = None) -> Iterator[bytes]:
         yield chunk
 
 
-def _go_to(
-    stream: IO[bytes], separator: bytes, start: int, stop: int | None
-) -> tuple[int, int | None]:
-    """Move to the first record of a stretch; returns where it begins, and where the next does."""
-    end = None if stop is None else next_record(stream, separator, stop)
-    if start or end is not None:  # what is compressed has one stretch, and no way back
-        start = next_record(stream, separator, start)
-        stream.seek(start)
-    return start, end
-
-
 def next_record(stream: IO[bytes], separator: bytes, position: int) -> int:
     """The first byte from `position` on where a record begins for sure, or the file's end.
 
     Whoever reads from the start of the file finds this separator, too: none overlaps it from the
     left, as the second of three line breaks overlaps where two of them separate.
     """
-    if position == 0:
-        return 0
     size = len(separator)
     base = max(0, position - 2 * size + 1)  # where the buffer begins
     stream.seek(base)
     buffer, place = b"", max(0, position - size) - base
-    while chunk := stream.read(CHUNK_BYTES):
+    while chunk := stream.read(SEARCH_BYTES):
         buffer += chunk
         while (found := buffer.find(separator, place)) >= 0:
             if buffer.find(separator, max(0, found - size + 1), found + size - 1) < 0:
@@ -413,6 +403,16 @@ def _column(file: Path, table: Any, name: str) -> int:
     return stored.index(name)
 
 
+def _values(table: Any, number: int, name: str, groups: Sequence[int]) -> Iterator[bytes | None]:
+    """The values of a column in some row groups, about CHUNK_BYTES of them in memory."""
+    for i in groups:
+        group = table.metadata.row_group(i)
+        size = group.column(number).total_uncompressed_size
+        rows = min(ROWS, 1 + CHUNK_BYTES * group.num_rows // max(1, size))
+        for batch in table.iter_batches(rows, [i], columns=[name], use_threads=False):
+            yield from _column_bytes(batch.column(0))
+
+
 def _column_bytes(column: Any) -> Iterator[bytes | None]:
     """The values of an Arrow array of text, None for a null, without a str in between."""
     import pyarrow
@@ -422,5 +422,6 @@ def _column_bytes(column: Any) -> Iterator[bytes | None]:
     _, offsets, data = array.buffers()
     ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
     view = memoryview(data) if data is not None else memoryview(b"")
-    for start, end, valid in zip(ends[:-1], ends[1:], array.is_valid(), strict=True):
+    is_valid = array.is_valid().to_numpy(zero_copy_only=False)
+    for start, end, valid in zip(ends[:-1], ends[1:], is_valid, strict=True):
         yield bytes(view[start:end]) if valid else None

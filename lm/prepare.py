@@ -14,11 +14,12 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,7 @@ class Job:
         config = self.config
         decides = {
             "tokenizer": self.tokenizer_sha256,
+            "end_token": sha256_file(self.tokenizer / "tokenizer_config.json"),
             "code": self.code,
             "tokenizers": importlib.metadata.version("tokenizers"),
             "library": self.library,
@@ -132,15 +134,15 @@ def _watched(job: Job, todo: Sequence[Task], num_workers: int) -> Iterator[Recor
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work, not threads
     progress = ByteProgress("encoding", sum(task.shard.size_bytes for task in todo))
     reused, reasons = 0, set()
-    records = ordered_map(partial(encode_shard, job), todo, num_workers)
-    for task, record in zip(todo, records, strict=True):
-        reused += record.pop("reused", False)
-        reason = record.pop("why_not", None)
-        if reason is not None and reason not in reasons:
-            reasons.add(reason)
-            say(f"{reason}: tokenizers encodes, which is slower")
-        progress.show(task.shard.size_bytes)
-        yield record
+    with closing(ordered_map(partial(encode_shard, job), todo, num_workers)) as records:
+        for task, record in zip(todo, records, strict=True):
+            reused += record.pop("reused", False)
+            reason = record.pop("why_not", None)
+            if reason is not None and reason not in reasons:
+                reasons.add(reason)
+                say(f"{reason}: tokenizers encodes, which is slower")
+            progress.show(task.shard.size_bytes)
+            yield record
     progress.close()
     if reused:
         say(f"{reused:,} of {len(todo):,} shards were done before")
@@ -159,31 +161,40 @@ def encode_shard(job: Job, task: Task) -> Record:
     record = kept_record(job.kept, key)
     if record is not None:
         return record | {"reused": True}
-    tally: Counter[str] = Counter()
-    scratch = job.kept / f"{key}.{os.getpid()}.tmp"
     encoder = _encoder(job.tokenizer, job.identity, job.library)
+    with writing(job.kept):
+        job.kept.mkdir(parents=True, exist_ok=True)
+        scratch = Path(mkdtemp(".tmp", f"{key}.", job.kept))  # another run may make the same
+    try:
+        record = _write_shard(job, task, encoder, scratch) | {"key": key}
+        files = sorted(scratch.iterdir())
+        record["files"] = {file.name: sha256_file(file) for file in files}
+        write_json(scratch / "json", record, durable=False)
+        with writing(job.kept):
+            for file in [*files, scratch / "json"]:  # it last: without it the shard is not there
+                file.replace(kept_file(job.kept, key, file.name))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return record | {"why_not": encoder.why_not}
+
+
+def _write_shard(job: Job, task: Task, encoder: Encoder, folder: Path) -> Record:
+    """Write both sides of a shard into a folder; returns what there is to say of them."""
+    tally: Counter[str] = Counter()
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         outputs = {
-            side: stack.enter_context(_Output(scratch / side, encoder, job.config.deduplicate))
+            side: stack.enter_context(_Output(folder / side, encoder, job.config.deduplicate))
             for side in SPLITS
         }
         found = documents(job.config, tally, [task.shard])
         for side, document in sides(found, job.config, task.train_bytes):
             outputs[side].add(document)
-        record = {
-            "key": key,
+        return {
             **{side: output.finish() for side, output in outputs.items()},
             "tally": dict(sorted(tally.items())),
             "longest_bytes": max(output.longest for output in outputs.values()),
             "used": np.packbits(outputs["train"].used | outputs["valid"].used).tobytes().hex(),
         }
-        record["files"] = {file.name: sha256_file(file) for file in sorted(scratch.iterdir())}
-        with writing(job.kept):
-            for name in record["files"]:
-                (scratch / name).replace(kept_file(job.kept, key, name))
-            write_json(job.kept / f"{key}.json", record, durable=False)
-    return record | {"why_not": encoder.why_not}
 
 
 class _Output:
@@ -217,8 +228,9 @@ class _Output:
         if self._batch:
             self._encode()
         if self.fingerprints is not None:
-            path = self.writer.path
-            path.with_name(f"{path.name}.fingerprints").write_bytes(b"".join(self.fingerprints))
+            path = self.writer.path.with_name(f"{self.writer.path.name}.fingerprints")
+            with writing(path):
+                path.write_bytes(b"".join(self.fingerprints))
         return dict(self.writer.counts)
 
     def _encode(self) -> None:
@@ -270,7 +282,7 @@ def kept_file(kept: Path, key: str, name: str) -> Path:
 
 def kept_record(kept: Path, key: str) -> Record | None:
     """The record of a shard if it is kept and every file of it is whole."""
-    path = kept / f"{key}.json"
+    path = kept_file(kept, key, "json")
     try:
         record = read_json(path)
         for name, sha256 in record["files"].items():
@@ -287,7 +299,8 @@ def drop_unused(kept: Path, in_use: set[str]) -> None:
     limit = time.time() - KEPT_DAYS * 86400
     for path in kept.glob("*"):
         key = path.name.split(".")[0]
-        record = kept / f"{key}.json"
-        age_of = record if record.exists() else path
-        if key not in in_use and age_of.stat().st_mtime < limit:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        record = kept_file(kept, key, "json")
+        with suppress(FileNotFoundError):  # another run drops it, too
+            age_of = record if record.exists() else path
+            if key not in in_use and age_of.stat().st_mtime < limit:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

@@ -7,6 +7,7 @@ nearly the same after the text has grown.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,19 +42,23 @@ def write_sample(config: DataConfig, limit_bytes: int, num_workers: int, file: P
     counts: Counter[Side] = Counter()
     n_bytes = np.zeros(BINS, dtype=np.int64)
     progress = ByteProgress("reading", sum(task.shard.size_bytes for task in todo))
-    measured = ordered_map(partial(_measure, config), todo, num_workers)
-    for task, shard in zip(todo, measured, strict=True):
-        counts.update(shard.counts)
-        n_bytes += shard.n_bytes
-        progress.show(task.shard.size_bytes)
+    with closing(ordered_map(partial(_measure, config), todo, num_workers)) as measured:
+        for task, shard in zip(todo, measured, strict=True):
+            counts.update(shard.counts)
+            n_bytes += shard.n_bytes
+            progress.show(task.shard.size_bytes)
     progress.close()
     require_both_sides(counts["train"], counts["valid"], config)
     wanted = np.cumsum(n_bytes) <= limit_bytes
     n_bins = max(int(wanted.sum()), int(n_bytes.nonzero()[0][0]) + 1)
     seen: set[bytes] = set()
-    with writing(file), open(file, "wb") as sample:
-        work = partial(_write_part, config, n_bins, file)
-        for part in ordered_map(work, list(enumerate(todo)), num_workers):
+    work = partial(_write_part, config, n_bins, file)
+    with (
+        writing(file),
+        open(file, "wb") as sample,
+        closing(ordered_map(work, list(enumerate(todo)), num_workers)) as parts,
+    ):
+        for part in parts:
             with open(part, "rb") as stream:
                 for _, text in records(stream, SEPARATOR, 0, None):
                     if text is None or (config.deduplicate and _stood_before(text, seen)):

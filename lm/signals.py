@@ -4,6 +4,8 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from lm.errors import Interrupted
@@ -55,6 +57,20 @@ class CatchSignals:
         """Raise Interrupted if a signal was noted."""
         if self.caught is not None:
             raise Interrupted(self.caught, message)
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Within this context SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number, "interrupted")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end_with_parent() -> None:

@@ -9,6 +9,7 @@ and what was left out or replaced on request is counted.
 """
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -229,7 +230,7 @@ def _grouped(source: Source, root: Path, size: int) -> Iterator[tuple[list[Piece
             continue
         together, held = [*together, Piece(file, 0, None)], held + length
         name = file.name if file == root else file.relative_to(root).as_posix()
-        if draw(name.encode()) < length / size or held > 4 * size:
+        if draw(os.fsencode(name)) < length / size or held > 4 * size:
             yield together, held
             together, held = [], 0
     if together:
@@ -271,7 +272,7 @@ def documents(
 
 def _is_blank(data: bytes) -> bool:
     """Whether a text is white space alone; most show at their first byte that it is not."""
-    return not (0x20 < data[0] < 0x80 if data else False) and not data.decode().strip()
+    return not (data and 0x20 < data[0] < 0x80) and not data.decode().strip()
 
 
 def split_documents(config: DataConfig, tally: Counter[str]) -> Iterator[tuple[Side, Document]]:

@@ -2,14 +2,15 @@
 
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from lm.errors import EnvironmentFault
-from lm.signals import end_with_parent
+from lm.signals import end_with_parent, sigterm_raises
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,22 +25,39 @@ def number_of_workers(wanted: int | None) -> int:
 
 def ordered_map(
     work: Callable[[Item], Result], items: Iterable[Item], num_workers: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """work(item) for each item, in their order; by this process itself if one is to work.
 
-    Raises what `work` raises, and EnvironmentFault if a process was killed.
+    Raises what `work` raises, EnvironmentFault if a process was killed, and Interrupted at SIGTERM;
+    then, and when it is closed, no process goes on. Whoever may fail between two results closes it.
     """
-    if num_workers == 1:
-        yield from map(work, items)
-        return
+    with sigterm_raises():
+        if num_workers == 1:
+            yield from map(work, items)
+        else:
+            yield from _by_processes(work, items, num_workers)
+
+
+def _by_processes(
+    work: Callable[[Item], Result], items: Iterable[Item], num_workers: int
+) -> Generator[Result, None, None]:
     # a forked process has what this one has imported and opened; elsewhere forks are not safe
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(num_workers, context, end_with_parent) as pool:
+    with ProcessPoolExecutor(num_workers, context, _begin) as pool:
         try:
             yield from pool.map(work, items)
         except BrokenProcessPool:
             raise EnvironmentFault(
                 "a worker process was killed, perhaps for want of memory; lower runtime.num_workers"
             ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+
+
+def _begin() -> None:
+    """A worker ends when its parent ends it, or ends: a signal to both is for the parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()

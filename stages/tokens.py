@@ -27,6 +27,7 @@ def tokens(inputs: Inputs) -> None:
     data = inputs.section(DataConfig, "data")
     num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
     inputs.watch(TOKENIZER)
+    tokenizer = load_tokenizer(TOKENIZER)  # first: if it cannot be read, no text needs to be
     inputs.watch_untouched(partial(source_files, data))
     job = Job(data, TOKENIZER, sha256_json(inputs.code), SCRATCH / "lm-shards")
     shards = plan(data)
@@ -42,7 +43,7 @@ def tokens(inputs: Inputs) -> None:
     (TOKENS / MANIFEST).unlink(missing_ok=True)
     job, records = encode_all(job, todo, num_workers)
     inputs.check()
-    report = publish(TOKENS, job, load_tokenizer(TOKENIZER), shards, records)
+    report = publish(TOKENS, job, tokenizer, shards, records)
     write_json(RESULTS / "data.json", report)
     atomic_write(RESULTS / "data.md", data_table(report).encode())
     drop_unused(job.kept, {record["key"] for record in records})

@@ -1,7 +1,7 @@
 """Files to documents to splits: nothing altered, nothing dropped in silence."""
 
-import io
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -14,12 +14,14 @@ from lm.errors import EnvironmentFault, InputError
 from lm.packages import python_sources
 from lm.text import (
     DataConfig,
-    Document,
-    _parts,
-    _split_tail,
+    SourceConfig,
     documents,
+    plan,
+    sides,
     source_files,
+    sources,
     split_documents,
+    tail_boundary,
 )
 from tests.project import SMOKE
 
@@ -58,23 +60,15 @@ def test_documents_are_cut_at_the_separator_across_chunks(folder, monkeypatch):
     (path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n\nstill two<|endoftext|>three\n")
     config = replace(config, separator="<|endoftext|>")
     for chunk in (1, 5, 1 << 20):
-        monkeypatch.setattr("lm.text.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("lm.formats.CHUNK_BYTES", chunk)
         assert texts(config) == ["one", "two\n\nstill two", "three"]
-
-
-@given(st.text("ab", max_size=40), st.text("ab", min_size=1, max_size=4), st.integers(1, 9))
-def test_parts_are_those_of_the_whole_text_for_any_chunk(text, separator, chunk):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.text.CHUNK_BYTES", chunk)
-        parts = list(_parts(io.BytesIO(text.encode()), separator.encode()))
-    assert parts == text.encode().split(separator.encode())
 
 
 @pytest.mark.parametrize("separator", [None, "<|end|>"])
 def test_a_document_is_as_long_as_allowed_and_no_longer(folder, monkeypatch, separator):
     path, config = folder
-    monkeypatch.setattr("lm.text.MAX_DOCUMENT_BYTES", 100)
-    monkeypatch.setattr("lm.text.CHUNK_BYTES", 30)
+    monkeypatch.setattr("lm.formats.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("lm.formats.CHUNK_BYTES", 30)
     config = replace(config, separator=separator)
     (path / "a.txt").write_text("x" * 100)
     assert texts(config) == ["x" * 100]
@@ -82,20 +76,12 @@ def test_a_document_is_as_long_as_allowed_and_no_longer(folder, monkeypatch, sep
     with pytest.raises(InputError, match=r"a.txt(#1)?: a document longer than"):
         texts(config)
     (path / "a.txt").unlink()
-    line = json.dumps({"text": "x" * 87})
+    line = json.dumps({"text": "x" * 88})
     (path / "a.jsonl").write_text(f"{line}\n{line}\n")  # 100 bytes each
     assert len(texts(config)) == 2
     (path / "a.jsonl").write_text(f"{line}\n {line}\n")
     with pytest.raises(InputError, match=r"a.jsonl:2: a document longer than"):
         texts(config)
-
-
-def test_a_document_that_is_too_long_is_not_read_to_its_end(folder, monkeypatch):
-    monkeypatch.setattr("lm.text.MAX_DOCUMENT_BYTES", 100)
-    monkeypatch.setattr("lm.text.CHUNK_BYTES", 30)
-    stream = io.BytesIO(b"x" * 10_000)
-    assert len(b"".join(_parts(stream, b"<|end|>"))) == 120
-    assert stream.tell() == 120
 
 
 def test_links_to_files_are_followed(folder):
@@ -111,8 +97,10 @@ def test_jsonl_gives_the_named_field_and_the_line(folder):
     lines = [{"body": "first", "id": 1}, {"body": "sec\nond \ud83d\ude00"}]
     (path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
     got = list(documents(replace(config, text_field="body"), Counter()))
-    name = str(path / "a.jsonl")
-    assert got == [Document(f"{name}:1", "first"), Document(f"{name}:3", "sec\nond \U0001f600")]
+    assert [(str(document.place), document.text) for document in got] == [
+        (f"{path}/a.jsonl:1", "first"),
+        (f"{path}/a.jsonl:3", "sec\nond \U0001f600"),
+    ]
 
 
 def test_empty_documents_are_counted(folder):
@@ -122,7 +110,7 @@ def test_empty_documents_are_counted(folder):
     (path / "c.txt").write_text("")
     tally = Counter()
     assert len(list(documents(config, tally))) == 1
-    assert tally == {"empty_documents": 2}
+    assert tally == {"empty": 2}
 
 
 def test_replaced_bytes_are_counted_on_request(folder):
@@ -138,15 +126,15 @@ def test_replaced_bytes_are_counted_on_request(folder):
         "half \ufffd\ufffd\ufffd pair",
         "zero \ufffd",
     ]
-    assert tally == {"replacement_characters": 7}
+    assert tally == {"replacement characters": 7}
 
 
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_offsets_of_bad_bytes_count_from_the_start_of_the_file(folder, monkeypatch, chunk):
     path, config = folder
-    monkeypatch.setattr("lm.text.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("lm.formats.CHUNK_BYTES", chunk)
     (path / "a.txt").write_bytes("é".encode() * 500 + b"<|end|>ab\xff")
-    with pytest.raises(InputError, match=r"a.txt: byte 0xff at offset 1009 is not UTF-8"):
+    with pytest.raises(InputError, match=r"a.txt#2: byte 0xff at offset 1009 is not UTF-8"):
         texts(replace(config, separator="<|end|>"))
     (path / "a.txt").unlink()
     (path / "a.jsonl").write_bytes(b'{"text": "first"}\n{"text": "\xff"}\n')
@@ -172,7 +160,7 @@ def test_missing_sources_are_named(folder):
 
 
 def splits(config):
-    return {d.text: split for split, d in split_documents(config, Counter())}
+    return {document.text: side for side, document in split_documents(config, Counter())}
 
 
 def test_hash_split_is_stable_when_documents_come_and_go(folder):
@@ -195,10 +183,10 @@ def test_exact_duplicates_stay_on_one_side(folder):
     path, config = folder
     for i in range(40):
         (path / f"{i}.txt").write_text(f"text {i % 4}")
-    sides = {}
-    for split, document in split_documents(replace(config, valid_fraction=0.5), Counter()):
-        sides.setdefault(document.text, set()).add(split)
-    assert all(len(side) == 1 for side in sides.values())
+    found = {}
+    for side, document in split_documents(replace(config, valid_fraction=0.5), Counter()):
+        found.setdefault(document.text, set()).add(side)
+    assert all(len(side) == 1 for side in found.values())
 
 
 def test_tail_split_takes_the_last_bytes_at_a_line_break(folder):
@@ -228,9 +216,93 @@ def test_tail_split_loses_no_character(tmp_path_factory, text, fraction):
     file.write_bytes(text.encode())
     config = read_section(DataConfig, load_params(SMOKE), "data")
     config = replace(config, path=str(file), split="tail", valid_fraction=fraction)
-    got = list(_split_tail(config, Counter()))
+    boundary = tail_boundary(len(text.encode()), config)
+    got = list(sides(documents(config, Counter()), config, boundary))
     assert "".join(document.text for _, document in got) == text
-    assert [split for split, _ in got] in (["train"], ["valid"], ["train", "valid"])
+    assert [side for side, _ in got] in (["train"], ["valid"], ["train", "valid"])
+
+
+@pytest.fixture
+def library(folder):
+    """A folder with a shelf of books and two of web pages, and what reads each its own way."""
+    path, config = folder
+    for name, text in (("books/a.txt", "a"), ("books/b.md", "b"), ("web/1/c.txt", "c")):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(f"text of {text}")
+    (path / "web" / "d.jsonl").write_text('{"body": "text of d"}\n')
+    return path, replace(
+        config,
+        sources={
+            "web": SourceConfig("web", "body", 2.0),
+            "books": SourceConfig("books/*.txt", "text", 1.0),
+        },
+    )
+
+
+def test_sources_are_read_in_the_order_of_the_settings_each_its_own_way(library):
+    path, config = library
+    assert texts(config) == ["text of c", "text of d", "text of a"]
+    assert [(source.name, source.weight) for source in sources(config)] == [
+        ("web", 2.0),
+        ("books", 1.0),
+    ]
+    assert [shard.source for shard in plan(config)] == ["web", "books"]
+    assert source_files(replace(config, glob="**/*.txt")) == [
+        path / "web/1/c.txt",
+        path / "books/a.txt",
+    ]
+
+
+def test_a_source_may_be_one_file(library):
+    _, config = library
+    config = replace(config, sources={"one": SourceConfig("web/1/c.txt", "text", None)})
+    assert texts(config) == ["text of c"]
+
+
+def test_every_document_is_in_one_shard_of_the_plan_and_in_order(folder):
+    path, config = folder
+    for i in range(300):
+        (path / f"{i:03}.txt").write_text(f"document {i} " * (i % 7 + 1))
+    (path / "100x.jsonl").write_text("".join(f'{{"text": "line {i}"}}\n' for i in range(300)))
+    (path / "200x.jsonl").write_text("")
+    expected = texts(config)
+    for size in (50, 500, 5_000, 1 << 20):
+        config = replace(config, shard_bytes=size)
+        shards = plan(config)
+        found = [[d.text for d in documents(config, Counter(), [shard])] for shard in shards]
+        assert [text for shard in found for text in shard] == expected
+        assert sum(shard.size_bytes for shard in shards) == pytest.approx(
+            sum(file.stat().st_size for file in source_files(config)), abs=len(shards)
+        )
+    assert len(shards) == 1
+
+
+def test_a_file_that_comes_or_goes_changes_its_own_shard_alone(folder):
+    path, config = folder
+    config = replace(config, shard_bytes=1000)
+    for i in range(0, 400, 2):
+        (path / f"{i:03}.txt").write_text(f"document {i} " * 8)
+
+    def shards():
+        return {tuple(piece.file.name for piece in shard.pieces) for shard in plan(config)}
+
+    before = shards()
+    assert 10 < len(before) < 40
+    for i in (1, 201, 399):
+        (path / f"{i:03}.txt").write_text(f"document {i} " * 8)
+        assert len(before - shards()) == 1
+        (path / f"{i:03}.txt").unlink()
+    assert shards() == before
+
+
+def test_a_file_whose_name_is_no_text_is_read(folder):
+    path, config = folder
+    try:
+        (path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    except OSError:
+        pytest.skip("this file system has names of text alone")
+    assert texts(config) == ["text"]
+    assert len(plan(config)) == 1
 
 
 def test_package_sources_are_the_published_files():
