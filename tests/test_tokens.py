@@ -2,6 +2,7 @@
 
 import json
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm import rng
 from lm.errors import InputError
+from lm.sampling import DocumentWindows, deal
 from lm.shards import ShardWriter, write_manifest
 from lm.text import Document
 from lm.tokenizer import Tokenizer, byte_tokenizer, train_bpe
@@ -188,12 +191,18 @@ def test_json_that_is_no_manifest_is_refused(folder, content):
         open_tokens(folder)
 
 
-def write_shards(folder, cuts, weights=(None,), dtype="<u2"):
-    """The ids 0 .. 999 as training split, cut into shards, one after the other for each source."""
+def write_shards(folder, cuts, weights=(None,), dtype="<u2", shares=None, ends=()):
+    """The ids 0 .. 999 as training split, cut into shards, so many of them for each source.
+
+    Id 0 ends a document; it stands at `ends` too.
+    """
     ids, shards = np.arange(1000), []
+    ids[list(ends)] = 0
     sources = [{"name": f"source{i}", "weight": weight} for i, weight in enumerate(weights)]
+    shares = shares or [len(cuts) + 1 - len(weights) + 1] + [1] * (len(weights) - 1)
+    owners = [source["name"] for source, n in zip(sources, shares, strict=True) for _ in range(n)]
     for number, (start, stop) in enumerate(zip([0, *cuts], [*cuts, 1000], strict=True)):
-        source = f"source{number * len(weights) // (len(cuts) + 1)}"
+        source = owners[number]
         shard = {"source": source}
         for split, part in (("train", ids[start:stop]), ("valid", ids[:0])):
             path = folder / split / f"{source}-{number:05}.bin"
@@ -264,8 +273,9 @@ def test_a_manifest_with_weights_for_some_sources_is_refused(tmp_path):
 SPLIT = Split("train", np.arange(1000, dtype=np.uint16), 0)
 
 
-@pytest.mark.parametrize("sampling", ["random", "epochs"])
+@pytest.mark.parametrize("sampling", ["random", "epochs", "documents"])
 def test_a_batch_is_a_pure_function_of_seed_and_step(sampling):
+    SPLIT = Split("train", np.arange(1000, dtype=np.uint16), 0, end_id=300)
     x, y = SPLIT.batch(7, 5, 16, 1337, sampling)
     assert x.shape == y.shape == (5, 16)
     assert x.dtype == np.int64
@@ -275,6 +285,133 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(sampling):
     np.testing.assert_array_equal(x, SPLIT.batch(7, 5, 16, 1337, sampling)[0])
     assert (x != SPLIT.batch(8, 5, 16, 1337, sampling)[0]).any()
     assert (x != SPLIT.batch(7, 5, 16, 1338, sampling)[0]).any()
+
+
+def starts_before(n_tokens, step, batch_size, context_length, seed, sampling):
+    """The places of windows as they were dealt before there were shards and sources."""
+    if sampling == "random":
+        key = rng.seed(seed, "batch", step)
+        return rng.random_integers(key, batch_size, n_tokens - context_length)
+    n_windows = (n_tokens - 1) // context_length
+    epochs, places = np.divmod(step * batch_size + np.arange(batch_size), n_windows)
+    starts = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        mine, key = epochs == epoch, rng.seed(seed, "epoch", int(epoch))
+        starts[mine] = rng.permuted(key, places[mine], n_windows) * context_length
+    return starts
+
+
+@pytest.mark.parametrize("sampling", ["random", "epochs"])
+@pytest.mark.parametrize("batch_size", [1, 7, 2000])
+def test_a_text_of_one_source_is_dealt_as_before_there_were_sources(sampling, batch_size):
+    for seed, step in ((0, 0), (1337, 1), (1337, 400), (5, 10**9)):
+        case = step, batch_size, 16, seed, sampling
+        np.testing.assert_array_equal(SPLIT.starts(*case), starts_before(1000, *case))
+
+
+@pytest.mark.parametrize("sampling", ["random", "epochs", "documents"])
+def test_where_shards_are_cut_changes_no_batch(tmp_path, sampling):
+    batches = []
+    for cuts in ([300], [3, 4, 77, 150, 299, 300, 300, 512, 700, 999]):
+        # the first source is what lies before token 300
+        weights = (2.0, 0.5)
+        folder = tmp_path / str(len(cuts))
+        shares = [sum(cut < 300 for cut in cuts) + 1, sum(cut >= 300 for cut in cuts)]
+        write_shards(folder, cuts, weights, shares=shares)
+        split = open_tokens(folder).train
+        batches.append([split.batch(step, 6, 20, 1, sampling)[0] for step in range(40)])
+    np.testing.assert_array_equal(*batches)
+
+
+weights = st.lists(
+    st.floats(1e-3, 1e3) | st.sampled_from([0.1, 0.2, 0.7, 1, 3]), min_size=1, max_size=9
+)
+
+
+@given(weights, st.integers(0, 10**12))
+def test_every_source_has_its_share_after_any_number_of_windows(weights, first):
+    shares = [Fraction(str(w)) / sum(Fraction(str(w)) for w in weights) for w in weights]
+    bound = {1: 0, 2: Fraction(1, 2), 3: 1}.get(len(weights), Fraction("1.68"))
+    numbers = np.arange(first, first + 200)
+    sources, within = deal(tuple(weights), numbers)
+    for number, share in enumerate(shares):
+        mine = sources == number
+        # `within` counts the windows a source has had since the beginning of the run
+        for n, count in zip(numbers[mine].tolist(), within[mine].tolist(), strict=True):
+            assert abs(count - n * share) <= bound
+            assert abs(count + 1 - (n + 1) * share) <= bound
+        if mine.any():
+            np.testing.assert_array_equal(np.diff(within[mine]), 1)
+
+
+def test_shares_of_sources_are_exact_decimals():
+    sources, _ = deal((0.7, 0.2, 0.1), np.arange(1000))
+    for first in range(0, 1000, 10):
+        assert np.bincount(sources[first : first + 10]).tolist() == [7, 2, 1]
+
+
+@pytest.mark.parametrize("sampling", ["random", "epochs", "documents"])
+def test_windows_of_weighted_sources_stay_inside_their_source(tmp_path, sampling):
+    write_shards(tmp_path, [300, 400], (1, 6, 3), ends=range(0, 1000, 30))
+    split = open_tokens(tmp_path).train
+    n, bounds = 200, [0, 300, 400, 1000]
+    starts = np.concatenate([split.starts(step, 5, 20, 1, sampling) for step in range(n)])
+    owners = np.searchsorted(bounds, starts, side="right") - 1
+    assert (starts + 21 <= np.array(bounds)[owners + 1]).all()
+    assert np.bincount(owners).tolist() == [n * 5 // 10, n * 5 * 6 // 10, n * 5 * 3 // 10]
+    if sampling == "epochs":  # each source walks through its own windows, epoch by epoch
+        for number, size in enumerate((14, 4, 29)):
+            mine = starts[owners == number] - bounds[number]
+            for first in range(0, len(mine) - size + 1, size):
+                assert sorted(mine[first : first + size]) == list(range(0, size * 20, 20))
+
+
+def test_a_source_shorter_than_a_window_is_refused_by_name(tmp_path):
+    write_shards(tmp_path, [20], (1, 1))
+    with pytest.raises(InputError, match="source source0 has 20 tokens in the train split, needs"):
+        open_tokens(tmp_path).train.batch(0, 4, 20, 0, "random")
+
+
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=300),
+    context_length=st.integers(1, 30),
+    tail=st.integers(0, 20),
+    scanned=st.integers(1, 500),
+)
+def test_windows_of_documents_begin_at_their_starts(lengths, context_length, tail, scanned):
+    """Against a plain loop over the documents; the tail is a document without an end."""
+    ids, expected = [], []
+    for length in lengths:
+        expected += range(len(ids), len(ids) + length, context_length)
+        ids += [*range(1, length + 1), 0]
+    expected += range(len(ids), len(ids) + tail - 1, context_length)
+    ids = np.array([*ids, *range(1, tail + 1)], dtype=np.uint16)
+    chunks = [ids[i : i + scanned] for i in range(0, len(ids), scanned)]
+    windows = DocumentWindows(chunks, 0, context_length)
+    assert len(windows) == len(expected)
+    numbers = np.arange(len(expected))
+    np.testing.assert_array_equal(windows.starts(numbers), expected)
+    np.testing.assert_array_equal(windows.starts(numbers[::-1]), expected[::-1])
+
+
+def test_an_epoch_of_documents_has_each_of_their_windows_once():
+    ids = np.tile(np.array([5, 5, 5, 5, 0]), 40)
+    ids[:25] = 5  # a long one
+    split = Split("train", ids, 0, end_id=0)
+    size = 10 + 34 * 2
+    starts = np.concatenate([split.starts(s, 6, 3, 9, "documents") for s in range(2 * size // 6)])
+    once = [*range(0, 29, 3), *(s + i for s in range(30, 200, 5) for i in (0, 3))]
+    expected = sorted(min(start, len(ids) - 4) for start in once)
+    assert sorted(starts[:size]) == sorted(starts[size:]) == expected
+    assert (starts[:size] != starts[size:]).any()
+
+
+def test_sampling_documents_says_what_it_misses():
+    with pytest.raises(InputError, match="nobody has said which id ends a document"):
+        SPLIT.batch(0, 4, 20, 0, "documents")
+    empty = Split("train", np.zeros(100, dtype=np.uint16), 0, end_id=0)
+    with pytest.raises(InputError, match="train: every document is empty; add text"):
+        empty.batch(0, 4, 20, 0, "documents")
 
 
 def test_random_windows_start_anywhere():
