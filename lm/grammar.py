@@ -5,7 +5,7 @@
 The stories come from a probabilistic context-free grammar, the table below: `<place>` is one of the
 texts of `place`, drawn by its weight, and `{place}` says the last one again. That is what a model
 has to remember: the hero, what was lost, and in an errand within an errand who wants what. What
-comes back is from finite lists, so a symbol could carry it in its name: with more symbols, the
+comes back is from finite lists, so each symbol could carry it in its name: with more symbols, the
 grammar is context-free in the strict sense.
 
 No text has two derivations. Where there is a choice, each alternative begins with words of its own,
@@ -32,7 +32,8 @@ story    = 1 Once <opening> / {He} had a <hue> <thing>, <bond> / <plot> / <end>
 
 opening  = 3 upon a time <trait> <hero> lived <home> with {his} <trait> <kin>.
            3 there lived <home> a <trait> child called <hero> and {his} <trait> <kin>.
-           3 in a <weather> <season> <hero> and {his} <kin> <walked> to a <look> house <home>.
+           3 in a <weather> <season> <hero> and {his} <trait> <kin> <walked> to a <look> house\
+ <home>.
 home     = 3 by the sea | 5 on a <look> farm | 4 near a <look> mill | 4 under a <look> hill
            4 in the <look> <place>
 bond     = 2 from {his} {kin}. | 6 found <spot>. | 3 which {he} <manner> hid <spot>.

@@ -87,8 +87,8 @@ def _floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[
 
     The floor is no estimate: it is -log2 of the true probability of the validation text. A model
     that has not seen the text saves k bits on it with probability below 2^-k (Markov's inequality:
-    the expectation of q(x) / p(x) is at most 1), so no luck takes it CHANCE of thousands of bits
-    below. Raises InputError for one that is, and for text that is not the grammar's.
+    the expectation of q(x) / p(x) is at most 1), so no luck takes it CHANCE of a split's
+    bits below. Raises InputError for one that is, and for text that is not the grammar's.
     """
     bits = 0.0
     for number, text in enumerate(_documents(valid, tokenizer), start=1):
