@@ -3,7 +3,8 @@
     documents, as bytes --Encoder.encode--> the ids of all, and how many each has
 
 What a tokenizer.json means is what `tokenizers` makes of it. `gigatoken` gives the same ids fifty
-times as fast, but is young. So it has to pass a trial; of every call a sample is compared; the
+times as fast, but is young. So it has to pass a trial; texts with characters of
+Unicode 17, which it alone knows, are kept from it; of every call a sample is compared; the
 bytes behind the ids are counted for every document; and where it is refused or missing,
 `tokenizers` does the work. All on the calling thread: this is made for worker processes.
 """
@@ -19,7 +20,7 @@ import psutil
 from numpy.typing import NDArray
 
 from lm.errors import InputError
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import NEWER_CHARACTERS, Tokenizer, has_newer_characters
 
 Library = Literal["gigatoken", "tokenizers"]
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # ids of all texts, count of each
@@ -27,9 +28,7 @@ Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # ids of all texts, coun
 GROUP_BYTES = 1 << 20  # encoded at once: `tokenizers` takes 140 bytes of memory for each
 SAMPLED = 1 << 11  # one byte in so many is encoded by both: 2 % of the time
 RUN_BYTES = 1 << 24  # of a document that cannot be cut: gigatoken takes 25 bytes for each, too
-CACHE_BYTES = (
-    250 << 20
-)  # gigatoken remembers each word it saw: random words take 6 times their size
+CACHE_BYTES = 250 << 20  # gigatoken keeps every word it saw: random ones take 6 times their size
 SHORT_RUN = 50_000  # documents; importing awkward, for batches, takes as long as they save on these
 _AFTER_A_WORD = re.compile(rb"[^\s](?=[ \n]|\xe3\x80\x82|\xef\xbc\x8c)")  # the last two: 。，
 _HARD_TEXTS = [
@@ -133,6 +132,14 @@ class Encoder:
     def _by_gigatoken(self, texts: list[bytes]) -> Encoded:
         if self._process.memory_info().rss > self._rss + CACHE_BYTES:
             self._open_gigatoken()
+        if has_newer_characters(b"".join(texts)):
+            encoded = [
+                self._by_tokenizers([text])[0]
+                if has_newer_characters(text)
+                else self._gigatoken.encode(text)
+                for text in texts
+            ]
+            return np.concatenate(encoded), _sizes(encoded)
         self._n_encoded += len(texts)
         if self._n_encoded < SHORT_RUN:
             encoded = [self._gigatoken.encode(text) for text in texts]
@@ -154,7 +161,8 @@ class Encoder:
         except (RuntimeError, ValueError) as error:
             return f"gigatoken refuses this tokenizer: {str(error).splitlines()[0][:200]}"
         names = "".join(f"a  {t['content']}  b{t['content']}c\n{t['content']}\n" for t in added)
-        texts = [text.encode() for text in [*_HARD_TEXTS, names] if text]
+        hard = [NEWER_CHARACTERS.sub("", text) for text in _HARD_TEXTS]
+        texts = [text.encode() for text in [*hard, names] if text]
         for text in texts:
             expected, _ = self._by_tokenizers([text])
             if not np.array_equal(self._gigatoken.encode(text), expected):

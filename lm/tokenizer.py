@@ -5,11 +5,14 @@ none is lost, which is what makes bits per byte exact.
 """
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, zip_longest
@@ -30,6 +33,21 @@ END_TOKEN = "<|endoftext|>"  # noqa: S105 - a separator, not a password
 MAX_VOCAB_SIZE = 1 << 20  # the trainer reserves memory for all at once, and aborts without a word
 MAX_JSON_BYTES = 1 << 26  # of a tokenizer.json: takes 2 GB to open; Gemma's, a large one, has 33 MB
 TRIAL_SECONDS = 60  # for a foreign tokenizer to encode a few megabytes
+LARGE_BYTES = 32 << 20  # of text: below, gigatoken's training is slower, it is quadratic in ties
+LARGE_VOCAB_SIZE = (1 << 15) + 257  # above, ties are too many again
+# Letters, marks and digits of Unicode 17, which gigatoken knows and tokenizers (16) does not.
+NEWER_CHARACTERS = re.compile(
+    "[\u088f\u0c5c\u0cdc\u1acf-\u1add\u1ae0-\u1aeb\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1"
+    "\U00010940-\U00010959\U00010ec5-\U00010ec7\U00010efa\U00010efb\U00011b60-\U00011b67"
+    "\U00011db0-\U00011ddb\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3"
+    "\U00016ff2-\U00016ff6\U000187f8-\U000187ff\U00018d09-\U00018d1e\U00018d80-\U00018df2"
+    "\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6f5\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f"
+    "\U0002cea2-\U0002cead\U000323b0-\U00033479]"
+)
+_NEWER_LEADS = b"\xe0", b"\xe1", b"\xea", b"\xf0"  # the first byte of each; rare in most text
+# GPT-2's pattern as tiktoken spells it for speed, and as all others know it by sight.
+_TIKTOKEN_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -248,6 +266,75 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = END_TOKEN)
     return Tokenizer(backend, end_token)
 
 
+def train_bpe_large(documents: bytes, vocab_size: int, end_token: str = END_TOKEN) -> Tokenizer:
+    """The same from documents joined by NUL, which none holds: of 32 MiB and more in seconds.
+
+    gigatoken learns there what `tokenizers` learns, which does it where the former is missing or
+    runs out of pairs. Both leave out documents with characters that only gigatoken knows.
+    """
+    if len(documents) < LARGE_BYTES:
+        return train_bpe(_split(documents), vocab_size, end_token)
+    if has_newer_characters(documents):
+        known = (text for text in _split(documents) if not NEWER_CHARACTERS.search(text))
+        documents = b"\0".join(text.encode() for text in known)
+    tokenizer = None
+    if vocab_size <= LARGE_VOCAB_SIZE:
+        tokenizer = _train_by_gigatoken(documents, vocab_size, end_token)
+    return tokenizer or train_bpe(_split(documents), vocab_size, end_token)
+
+
+def _train_by_gigatoken(documents: bytes, vocab_size: int, end_token: str) -> Tokenizer | None:
+    """None if there is no gigatoken, or not so many pairs as to make a vocabulary of this size."""
+    try:
+        import gigatoken  # not on every platform
+    except ImportError:
+        return None
+    with _streams_closed():
+        _, pairs = gigatoken.train_bpe(documents, vocab_size - 1, [], "huggingface", b"\0")
+    characters = _byte_characters()
+    merges = [
+        ("".join(characters[b] for b in left), "".join(characters[b] for b in right))
+        for left, right in pairs
+    ]
+    vocabulary = {character: i for i, character in enumerate(sorted(characters))}
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    backend = _byte_level_backend(models.BPE(vocab=vocabulary, merges=merges), use_regex=True)
+    encode = gigatoken.Tokenizer.from_json(backend.to_str()).encode
+    last = vocab_size - 2  # when pairs run out it goes on with some that no longer occur
+    if not any(last in encode(text.encode()) for text in _split(documents)):
+        return None
+    backend.add_special_tokens([end_token])
+    return Tokenizer(backend, end_token)
+
+
+def _split(documents: bytes) -> Iterator[str]:
+    """The documents between NULs, one at a time."""
+    start = 0
+    while start <= len(documents):
+        end = documents.find(b"\0", start)
+        end = len(documents) if end < 0 else end
+        yield documents[start:end].decode()
+        start = end + 1
+
+
+@contextmanager
+def _streams_closed() -> Iterator[None]:
+    """What a library prints past Python, to stdout and stderr, goes nowhere."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [(stream, os.dup(stream)) for stream in (1, 2)]
+    with open(os.devnull, "wb") as nowhere:
+        for stream, _ in saved:
+            os.dup2(nowhere.fileno(), stream)
+    try:
+        yield
+    finally:
+        for stream, copy in saved:
+            os.dup2(copy, stream)
+            os.close(copy)
+
+
 def byte_tokenizer(end_token: str = END_TOKEN) -> Tokenizer:
     """Each byte is its own id, 256 in all. Id 255 ends a document: UTF-8 has no byte 0xff."""
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
@@ -291,9 +378,10 @@ def from_tiktoken(name: str, samples: Iterable[str], end_token: str = END_TOKEN)
         for left, right in [_last_merge(token, ranks)]
     ]
     backend = _byte_level_backend(models.BPE(vocab=vocabulary, merges=merges), use_regex=False)
+    pattern = _GPT2 if encoding._pat_str == _TIKTOKEN_GPT2 else encoding._pat_str
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(encoding._pat_str), behavior="isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
             backend.pre_tokenizer,
         ]
     )
@@ -315,6 +403,13 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
         i = pairs.index(min(pairs))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
+
+
+def has_newer_characters(text: bytes) -> bool:
+    """Whether UTF-8 holds a character that gigatoken knows and tokenizers does not."""
+    return any(lead in text for lead in _NEWER_LEADS) and bool(
+        NEWER_CHARACTERS.search(text.decode())
+    )
 
 
 def _byte_level_backend(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:

@@ -1,6 +1,9 @@
-"""The model once more, in float64 and plain loops, from the papers' formulas alone."""
+"""The model once more, in float64 and plain loops, from the papers' formulas alone; and BPE."""
 
+import heapq
 import math
+from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 
@@ -84,3 +87,50 @@ def transformer(ids, model):
         x = norm(x, "ln_final")
     head = "token_embeddings.weight" if config.tie_embeddings else "lm_head.weight"
     return x @ weights[head].T
+
+
+def train_bpe(words, count, first_ids, tie):
+    """BPE, incremental: the merges learnt from `words` (bytes to how often), `count` at most.
+
+    `first_ids` numbers the 256 bytes; of equally frequent pairs of ids the smallest `tie(pair,
+    tokens)` is merged first. A token that two merges make keeps its first id.
+    """
+    tokens = {i: bytes([byte]) for byte, i in first_ids.items()}
+    ids = {token: i for i, token in tokens.items()}
+    parts = [[first_ids[byte] for byte in word] for word in words]
+    weights = list(words.values())
+    counts, places = Counter(), defaultdict(set)
+    for place, (word, weight) in enumerate(zip(parts, weights, strict=True)):
+        for pair in pairwise(word):
+            counts[pair] += weight
+            places[pair].add(place)
+    heap = [(-n, tie(pair, tokens), pair) for pair, n in counts.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < count:
+        n, _, pair = heapq.heappop(heap)
+        if counts[pair] != -n or n == 0:
+            continue  # counted anew since: a later entry says so
+        left, right = tokens[pair[0]], tokens[pair[1]]
+        merges.append((left, right))
+        new = ids.setdefault(left + right, len(ids))
+        tokens[new] = left + right
+        changed = set()
+        for place in places.pop(pair):
+            before, after, i = parts[place], [], 0
+            while i < len(before):
+                found = tuple(before[i : i + 2]) == pair
+                after.append(new if found else before[i])
+                i += 2 if found else 1
+            for old in pairwise(before):
+                counts[old] -= weights[place]
+                changed.add(old)
+            for made in pairwise(after):
+                counts[made] += weights[place]
+                places[made].add(place)
+                changed.add(made)
+            parts[place] = after
+        for other in changed:
+            if counts[other] > 0:
+                heapq.heappush(heap, (-counts[other], tie(other, tokens), other))
+    return merges

@@ -13,11 +13,20 @@ import tiktoken
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 
 import lm.encoder
 from lm.encoder import DocumentRefused, Encoder, EncodersDiffer
 from lm.errors import InputError
-from lm.tokenizer import END_TOKEN, Tokenizer, byte_tokenizer, train_bpe
+from lm.tokenizer import (
+    END_TOKEN,
+    NEWER_CHARACTERS,
+    Tokenizer,
+    _byte_characters,
+    byte_tokenizer,
+    from_tiktoken,
+    train_bpe,
+)
 from tests.project import ROOT
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -159,6 +168,22 @@ def test_the_text_of_any_added_token_is_encoded_as_tokenizers_does(bpe):
     assert backend.token_to_id("<tool>") in ids
 
 
+def test_the_gpt2_encoding_of_tiktoken_is_known_to_gigatoken(encoding, bpe, monkeypatch):
+    special = {END_TOKEN: encoding.max_token_value + 1}
+    made = tiktoken.Encoding(
+        "fast",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens=special,
+    )
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "fast", made)
+    encoder = Encoder(from_tiktoken("fast", MIXED))
+    assert (encoder.library, encoder.why_not) == ("gigatoken", None)
+    texts = [*MIXED, "end  \n ", " \n\n x \n"]
+    found = split(*encoder.encode([text.encode() for text in texts]))
+    assert found == made.encode_ordinary_batch(texts)
+
+
 def test_a_document_that_is_altered_is_named_by_its_index(bpe):
     backend = tokenizers.Tokenizer.from_str(bpe.backend.to_str())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -260,11 +285,59 @@ from lm.tokenizer import train_bpe
 text = open("README.md").read()
 encoder = Encoder(train_bpe([text], 500), sys.argv[1])
 encoder.encode([text.encode()])
+lines = [line.encode() for line in text.splitlines() if line] * int(sys.argv[2])
 def work(_):
-    return int(encoder.encode([line.encode() for line in text.splitlines() if line] * int(sys.argv[2]))[0].sum())
+    return int(encoder.encode(lines)[0].sum())
 with multiprocessing.get_context("fork").Pool(2) as pool:
     print(len(set(pool.map(work, range(4)))))
 """
+
+
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = [GPT2, *(pytest.param(pattern, marks=pytest.mark.soak) for pattern in (CL100K, O200K))]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_character_is_classed_alike_or_known_not_to_be(pattern):
+    """A tokenizer that merges a character with each neighbour unless the pattern parts them."""
+    characters = _byte_characters()
+    pairs = [
+        pair
+        for probe in map(ord, "aA1. ")
+        for pair in [(probe, b) for b in range(0xC2, 0xF5)] + [(b, probe) for b in range(128, 192)]
+    ]
+    merges = [(characters[left], characters[right]) for left, right in pairs]
+    tokens = [*sorted(characters), *("".join(pair) for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([END_TOKEN])
+    encoder = Encoder(other_pattern(Tokenizer(backend), pattern), "gigatoken")
+
+    def differ(text):
+        return encoder._gigatoken.encode(text.encode()).tolist() != encoder.tokenizer.encode(text)
+
+    private = {*range(0xD800, 0xF900), *range(0x40000, 0xE0000), *range(0xF0000, 0x110000)}
+    codes = [code for code in range(128, 0x110000) if code not in private]
+    unlike = set()
+    for start in range(0, len(codes), 64):
+        texts = [f"a{c}1A{c}a {c}." for c in map(chr, codes[start : start + 64])]
+        if differ("".join(texts)):
+            unlike |= {text[1] for text in texts if differ(text)}
+    assert len(unlike) > 4000  # else NEWER_CHARACTERS is no longer needed
+    assert all(NEWER_CHARACTERS.search(character) for character in unlike)
+    documents = [f"a{character}1".encode() for character in sorted(unlike)]
+    expected = encoder.tokenizer.encode_batch([document.decode() for document in documents])
+    assert split(*encoder.encode(documents)) == expected
 
 
 @pytest.mark.parametrize("library", ["gigatoken", "tokenizers"])

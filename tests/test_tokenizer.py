@@ -5,8 +5,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import pairwise
 
+import gigatoken
+import numpy as np
 import pytest
 import tiktoken
 import tokenizers
@@ -17,13 +18,19 @@ from transformers import AutoTokenizer
 from lm.errors import EnvironmentFault, InputError
 from lm.tokenizer import (
     END_TOKEN,
+    LARGE_BYTES,
+    _byte_characters,
+    _split,
+    _train_by_gigatoken,
     byte_tokenizer,
     foreign_tokenizer,
     from_tiktoken,
     load_tokenizer,
     open_tokenizer_json,
     train_bpe,
+    train_bpe_large,
 )
+from tests import reference
 from tests.project import ROOT
 
 TEXTS = [
@@ -33,43 +40,97 @@ TEXTS = [
 ] * 3
 
 
-def oracle_merges(texts, count):
-    """BPE by the book: recount all pairs, merge the most frequent, ties by the smallest ids."""
+SOURCE = (ROOT / "lm" / "tokenizer.py").read_text()
+HEX_ORDER = {byte: byte for byte in range(256)}
+GPT2_ORDER = {
+    byte: i for i, byte in enumerate(sorted(range(256), key=_byte_characters().__getitem__))
+}
+
+
+def words(texts):
+    """How often the pattern gives each piece of the texts, as bytes."""
     split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces = Counter(piece for text in texts for piece, _ in split.pre_tokenize_str(text))
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    ids = {character: i for i, character in enumerate(alphabet)}
-    words = {piece: list(piece) for piece in pieces}
-    merges = []
-    for _ in range(count):
-        pairs = Counter()
-        for piece, parts in words.items():
-            for pair in pairwise(parts):
-                pairs[pair] += pieces[piece]
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]]))
-        merges.append(list(best))
-        ids.setdefault("".join(best), len(ids))
-        for parts in words.values():
-            i = 0
-            while i < len(parts) - 1:
-                if (parts[i], parts[i + 1]) == best:
-                    parts[i : i + 2] = ["".join(best)]
-                i += 1
-    return merges, ids
+    return {spelled(piece): count for piece, count in pieces.items()}
+
+
+def spelled(token):
+    return bytes(map(_byte_characters().index, token))
 
 
 def test_training_equals_an_independent_trainer():
-    source = (ROOT / "lm" / "tokenizer.py").read_text()
-    texts = [*TEXTS, source]
+    texts = [*TEXTS, SOURCE]
     tokenizer = train_bpe(texts, 256 + 300 + 1)
-    merges, ids = oracle_merges(texts, 300)
+    expected = reference.train_bpe(words(texts), 300, GPT2_ORDER, lambda pair, tokens: pair)
     model = json.loads(tokenizer.backend.to_str())["model"]
-    assert model["merges"] == merges
-    assert model["vocab"] == ids
+    assert [tuple(map(spelled, pair)) for pair in model["merges"]] == expected
+    tokens = [*map(bytes, zip(GPT2_ORDER)), *(left + right for left, right in expected)]
+    assert {spelled(token): i for token, i in model["vocab"].items()} == {
+        token: i for i, token in enumerate(tokens)
+    }
     assert tokenizer.end_id == 556
     assert tokenizer.vocab_size == 557
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("huggingface", GPT2_ORDER), ("raw_token_ids", HEX_ORDER)]
+)
+def test_gigatoken_learns_the_same_merges_under_each_tie_rule(name, order):
+    texts = [*TEXTS, SOURCE]
+    joined = "\0".join(texts).encode()
+    _, merges = gigatoken.train_bpe(joined, 256 + 600, [], name, b"\0")
+    expected = reference.train_bpe(words(texts), 600, order, lambda pair, tokens: pair)
+    assert merges == expected
+    by_bytes = reference.train_bpe(
+        words(texts), 600, order, lambda pair, tokens: [-b for i in pair for b in tokens[i]]
+    )
+    assert by_bytes != expected  # the rule matters
+
+
+LARGE = [
+    *(path.read_text() for folder in ("lm", "tests") for path in (ROOT / folder).glob("*.py")),
+    "no token spans two documents" * 9 + END_TOKEN * 99,
+]
+NEWER = "\ua7ce\ua7ce letters of Unicode 17"
+
+
+def test_a_large_corpus_gives_the_same_tokenizer_by_either_library(monkeypatch, capfd):
+    monkeypatch.setattr("lm.tokenizer.LARGE_BYTES", 1 << 19)
+    joined = "\0".join([*LARGE, NEWER * 1000]).encode()
+    fast = train_bpe_large(joined, 2000).backend.to_str()
+    assert _train_by_gigatoken("\0".join(LARGE).encode(), 2000, END_TOKEN) is not None
+    monkeypatch.setitem(sys.modules, "gigatoken", None)  # its import now fails
+    assert train_bpe_large(joined, 2000).backend.to_str() == fast
+    assert train_bpe(LARGE, 2000).backend.to_str() == fast
+    assert train_bpe([*LARGE, NEWER * 1000], 2000).backend.to_str() != fast
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.soak
+def test_32_megabytes_give_the_same_tokenizer_by_either_library():
+    rng = np.random.default_rng(0)
+    known = list(words(LARGE))
+    drawn = rng.zipf(1.2, size=6 << 20) % len(known)
+    joined = b"".join(known[i] for i in drawn).replace(b"\n\n", b"\0")
+    assert len(joined) > LARGE_BYTES
+    fast = _train_by_gigatoken(joined, 5000, END_TOKEN)
+    assert fast.backend.to_str() == train_bpe(_split(joined), 5000).backend.to_str()
+
+
+def test_a_small_corpus_is_left_to_tokenizers():
+    joined = "\0".join(TEXTS).encode()
+    assert train_bpe_large(joined, 400).backend.to_str() == train_bpe(TEXTS, 400).backend.to_str()
+
+
+def test_when_pairs_run_out_no_made_up_merge_is_learnt(monkeypatch):
+    """gigatoken goes on with pairs that no longer occur."""
+    monkeypatch.setattr("lm.tokenizer.LARGE_BYTES", 0)
+    _, merges = gigatoken.train_bpe(b"low lower", 300, [], "huggingface", b"\0")
+    possible = reference.train_bpe(words(["low lower"]), 300, GPT2_ORDER, lambda pair, _: pair)
+    assert len(merges) > len(possible)
+    tokenizer = train_bpe_large(b"low lower", 300)
+    learnt = json.loads(tokenizer.backend.to_str())["model"]["merges"]
+    assert [tuple(map(spelled, pair)) for pair in learnt] == possible
 
 
 def test_training_gives_the_same_bytes_for_any_thread_count_and_hash_seed():
