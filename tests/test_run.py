@@ -22,7 +22,7 @@ from lm.tokens import Split
 from lm.train import new_state, train
 from tests.test_train import poisoned
 
-SPLIT = Split("train", (np.arange(3000) * 7919 % 256).astype(np.uint16), 0)
+SPLIT = Split("train", (np.arange(3000) * 7919 % 256).astype(np.uint16), 0, end_id=7)
 MADE_OF = {"inputs": {}, "code": {}, "environment": {}}
 
 
@@ -75,6 +75,21 @@ def test_skipped_steps_are_counted_told_and_resumed(settings, tmp_path, capsys):
     assert [int(row["step"]) for row in rows if row["train_loss"] == "nan"] == bad
     weights = load_file(tmp_path / "a/models/checkpoints/last.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_train"),
+    [({"intra_document_masking": True}, {}), ({}, {"sampling": "documents"})],
+    ids=["model", "train"],
+)
+def test_another_dealing_or_masking_is_another_run(settings, tmp_path, capsys, of_model, of_train):
+    model, config, runtime = settings
+    assert go(settings, tmp_path, until=7) is None
+    other = replace(model, **of_model), replace(config, **of_train), runtime
+    assert go(other, tmp_path, until=7) is None
+    assert "Resumed" not in capsys.readouterr().out
+    assert go(settings, tmp_path) is not None
+    assert "Resumed at step 6" in capsys.readouterr().out
 
 
 def test_the_bound_on_skipped_steps_holds_across_a_stop(settings, tmp_path):
