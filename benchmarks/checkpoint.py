@@ -26,7 +26,7 @@ SHAPE = ModelConfig(
     vocab_size=50304, context_length=64, d_model=768, num_layers=12, num_heads=12,
     num_kv_heads=None, d_ff=2048, rope_theta=10000.0, norm_eps=1e-5, dropout=0.0, qk_norm=False,
     tie_embeddings=True, norm="rmsnorm", norm_position="pre", position_embedding="rope",
-    ffn="swiglu",
+    ffn="swiglu", intra_document_masking=False,
 )  # fmt: skip
 REPEATS = 5
 

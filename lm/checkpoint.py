@@ -273,12 +273,11 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
 
     Raises InputError if a file is missing, torn or does not fit the others.
     """
-    config = read_section(
-        ModelConfig,
-        {"model": read_json(folder / "config.json")},
-        "model",
-        str(folder / "config.json"),
-    )
+    file = folder / "config.json"
+    settings = read_json(file)
+    if isinstance(settings, dict):  # models from before there was the choice
+        settings.setdefault("intra_document_masking", False)
+    config = read_section(ModelConfig, {"model": settings}, "model", str(file))
     model = TransformerLM(config)
     path = folder / "model.safetensors"
     with _opened(path) as file:

@@ -70,8 +70,10 @@ def evaluate(
     for rows in np.split(table, range(batch_size, len(table), batch_size)):
         starts, first_new = rows[:, 0], rows[:, 1]
         x, y = windows(split.tokens, starts, length)  # (B, T)
+        ids = to_device(x, device)
+        documents = model.documents(ids, split.end_id)
         with autocast(device, dtype):
-            logits = model(to_device(x, device))
+            logits = model(ids, documents=documents)
         flat, targets = logits.float().flatten(0, 1), to_device(y, device).flatten()
         losses = F.cross_entropy(flat, targets, reduction="none").view(y.shape)  # (B, T)
         new = np.arange(length) >= first_new[:, None]  # (B, T)

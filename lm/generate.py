@@ -32,6 +32,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_id: int | None = None,
+    end_id: int | None = None,
     seed: int = 0,
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
@@ -39,7 +40,8 @@ def generate(
 
     A row gives None while a longer prompt than the shortest is still being read, and after it
     has ended, by `stop_id` or by length. A row depends on its number, not on the other prompts.
-    Temperature 0 takes the most probable token. Raises ValueError for an empty prompt.
+    Temperature 0 takes the most probable token. A model with intra-document masking has to know
+    the `end_id` of its documents. Raises ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("an empty prompt; begin with the end token instead")
@@ -50,12 +52,13 @@ def generate(
     caches, cached_from = model.new_caches(len(prompts)), 0
     while any(remaining):
         start = _window_start(ids.shape[1], length)
+        documents = model.documents(ids[:, start:], end_id)
         if not use_cache:
-            logits = model(ids[:, start:])[:, -1]  # (B, V)
+            logits = model(ids[:, start:], documents=documents)[:, -1]  # (B, V)
         else:
             if start != cached_from:
                 caches, cached_from = model.new_caches(len(prompts)), start
-            logits = model(ids[:, start + caches[0].length :], caches)[:, -1]
+            logits = model(ids[:, start + caches[0].length :], caches, documents)[:, -1]
         position = ids.shape[1]
         draws = [
             rng.random_uniforms(rng.seed(seed, "generate", row, position - len(prompt)), 1)[0]
@@ -114,9 +117,10 @@ def complete(
     """The text that follows a prompt, piece by piece, up to the end token."""
     ids = tokenizer.encode(prompt) or [tokenizer.end_id]
     characters = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside one
-    steps = generate(model, [ids], max_new_tokens, stop_id=tokenizer.end_id, **options)  # type: ignore[arg-type]
+    end_id = tokenizer.end_id
+    steps = generate(model, [ids], max_new_tokens, stop_id=end_id, end_id=end_id, **options)  # type: ignore[arg-type]
     for (new,) in steps:
-        if new is not None and new != tokenizer.end_id:
+        if new is not None and new != end_id:
             yield characters.decode(tokenizer.decode_bytes([new]))
     yield characters.decode(b"", final=True)
 

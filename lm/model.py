@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,6 +47,7 @@ class ModelConfig:
     norm_position: Literal["pre", "post"]
     position_embedding: Literal["rope", "none"]
     ffn: Literal["swiglu", "silu"]
+    intra_document_masking: bool
 
     def __post_init__(self) -> None:
         if self.d_model % self.num_heads:
@@ -157,6 +158,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T C"],
         rope: RotaryEmbedding | None,
         cache: KeyValueCache | None = None,
+        mask: Bool[Tensor, "B 1 T S"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         start = cache.length if cache else 0
         q = self.q_norm(self._heads(self.q_proj(x)))  # (B, H, T, D)
@@ -172,8 +174,8 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            attn_mask=_causal_mask(q, k) if start else None,
-            is_causal=start == 0,
+            attn_mask=_causal_mask(q, k) if start and mask is None else mask,
+            is_causal=start == 0 and mask is None,
             dropout_p=self.dropout if self.training else 0.0,
         )  # (B, H, T, D)
         return self.output_proj(mixed.transpose(1, 2).flatten(2))
@@ -188,6 +190,13 @@ def _causal_mask(q: Tensor, k: Tensor) -> Tensor | None:
     if new == 1:
         return None
     return torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+
+
+def _document_mask(documents: Tensor, new: int) -> Tensor:
+    """True where the newest queries may look: back, and in their own document, (B, 1, T, S)."""
+    total = documents.shape[1]
+    same = documents[:, total - new :, None] == documents[:, None, :]  # (B, T, S)
+    return same.tril(total - new)[:, None]
 
 
 class FeedForward(nn.Module):
@@ -224,11 +233,12 @@ class Block(nn.Module):
         x: Float[Tensor, "B T C"],
         rope: RotaryEmbedding | None,
         cache: KeyValueCache | None = None,
+        mask: Bool[Tensor, "B 1 T S"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         if self.pre_norm:
-            x = x + self.drop(self.attn(self.ln1(x), rope, cache))
+            x = x + self.drop(self.attn(self.ln1(x), rope, cache, mask))
             return x + self.drop(self.ffn(self.ln2(x)))
-        x = self.ln1(x + self.drop(self.attn(x, rope, cache)))
+        x = self.ln1(x + self.drop(self.attn(x, rope, cache, mask)))
         return self.ln2(x + self.drop(self.ffn(x)))
 
 
@@ -276,24 +286,45 @@ class TransformerLM(nn.Module):
                 nn.init.trunc_normal_(module.weight, 0.0, std, -3 * std, 3 * std)
 
     def forward(
-        self, ids: Int[Tensor, "B T"], caches: list[KeyValueCache] | None = None
+        self,
+        ids: Int[Tensor, "B T"],
+        caches: list[KeyValueCache] | None = None,
+        documents: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of the token after each position.
 
-        With `caches`, one per layer, `ids` continue the positions already seen.
-        Raises ValueError if the positions would exceed context_length.
+        With `caches`, one per layer, `ids` continue the positions already seen. A model with
+        intra-document masking (Zhao et al. 2024) attends within a document alone; it, and no
+        other, needs the `documents` of all positions, those in the caches included.
+        Raises ValueError if they are missing, or the positions would exceed context_length.
         """
+        if self.config.intra_document_masking != (documents is not None):
+            raise ValueError("documents are for models with intra_document_masking, and for all")
         positions = ids.shape[1] + (caches[0].length if caches else 0)
         if positions > self.config.context_length:
             raise ValueError(f"{positions} positions exceed {self.config.context_length=}")
+        mask = None if documents is None else _document_mask(documents, ids.shape[1])
         x = self.drop(self.token_embeddings(ids))  # (B, T, C)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, self.rope, use_reentrant=False)
+                x = checkpoint(layer, x, self.rope, None, mask, use_reentrant=False)
             else:
-                x = layer(x, self.rope, caches[i] if caches else None)
+                x = layer(x, self.rope, caches[i] if caches else None, mask)
         x = self.ln_final(x)
         return self.lm_head(x) if self.lm_head else F.linear(x, self.token_embeddings.weight)
+
+    def documents(self, ids: Int[Tensor, "B S"], end_id: int | None) -> Int[Tensor, "B S"] | None:
+        """What `forward` has to know of documents: for each position its own, counted from 0.
+
+        An end token belongs to the document that it ends. None without intra-document masking.
+        Raises InputError if there is masking, but no end token.
+        """
+        if not self.config.intra_document_masking:
+            return None
+        if end_id is None:
+            raise InputError("model.intra_document_masking: no id is known to end a document")
+        ends = (ids == end_id).long()
+        return ends.cumsum(dim=1) - ends
 
     def new_caches(self, batch_size: int) -> list[KeyValueCache]:
         """Empty key/value caches, one per layer."""

@@ -67,14 +67,6 @@ def write_sample(config: DataConfig, limit_bytes: int, num_workers: int, file: P
             part.unlink()
 
 
-def read_sample(file: Path) -> Iterator[str]:
-    """The texts of a sample."""
-    with open(file, "rb") as stream:
-        for _, text in records(stream, SEPARATOR, 0, None):
-            assert text is not None  # none is longer than a document may be
-            yield text.decode()
-
-
 def _training(config: DataConfig, task: Task) -> Iterator[tuple[Side, bytes]]:
     found = documents(config, Counter(), [task.shard])
     return ((side, document.data) for side, document in sides(found, config, task.train_bytes))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from lm import rng
 from lm.config import POSITIVE, SEED, Bound, Count
@@ -115,7 +115,13 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
     stay as they are, and its record says why under "skipped".
     """
     device = next(state.model.parameters()).device
-    loss_of = compiled(_loss, device) if config.compile else _loss
+    end_id = split.end_id
+
+    def loss_of(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(model(x, documents=model.documents(x, end_id)), y)
+
+    if config.compile:
+        loss_of = compiled(loss_of, device)
     windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling
     tokens_per_step = config.batch_size * state.model.config.context_length
     while state.step < config.max_steps:
@@ -163,7 +169,7 @@ def train_step(
     x: Int[Tensor, "B T"],
     y: Int[Tensor, "B T"],
     config: TrainConfig,
-    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    loss_of: Callable[[TransformerLM, Tensor, Tensor], Tensor],
 ) -> Record:
     """One update: schedule, forward, loss, backward, clip, step.
 
@@ -217,7 +223,7 @@ def _clipped_gradients(
     x: Tensor,
     y: Tensor,
     config: TrainConfig,
-    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    loss_of: Callable[[TransformerLM, Tensor, Tensor], Tensor],
 ) -> tuple[float, float]:
     """Fill the clipped gradients of the whole batch; returns its loss in nats and their norm."""
     loss = _backward(state, x, y, config, loss_of)
@@ -230,7 +236,7 @@ def _backward(
     x: Tensor,
     y: Tensor,
     config: TrainConfig,
-    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    loss_of: Callable[[TransformerLM, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Fill the gradients of the whole batch, micro-batch by micro-batch; returns its loss."""
     state.optimizer.zero_grad(set_to_none=True)
@@ -256,7 +262,3 @@ def _backward(
         ) from None
     state.scaler.unscale_(state.optimizer)
     return total
-
-
-def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return cross_entropy(model(x), y)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from lm.config import RuntimeConfig
 from lm.console import say
-from lm.sample import read_sample, write_sample
+from lm.sample import write_sample
 from lm.text import DataConfig, source_files, split_documents
 from lm.tokenizer import (
     TokenizerConfig,
     byte_tokenizer,
     foreign_tokenizer,
     from_tiktoken,
-    train_bpe,
+    train_bpe_large,
 )
 from lm.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
@@ -38,7 +38,7 @@ def tokenizer(inputs: Inputs) -> None:
         with tempfile.TemporaryDirectory(prefix="lm-sample-", dir=SCRATCH) as folder:
             sample = Path(folder) / "sample"
             write_sample(data, config.sample_bytes, num_workers, sample)
-            result = train_bpe(read_sample(sample), config.vocab_size, config.end_token)
+            result = train_bpe_large(sample.read_bytes(), config.vocab_size, config.end_token)
     elif config.kind == "bytes":
         result = byte_tokenizer(config.end_token)
     elif config.kind == "tiktoken":

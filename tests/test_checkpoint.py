@@ -203,6 +203,10 @@ def test_a_model_folder_holds_all_that_using_it_needs(model_config, model, tmp_p
     loaded, tokenizer = load_model(tmp_path, torch.device("cpu"))
     ids = torch.tensor([tokenizer.encode("ab")])
     assert torch.equal(loaded(ids), model(ids))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["intra_document_masking"]  # a model from before there was the choice
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load_model(tmp_path, torch.device("cpu"))[0](ids), model(ids))
     (tmp_path / "config.json").write_text(
         (tmp_path / "config.json").read_text().replace("32", "64")
     )

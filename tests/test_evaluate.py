@@ -1,6 +1,7 @@
 """Evaluation against a plain loop over the split."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from lm.errors import InputError
 from lm.evaluate import METRICS, bits_per_byte, evaluate, loss_by_position
+from lm.model import TransformerLM
 from lm.tokens import Split
 
 TOKENS = np.random.default_rng(1).integers(0, 96, 203)
@@ -66,6 +68,24 @@ def test_some_batches_are_spread_over_the_split(model):
     taken = [i * 13 // 6 for i in range(6)]  # of 13 windows
     rows = [nats for target, _, nats in by_hand(model, 16) if (target - 1) // 16 in taken]
     assert sums.nats.sum() == pytest.approx(sum(rows), rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [16, 5])
+def test_a_masked_model_is_evaluated_with_its_mask(model, model_config, stride):
+    masked = TransformerLM(replace(model_config, intra_document_masking=True))
+    masked.load_state_dict(model.state_dict())
+    split = Split("valid", TOKENS.astype(np.uint16), 0, end_id=int(TOKENS[20]))
+    sums = evaluate(masked, split, 8, stride=stride)
+
+    def by_document(x):
+        ends = [i + 1 for i in range(16) if x[0, i] == split.end_id]
+        return torch.cat([model(part[None]) for part in x[0].tensor_split(ends) if len(part)], 1)
+
+    nats = sum(row[2] for row in by_hand(by_document, stride))
+    assert sums.nats.sum() == pytest.approx(nats, rel=1e-6)
+    assert sums.nats.sum() != pytest.approx(evaluate(model, split, 8, stride=stride).nats.sum())
+    with pytest.raises(InputError, match="no id is known to end a document"):
+        evaluate(masked, SPLIT, 8)
 
 
 def test_evaluation_disturbs_nothing(model):

@@ -29,6 +29,17 @@ def test_greedy_output_equals_the_full_pass_beyond_the_context(model):
     assert got == rows(generate(model, [prompt], 60, temperature=0, use_cache=False))[0]
 
 
+def test_a_masked_model_continues_the_last_document_of_a_prompt(model_config, model):
+    masked = TransformerLM(replace(model_config, intra_document_masking=True)).eval()
+    masked.load_state_dict(model.state_dict())
+    before, last = [3, 1, 4, 95, 7, 95], [9, 2, 6, 5]
+    whole = rows(generate(masked, [before + last, last], 6, temperature=0, end_id=95))
+    assert whole[0] == whole[1] == rows(generate(model, [last], 6, temperature=0))[0]
+    assert whole[0] != rows(generate(model, [before + last], 6, temperature=0))[0]
+    long = [rows(generate(masked, [before], 60, end_id=95, use_cache=c))[0] for c in (True, False)]
+    assert long[0] == long[1]
+
+
 def test_a_row_is_what_it_would_be_alone(model):
     prompts = [[7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 5, 5]]
     together = rows(generate(model, prompts, 20, temperature=0))

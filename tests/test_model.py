@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lm.model
 from lm.config import load_params, read_section
+from lm.errors import InputError
 from lm.model import ModelConfig, RMSNorm, RotaryEmbedding, TransformerLM, cross_entropy
 from lm.optim import AdamW
 from tests import reference
@@ -45,9 +46,9 @@ def test_model_equals_loops_in_float64(model_config, changes):
     np.testing.assert_allclose(model(ids).detach().numpy(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_model_equals_llama_of_transformers(model_config):
-    config = replace(model_config, num_heads=4, num_kv_heads=2, rope_theta=500.0)
-    ours = variant_model(config, {})
+def as_llama(ours):
+    """The model of transformers with the same weights."""
+    config = ours.config
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -86,8 +87,79 @@ def test_model_equals_llama_of_transformers(model_config):
         for key, weight in ours.state_dict().items()
     }
     llama.load_state_dict(state)
+    return llama
+
+
+def test_model_equals_llama_of_transformers(model_config):
+    config = replace(model_config, num_heads=4, num_kv_heads=2, rope_theta=500.0)
+    ours = variant_model(config, {})
     ids = torch.randint(96, (3, 16))
-    torch.testing.assert_close(ours(ids), llama(ids).logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours(ids), as_llama(ours)(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+END = 95
+PACKED = torch.tensor(
+    [
+        [1, 2, 3, END, 4, 5, 6, 7, 8, END, 9, 10, 11, 12, 13, 14],
+        [END, END, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, END],
+        [5, 5, 5, 5, 5, 5, 5, 5, 1, 5, 5, 5, 5, 5, 5, 5],
+    ]
+)
+LENGTHS = [[4, 6, 6], [1, 1, 14], [16]]  # of the documents in each row, ends included
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_documents_of_a_masked_window_are_as_each_alone(model_config, changes):
+    plain = variant_model(model_config, changes)
+    masked = variant_model(model_config, {**changes, "intra_document_masking": True})
+    logits = masked(PACKED, documents=masked.documents(PACKED, END))
+    for row, ids, lengths in zip(logits, PACKED, LENGTHS, strict=True):
+        alone = [plain(document[None])[0] for document in ids.split(lengths)]
+        torch.testing.assert_close(row, torch.cat(alone), atol=1e-5, rtol=1e-4)
+    assert (logits[0, 4:] - plain(PACKED)[0, 4:]).abs().max() > 0.01
+
+
+def test_masked_windows_equal_llama_with_a_block_diagonal_mask(model_config):
+    config = replace(model_config, num_heads=4, num_kv_heads=2, intra_document_masking=True)
+    ours = variant_model(config, {})
+    blocks = [torch.block_diag(*(torch.ones(n, n).tril() for n in row)) for row in LENGTHS]
+    mask = torch.stack(blocks)[:, None]  # (B, 1, T, T)
+    theirs = as_llama(ours)(PACKED, attention_mask=(1 - mask) * torch.finfo(torch.float32).min)
+    logits = ours(PACKED, documents=ours.documents(PACKED, END))
+    torch.testing.assert_close(logits, theirs.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_masked_windows_read_through_a_cache_equal_the_whole(model_config):
+    model = variant_model(model_config, {"intra_document_masking": True})
+    documents = model.documents(PACKED, END)
+    whole, caches, parts = model(PACKED, documents=documents), model.new_caches(3), []
+    for start, stop in ((0, 1), (1, 6), (6, 7), (7, 16)):
+        parts.append(model(PACKED[:, start:stop], caches, documents[:, :stop]))
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_checkpointed_gradients_of_masked_windows_are_the_same(model_config):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        masked = replace(model_config, intra_document_masking=True)
+        model = TransformerLM(masked, checkpointing).train()
+        logits = model(PACKED, documents=model.documents(PACKED, END))
+        cross_entropy(logits, PACKED).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_masked_model_is_never_run_without_its_mask_nor_another_with_one(model_config, model):
+    masked = TransformerLM(replace(model_config, intra_document_masking=True))
+    with pytest.raises(ValueError, match="documents are for models with intra_document_masking"):
+        masked(PACKED)
+    with pytest.raises(ValueError, match="documents are for models with intra_document_masking"):
+        model(PACKED, documents=PACKED)
+    with pytest.raises(InputError, match="no id is known to end a document"):
+        masked.documents(PACKED, None)
+    assert model.documents(PACKED, None) is None
 
 
 def test_parameter_count_of_the_requirement(model_config):

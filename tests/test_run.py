@@ -24,7 +24,7 @@ from lm.tokens import Split
 from lm.train import new_state, train
 from tests.test_train import poisoned
 
-SPLIT = Split("train", (np.arange(3000) * 7919 % 256).astype(np.uint16), 0)
+SPLIT = Split("train", (np.arange(3000) * 7919 % 256).astype(np.uint16), 0, end_id=7)
 MADE_OF = {"inputs": {}, "code": {}, "environment": {}}
 
 
@@ -104,6 +104,21 @@ def test_a_continued_run_takes_the_settings_of_now(settings, tmp_path):
     assert [group["lr"] for group in groups] == [1e-4, 1e-4]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert [group["betas"] for group in groups] == [[0.9, 0.5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_train"),
+    [({"intra_document_masking": True}, {}), ({}, {"sampling": "documents"})],
+    ids=["model", "train"],
+)
+def test_another_dealing_or_masking_is_another_run(settings, tmp_path, capsys, of_model, of_train):
+    model, config, runtime = settings
+    assert go(settings, tmp_path, until=7) is None
+    other = replace(model, **of_model), replace(config, **of_train), runtime
+    assert go(other, tmp_path, until=7) is None
+    assert "Resumed" not in capsys.readouterr().out
+    assert go(settings, tmp_path) is not None
+    assert "Resumed at step 6" in capsys.readouterr().out
 
 
 def test_the_bound_on_skipped_steps_holds_across_a_stop(settings, tmp_path):

@@ -18,7 +18,7 @@ from lm.tokens import Split
 from lm.train import get_batch, new_state, train
 
 CPU = torch.device("cpu")
-SPLIT = Split("train", (np.arange(3000) * 7919 % 96).astype(np.uint16), 0)
+SPLIT = Split("train", (np.arange(3000) * 7919 % 96).astype(np.uint16), 0, end_id=7)
 
 
 def run(model_config, config, steps=None, state=None):
@@ -70,13 +70,14 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(model_config, train_
         {"dtype": "float16"},
         {"optimizer": "muon", "sampling": "epochs"},
         {"gradient_checkpointing": True, "dropout": 0.1},
+        {"intra_document_masking": True, "sampling": "documents"},
     ],
     ids=str,
 )
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(model_config, train_config, changes):
-    if "dropout" in changes:
-        model_config = replace(model_config, dropout=changes["dropout"])
-    changes = {key: value for key, value in changes.items() if key != "dropout"}
+    of_model = {key: value for key, value in changes.items() if hasattr(model_config, key)}
+    model_config = replace(model_config, **of_model)
+    changes = {key: value for key, value in changes.items() if key not in of_model}
     config = replace(train_config, max_steps=9, **changes)
     straight, records = run(model_config, config)
     first, _ = run(model_config, config, steps=4)
@@ -92,6 +93,22 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(model_config, train_co
         assert torch.equal(tensor, resumed.model.state_dict()[key]), key
     timeless = [{k: v for k, v in r.items() if k != "step_s"} for r in records[4:]]
     assert timeless == [{k: v for k, v in r.items() if k != "step_s"} for r in rest]
+
+
+def test_a_masked_step_learns_from_each_document_as_if_it_stood_alone(model_config, train_config):
+    masked = replace(model_config, intra_document_masking=True)
+    _, records = run(masked, replace(train_config, batch_size=1), steps=1)
+    fresh = new_state(model_config, train_config, CPU).model  # the same weights
+    x, y = SPLIT.batch(0, 1, 16, train_config.seed, train_config.sampling)
+    ends = [i + 1 for i in range(16) if x[0, i] == 7]
+    assert ends, "the window must hold the end of a document"
+    ids, targets = torch.tensor(x[0]), torch.tensor(y[0])
+    logits = [fresh(document[None])[0] for document in ids.tensor_split(ends) if len(document)]
+    expected = cross_entropy(torch.cat(logits), targets)
+    assert records[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    expected.backward()
+    norm = gradient_clipping(fresh.parameters(), math.inf).item()
+    assert records[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_reduced_precision_stays_near_float32(model_config, train_config):
