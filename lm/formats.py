@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import BufferedReader, RawIOBase
+from io import BufferedIOBase, BufferedReader, RawIOBase
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -269,7 +269,7 @@ def _unusual_line(offset: int, data: bytes, layout: Layout) -> Found | Bad:
 
 
 def records(
-    stream: IO[bytes], separator: bytes, start: int, end: int | None
+    stream: BufferedIOBase, separator: bytes, start: int, end: int | None
 ) -> Iterator[tuple[int, bytes | None]]:
     """What lies between the separators from here on, with offsets that begin with `start`.
 
@@ -283,14 +283,14 @@ def records(
             size = dropped + len(part)
             yield offset, part if size <= MAX_DOCUMENT_BYTES else None
             offset, dropped = offset + size + len(separator), 0
-        if dropped + len(rest) > MAX_DOCUMENT_BYTES:
-            surplus = len(rest) - len(separator) + 1  # the rest may begin a separator
+        surplus = len(rest) - len(separator) + 1  # the last bytes may begin a separator
+        if dropped + surplus > MAX_DOCUMENT_BYTES:
             dropped, rest = dropped + surplus, rest[surplus:]
     if rest or dropped:
-        yield offset, None if dropped else rest
+        yield offset, rest if dropped + len(rest) <= MAX_DOCUMENT_BYTES else None
 
 
-def _chunks(stream: IO[bytes], size: int | None = None) -> Iterator[bytes]:
+def _chunks(stream: BufferedIOBase, size: int | None = None) -> Iterator[bytes]:
     """The next bytes of a stream, so many or all."""
     left = float("inf") if size is None else size
     while chunk := stream.read(int(min(CHUNK_BYTES, left))):
@@ -298,7 +298,7 @@ def _chunks(stream: IO[bytes], size: int | None = None) -> Iterator[bytes]:
         yield chunk
 
 
-def next_record(stream: IO[bytes], separator: bytes, position: int) -> int:
+def next_record(stream: BufferedIOBase, separator: bytes, position: int) -> int:
     """The first byte from `position` on where a record begins for sure, or the file's end.
 
     Whoever reads from the start of the file finds this separator, too: none overlaps it from the
@@ -373,11 +373,11 @@ def _table(file: Path) -> Iterator[Any]:
         source: Any = str(file)
         if file.suffix in COMPRESSIONS:
             source = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(stack.enter_context(opened(file)), source, CHUNK_BYTES)
+            shutil.copyfileobj(stack.enter_context(_Decompressed(file)), source, CHUNK_BYTES)
         try:
             # buffered: a row group is not read as a whole
             yield stack.enter_context(ParquetFile(source, buffer_size=1 << 20, pre_buffer=False))
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).split("\n")[0]
             raise InputError(f"{file}: damaged or no parquet table ({reason})") from None
 

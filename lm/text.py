@@ -137,14 +137,21 @@ def sources(config: DataConfig) -> list[Source]:
     if config.sources is None:
         files = _files(root, config.glob, "data.path", str(root))
         return [Source("text", files, Layout(config.text_field, separator, replace), None)]
-    if root.is_file():
-        raise InputError(f"data.path = {root}: a file; data.sources needs the folder they are in")
+    if not root.is_dir():
+        what = "a file; data.sources needs the folder they are in"
+        raise InputError(f"data.path = {root}: {what if root.exists() else 'no such folder'}")
     found = []
     for name, source in config.sources.items():
         key, within = f"data.sources.{name}.path", Path(source.path)
         if within.is_absolute() or ".." in within.parts:
             raise InputError(
                 f"{key} = {within}: must lie in data.path = {config.path}, which DVC watches"
+            )
+        above = [root / part for part in (within, *within.parents) if part.parts]
+        if any(part.is_symlink() and part.is_dir() for part in above):
+            raise InputError(
+                f"{key} = {within}: a link to a folder, which DVC does not watch; name the folder "
+                "itself"
             )
         if not (root / within).exists() and set("*?[") & set(source.path):
             files = _files(root, source.path, key, source.path)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -45,7 +46,9 @@ def _by_processes(
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(num_workers, context, _begin) as pool:
         try:
-            yield from pool.map(work, items)
+            futures = deque(pool.submit(work, item) for item in items)
+            while futures:
+                yield futures.popleft().result()
         except BrokenProcessPool:
             raise EnvironmentFault(
                 "a worker process was killed, perhaps for want of memory; lower runtime.num_workers"

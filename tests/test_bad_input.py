@@ -19,7 +19,10 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from lm.tokenizer import END_TOKEN, train_bpe
 from tests.project import Project
@@ -144,6 +147,29 @@ def data(name, content, line, *more):
 def folder(what, line, *more):
     """A folder of text with something in it."""
     return Row("data", "tokens", [what, "data.path=given", *more], 2, line)
+
+
+def from_sources(text, line, *more):
+    """A mapping of sources."""
+    return Row("data", "tokens", [f"data.sources={text}", *more], 2, line)
+
+
+def source(path=".", weight="null"):
+    """A mapping of one source."""
+    return f"{{web: {{path: {path}, text_field: text, weight: {weight}}}}}"
+
+
+def link_to_folder(folder):
+    """A link among the text to a folder elsewhere."""
+    file("given/a.txt", b"text")(folder)
+    (folder / "given" / "link").symlink_to("../text")
+
+
+def table(**columns):
+    """The bytes of a parquet table."""
+    made = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), made)
+    return made.getvalue()
 
 
 def tokenizer(change, line, end_token=END_TOKEN):
@@ -342,7 +368,7 @@ ROWS = [
     data("a.txt", b"\x7fELF\x02\x01\x01\x00\xc8", f"given/a.txt: byte 0xc8 at offset 8 is not UTF-8; {CONVERT}"),
     data("a.txt", b"\x89PNG\r\n\x1a\n", f"given/a.txt: byte 0x89 at offset 0 is not UTF-8; {CONVERT}"),
     data("a\nb\x1b[31m.txt", b"\xff", f"given/a\\nb\\x1b[31m.txt: byte 0xff at offset 0 is not UTF-8; {CONVERT}"),
-    data("a.txt", b"one<|end|>two\xff", f"given/a.txt: byte 0xff at offset 13 is not UTF-8; {CONVERT}", "data.separator=<|end|>"),
+    data("a.txt", b"one<|end|>two\xff", f"given/a.txt#2: byte 0xff at offset 13 is not UTF-8; {CONVERT}", "data.separator=<|end|>"),
     data("a.zip", archive("zip"), f"given/a.zip: a zip archive, {UNPACK}"),
     data("a.zip", archive("zip", "../a"), f"given/a.zip: a zip archive, {UNPACK}"),
     data("a.zip", archive("zip"), f"given/a.zip: a zip archive, {UNPACK}", "data.encoding_errors=replace"),
@@ -351,29 +377,69 @@ ROWS = [
     data("a.tar", archive("tar", "/tmp/a"), f"given/a.tar: a tar archive, {UNPACK}"),
     data("a.tar", archive("tar", type=tarfile.SYMTYPE, linkname="/etc/passwd"), f"given/a.tar: a tar archive, {UNPACK}"),
     data("a.tar", archive("tar", type=tarfile.CHRTYPE), f"given/a.tar: a tar archive, {UNPACK}"),
-    data("a.txt.gz", gzip.compress(b"text"), f"given/a.txt.gz: compressed by gzip, {DECOMPRESS}"),
-    data("a.jsonl", gzip.compress(b"{}"), f"given/a.jsonl: compressed by gzip, {DECOMPRESS}"),
+    data("a.jsonl", gzip.compress(b"{}"), "given/a.jsonl: compressed by gzip, not text; name it .gz or leave it out by data.glob"),
+    data("a.txt", b"\x28\xb5\x2f\xfd\x04\x00", "given/a.txt: compressed by zstd, not text; name it .zst or leave it out by data.glob"),
+    data("a.txt", b"PAR1\x15\x04PAR1", "given/a.txt: a parquet table, not text; name it .parquet or leave it out by data.glob"),
+    data("a.tar.gz", gzip.compress(archive("tar", "../a")), f"given/a.tar.gz: a tar archive, {UNPACK}"),
+    data("a.zip.gz", gzip.compress(archive("zip")), f"given/a.zip.gz: a zip archive, {UNPACK}"),
+    data("a.txt.gz", b"text", "given/a.txt.gz: damaged or cut off (…)"),
+    data("a.jsonl.gz", gzip.compress(TOKENIZER.encode())[:500], "given/a.jsonl.gz: damaged or cut off (…)"),
+    data("a.jsonl.gz", gzip.compress(b"{}")[:-6] + b"......", "given/a.jsonl.gz: damaged or cut off (…)"),
+    data("a.txt.gz", gzip.compress(b"caf\xe9"), f"given/a.txt.gz: byte 0xe9 at offset 3 is not UTF-8; {CONVERT}"),
+    data("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"id": 2}\n'), "given/a.jsonl.gz:2: no field 'text' (has: id)"),
+    data("a.zst", b"\x28\xb5\x2f\xfd\x04\x00", "given/a.zst: damaged or cut off (…)"),
+    data("a.txt.zst", b"text", "given/a.txt.zst: damaged or cut off (…)"),
+    data("a.txt.zst", zstandard.compress(TOKENIZER.encode())[:-9], "given/a.txt.zst: damaged or cut off (…)"),
     data("a.xz", lzma.compress(b"text"), f"given/a.xz: compressed by xz, {DECOMPRESS}"),
     data("a.bz2", bz2.compress(b"text"), f"given/a.bz2: compressed by bzip2, {DECOMPRESS}"),
-    data("a.zst", b"\x28\xb5\x2f\xfd\x04\x00", f"given/a.zst: compressed by zstd, {DECOMPRESS}"),
-    data("a.parquet", b"PAR1\x15\x04PAR1", "given/a.parquet: a parquet table, not text; convert it to .jsonl or leave it out by data.glob"),
+    data("a.parquet", b"PAR1\x15\x04PAR1", "given/a.parquet: damaged or no parquet table (…)"),
+    data("a.parquet", b"", "given/a.parquet: damaged or no parquet table (…)"),
+    data("a.parquet", table(text=["a"])[:-20], "given/a.parquet: damaged or no parquet table (…)"),
+    data("a.parquet", table(text=["a" * 5000])[200:], "given/a.parquet: damaged or no parquet table (…)"),
+    data("a.parquet", table(id=[1], body=["a"]), "given/a.parquet: no column 'text' (has: id, body); name one in data.text_field"),
+    data("a.parquet", table(text=[1]), "given/a.parquet: column 'text' is int64, not text; name one in data.text_field"),
+    data("a.parquet", table(text=[["a"]]), "given/a.parquet: column 'text' is list<element: string>, not text; name one in data.text_field"),
+    data("a.parquet", table(text=["a", None]), "given/a.parquet: row 1: column 'text' is null"),
+    data("a.parquet", table(text=[b"a\xff"]), f"given/a.parquet: row 0: byte 0xff at offset 1 of its text is not UTF-8; {CONVERT}"),
+    data("a.parquet.gz", gzip.compress(b"text"), "given/a.parquet.gz: damaged or no parquet table (…)"),
     data("a.jsonl", b'{"text": "a"}\n{"body": "b", "id": 2}\n', "given/a.jsonl:2: no field 'text' (has: body, id)"),
     data("a.jsonl", b'{"text": "a"}\n{"text": \n', "given/a.jsonl:2: not valid JSON (…)"),
     data("a.jsonl", b'["text"]\n', "given/a.jsonl:1: not an object with a field 'text'"),
     data("a.jsonl", b'{"text": null}\n', "given/a.jsonl:1: field 'text' is not text; name one in data.text_field"),
-    data("a.jsonl", b'{"text": "a\\ud800b"}\n', f"given/a.jsonl:1: field 'text': byte 0xed at offset 1 is not UTF-8; {CONVERT}"),
-    data("a.jsonl", b'{"text": "a\\u0000b"}\n', f"given/a.jsonl:1: field 'text': byte 0x00 at offset 1 is not text; {CONVERT}"),
+    data("a.jsonl", b'{"text": "a\\ud800b"}\n', f"given/a.jsonl:1: byte 0xed at offset 1 of its text is not UTF-8; {CONVERT}"),
+    data("a.jsonl", b'{"text": "a\\u0000b"}\n', f"given/a.jsonl:1: byte 0x00 at offset 1 of its text is not text; {CONVERT}"),
     data("a.jsonl", b'{"text": "\xff"}\n', f"given/a.jsonl:1: byte 0xff at offset 10 is not UTF-8; {CONVERT}"),
     data("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "given/a.jsonl:1: not valid JSON (…)"),
     data("a.jsonl", b"[" * 100_000 + b"\n", "given/a.jsonl:1: not valid JSON (…)"),
     folder(long_file("given/a.txt", 2 << 30), f"given/a.txt: {LONG}"),
-    folder(long_file("given/a.txt", 2 << 30), f"given/a.txt: {LONG}", "data.separator=<|end|>"),
+    folder(long_file("given/a.txt", 2 << 30), f"given/a.txt#1: {LONG}", "data.separator=<|end|>"),
     folder(long_file("given/a.jsonl", 2 << 30), f"given/a.jsonl:1: {LONG}"),
+    folder(long_file("given/a.jsonl", 2 << 30), "data.path = given: no text", "data.on_bad_document=skip"),
+    folder(long_file("given/a.parquet", 2 << 30), "given/a.parquet: damaged or no parquet table (…)"),
     folder(special("given/pipe", os.mkfifo), "given/pipe: a pipe, a device, a broken link or a link to a folder; take it away or leave it out by data.glob"),
     folder(special("given/zero", lambda path: path.symlink_to("/dev/zero")), "given/zero: a pipe, a device, …"),
     folder(special("given/link", lambda path: path.symlink_to("nowhere")), "given/link: a pipe, a device, …"),
     folder(special("given/link", lambda path: path.symlink_to("link")), "given/link: a pipe, a device, …"),
     folder(special("given/link", lambda path: path.symlink_to("../text")), "given/link: a pipe, a device, …"),
+    from_sources("{}", "params.yaml: data.sources = {}: names no source; null makes all of data.path one"),
+    from_sources("text", "params.yaml: data.sources = 'text' is text, wanted keys and values"),
+    from_sources("{web: text}", "params.yaml: data.sources.web = 'text' is text, wanted keys and values"),
+    from_sources("{web: {path: .}}", "params.yaml: missing key data.sources.web.text_field"),
+    from_sources("{web: {path: ., text_field: text, weight: 1, wieght: 2}}",
+                 "params.yaml: unknown key data.sources.web.wieght (did you mean data.sources.web.weight?)"),
+    from_sources(source(weight=0), "params.yaml: data.sources.web.weight = 0.0: must be > 0"),
+    from_sources(source(weight=".inf"), "params.yaml: data.sources.web.weight = inf: must be finite"),
+    from_sources("{a: " + source(weight=1)[6:-1] + ", b: " + source()[6:], "params.yaml: data.sources.b.weight = null: give every source a weight, or none"),
+    from_sources("{../b: " + source()[6:], "params.yaml: data.sources.../b: a source's name names files: a-z, 0-9, - and _ only"),
+    from_sources("{Web: " + source()[6:], "params.yaml: data.sources.Web: a source's name names files: a-z, 0-9, - and _ only"),
+    from_sources(source("''"), "params.yaml: data.sources.web.path = : must not be empty"),
+    from_sources(source("/etc"), "data.sources.web.path = /etc: must lie in data.path = text, which DVC watches"),
+    from_sources(source("../data"), "data.sources.web.path = ../data: must lie in data.path = text, which DVC watches"),
+    from_sources(source("missing"), "data.sources.web.path = missing: no such file or folder"),
+    from_sources(source("'*.md'"), "data.sources.web.path = *.md: no file matches data.sources.web.path = *.md"),
+    from_sources(source("."), "data.path = text/00.txt: a file; data.sources needs the folder they are in", "data.path=text/00.txt"),
+    from_sources(source("."), "data.path = missing: no such folder", "data.path=missing"),
+    folder(link_to_folder, "data.sources.web.path = link: a link to a folder, which DVC does not watch; name the folder itself", f"data.sources={source('link')}"),
 
     Row("tokenizer", "tokenizer", ["tokenizer.kind=file", "tokenizer.source=missing.json"], 2, "data/tokenizers/missing.json: no such file"),
     Row("tokenizer", "tokenizer", [special(GIVEN, os.mkfifo), "tokenizer.kind=file", "tokenizer.source=given.json"], 2, f"{GIVEN}: not a file"),

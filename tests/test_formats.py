@@ -1,0 +1,315 @@
+"""Files to records: every record once, in any stretches, and what is damaged is an error."""
+
+import gzip
+import io
+import json
+import random
+from contextlib import contextmanager, suppress
+from itertools import accumulate
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm.errors import InputError
+from lm.formats import (
+    MAX_DOCUMENT_BYTES,
+    PLAIN,
+    Bad,
+    Found,
+    JsonLines,
+    Layout,
+    Parquet,
+    format_of,
+    records,
+)
+
+ONE_FILE_ONE_RECORD = Layout("text", None, replace=False)
+TEXTS = ["first", "sec\nond", "", "drei \U0001f600", "x" * 5000, "last"]
+
+
+def parted(separator):
+    return Layout("text", separator, replace=False)
+
+
+@contextmanager
+def in_pieces(**sizes):
+    """Read so many bytes at a time: CHUNK_BYTES, SEARCH_BYTES, MAX_DOCUMENT_BYTES."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in sizes.items():
+            patch.setattr(f"lm.formats.{name}", size)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Where the examples of one test are written one after the other."""
+    return tmp_path_factory.mktemp("formats") / "a.txt"
+
+
+# --- lines and parts --------------------------------------------------------------------
+
+SEPARATORS = st.sampled_from([b"\n", b"\n\n", b"aba", b"ab", b"aa", b"abaab", b"aaa"])
+LETTERS = st.text("ab\n", max_size=60).map(str.encode)
+
+
+@given(st.text("ab", max_size=60), st.text("ab", min_size=1, max_size=4), st.integers(1, 9))
+def test_records_are_the_parts_of_the_whole_for_any_chunk(text, separator, chunk):
+    with in_pieces(CHUNK_BYTES=chunk):
+        found = list(records(io.BytesIO(text.encode()), separator.encode(), 0, None))
+    parts = text.split(separator)
+    if parts[-1] == "":
+        parts.pop()  # nothing follows the last separator
+    assert [data.decode() for _, data in found] == parts
+    assert all(text.startswith(data.decode(), offset) for offset, data in found)
+
+
+def assert_stretches_are_the_whole(kind, file, layout, size):
+    starts = kind.starts(file, layout, size)
+    stretches = list(zip(starts, [*starts[1:], None], strict=True))
+    whole = list(kind.read(file, layout))
+    assert [r for piece in stretches for r in kind.read(file, layout, *piece)] == whole
+    content = b"".join(b"".join(kind.content(file, layout, *piece)) for piece in stretches)
+    assert starts[0] == 0
+    assert starts == sorted(set(starts))
+    return whole, content, starts
+
+
+@given(LETTERS, SEPARATORS, st.integers(1, 20), st.integers(1, 9), st.integers(1, 9))
+def test_stretches_of_any_size_together_are_the_whole_file(
+    file, data, separator, size, chunk, search
+):
+    """Separators that overlap themselves included: where they are cut depends on the beginning."""
+    file.write_bytes(data)
+    with in_pieces(CHUNK_BYTES=chunk, SEARCH_BYTES=search):
+        whole, content, _ = assert_stretches_are_the_whole(PLAIN, file, parted(separator), size)
+    assert content == data
+    parts = [part.strip(b"\r\n") for part in data.split(separator)]
+    assert [r.data for r in whole] == (parts if data.split(separator)[-1] else parts[:-1])
+
+
+LINES = st.sampled_from([b'{"text": "a"}', b"", b" ", b'{"text": "\\ud800"}', b"[", b'{"text":""}'])
+
+
+@given(st.lists(LINES, max_size=20), st.sampled_from([b"", b"\n"]), st.integers(1, 60))
+def test_stretches_of_lines_together_are_the_whole_file(file, lines, end, size):
+    data = b"\n".join(lines) + end
+    file.write_bytes(data)
+    whole, content, _ = assert_stretches_are_the_whole(JsonLines(), file, parted(None), size)
+    assert content == data
+    assert len(whole) == sum(bool(line.strip()) for line in lines)
+
+
+@given(st.lists(st.integers(0, 60), max_size=8), st.integers(1, 30), st.integers(3, 20))
+def test_a_record_that_is_too_long_is_bad_once_and_the_next_is_right(lengths, chunk, limit):
+    data = b"<|>".join(b"x" * length for length in lengths)
+    with in_pieces(CHUNK_BYTES=chunk, MAX_DOCUMENT_BYTES=limit):
+        found = list(records(io.BytesIO(data), b"<|>", 0, None))
+    if lengths and lengths[-1] == 0:
+        lengths = lengths[:-1]
+    expected = [b"x" * length if length <= limit else None for length in lengths]
+    assert [data for _, data in found] == expected
+    assert [offset for offset, _ in found] == list(
+        accumulate((length + 3 for length in lengths), initial=0)
+    )[: len(found)]
+
+
+def test_a_file_without_separators_is_searched_once(tmp_path):
+    """Sought from every multiple of the stretch it would be read a thousand times over."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * (1 << 20) + b"\n{}\n")
+    n_read = 0
+
+    class Counting(io.BytesIO):
+        def read(self, size=-1):
+            nonlocal n_read
+            data = super().read(size)
+            n_read += len(data)
+            return data
+
+    with in_pieces(SEARCH_BYTES=1 << 12) as patch:
+        patch.setattr("builtins.open", lambda file, mode: Counting(file.read_bytes()))
+        starts = JsonLines().starts(path, parted(None), 1 << 10)
+    assert starts == [0, (1 << 20) + 1]
+    assert n_read < 2 << 20
+
+
+def test_records_are_named_by_their_number(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one--two--\xff--four")
+    layout = parted(b"--")
+    found = list(PLAIN.read(path, layout))
+    assert [PLAIN.name(path, layout, r.offset) for r in found] == [
+        f"{path}#{i}" for i in range(1, 5)
+    ]
+    assert found[2] == Bad(10, "not UTF-8", found[2].message)
+    assert found[3] == Found(13, b"four")
+
+
+# --- one text in every format -----------------------------------------------------------
+
+
+def as_lines(texts):
+    return "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)).encode()
+
+
+def as_table(texts, kind=None, row_group_size=2, **options):
+    kind = kind or pyarrow.string()
+    column = pyarrow.array(texts, pyarrow.string()).cast(kind)
+    table = pyarrow.table({"id": range(len(texts)), "text": column})
+    made = io.BytesIO()
+    pyarrow.parquet.write_table(table, made, row_group_size=row_group_size, **options)
+    return made.getvalue()
+
+
+def two_frames(compress, data):
+    """As `cat a.gz b.gz` gives them."""
+    return compress(data[:7]) + compress(data[7:])
+
+
+PLAINLY = {".txt": lambda texts: "<|end|>".join(texts).encode(), ".jsonl": as_lines,
+           ".parquet": as_table}  # fmt: skip
+PACKED = {
+    "": lambda data: data,
+    ".gz": lambda data: two_frames(gzip.compress, data),
+    ".zst": lambda data: two_frames(zstandard.compress, data),
+}
+
+
+def texts_of(path, size=1 << 20):
+    layout = parted(b"<|end|>")
+    whole, _, _ = assert_stretches_are_the_whole(format_of(path), path, layout, size)
+    return [record.data.decode() for record in whole]
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("kind", PLAINLY)
+def test_every_format_gives_the_same_texts(tmp_path, kind, packed):
+    path = tmp_path / f"a.b{kind}{packed}"
+    path.write_bytes(PACKED[packed](PLAINLY[kind](TEXTS)))
+    for size in (1, 10, 1 << 20):
+        assert texts_of(path, size=size) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (pyarrow.string(), {"use_dictionary": False, "compression": "zstd"}),
+        (pyarrow.string(), {"data_page_version": "2.0", "write_page_index": True}),
+        (pyarrow.large_string(), {"compression": "gzip", "data_page_size": 10}),
+        (pyarrow.string_view(), {}),
+        (pyarrow.binary(), {"store_schema": False}),
+        (pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), {}),
+        (pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()), {"row_group_size": 4}),
+    ],
+    ids=str,
+)
+def test_every_kind_of_text_column_gives_the_same_texts(tmp_path, kind, options):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(as_table(TEXTS, kind, **options))
+    for size in (1, 100, 1 << 20):
+        assert texts_of(path, size=size) == TEXTS
+
+
+def test_tables_are_cut_at_row_groups(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(as_table(["text " * 100 + str(i) for i in range(100)], row_group_size=5))
+    starts = Parquet().starts(path, parted(None), 10_000)
+    assert 2 < len(starts) < 10
+    assert max(starts) < 20
+    assert len(Parquet().starts(path, parted(None), 1)) == 20
+
+
+def test_an_empty_table_has_no_rows(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(as_table([]))
+    assert texts_of(path) == []
+    path.write_bytes(as_table(["", None]))
+    found = list(Parquet().read(path, parted(None)))
+    assert found == [Found(0, b""), Bad(1, "no text", "column 'text' is null")]
+
+
+def test_the_content_of_a_table_tells_texts_apart_and_not_their_neighbours(tmp_path):
+    """What a shard is known by: other text is other content, another id column is not."""
+
+    def content(texts, ids, **piece):
+        table = pyarrow.table({"text": texts, "id": ids})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+        return b"".join(Parquet().content(tmp_path / "a.parquet", parted(None), **piece))
+
+    before = content(["a", "b", "c"], [1, 2, 3])
+    assert content(["a", "b", "c"], [1, 2, 4000]) == before
+    assert content(["a", "b", "d"], [1, 2, 3]) != before
+    assert content(["a", "b", None], [1, 2, 3]) != before
+    assert content(["a", "b", "c"], [1, 2, 3], stop=1) == content(["a", "b"], [1, 2])
+
+
+@pytest.mark.parametrize("kind", [".gz", ".zst"])
+def test_a_compressed_file_that_is_cut_off_or_altered_is_an_error(tmp_path, kind):
+    data = random.Random(0).randbytes(20_000).hex().encode()
+    packed = {
+        ".gz": gzip.compress(data),
+        ".zst": zstandard.ZstdCompressor(write_checksum=True).compress(data),
+    }[kind]
+    path = tmp_path / f"a.txt{kind}"
+    for damaged in (
+        packed[:-1],
+        packed[: len(packed) // 2],
+        packed[:10_000] + bytes([packed[10_000] ^ 1]) + packed[10_001:],
+        packed + b"garbage",
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a.txt.*: damaged or cut off \("):
+            list(PLAIN.read(path, ONE_FILE_ONE_RECORD))
+
+
+def test_a_damaged_table_is_an_error_or_other_text(tmp_path):
+    """Parquet has no checksums of its own by default; nothing but InputError may come of it."""
+    path = tmp_path / "a.parquet"
+    whole = as_table(TEXTS, compression="none")
+    draw, refused = random.Random(0), 0
+    damaged = [whole[:size] for size in range(0, len(whole), 97)]
+    for _ in range(100):
+        at = draw.randrange(len(whole))
+        damaged.append(whole[:at] + draw.randbytes(1) + whole[at + 1 :])
+    for data in damaged:
+        path.write_bytes(data)
+        with suppress(InputError):
+            starts = Parquet().starts(path, parted(None), 100)
+            list(Parquet().read(path, parted(None)))
+            b"".join(Parquet().content(path, parted(None), starts[-1]))
+            refused -= 1
+        refused += 1
+    assert refused > len(whole) // 97
+
+
+def test_rows_of_long_texts_are_not_all_held_at_once(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = [str(i) * (1 << 20) for i in range(10)] * 6
+    pages = {"use_dictionary": False, "data_page_size": 1, "write_batch_size": 1}
+    path.write_bytes(as_table(texts, row_group_size=60, **pages))
+    pool = pyarrow.default_memory_pool()
+    before, held = pool.bytes_allocated(), 0
+    for i, record in enumerate(Parquet().read(path, parted(None))):
+        assert record.data.decode() == texts[i]
+        held = max(held, pool.bytes_allocated() - before)
+    assert i == 59
+    assert held < 45 << 20
+
+
+def test_what_is_no_utf8_is_replaced_on_request_and_counted(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": pyarrow.array([b"a\xff\0", b"b"], pyarrow.binary())})
+    pyarrow.parquet.write_table(table, path)
+    bad, _ = Parquet().read(path, parted(None))
+    assert bad.reason == "not UTF-8"
+    assert "byte 0xff at offset 1 of its text" in bad.message
+    found, _ = Parquet().read(path, Layout("text", None, replace=True))
+    assert found == Found(0, "a\ufffd\ufffd".encode(), 2)
+
+
+def test_no_document_is_longer_than_the_encoder_takes():
+    assert MAX_DOCUMENT_BYTES < 1 << 31  # its size is kept in 32 bits
