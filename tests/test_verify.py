@@ -91,13 +91,14 @@ import sys
 from pathlib import Path
 from lm import verify
 from dvc.repo import Repo
+repo = Repo()
 for name in sys.argv[1:]:
     file, found = Path(name), []
     data = file.read_bytes()
     for place in range(0, len(data), max(1, len(data) // 10)):
         for damaged in (data[:place], data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :]):
             file.write_bytes(damaged)
-            checks = (verify.recorded_faults(verify.LOCK, Repo()), verify.belonging_faults(),
+            checks = (verify.recorded_faults(verify.LOCK, repo), verify.belonging_faults(),
                       verify.checkpoint_faults())
             found.append(any([verify._complete(faults) for faults in checks]))
     file.unlink()
