@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ import psutil
 from benchmarks.corpus import END, documents
 
 ROOT = Path(__file__).parent.parent
-OURS = "ours"
+OURS, OURS_LEARNS = "ours", "ours learns"
 SPAN = 1 << 22  # bytes of text that a pool hands to one process
 
 
@@ -87,12 +88,28 @@ def nanogpt(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
     ids.flush()
 
 
+def learn_by_tokenizers(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
+    """The vocabulary by Hugging Face tokenizers, from the training split that ours learns from."""
+    os.environ["RAYON_NUM_THREADS"] = str(cores)
+    from lm.config import load_params, read_section
+    from lm.text import DataConfig, split_documents
+    from lm.tokenizer import load_tokenizer, train_bpe
+
+    params = load_params(ROOT / "params.yaml")
+    params["data"] |= {"path": str(file), "separator": END.decode()}
+    found = split_documents(read_section(DataConfig, params, "data"), Counter())
+    texts = (document.text for side, document in found if side == "train")
+    vocabulary = load_tokenizer(tokenizer.parent).vocab_size
+    train_bpe(texts, vocabulary).save(out.parent / "by_tokenizers")
+
+
 WAYS: dict[str, Callable[[Path, Path, Path, int], None]] = {
     "bare gigatoken": bare,
     "tiktoken pool": tiktoken_pool,
     "tokenizers pool": tokenizers_pool,
     "nanogpt": nanogpt,
     "raw read": raw,
+    "learn by tokenizers": learn_by_tokenizers,
 }
 
 
@@ -179,12 +196,21 @@ def measure(way: str, file: Path, tokenizer: Path, out: Path, cores: int) -> tup
     options = {"way": way, "file": file, "tokenizer": tokenizer, "out": out, "cores": cores}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     command, folder = [sys.executable, "-m", "benchmarks.data", *words], ROOT
-    if way == OURS:
+    if way in (OURS, OURS_LEARNS):
         folder = out.parent / "project"
         shutil.rmtree(folder / ".dvc", ignore_errors=True)  # done shards are kept there
+        vocabulary = len(json.loads(tokenizer.read_text())["model"]["vocab"]) + 1
         command = stage("tokens", file, {"runtime.num_workers": cores})
+        if way == OURS_LEARNS:
+            settings = {"runtime.num_workers": cores, "tokenizer.vocab_size": vocabulary}
+            command = stage("tokenizer", file, settings)
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: os.sched_setaffinity(0, range(cores)),
+    )
     peak = 0
     while process.poll() is None:
         peak = max(peak, resident_bytes(process.pid))
@@ -227,7 +253,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=32768)
-    parser.add_argument("--only", nargs="*", default=[OURS, *WAYS])
+    parser.add_argument("--only", nargs="*", default=[OURS, OURS_LEARNS, *WAYS])
     for name in ("--file", "--tokenizer", "--out"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
@@ -253,7 +279,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     tokenizer = learn(files["text"], project, arguments.vocabulary)
     ways = [
         w
-        for w in (OURS, *WAYS)
+        for w in (OURS, OURS_LEARNS, *WAYS)
         if w in arguments.only and (w != "nanogpt" or find_spec("datasets"))
     ]
     rows = [(way, "text") for way in ways]
@@ -265,16 +291,20 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
             for way, kind in rows:
                 measured = measure(way, files[kind], tokenizer, folder / "out.bin", cores)
                 taken[way, kind].append(measured)
-                if way != "raw read":
+                if way not in ("raw read", OURS_LEARNS, "learn by tokenizers"):
                     found[way, kind] = digest(folder / "out.bin", way)
         assert len(set(found.values())) == 1, found
+        if "learn by tokenizers" in ways:
+            theirs = (folder / "by_tokenizers" / "tokenizer.json").read_bytes()
+            assert theirs == tokenizer.read_bytes()
         (n_tokens, _) = next(iter(found.values()))
         print(
             f"\n{size / 1e6:.0f} MB, {len(texts):,} documents, {n_tokens:,} ids, {cores} core(s)\n"
         )
         print("| way | s | MB/s | ours is faster by | peak MB |\n|---|--:|--:|--:|--:|")
-        base = statistics.median(seconds for seconds, _ in taken[OURS, "text"])
         for (way, kind), runs in taken.items():
+            ours = OURS_LEARNS if "learn" in way else OURS
+            base = statistics.median(seconds for seconds, _ in taken[ours, "text"])
             seconds = statistics.median(seconds for seconds, _ in runs)
             peak = max(peak for _, peak in runs)
             name, speed = way if kind == "text" else f"{way}, {kind}", size / 1e6 / seconds
