@@ -301,7 +301,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
         print(
             f"\n{size / 1e6:.0f} MB, {len(texts):,} documents, {n_tokens:,} ids, {cores} core(s)\n"
         )
-        print("| way | s | MB/s | ours is faster by | peak MB |\n|---|--:|--:|--:|--:|")
+        print("| way | s | MB/s | time / ours | peak MB |\n|---|--:|--:|--:|--:|")
         for (way, kind), runs in taken.items():
             ours = OURS_LEARNS if "learn" in way else OURS
             base = statistics.median(seconds for seconds, _ in taken[ours, "text"])
