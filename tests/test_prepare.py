@@ -1,0 +1,606 @@
+"""Text to token shards: the same bytes by any way, and nothing made twice or trusted blindly."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+import lm.prepare
+from lm.config import load_params, read_section
+from lm.errors import InputError
+from lm.prepare import Job, drop_unused, encode_all, encode_shard, require_done, share, tasks
+from lm.publish import publish
+from lm.report import data_table
+from lm.shards import SPLITS
+from lm.text import DataConfig, SourceConfig, plan, split_documents
+from lm.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from lm.tokens import open_tokens
+from tests.project import SMOKE, one_line
+
+# of Python 3.12; the threads of this process are those of the test runner
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+SEPARATOR = "<|end|>"
+
+
+def write_notes(folder, n, first=0):
+    """Short files, of one sentence or of many, here and there the same one twice."""
+    folder.mkdir(exist_ok=True)
+    for i in range(first, first + n):
+        number = i - 3 if i % 10 == 3 else i
+        sentence = f"Note {number} says {number * number % 89}.\n"
+        (folder / f"{i:03}.txt").write_text(sentence * (1 + number % 3))
+
+
+class Desk:
+    """A text, settings, a tokenizer, and the folder where done shards are kept."""
+
+    def __init__(self, folder, **settings):
+        config = read_section(DataConfig, load_params(SMOKE), "data")
+        chosen = {"path": str(folder / "text"), "valid_fraction": 0.25, "shard_bytes": 400}
+        self.folder, self.text = folder, folder / "text"
+        self.config = replace(config, **{**chosen, **settings})
+        self.kept, self.tokens = folder / "kept", folder / "tokens"
+        if not (folder / "tokenizer").exists():
+            byte_tokenizer().save(folder / "tokenizer")
+
+    def job(self, **changes):
+        job = Job(self.config, self.folder / "tokenizer", "code", self.kept)
+        return replace(job, **changes)
+
+    def make(self, num_workers=1, **changes):
+        """Run as stage tokens does; what then stands in the folder, and the report."""
+        job, shards = self.job(**changes), plan(self.config)
+        job, records = encode_all(job, tasks(self.config, shards, num_workers), num_workers)
+        report = publish(self.tokens, job, load_tokenizer(job.tokenizer), shards, records)
+        return self.files(), report
+
+    def files(self):
+        return {
+            file.relative_to(self.tokens).as_posix(): file.read_bytes()
+            for file in self.tokens.rglob("*")
+            if file.is_file()
+        }
+
+    def keys(self):
+        return {file.name.split(".")[0] for file in self.kept.glob("*.json")}
+
+    def elsewhere(self, **settings):
+        """Another desk with the same text and nothing kept."""
+        other = Desk(self.folder, **settings)
+        other.config = replace(self.config, **settings)
+        other.kept, other.tokens = (
+            Path(f"{folder}-{len(list(self.folder.iterdir()))}")
+            for folder in (self.kept, self.tokens)
+        )
+        return other
+
+    def streams(self):
+        """All ids of each split."""
+        manifest = json.loads((self.tokens / "tokens.json").read_text())
+        return {
+            split: b"".join(
+                (self.tokens / shard[split]["file"]).read_bytes() for shard in manifest["shards"]
+            )
+            for split in SPLITS
+        }
+
+    def texts(self):
+        """The documents of each split, decoded from the tokens."""
+        return {
+            split: [bytes(part) for part in self._parts(stream)]
+            for split, stream in self.streams().items()
+        }
+
+    def _parts(self, stream):
+        ids = np.frombuffer(stream, "<u2").tolist()
+        part = []
+        for i in ids:
+            if i == 255:
+                yield part
+                part = []
+            else:
+                part.append(i)
+        assert not part
+
+
+@pytest.fixture
+def desk(tmp_path):
+    write_notes(tmp_path / "text", 100)
+    return Desk(tmp_path)
+
+
+def test_the_tokens_are_the_documents_in_order(desk):
+    _, report = desk.make()
+    expected = {"train": [], "valid": []}
+    for side, document in split_documents(desk.config, Counter()):
+        expected[side].append(document.data)
+    assert desk.texts() == expected
+    assert len(plan(desk.config)) > 5
+    tokens = open_tokens(desk.tokens, desk.job().tokenizer_sha256)
+    for split in SPLITS:
+        n_bytes = sum(map(len, expected[split]))
+        counts = {"tokens": n_bytes + len(expected[split]), "bytes": n_bytes}
+        assert report[split] == counts | {"documents": len(expected[split])}
+        assert len(getattr(tokens, split).tokens) == counts["tokens"]
+
+
+def as_lines(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def as_table(texts, dictionary=True):
+    column = pyarrow.array(texts, pyarrow.large_string())
+    column = column.dictionary_encode() if dictionary else column
+    made = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), made, row_group_size=7)
+    return made.getvalue()
+
+
+def test_every_format_gives_the_same_tokens(tmp_path):
+    texts = [f"text {i}\n\n of {i * i} é\U0001f600" * (i % 9 + 1) for i in range(60)]
+    formats = {".txt": SEPARATOR.join(texts).encode(), ".jsonl": as_lines(texts),
+               ".parquet": as_table(texts)}  # fmt: skip
+    packings = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+    seen = []
+    for suffix, data in formats.items():
+        for packing, pack in packings.items():
+            folder = tmp_path / f"as{suffix}{packing}"
+            (folder / "text").mkdir(parents=True)
+            (folder / "text" / f"a{suffix}{packing}").write_bytes(pack(data))
+            desk = Desk(folder, separator=SEPARATOR)
+            _, report = desk.make()
+            assert report["documents"] == 60
+            assert len(plan(desk.config)) == 1 or not packing
+            seen.append(desk.streams())
+    assert seen == seen[:1] * 9
+
+
+def finish_late(job, task):
+    """The first shards last."""
+    time.sleep(0.3 * (task.shard.pieces[0].file.name < "02"))
+    return encode_shard(job, task)
+
+
+@pytest.mark.parametrize("settings", [{}, {"split": "tail", "deduplicate": True}], ids=["", "tail"])
+def test_the_bytes_do_not_depend_on_workers_or_chunks(desk, monkeypatch, settings):
+    (desk.text / "050x.jsonl").write_bytes(as_lines(f"line {i}" for i in range(200)))
+    (desk.text / "060x.parquet").write_bytes(as_table([f"row {i}" for i in range(200)]))
+    desk = desk.elsewhere(**settings)
+    expected = desk.make()
+    assert len(expected[0]) > 30
+    for num_workers in (2, 3):
+        assert desk.elsewhere().make(num_workers) == expected
+    monkeypatch.setattr(lm.prepare, "encode_shard", finish_late)
+    assert desk.elsewhere().make(2) == expected
+    monkeypatch.undo()
+    monkeypatch.setattr(lm.prepare, "BATCH_BYTES", 50)
+    for name in ("CHUNK_BYTES", "SEARCH_BYTES"):
+        monkeypatch.setattr(f"lm.formats.{name}", 13)
+    monkeypatch.setattr("lm.publish.ROWS", 3)
+    assert desk.elsewhere().make() == expected
+
+
+@pytest.mark.parametrize("split", ["hash", "tail"])
+def test_the_ids_do_not_depend_on_the_cut_into_shards(desk, split):
+    (desk.text / "050x.jsonl").write_bytes(as_lines(f"line {i}" for i in range(200)))
+    streams = []
+    for size in (100, 1000, 1 << 20):
+        other = desk.elsewhere(split=split, shard_bytes=size, deduplicate=True)
+        files, _ = other.make()
+        streams.append((other.streams(), len(files)))
+    assert streams[0][0] == streams[1][0] == streams[2][0]
+    assert streams[0][1] > streams[1][1] > streams[2][1] == 3
+
+
+def test_the_tail_of_many_shards_is_that_of_the_whole_text(desk):
+    for fraction in (0.01, 0.1, 0.3333, 0.5, 0.98):
+        other = desk.elsewhere(split="tail", valid_fraction=fraction)
+        other.make()
+        expected = {"train": [], "valid": []}
+        for side, document in split_documents(other.config, Counter()):
+            expected[side].append(document.data)
+        assert other.texts() == expected
+
+
+# --- what was done before ---------------------------------------------------------------
+
+
+def encoded(desk, *arguments, **changes):
+    """How many shards a run has made; its result is that of a desk where nothing is kept."""
+    before = desk.keys()
+    result = desk.make(*arguments, **changes)
+    assert result == desk.elsewhere().make(**changes)
+    return len(desk.keys() - before)
+
+
+def test_nothing_is_encoded_twice(desk, capsys):
+    assert encoded(desk) == len(plan(desk.config))
+    capsys.readouterr()
+    assert encoded(desk) == 0
+    assert f"{len(plan(desk.config))} of {len(plan(desk.config))} shards were done before" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("name", ["-first.txt", "050-middle.txt", "~last.txt"])
+def test_a_new_file_is_one_new_shard(desk, name):
+    encoded(desk)
+    shards = desk.files()
+    (desk.text / name).write_text("new\n")
+    assert encoded(desk) <= 2
+    kept = set(map(hash, shards.values())) & set(map(hash, desk.files().values()))
+    assert len(kept) >= len(shards) - 2 * 2 - 1
+    (desk.text / name).unlink()
+    assert encoded(desk) == 0
+    assert desk.files() == shards
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".parquet"])
+def test_a_file_that_grows_keeps_its_earlier_shards(tmp_path, suffix):
+    (tmp_path / "text").mkdir()
+    desk = Desk(tmp_path, separator=SEPARATOR)
+    texts = [f"text number {i} of them" for i in range(400)]
+    write = {".jsonl": as_lines, ".parquet": lambda texts: as_table(texts, dictionary=False),
+             ".txt": lambda texts: "".join(f"{t}{SEPARATOR}" for t in texts).encode()}  # fmt: skip
+    file = desk.text / f"a{suffix}"
+    file.write_bytes(write[suffix](texts[:301]))
+    assert encoded(desk) == len(plan(desk.config)) > 5
+    before = len(plan(desk.config))
+    file.write_bytes(write[suffix](texts))
+    new = len(plan(desk.config)) - before
+    assert 1 < new <= encoded(desk) <= new + 2
+
+
+def test_moved_text_is_known_again(desk):
+    encoded(desk)
+    desk.text.rename(desk.folder / "moved")
+    desk.config = replace(desk.config, path=str(desk.folder / "moved"))
+    assert encoded(desk) == 0
+
+
+CHANGES = {
+    "code": {"code": "other"},
+    "library": {"library": "tokenizers"},
+    "fraction": {"valid_fraction": 0.3},
+    "split": {"split": "tail"},
+    "deduplicate": {"deduplicate": True},
+    "skip": {"on_bad_document": "skip"},
+    "replace": {"encoding_errors": "replace"},
+    "separator": {"separator": "says"},
+    "field": {"text_field": "body"},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_nothing_is_reused_after_a_change_of(desk, changes):
+    (desk.text / "a.jsonl").write_text('{"text": "text", "body": "other"}\n')
+    desk.make()
+    changes, settings = dict(changes), {}
+    for name in list(changes.keys() & vars(desk.config).keys()):
+        settings[name] = changes.pop(name)
+    desk.config = replace(desk.config, **settings)
+    assert encoded(desk, **changes) == len(plan(desk.config))
+
+
+def test_what_decides_no_bytes_changes_no_key(desk):
+    desk.make()
+    desk.config = replace(
+        desk.config, packages=[], glob="**/*.txt", sources={"a": SourceConfig(".", "text", 2.0)}
+    )
+    assert encoded(desk) == 0
+
+
+def test_nothing_is_reused_with_another_tokenizer_or_end(desk):
+    desk.make()
+    n_shards = len(plan(desk.config))
+    train_bpe(["says says Note Note"], 265).save(desk.folder / "tokenizer")
+    assert encoded(desk) == n_shards
+    tokenizer = load_tokenizer(desk.folder / "tokenizer")
+    tokenizer.backend.add_special_tokens(["<other>"])
+    tokenizer.save(desk.folder / "tokenizer")
+    assert encoded(desk) == n_shards
+    type(tokenizer)(tokenizer.backend, "<other>").save(desk.folder / "tokenizer")
+    assert encoded(desk) == n_shards
+    assert json.loads(desk.files()["tokens.json"])["end_id"] == 265
+
+
+def test_a_changed_text_changes_its_shard(desk):
+    desk.make()
+    file = desk.text / "041.txt"
+    times = file.stat()
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert encoded(desk) == 1
+
+
+def damage(file):
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["train", "valid", "json", "train.fingerprints"])
+@pytest.mark.parametrize("how", [damage, Path.unlink, lambda file: os.truncate(file, 3)],
+                         ids=["flip", "delete", "cut"])  # fmt: skip
+def test_what_is_kept_is_verified(desk, name, how):
+    desk.config = replace(desk.config, deduplicate=True)
+    expected = desk.make()
+    file = sorted(file for file in desk.kept.glob(f"*.{name}") if file.stat().st_size > 3)[0]
+    inode = file.with_suffix("").with_suffix(".valid").stat().st_ino
+    how(file)
+    assert desk.make() == expected
+    assert file.with_suffix("").with_suffix(".valid").stat().st_ino != inode or name == "json"
+
+
+def test_tokens_edited_in_place_do_not_poison_what_is_kept(desk):
+    expected = desk.make()
+    for file in desk.tokens.glob("*/*.bin"):
+        with open(file, "r+b") as stream:
+            stream.write(b"\7\7")
+    assert desk.make() == expected
+
+
+def test_equal_shards_are_published_twice(tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "text" / f"{name}.jsonl").write_bytes(as_lines(map(str, range(300))))
+    desk = Desk(tmp_path)
+    _, report = desk.make(2)
+    assert report["documents"] == 600
+    assert len(desk.keys()) < len(plan(desk.config))
+
+
+def test_what_nobody_used_for_a_week_is_dropped(desk):
+    expected = desk.make()
+    used = desk.keys()
+    old = desk.job(code="old")
+    encode_all(old, tasks(desk.config, plan(desk.config), 1), 1)
+    (desk.kept / "abc.xyz.tmp").mkdir()
+    (desk.kept / "abc.xyz.tmp" / "train").write_bytes(b"half")
+    drop_unused(desk.kept, used)
+    assert len(desk.keys()) == 2 * len(used)
+    for file in desk.kept.iterdir():
+        os.utime(file, (0, 0))
+    drop_unused(desk.kept, used)
+    assert desk.keys() == used
+    assert not list(desk.kept.glob("*.tmp"))
+    assert desk.make() == expected
+
+
+# --- in parts ---------------------------------------------------------------------------
+
+
+def test_the_parts_together_are_all_tasks_once(desk):
+    todo = tasks(desk.config, plan(desk.config), 1)
+    parts = [share(todo, f"{i}/4") for i in (1, 2, 3, 4)]
+    assert sorted(str(task) for part in parts for task in part) == sorted(map(str, todo))
+    for bad in ("0/4", "5/4", "1", "/", "1/", "a/b", "-1/4", "1/4/4", "1.0/4"):
+        with pytest.raises(InputError, match=f"--shard {bad}: expected I/N"):
+            share(todo, bad)
+
+
+def test_a_part_that_is_missing_is_named(desk):
+    job, todo = desk.job(), tasks(desk.config, plan(desk.config), 1)
+    encode_all(job, share(todo, "1/2"), 1)
+    message = rf"{len(todo) // 2} of {len(todo)} shards were not made; the first begins with .*txt"
+    with pytest.raises(InputError, match=message):
+        require_done(job, todo, 1)
+    encode_all(job, share(todo, "2/2"), 1)
+    require_done(job, todo, 1)
+
+
+# --- duplicates -------------------------------------------------------------------------
+
+
+def without_duplicates(config):
+    """The documents of each side, each text once: of the training split if it is there."""
+    sides = {"train": {}, "valid": {}}
+    for side, document in split_documents(config, Counter()):
+        sides[side].setdefault(document.data)
+    for data in sides["train"]:
+        sides["valid"].pop(data, None)
+    return {side: list(found) for side, found in sides.items()}
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1 << 20])
+@pytest.mark.parametrize("split", ["hash", "tail"])
+def test_of_equal_documents_one_stays(desk, monkeypatch, split, at_once):
+    monkeypatch.setattr("lm.publish.DOCUMENTS_AT_ONCE", at_once)
+    (desk.text / "990.jsonl").write_bytes(as_lines(["same", "same", "Note 5 says 25.\n" * 3]))
+    (desk.text / "000.jsonl").write_bytes(as_lines(["same", "other"]))
+    other = desk.elsewhere(split=split, deduplicate=True)
+    _, report = other.make()
+    expected = without_duplicates(other.config)
+    assert other.texts() == expected
+    n_all = len(list(split_documents(other.config, Counter())))
+    assert report["documents"] == sum(map(len, expected.values()))
+    assert report["duplicates"] == n_all - report["documents"] > 10
+    assert f"Left out: {report['duplicates']} duplicate" in data_table(report)
+
+
+def test_the_result_is_that_of_a_corpus_without_the_duplicates(desk):
+    deduplicated = desk.elsewhere(deduplicate=True)
+    deduplicated.make()
+    seen = set()
+    for file in sorted(desk.text.iterdir()):
+        if file.read_bytes() in seen:
+            file.unlink()
+        else:
+            seen.add(file.read_bytes())
+    assert len(seen) < 100
+    by_hand = desk.elsewhere()
+    by_hand.make()
+    assert by_hand.streams() == deduplicated.streams()
+
+
+def test_duplicates_are_found_across_sources(desk):
+    half = {name: SourceConfig(f"0[{digits}]*", "text", None)
+            for name, digits in (("a", "0-4"), ("b", "3-9"))}  # fmt: skip
+    other = desk.elsewhere(deduplicate=True, sources=half)
+    _, report = other.make()
+    assert report["sources"]["b"]["documents"] + report["sources"]["a"]["documents"] == 90
+    assert report["sources"]["a"]["duplicates"] == 5
+    assert report["sources"]["b"]["duplicates"] == 20 + 5
+
+
+# --- what is left out, and the report ---------------------------------------------------
+
+
+def test_bad_documents_are_left_out_by_request_and_counted(tmp_path):
+    (tmp_path / "text").mkdir()
+    lines = ['{"text": "good"}', "{", '{"body": 1}', '{"text": " "}', '{"text": "a\\u0000"}',
+             '{"text": "\\ud800"}', "[]", '{"text": "fine"}']  # fmt: skip
+    (tmp_path / "text" / "a.jsonl").write_text("\n".join(lines))
+    table = pyarrow.table({"text": ["good", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "text" / "b.parquet")
+    desk = Desk(tmp_path, split="tail", valid_fraction=0.5)
+    with pytest.raises(InputError, match=r"a.jsonl:2: not valid JSON"):
+        desk.make()
+    desk = desk.elsewhere(on_bad_document="skip")
+    _, report = desk.make()
+    assert report["left_out"] == {"empty": 1, "no text": 3, "not JSON": 1, "not UTF-8": 1,
+                                  "not text": 1}  # fmt: skip
+    assert report["bytes"] == len("goodfinegood")
+    assert "Left out: 1 empty, 3 no text, 1 not JSON, 1 not UTF-8, 1 not text\n" in data_table(
+        report
+    )
+
+
+def test_the_report_is_what_one_counts_by_hand(tmp_path):
+    for name, texts in (("a", ["aa", "bbbb", "cccccc"]), ("b", ["aa", "ab\xe9"])):
+        (tmp_path / "text" / name).mkdir(parents=True)
+        for i, text in enumerate(texts):
+            (tmp_path / "text" / name / f"{i}.txt").write_text(text)
+    sources = {name: SourceConfig(name, "text", None) for name in "ab"}
+    desk = Desk(tmp_path, split="tail", valid_fraction=0.22, deduplicate=True, sources=sources)
+    files, report = desk.make()  # 18 bytes, of which 4 are held out
+    a = {"tokens": 12 + 3, "bytes": 12, "documents": 3}
+    b = {"tokens": 4 + 1, "bytes": 4, "documents": 1}
+    none = dict.fromkeys(a, 0)
+    common = {"replacement_characters": 0, "left_out": {}}
+    assert report == {
+        "vocabulary": 256,
+        "tokens": 20,
+        "bytes": 16,
+        "documents": 4,
+        "bytes_per_token": 0.8,
+        "longest_document_bytes": 6,
+        "vocabulary_used": 5,
+        "duplicates": 1,
+        **common,
+        "train": a,
+        "valid": b,
+        "sources": {
+            "a": {**a, "bytes_per_token": 0.8, "longest_document_bytes": 6, "vocabulary_used": 3,
+                  "duplicates": 0, **common, "train": a, "valid": none},
+            "b": {**b, "bytes_per_token": 0.8, "longest_document_bytes": 4, "vocabulary_used": 4,
+                  "duplicates": 1, **common, "train": none, "valid": b},
+        },
+    }  # fmt: skip
+    assert data_table(report).splitlines()[2:] == [
+        "| a | 3 | 12 | 15 | 0.0% | 0.80 | 6 | 1.2% |",
+        "| b | 1 | 4 | 5 | 100.0% | 0.80 | 4 | 1.6% |",
+        "| all | 4 | 16 | 20 | 25.0% | 0.80 | 6 | 2.0% |",
+        "",
+        "Left out: 1 duplicate",
+    ]
+    assert hashlib.sha256(files["train/a-00000.bin"]).hexdigest() in files["tokens.json"].decode()
+
+
+# --- the stage --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(project):
+    """A project whose text takes two workers some seconds: 100 shards, without gigatoken."""
+    draw = random.Random(0)
+    words = [f"{draw.getrandbits(30):x}" for _ in range(3000)]
+    with open(project.folder / "text" / "a.jsonl", "w") as file:
+        for _ in range(6000):
+            file.write(json.dumps({"text": " ".join(draw.choices(words, k=120))}) + "\n")
+    project.set("data.shard_bytes", 1 << 16)
+    project.set("runtime.num_workers", 2)
+    project.set("tokenizer.kind", "bytes")
+    project.prepare("tokenizer")
+    return project
+
+
+def tokens_of(project):
+    folder = project.folder / "data" / "tokens"
+    return {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def started(project, *arguments):
+    """Stage tokens, when it has finished some shards."""
+    kept = project.folder / ".dvc" / "tmp" / "lm-shards"
+    before = len(list(kept.glob("*.json")))
+    process = project.start("python", "-m", "stages.tokens", *arguments)
+    while len(list(kept.glob("*.json"))) < before + 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    return process, psutil.Process(process.pid).children()
+
+
+def test_a_run_that_is_struck_goes_on_to_the_same_bytes(large):
+    process, workers = started(large)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert sys.platform != "linux" or not alive
+    assert not tokens_of(large)
+
+    process, (worker, _) = started(large)
+    worker.send_signal(signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert error.startswith("error: a worker process was killed")
+    assert error.count("\n") == 1
+    assert "tokens.json" not in tokens_of(large)
+
+    done = large.stage("tokens")
+    assert done.returncode == 0, done.stderr
+    assert "shards were done before" in done.stdout
+    found = tokens_of(large)
+    assert len(found) > 90
+    (large.folder / ".dvc" / "tmp" / "lm-shards").rename(large.folder / "put-away")
+    fresh = large.stage("tokens", "runtime.num_workers=1")
+    assert "were done before" not in fresh.stdout
+    assert tokens_of(large) == found
+
+
+def test_four_processes_make_the_parts_and_one_collects_them(large):
+    stage = ("python", "-m", "stages.tokens")
+    alone = large.run(*stage, "--merge")
+    assert alone.returncode == 2
+    assert "shards were not made; the first begins with text/00.txt" in one_line(alone)
+    assert not tokens_of(large)
+    parts = [large.start(*stage, "--shard", f"{i}/4", "-S", "runtime.num_workers=1")
+             for i in (1, 2, 3, 4)]  # fmt: skip
+    for part in parts:
+        out, error = part.communicate(timeout=300)
+        assert part.returncode == 0, error
+        assert " shards are done\n" in out
+    assert not tokens_of(large)
+    merged = large.run(*stage, "--merge")
+    assert merged.returncode == 0, merged.stderr
+    found = tokens_of(large)
+    (large.folder / ".dvc" / "tmp" / "lm-shards").rename(large.folder / "put-away")
+    large.prepare("tokens")
+    assert tokens_of(large) == found
