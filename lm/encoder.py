@@ -3,10 +3,10 @@
     documents, as bytes --Encoder.encode--> the ids of all, and how many each has
 
 What a tokenizer.json means is what `tokenizers` makes of it. `gigatoken` gives the same ids fifty
-times as fast, but is young. So it has to pass a trial; texts with characters of
-Unicode 17, which it alone knows, are kept from it; of every call a sample is compared; the
-bytes behind the ids are counted for every document; and where it is refused or missing,
-`tokenizers` does the work. All on the calling thread: this is made for worker processes.
+times as fast, but is young. So it has to pass a trial; documents with characters of Unicode 17,
+which it alone knows, are kept from it; of every call a sample is compared; the bytes behind the ids
+are counted for every document; and where it is refused or missing, `tokenizers` does the work. All
+on the calling thread: this is made for worker processes.
 """
 
 import os
@@ -35,7 +35,7 @@ _HARD_TEXTS = [
     "".join(map(chr, [*range(0x3000), *range(0x3000, 0xD800, 7), *range(0xE000, 0x110000, 0x400)])),
     *(character * n for character in " \n\t\r\0a1.é東🙂" for n in (1, 2, 3, 4, 15, 16, 17, 257)),
     *(f"{a}{b}{a}  {b} \n{a}" for a in " \n\t\ra1.'東🙂" for b in "bÉ٣'\r\u00a0\u200b\u0301"),
-    "It's we'll I'VE they'd 'twas x's'' don''t ''s 's\n's",
+    "It's we'll I'VE they'd 'twas x's'' don''t ''s 's\n's '\u017f 'ß '\ufb06 '\u017fx",
     "1 12 123 1234 12345 123456 1e-5 0x1F 3.14159 १२३४५ ٣٤٥ ½ Ⅷ 1,000,000",
     "def f(x):\n    return {'a': x[0] != 1}  # ok\r\n\tif(!x){a->b();}//c\n\n\n  \n end ",
     "naïve café Ωμέγα мир مرحبا שלום नमस्ते 東京は日本の首都です。中文\uff0c标点。한국어",
@@ -63,7 +63,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, library: Library | None = None):
         """None takes gigatoken where it can be had; else `why_not` says why it was refused."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
         self.tokenizer = tokenizer
         self._byte_lengths = tokenizer.byte_lengths.astype(np.int32)  # half the memory to fill
         self.library: Library = "tokenizers"
@@ -132,7 +132,7 @@ class Encoder:
     def _by_gigatoken(self, texts: list[bytes]) -> Encoded:
         if self._process.memory_info().rss > self._rss + CACHE_BYTES:
             self._open_gigatoken()
-        if has_newer_characters(b"".join(texts)):
+        if has_newer_characters(b"".join(texts)):  # hardly ever: so not of each
             encoded = [
                 self._by_tokenizers([text])[0]
                 if has_newer_characters(text)
@@ -221,7 +221,7 @@ class Encoder:
             if len(text) == sizes[i]:
                 found = ids[starts[i] : starts[i] + lengths[i]]
             else:
-                found = self._gigatoken.encode(text)
+                found, *_ = self._encode([text])
             if not np.array_equal(found, self._by_tokenizers([text])[0]):
                 raise EncodersDiffer(f"gigatoken gives other ids for {text.decode()[:50]!r}")
             left -= len(text)

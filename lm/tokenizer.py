@@ -272,15 +272,14 @@ def train_bpe_large(documents: bytes, vocab_size: int, end_token: str = END_TOKE
     gigatoken learns there what `tokenizers` learns, which does it where the former is missing or
     runs out of pairs. Both leave out documents with characters that only gigatoken knows.
     """
-    if len(documents) < LARGE_BYTES:
-        return train_bpe(_split(documents), vocab_size, end_token)
-    if has_newer_characters(documents):
-        known = (text for text in _split(documents) if not NEWER_CHARACTERS.search(text))
-        documents = b"\0".join(text.encode() for text in known)
     tokenizer = None
-    if vocab_size <= LARGE_VOCAB_SIZE:
-        tokenizer = _train_by_gigatoken(documents, vocab_size, end_token)
-    return tokenizer or train_bpe(_split(documents), vocab_size, end_token)
+    if len(documents) >= LARGE_BYTES:
+        if any(map(has_newer_characters, _split(documents))):
+            known = (text for text in _split(documents) if not has_newer_characters(text))
+            documents = b"\0".join(known)
+        if vocab_size <= LARGE_VOCAB_SIZE:
+            tokenizer = _train_by_gigatoken(documents, vocab_size, end_token)
+    return tokenizer or train_bpe(map(bytes.decode, _split(documents)), vocab_size, end_token)
 
 
 def _train_by_gigatoken(documents: bytes, vocab_size: int, end_token: str) -> Tokenizer | None:
@@ -302,19 +301,19 @@ def _train_by_gigatoken(documents: bytes, vocab_size: int, end_token: str) -> To
     backend = _byte_level_backend(models.BPE(vocab=vocabulary, merges=merges), use_regex=True)
     encode = gigatoken.Tokenizer.from_json(backend.to_str()).encode
     last = vocab_size - 2  # when pairs run out it goes on with some that no longer occur
-    if not any(last in encode(text.encode()) for text in _split(documents)):
+    if not any(last in encode(document) for document in _split(documents)):
         return None
     backend.add_special_tokens([end_token])
     return Tokenizer(backend, end_token)
 
 
-def _split(documents: bytes) -> Iterator[str]:
+def _split(documents: bytes) -> Iterator[bytes]:
     """The documents between NULs, one at a time."""
     start = 0
     while start <= len(documents):
         end = documents.find(b"\0", start)
         end = len(documents) if end < 0 else end
-        yield documents[start:end].decode()
+        yield documents[start:end]
         start = end + 1
 
 
@@ -407,9 +406,8 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 def has_newer_characters(text: bytes) -> bool:
     """Whether UTF-8 holds a character that gigatoken knows and tokenizers does not."""
-    return any(lead in text for lead in _NEWER_LEADS) and bool(
-        NEWER_CHARACTERS.search(text.decode())
-    )
+    may_have = any(lead in text for lead in _NEWER_LEADS)  # fast, and mostly the end of it
+    return may_have and NEWER_CHARACTERS.search(text.decode()) is not None
 
 
 def _byte_level_backend(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:

@@ -336,8 +336,10 @@ def test_every_character_is_classed_alike_or_known_not_to_be(pattern):
     assert len(unlike) > 4000  # else NEWER_CHARACTERS is no longer needed
     assert all(NEWER_CHARACTERS.search(character) for character in unlike)
     documents = [f"a{character}1".encode() for character in sorted(unlike)]
+    documents += ["".join(sorted(unlike)).encode() + CODE.encode()]  # its beginning is compared
     expected = encoder.tokenizer.encode_batch([document.decode() for document in documents])
     assert split(*encoder.encode(documents)) == expected
+    assert split(*encoder.encode(documents[-1:])) == expected[-1:]
 
 
 @pytest.mark.parametrize("library", ["gigatoken", "tokenizers"])
