@@ -20,7 +20,12 @@ import psutil
 from numpy.typing import NDArray
 
 from lm.errors import InputError
-from lm.tokenizer import NEWER_CHARACTERS, Tokenizer, has_newer_characters
+from lm.tokenizer import (
+    NEWER_CHARACTERS,
+    Tokenizer,
+    has_newer_characters,
+    may_have_newer_characters,
+)
 
 Library = Literal["gigatoken", "tokenizers"]
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # ids of all texts, count of each
@@ -132,7 +137,7 @@ class Encoder:
     def _by_gigatoken(self, texts: list[bytes]) -> Encoded:
         if self._process.memory_info().rss > self._rss + CACHE_BYTES:
             self._open_gigatoken()
-        if has_newer_characters(b"".join(texts)):  # hardly ever: so not of each
+        if may_have_newer_characters(b"".join(texts)):  # hardly ever: so not of each
             encoded = [
                 self._by_tokenizers([text])[0]
                 if has_newer_characters(text)
@@ -165,7 +170,7 @@ class Encoder:
         texts = [text.encode() for text in [*hard, names] if text]
         for text in texts:
             expected, _ = self._by_tokenizers([text])
-            if not np.array_equal(self._gigatoken.encode(text), expected):
+            if not np.array_equal(self._by_gigatoken([text])[0], expected):
                 return f"gigatoken gives other ids for {text.decode()[:20]!r}"
         return None
 
