@@ -1,6 +1,7 @@
 """Real commands in a real project, killed by real signals, and what is left of them."""
 
 import copy
+import fcntl
 import hashlib
 import os
 import re
@@ -179,10 +180,21 @@ def running_stage(project: Project) -> psutil.Process | None:
     return next((p for p in living(project) if stage_name(p)), None)
 
 
+def held(project: Project) -> bool:
+    """Whether a training's lock is held: the kernel frees it a moment after the process is gone."""
+    for lock in project.folder.glob(".dvc/tmp/lm-resume/*/lock"):
+        with open(lock) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
 def survivors(project: Project, seconds: float = 5) -> list[str]:
     """The command lines of the processes that still live after some seconds; they are ended."""
     end = time.monotonic() + seconds
-    while (left := living(project)) and time.monotonic() < end:
+    while ((left := living(project)) or held(project)) and time.monotonic() < end:
         time.sleep(0.05)
     names = [process_name(process) for process in left]
     for process in left:

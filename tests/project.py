@@ -1,4 +1,4 @@
-"""A project folder for tests that run the stages, in processes of their own or in warmed ones."""
+"""A project folder for tests that run the stages, each in its own process or in a warmed one."""
 
 import os
 import shutil
