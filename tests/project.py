@@ -112,6 +112,10 @@ class Project:
         """Delete what stage train would resume."""
         shutil.rmtree(self.folder / ".dvc" / "tmp" / "lm-resume", ignore_errors=True)
 
+    def forget_shards(self) -> None:
+        """Delete what stage tokens would use again."""
+        shutil.rmtree(self.folder / ".dvc" / "tmp" / "lm-shards", ignore_errors=True)
+
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
 

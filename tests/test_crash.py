@@ -50,9 +50,10 @@ def warm(tmp_path_factory):
 def reset(project, stage, outputs):
     """As DVC leaves a workspace before it runs a stage: its outputs are gone."""
     remove(project, outputs[stage])
-    for litter in project.folder.rglob("*.tmp*"):
+    for litter in project.folder.rglob("*.tmp"):
         litter.unlink()
     project.forget_runs()
+    project.forget_shards()
 
 
 def assert_whole(project, outputs):

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -579,7 +580,7 @@ def test_a_run_that_is_struck_goes_on_to_the_same_bytes(large):
     assert "shards were done before" in done.stdout
     found = tokens_of(large)
     assert len(found) > 90
-    (large.folder / ".dvc" / "tmp" / "lm-shards").rename(large.folder / "put-away")
+    large.forget_shards()
     fresh = large.stage("tokens", "runtime.num_workers=1")
     assert "were done before" not in fresh.stdout
     assert tokens_of(large) == found
@@ -601,6 +602,67 @@ def test_four_processes_make_the_parts_and_one_collects_them(large):
     merged = large.run(*stage, "--merge")
     assert merged.returncode == 0, merged.stderr
     found = tokens_of(large)
-    (large.folder / ".dvc" / "tmp" / "lm-shards").rename(large.folder / "put-away")
+    large.forget_shards()
     large.prepare("tokens")
     assert tokens_of(large) == found
+
+
+# --- much text --------------------------------------------------------------------------
+
+
+def write_much(folder, n_bytes):
+    """A third as lines, a third as files of all lengths, a third compressed; a million words."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    words = np.array([b"%07x " % i for i in draw.integers(0, 1 << 28, 1_000_000)], "S8")
+
+    def texts(size):
+        while size > 0:
+            chosen = words[
+                (draw.random(min(size, 1 << draw.integers(9, 22)) // 8) ** 3 * 1e6).astype(int)
+            ]
+            size -= chosen.nbytes
+            yield chosen.tobytes()
+
+    with open(folder / "a.jsonl", "wb") as file:
+        for text in texts(n_bytes // 3):
+            file.write(b'{"text": "%s"}\n' % text)
+    with gzip.open(folder / "b.jsonl.gz", "wb", compresslevel=1) as file:
+        for text in texts(n_bytes // 3):
+            file.write(b'{"text": "%s"}\n' % text)
+    for i, text in enumerate(texts(n_bytes // 3)):
+        (folder / f"{i:06}.txt").write_bytes(text)
+
+
+def peak_bytes(process):
+    """The largest sum of the memory of a process and its children; ends with it."""
+    peak, family = 0, psutil.Process(process.pid)
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            everyone = [family, *family.children()]
+            peak = max(peak, sum(member.memory_info().rss for member in everyone))
+        time.sleep(0.05)
+    return peak
+
+
+@pytest.mark.soak
+def test_memory_does_not_grow_with_the_text(project):
+    """Needs 10 GB of disk; LM_SOAK_BYTES=1000000000 makes the larger text smaller."""
+    project.set("tokenizer.vocab_size", 1024)
+    project.set("tokenizer.sample_bytes", 1 << 20)
+    project.set("runtime.num_workers", 2)
+    peaks = []
+    for size in (200_000_000, int(os.environ.get("LM_SOAK_BYTES", "4000000000"))):
+        write_much(project.folder / str(size), size)
+        project.set("data.path", str(size))
+        if not peaks:
+            project.prepare("tokenizer")
+        start = time.monotonic()
+        process = project.start("python", "-m", "stages.tokens")
+        peaks.append(peak_bytes(process))
+        out, error = process.communicate()
+        assert process.returncode == 0, error
+        assert json.loads(project.read("metrics/data.json"))["bytes"] > 0.9 * size
+        print(f"{size:,} bytes: {peaks[-1] >> 20} MiB, {time.monotonic() - start:.0f} s\n{out}")
+    assert peaks[1] < 800 << 20
+    assert peaks[1] < peaks[0] + (150 << 20)

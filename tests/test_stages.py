@@ -464,7 +464,7 @@ def test_replacing_bad_bytes_is_counted_aloud(prepared):
     (prepared.folder / "text" / "bad.txt").write_bytes("café".encode("latin-1"))
     result = prepared.stage("tokens", "data.encoding_errors=replace")
     assert result.returncode == 0, result.stderr
-    assert "replacement characters: 1\n" in result.stdout
+    assert "Replacement characters put in: 1\n" in result.stdout
 
 
 def test_one_file_is_split_at_its_tail(project):
