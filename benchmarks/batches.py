@@ -6,6 +6,7 @@
 batches and steps of presets/smoke.yaml on the same tokens. Calls alternate; medians count.
 """
 
+import random
 import statistics
 import tempfile
 import time
@@ -78,10 +79,11 @@ def batches(
 
 
 def interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, one call of each in turn."""
+    """Median milliseconds of each, one call of each in turn, in another order every time."""
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
-        for name, call in contestants.items():
+        for name, call in order.sample(list(contestants.items()), len(contestants)):
             start = time.perf_counter()
             call()
             if number >= rounds // 10:  # the rest is warming up
@@ -90,7 +92,8 @@ def interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> di
 
 
 def smoke_step() -> tuple[dict[str, Callable[[], object]], tuple[int, int]]:
-    """A call that trains one step of the preset, and the shape of its batches."""
+    """A call that trains one step of the preset, on one thread, and the shape of its batches."""
+    torch.set_num_threads(1)
     params = load_params(Path("presets/smoke.yaml"))
     config = replace(read_section(TrainConfig, params, "train"), max_steps=10**9)
     vocab_size = params["tokenizer"]["vocab_size"]

@@ -9,7 +9,6 @@ is cut into shards means nothing. Ids are uint16 where the vocabulary allows, el
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -121,15 +120,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(sources: Sequence[tuple[str, float | None]], where: str) -> None:
-    """Raise InputError unless every (name, weight) has a weight above 0, or none has one."""
+    """Raise InputError unless every source has a weight that can be one, or none has."""
     without = [name for name, weight in sources if weight is None]
     if without and len(without) < len(sources):
         raise InputError(
             f"{where}: source {without[0]} has no weight, others have; give each a weight, or none"
         )
     for name, weight in sources:
-        if weight is not None and not (weight > 0 and math.isfinite(weight)):
-            raise InputError(f"{where}: source {name} has the weight {weight}, must be > 0")
+        if weight is not None and not 0 < weight <= 1e6:
+            raise InputError(
+                f"{where}: source {name} has the weight {str(weight)[:20]}, must be in (0, 1e6]"
+            )
 
 
 def _sums(entries: Iterable[dict[str, Any]]) -> dict[str, int]:

@@ -32,8 +32,9 @@ from lm.tokenizer import Tokenizer
 BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once: enough for all cores
 PLANNED = 1024  # windows whose places are computed at once
 SCANNED = 1 << 22  # tokens read at once to find the ends of documents
-OPEN_FILES = 64  # of a split at a time: thousands of shards must not use up the descriptors
+OPEN_FILES = 100  # of a split at a time: with two splits less than the 256 that macOS allows
 Signature = tuple[int, int, int]
+DType = np.dtype[Any]
 
 
 def write_tokens(
@@ -107,18 +108,18 @@ class TokenStream:
     the process with SIGBUS and no word. Copying a window costs no more than mapping it.
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        lengths: Sequence[int],
-        signatures: Sequence[Signature],
-        dtype: np.dtype[Any],
-    ):
-        """Files of so many ids each, with what they looked like when they were verified."""
-        self._descriptors: dict[int, int] = {}  # by number of the file, the last used at the end
-        self.files, self.dtype = list(files), dtype
-        self._signatures = list(signatures)
+    def __init__(self, files: Sequence[Path], entries: Sequence[dict[str, Any]], dtype: DType):
+        """Shards as their entries of tokens.json describe them.
+
+        Raises InputError if a file is missing, truncated, extended or edited.
+        """
+        self._descriptors: dict[int, int] = {}  # by number of the file, the oldest first
+        self._signatures: dict[int, Signature] = {}  # of files whose content has been verified
+        self._files, self._entries, self.dtype = files, entries, dtype
+        lengths = [entry["tokens"] for entry in entries]
         self._bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        for number in range(len(files)):
+            os.close(self._open(number))
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -138,9 +139,10 @@ class TokenStream:
         sizes = np.minimum(width, (self._bounds[files + 1] - starts) * size)
         places = zip(files.tolist(), sizes.tolist(), offsets.tolist(), strict=True)
         pieces = [os.pread(self._descriptor(f), size, offset) for f, size, offset in places]
-        for row, piece in enumerate(pieces):
-            if len(piece) < width:  # runs on into the next file, or the file is shorter than it was
-                pieces[row] = self[int(starts[row]) : int(starts[row]) + length].tobytes()
+        if min(map(len, pieces), default=width) < width:
+            for row, start in enumerate(starts.tolist()):
+                if len(pieces[row]) < width:  # it runs on into the next file, or this has shrunk
+                    pieces[row] = self[start : start + length].tobytes()
         return np.frombuffer(b"".join(pieces), dtype=self.dtype).reshape(-1, length)
 
     def _fill(self, view: memoryview, start: int) -> None:
@@ -154,28 +156,33 @@ class TokenStream:
                 continue
             size = os.preadv(self._descriptor(file), [view[:rest]], offset)  # 2 GiB at most
             if size == 0:
-                raise InputError(f"{self.files[file]}: became shorter while it was read; {REMEDY}")
+                raise InputError(f"{self._files[file]}: became shorter while it was read; {REMEDY}")
             view, offset = view[size:], offset + size
 
     def _descriptor(self, number: int) -> int:
-        """An open file; beyond OPEN_FILES the one that was not used for longest is closed."""
-        descriptor = self._descriptors.pop(number, None)
+        """An open file; beyond OPEN_FILES the one that has been open for longest is closed."""
+        descriptor = self._descriptors.get(number)
         if descriptor is None:
             if len(self._descriptors) == OPEN_FILES:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            descriptor = self._open(number)
-        self._descriptors[number] = descriptor
+            descriptor = self._descriptors[number] = self._open(number)
         return descriptor
 
     def _open(self, number: int) -> int:
-        file = self.files[number]
-        try:
-            descriptor = os.open(file, os.O_RDONLY)
-        except FileNotFoundError:
-            raise InputError(f"{file}: no such file; {REMEDY}") from None
-        if _signature(descriptor) != self._signatures[number]:
-            os.close(descriptor)
-            raise InputError(f"{file}: has changed since it was verified; {REMEDY}")
+        """Open a file, and verify its content unless it is the very file that was verified."""
+        file, entry = self._files[number], self._entries[number]
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; {REMEDY}")
+        descriptor = os.open(file, os.O_RDONLY)
+        status = os.fstat(descriptor)
+        signature = status.st_ino, status.st_size, status.st_mtime_ns
+        if signature != self._signatures.get(number):
+            try:
+                _verify(descriptor, file, entry["tokens"] * self.dtype.itemsize, entry["sha256"])
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._signatures[number] = signature
         return descriptor
 
     def __del__(self) -> None:
@@ -183,9 +190,12 @@ class TokenStream:
             os.close(descriptor)
 
 
-def _signature(descriptor: int) -> Signature:
-    status = os.fstat(descriptor)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _verify(descriptor: int, file: Path, size: int, sha256: str) -> None:
+    with open(descriptor, "rb", closefd=False) as stream:
+        if (found := os.fstat(descriptor).st_size) != size:
+            raise InputError(f"{file}: {found} bytes, tokens.json says {size}; {REMEDY}")
+        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+            raise InputError(f"{file}: content differs from the hash in tokens.json; {REMEDY}")
 
 
 @dataclass(frozen=True)
@@ -239,13 +249,14 @@ class Split:
         start, each seen exactly once an epoch, in a new order each time. Sources with weights
         have exact shares of the windows, and epochs of their own.
         """
-        n_steps = max(1, PLANNED // batch_size)
-        first = step - step % n_steps
         kind = batch_size, context_length, seed, sampling
-        if kind not in self._plans or self._plans[kind][0] != first:
-            # many batches at once cost little more than one
-            self._plans[kind] = first, self._plan(range(first, first + n_steps), *kind)
-        return self._plans[kind][1][step - first]
+        first, plan = self._plans.get(kind, (step, np.empty((0, batch_size), dtype=np.int64)))
+        if not 0 <= step - first < len(plan):
+            # many batches at once cost little more than one, to whom goes on after the first
+            n_steps = max(1, PLANNED // batch_size) if kind in self._plans else 1
+            first, plan = step, self._plan(range(step, step + n_steps), *kind)
+            self._plans[kind] = first, plan
+        return plan[step - first]
 
     def _plan(
         self, steps: range, batch_size: int, context_length: int, seed: int, sampling: Sampling
@@ -337,9 +348,7 @@ def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
 def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     entries = [shard[name] for shard in manifest["shards"]]
-    files = [folder / entry["file"] for entry in entries]
-    signatures = [_verified(file, entry, dtype) for file, entry in zip(files, entries, strict=True)]
-    tokens = TokenStream(files, [entry["tokens"] for entry in entries], signatures, dtype)
+    tokens = TokenStream([folder / entry["file"] for entry in entries], entries, dtype)
     return Split(
         name, tokens, manifest[name]["bytes"], manifest["end_id"], _weighted(name, manifest)
     )
@@ -355,17 +364,3 @@ def _weighted(split: str, manifest: dict[str, Any]) -> tuple[Source, ...]:
             sources.append(Source(source["name"], start, stop, float(source["weight"])))
         start = stop
     return tuple(sources)
-
-
-def _verified(file: Path, entry: dict[str, Any], dtype: np.dtype[Any]) -> Signature:
-    """Raises InputError unless a file is the one that its entry describes."""
-    expected = entry["tokens"] * dtype.itemsize
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; {REMEDY}")
-    with open(file, "rb") as stream:
-        found = os.fstat(stream.fileno()).st_size
-        if found != expected:
-            raise InputError(f"{file}: {found} bytes, tokens.json says {expected}; {REMEDY}")
-        if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
-            raise InputError(f"{file}: content differs from the hash in tokens.json; {REMEDY}")
-        return _signature(stream.fileno())

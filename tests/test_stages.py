@@ -369,8 +369,10 @@ def test_divergence_exits_4_and_publishes_nothing(prepared, max_steps):
 @pytest.mark.skipif(
     not shutil.which("c++") or " " in torch.__file__, reason="torch.compile cannot work here"
 )
-def test_a_compiled_run_is_exact_and_near_the_eager_one(prepared):
-    overrides = ("train.max_steps=6", "train.dtype=bfloat16", "model.num_layers=1")
+@pytest.mark.parametrize("masked", ["false", pytest.param("true", marks=pytest.mark.soak)])
+def test_a_compiled_run_is_exact_and_near_the_eager_one(prepared, masked):
+    masking = f"model.intra_document_masking={masked}"
+    overrides = ("train.max_steps=6", "train.dtype=bfloat16", "model.num_layers=1", masking)
     assert prepared.stage("train", *overrides).returncode == 0
     eager, runs = outputs(prepared), []
     losses = [json.loads(prepared.read("metrics/train.json"))["train_loss"]]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -162,7 +163,9 @@ NOT_ONE = r"tokens.json: not a token manifest; run `dvc repro tokens`"
         ("train.tokens", 26.0, NOT_ONE),
         ("sources.0.weight", None, NOT_ONE),
         ("sources.0.weight", "much", NOT_ONE),
-        ("sources.0.weight", -1, "source text has the weight -1, must be > 0"),
+        ("sources.0.weight", 10**400, "must be in"),
+        ("sources.0.weight", float("nan"), "must be in"),
+        ("sources.0.weight", -1, "source text has the weight -1, must be in"),
         ("shards.0.valid", [], NOT_ONE),
         ("shards.0.train.tokens", -26, NOT_ONE),
         ("shards.0.train.sha256", 5, NOT_ONE),
@@ -252,16 +255,23 @@ def test_many_shards_do_not_use_up_the_descriptors(tmp_path):
     assert count_open() == before
 
 
-def test_a_shard_that_is_replaced_after_it_was_verified_is_not_read(tmp_path):
+def test_a_shard_that_is_replaced_after_it_was_verified_is_verified_again(tmp_path):
     write_shards(tmp_path, [500])
     split = open_tokens(tmp_path).train
-    for number, what in enumerate(("changed since it was verified", "no such file")):
-        shard = tmp_path / "train" / f"source0-0000{number}.bin"
+    shard, other = sorted((tmp_path / "train").iterdir())
+    content = shard.read_bytes()
+    for replacement, message in (
+        (content[::-1], "source0-00000.bin: content differs from the hash"),
+        (content[:-2], "source0-00000.bin: 998 bytes, tokens.json says 1000"),
+        (content, None),  # as `dvc checkout` brings it back
+    ):
         shard.rename(tmp_path / "old")
-        if number == 0:
-            shard.write_bytes(np.arange(500, dtype="<u2")[::-1].tobytes())
-        with pytest.raises(InputError, match=rf"{shard.name}: .*{what}"):
-            split.tokens[500 * number : 500 * number + 5]
+        shard.write_bytes(replacement)
+        with nullcontext() if message is None else pytest.raises(InputError, match=message):
+            assert split.tokens[2:5].tolist() == [2, 3, 4]
+    other.unlink()
+    with pytest.raises(InputError, match=r"source0-00001.bin: no such file"):
+        split.tokens[498:502]
 
 
 def test_a_manifest_with_weights_for_some_sources_is_refused(tmp_path):
