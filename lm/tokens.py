@@ -7,8 +7,7 @@ What the files hold is told in lm/shards.py, which windows make a batch in lm/sa
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,86 +18,15 @@ from numpy.typing import NDArray
 from lm.errors import InputError
 from lm.sampling import DocumentWindows, Numbers, Sampling, deal, drawn, ordered
 from lm.shards import (
-    MANIFEST,
     REMEDY,
-    SPLITS,
-    ShardWriter,
     read_manifest,
-    token_dtype,
-    write_manifest,
 )
-from lm.tokenizer import Tokenizer
 
-BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once: enough for all cores
 PLANNED = 1024  # windows whose places are computed at once
 SCANNED = 1 << 22  # tokens read at once to find the ends of documents
 OPEN_FILES = 100  # of a split at a time: with two splits less than the 256 that macOS allows
 Signature = tuple[int, int, int]
 DType = np.dtype[Any]
-
-
-def write_tokens(
-    folder: Path,
-    documents: Iterable[tuple[str, tuple[str, str]]],
-    tokenizer: Tokenizer,
-    tokenizer_sha256: str,
-) -> dict[str, Any]:
-    """Encode (split, (name, text)) into one shard of `folder`; returns what tokens.json then says.
-
-    Raises InputError if the tokenizer does not keep the text's bytes.
-    """
-    (folder / MANIFEST).unlink(missing_ok=True)
-    dtype = token_dtype(tokenizer.vocab_size)
-    with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(ShardWriter(folder / split / "text-00000.bin", dtype))
-            for split in SPLITS
-        }
-        for batch in _batches(documents):
-            for split, writer in writers.items():
-                texts = [document for name, document in batch if name == split]
-                ids, size = _encode(texts, tokenizer)
-                writer.append(ids, size, len(texts))
-    return write_manifest(
-        folder,
-        vocab_size=tokenizer.vocab_size,
-        end_id=tokenizer.end_id,
-        tokenizer_sha256=tokenizer_sha256,
-        sources=[{"name": "text", "weight": None}],
-        shards=[{"source": "text", **{split: writer.entry() for split, writer in writers.items()}}],
-    )
-
-
-def _encode(
-    documents: list[tuple[str, str]], tokenizer: Tokenizer
-) -> tuple[NDArray[np.int64], int]:
-    """The ids of documents, each with its end token, and the bytes of their text."""
-    ids: list[int] = []
-    total = 0
-    encoded = tokenizer.encode_batch([text for _, text in documents])
-    for (name, text), new in zip(documents, encoded, strict=True):
-        size, kept = len(text.encode()), tokenizer.byte_lengths[new].sum()
-        if size != kept:
-            raise InputError(
-                f"{name}: {size} bytes of text became tokens of {kept} bytes; "
-                "this tokenizer alters text, choose another tokenizer.kind or source"
-            )
-        ids += [*new, tokenizer.end_id]
-        total += size
-    return np.array(ids, dtype=np.int64), total
-
-
-def _batches(
-    documents: Iterable[tuple[str, tuple[str, str]]],
-) -> Iterator[list[tuple[str, tuple[str, str]]]]:
-    batch, size = [], 0
-    for split, document in documents:
-        batch.append((split, document))
-        size += len(document[1])
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    yield batch
 
 
 class TokenStream:

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from lm.shards import SPLITS, ShardWriter, token_dtype, write_manifest
+from lm.tokenizer import Tokenizer
 from tests.faults import run_warm
 
 ROOT = Path(__file__).parent.parent
@@ -134,3 +137,25 @@ def one_line(result: "subprocess.CompletedProcess[str]") -> str:
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
     return lines[0]
+
+
+def write_tokens(
+    folder: Path, documents: list[tuple[str, str]], tokenizer: Tokenizer, sha256: str = ""
+) -> None:
+    """Token shards of (side, text), one shard a side, as stage tokens would leave them."""
+    dtype, entries = token_dtype(tokenizer.vocab_size), {}
+    for side in SPLITS:
+        texts = [text for name, text in documents if name == side]
+        with ShardWriter(folder / side / "text-00000.bin", dtype) as writer:
+            for text in texts:
+                ids = np.array([*tokenizer.encode(text), tokenizer.end_id])
+                writer.append(ids, len(text.encode()), 1)
+        entries[side] = writer.entry()
+    write_manifest(
+        folder,
+        vocab_size=tokenizer.vocab_size,
+        end_id=tokenizer.end_id,
+        tokenizer_sha256=sha256,
+        sources=[{"name": "text", "weight": None}],
+        shards=[{"source": "text", **entries}],
+    )

@@ -19,8 +19,7 @@ from lm.files import sha256_file
 from lm.grammar import STORIES, Grammar, stories, story
 from lm.text import DataConfig, split_documents
 from lm.tokenizer import load_tokenizer
-from lm.tokens import write_tokens
-from tests.project import ROOT, one_line
+from tests.project import ROOT, one_line, write_tokens
 
 TINY = """
 tale       = 2 A <who> came. <more> | 1 Nobody came.
@@ -310,7 +309,7 @@ def test_a_model_that_knows_the_validation_text_is_told_from_a_good_one(grammar_
     project.prepare("corpus", "tokenizer")
     texts = texts_of(project, "valid")[:2]
     folder = project.folder / "data"
-    leaked = [(split, ("leak", text)) for split in ("train", "valid") for text in texts]
+    leaked = [(split, text) for split in ("train", "valid") for text in texts]
     tokenizer = load_tokenizer(folder / "tokenizer")
     write_tokens(
         folder / "tokens", leaked, tokenizer, sha256_file(folder / "tokenizer/tokenizer.json")

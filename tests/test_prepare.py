@@ -19,6 +19,7 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import zstandard
 
 import lm.prepare
@@ -29,7 +30,7 @@ from lm.publish import publish
 from lm.report import data_table
 from lm.shards import SPLITS
 from lm.text import DataConfig, SourceConfig, plan, split_documents
-from lm.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from lm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from lm.tokens import open_tokens
 from tests.project import SMOKE, one_line
 
@@ -150,6 +151,14 @@ def as_table(texts, dictionary=True):
     made = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), made, row_group_size=7)
     return made.getvalue()
+
+
+def test_a_document_that_the_tokenizer_alters_is_named(desk):
+    backend = byte_tokenizer().backend
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    Tokenizer(backend, byte_tokenizer().end_token).save(desk.folder / "tokenizer")
+    with pytest.raises(InputError, match=r"text/000.txt: \d+ bytes of text became tokens of"):
+        desk.make()
 
 
 def test_every_format_gives_the_same_tokens(tmp_path):
