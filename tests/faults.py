@@ -18,6 +18,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,18 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
             sys.stderr.flush()
             os._exit(status)
     result: dict[str, Any] = {}
-    for name, (reader, writer) in pipes.items():
-        os.close(writer)
+
+    def drain(name: str, reader: int) -> None:
         with open(reader) as pipe:
             result[name] = pipe.read()
+
+    readers = []
+    for name, (reader, writer) in pipes.items():
+        os.close(writer)
+        readers.append(threading.Thread(target=drain, args=(name, reader)))  # a full pipe blocks
+        readers[-1].start()
+    for thread in readers:
+        thread.join()
     _, status, usage = os.wait4(pid, 0)
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     changes = result["changes"].splitlines()
