@@ -70,7 +70,7 @@ class ByteProgress:
         now = time.perf_counter()
         if self.bar.disable and now - self.told >= self.interval_s:
             self.told = now
-            speed = self.done / (now - self.start)
+            speed = max(1, self.done) / (now - self.start)  # the first files may all be empty
             say(
                 f"{self.what} {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
                 f"  {speed / 1e6:,.1f} MB/s  ETA {duration((self.total - self.done) / speed)}"

@@ -32,8 +32,8 @@ def publish(
 
     Raises InputError if no document is left for training or for validation.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # what else lies there DVC would take for an output
     for side in SPLITS:
-        shutil.rmtree(folder / side, ignore_errors=True)
         (folder / side).mkdir(parents=True)
     dropped = duplicates(job.kept, records) if job.config.deduplicate else {}
     dtype, numbers, shown = token_dtype(tokenizer.vocab_size), Counter[str](), []

@@ -210,9 +210,10 @@ def _files(path: Path, pattern: str, key: str, value: str) -> list[Path]:
 def plan(config: DataConfig) -> list[Shard]:
     """All of the text in shards of about data.shard_bytes, in reading order.
 
-    A long file is cut at multiples of that size. Short ones go together, and whether a file is
-    the last of its shard is drawn from its name: so a file that comes or goes changes the shard
-    that it stands in and no other (content-defined chunking, Muthitacharoen et al. 2001, by names).
+    A long file is cut after multiples of that size, where a record begins. Short ones go together,
+    and whether a file is the last of its shard is drawn from its name: so a file that comes or goes
+    changes the shard that it stands in and no other (content-defined chunking, Muthitacharoen et
+    al. 2001, by names).
     """
     root = text_root(config)
     return [
@@ -235,7 +236,8 @@ def _grouped(source: Source, root: Path, size: int) -> Iterator[tuple[list[Piece
             for start, stop in zip(starts, [*starts[1:], None], strict=True):
                 yield [Piece(file, start, stop)], length // len(starts)
             continue
-        together, held = [*together, Piece(file, 0, None)], held + length
+        together.append(Piece(file, 0, None))
+        held += length
         name = file.name if file == root else file.relative_to(root).as_posix()
         if draw(os.fsencode(name)) < length / size or held > 4 * size:
             yield together, held

@@ -13,7 +13,7 @@ from lm.config import RuntimeConfig, load_params, parse_yaml, read_section
 from lm.errors import InputError
 from lm.evaluate import EvaluateConfig
 from lm.model import ModelConfig
-from lm.text import DataConfig
+from lm.text import DataConfig, SourceConfig
 from lm.tokenizer import TokenizerConfig
 from lm.train import TrainConfig
 from tests.project import ROOT, SMOKE
@@ -48,6 +48,41 @@ def test_an_unknown_key_names_the_nearest(smoke_params):
         load_params(SMOKE, ["train.lrr=1"])
     with pytest.raises(InputError, match="expected section.key=value"):
         load_params(SMOKE, ["lr=1"])
+
+
+SOURCES = "data:\n  sources:\n    web:\n      path: a\n      weight: 1.0\n"
+
+
+def test_a_key_within_a_key_is_overridden(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(SOURCES)
+    changes = ["data.sources.web.weight=2", "data.sources.web.path=b"]
+    got = load_params(file, changes)
+    assert got == {"data": {"sources": {"web": {"path": "b", "weight": 2}}}}
+    apply_overrides(file, changes)
+    assert load_params(file) == got  # as DVC does it
+    whole = load_params(file, ["data.sources={books: {path: c}}", "data.sources.books.path=d"])
+    assert whole["data"]["sources"] == {"books": {"path": "d"}}
+    assert load_params(file, ["data.sources=null"]) == {"data": {"sources": None}}
+    for unknown, nearest in (
+        ("data.sources.web.wieght=2", "data.sources.web.weight"),
+        ("data.sources.wbe.weight=2", "data.sources.web.weight"),
+    ):
+        with pytest.raises(InputError, match=rf"unknown key .*did you mean {nearest}\?"):
+            load_params(file, [unknown])
+    with pytest.raises(InputError, match=r"unknown key data.sources.web.path.name"):
+        load_params(file, ["data.sources.web.path.name=2"])
+
+
+def test_a_mapping_of_settings_is_built_and_checked(smoke_params):
+    source = {"path": "web", "text_field": "text", "weight": 2}
+    smoke_params["data"]["sources"] = {"web": source}
+    config = read_section(DataConfig, smoke_params, "data")
+    assert config.sources == {"web": SourceConfig("web", "text", 2.0)}
+    assert type(config.sources["web"].weight) is float
+    smoke_params["data"]["sources"]["books"] = {**source, "weight": "2"}
+    with pytest.raises(InputError, match="data.sources.books.weight = '2' is text, wanted a numb"):
+        read_section(DataConfig, smoke_params, "data")
 
 
 def test_a_missing_key_or_section_is_named(smoke_params):

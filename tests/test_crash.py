@@ -38,6 +38,7 @@ def warm(tmp_path_factory):
     project.set("train.eval_interval", 2)
     project.set("runtime.checkpoint_interval", 2)
     project.set("evaluate.max_new_tokens", 1)
+    project.set("runtime.num_workers", 1)  # the process that is struck does the work
     outputs = {}
     for stage in ("tokenizer", "tokens", "train", "evaluate"):
         before = files(project)
@@ -50,10 +51,10 @@ def warm(tmp_path_factory):
 def reset(project, stage, outputs):
     """As DVC leaves a workspace before it runs a stage: its outputs are gone."""
     remove(project, outputs[stage])
-    for litter in project.folder.rglob("*.tmp"):
-        litter.unlink()
     project.forget_runs()
     project.forget_shards()
+    for litter in project.folder.rglob("*.tmp"):
+        litter.unlink()
 
 
 def assert_whole(project, outputs):

@@ -75,6 +75,32 @@ def test_what_leaves_the_result_alone_is_no_change(inputs, project):
     inputs.check()
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda: append("text/00.txt"), "text/00.txt"),
+        (lambda: flip_keeping_the_time("text/01.txt"), "text/01.txt"),
+        (lambda: Path("text/02.txt").unlink(), "text/02.txt"),
+        (lambda: append("text/new.txt"), "text/new.txt"),
+        (lambda: append("text/.hidden"), None),
+        (lambda: append("text/notes.md"), None),
+    ],
+)
+def test_text_is_watched_without_being_read(inputs, project, change, what):
+    def listing():
+        return sorted(Path("text").glob("[!.]*.txt"))
+
+    assert len(inputs.watch_untouched(listing)) == 60
+    assert not [file for file in inputs.files if file.parent == Path("text")]
+    inputs.check()
+    change()
+    if what is None:
+        inputs.check()
+    else:
+        with pytest.raises(InputError, match=f"^{what} has changed since the stage read it"):
+            inputs.check()
+
+
 def test_what_is_recorded_is_the_code_that_ran(project):
     """Python's bytecode cache would run what the file no longer says: same size, same time."""
     module = project.folder / "lm" / "extra.py"

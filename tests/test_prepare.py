@@ -24,6 +24,7 @@ import zstandard
 
 import lm.prepare
 from lm.config import load_params, read_section
+from lm.console import ByteProgress
 from lm.errors import InputError
 from lm.prepare import Job, drop_unused, encode_all, encode_shard, require_done, share, tasks
 from lm.publish import publish
@@ -394,6 +395,21 @@ def test_what_nobody_used_for_a_week_is_dropped(desk):
     assert desk.make() == expected
 
 
+def test_nothing_else_is_left_among_the_tokens(desk):
+    expected, _ = desk.make()
+    (desk.tokens / "train.bin").write_bytes(b"of an older version")
+    (desk.tokens / "train" / "text-99999.bin").write_bytes(b"of more text")
+    assert desk.make()[0] == expected
+
+
+def test_progress_is_told_even_before_the_first_byte(capsys):
+    progress = ByteProgress("encoding", 3_000_000, interval_s=0)
+    progress.show(0)
+    progress.show(1_500_000)
+    progress.close()
+    assert "encoding 0 of 3 MB" in capsys.readouterr().out
+
+
 # --- in parts ---------------------------------------------------------------------------
 
 
@@ -626,7 +642,7 @@ def write_much(folder, n_bytes):
     words = np.array([b"%07x " % i for i in draw.integers(0, 1 << 28, 1_000_000)], "S8")
 
     def texts(size):
-        while size > 0:
+        while size >= 8:
             chosen = words[
                 (draw.random(min(size, 1 << draw.integers(9, 22)) // 8) ** 3 * 1e6).astype(int)
             ]
