@@ -135,7 +135,7 @@ class Encoder:
         return np.fromiter(chain(*encoded), np.uint32), _sizes(encoded)
 
     def _by_gigatoken(self, texts: list[bytes]) -> Encoded:
-        if self._process.memory_info().rss > self._rss + CACHE_BYTES:
+        if _resident_bytes() > self._rss + CACHE_BYTES:
             self._open_gigatoken()
         if may_have_newer_characters(b"".join(texts)):  # hardly ever: so not of each
             encoded = [
@@ -158,7 +158,6 @@ class Encoder:
         added = settings["added_tokens"]
         settings["added_tokens"] = [token for token in added if not token["special"]]
         self._json = orjson.dumps(settings)
-        self._process = psutil.Process()
         try:
             self._open_gigatoken()
         except ImportError:
@@ -180,7 +179,7 @@ class Encoder:
 
         self._gigatoken: Any = None  # lets go of the old one first
         self._gigatoken = gigatoken.Tokenizer.from_json(self._json)
-        self._rss = self._process.memory_info().rss
+        self._rss = _resident_bytes()
 
     def _pieces(self, index: int, document: bytes) -> list[bytes]:
         """A document in pieces whose ids, one after the other, are the document's.
@@ -232,6 +231,11 @@ class Encoder:
             left -= len(text)
             if left < 4:  # bytes, the longest character
                 break
+
+
+def _resident_bytes() -> int:
+    """Of this very process, which may be a fork of the one that opened the library."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def _sizes(items: list[Any]) -> NDArray[np.int64]:

@@ -130,17 +130,15 @@ def encode_all(job: Job, todo: Sequence[Task], num_workers: int) -> tuple[Job, l
 
 
 def _watched(job: Job, todo: Sequence[Task], num_workers: int) -> Iterator[Record]:
-    """The records as they come, with a progress bar and a word on what is out of the ordinary."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work, not threads
+    """The records as they come, with a progress bar."""
+    encoder = open_encoder(job)  # before the processes fork, so that they have it
+    if encoder.why_not is not None:
+        say(f"{encoder.why_not}: tokenizers encodes, which is slower")
     progress = ByteProgress("encoding", sum(task.shard.size_bytes for task in todo))
-    reused, reasons = 0, set()
+    reused = 0
     with closing(ordered_map(partial(encode_shard, job), todo, num_workers)) as records:
         for task, record in zip(todo, records, strict=True):
             reused += record.pop("reused", False)
-            reason = record.pop("why_not", None)
-            if reason is not None and reason not in reasons:
-                reasons.add(reason)
-                say(f"{reason}: tokenizers encodes, which is slower")
             progress.show(task.shard.size_bytes)
             yield record
     progress.close()
@@ -161,7 +159,7 @@ def encode_shard(job: Job, task: Task) -> Record:
     record = kept_record(job.kept, key)
     if record is not None:
         return record | {"reused": True}
-    encoder = _encoder(job.tokenizer, job.identity, job.library)
+    encoder = open_encoder(job)
     with writing(job.kept):
         job.kept.mkdir(parents=True, exist_ok=True)
         scratch = Path(mkdtemp(".tmp", f"{key}.", job.kept))  # another run may make the same
@@ -175,7 +173,7 @@ def encode_shard(job: Job, task: Task) -> Record:
                 file.replace(kept_file(job.kept, key, file.name))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return record | {"why_not": encoder.why_not}
+    return record
 
 
 def _write_shard(job: Job, task: Task, encoder: Encoder, folder: Path) -> Record:
@@ -252,8 +250,14 @@ class _Output:
         self._batch, self._size = [], 0
 
 
-@lru_cache(maxsize=1)  # one a process
+def open_encoder(job: Job) -> Encoder:
+    """The encoder of a job; it is opened once."""
+    return _encoder(job.tokenizer, job.identity, job.library)
+
+
+@lru_cache(maxsize=1)
 def _encoder(folder: Path, identity: str, library: Library | None) -> Encoder:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     return Encoder(load_tokenizer(folder), library)
 
 

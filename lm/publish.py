@@ -156,7 +156,7 @@ def _report(tokenizer: Tokenizer, shown: Sequence[Shown]) -> dict[str, Any]:
     """What the tokens hold, in all and by source: a JSON object without clock or path."""
     names = dict.fromkeys(part.entry["source"] for part in shown)
     return {
-        "vocabulary": len(tokenizer.byte_lengths),
+        "vocabulary": tokenizer.vocab_size,
         **_summary(shown),
         "sources": {
             name: _summary([part for part in shown if part.entry["source"] == name])

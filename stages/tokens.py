@@ -10,12 +10,11 @@ from pathlib import Path
 from lm.config import RuntimeConfig
 from lm.console import say
 from lm.files import atomic_write, sha256_json, write_json
-from lm.prepare import Job, drop_unused, encode_all, require_done, share, tasks
+from lm.prepare import Job, drop_unused, encode_all, open_encoder, require_done, share, tasks
 from lm.publish import publish
 from lm.report import data_table
 from lm.shards import MANIFEST
 from lm.text import DataConfig, plan, source_files
-from lm.tokenizer import load_tokenizer
 from lm.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
 
@@ -27,9 +26,9 @@ def tokens(inputs: Inputs) -> None:
     data = inputs.section(DataConfig, "data")
     num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
     inputs.watch(TOKENIZER)
-    tokenizer = load_tokenizer(TOKENIZER)  # first: if it cannot be read, no text needs to be
-    inputs.watch_untouched(partial(source_files, data))
     job = Job(data, TOKENIZER, sha256_json(inputs.code), SCRATCH / "lm-shards")
+    tokenizer = open_encoder(job).tokenizer  # if it cannot be read, no text needs to be
+    inputs.watch_untouched(partial(source_files, data))
     shards = plan(data)
     todo = tasks(data, shards, num_workers)
     if inputs.arguments.shard:
