@@ -73,11 +73,14 @@ def nanogpt(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
     """datasets.map with tiktoken, then the arrow table to a memmap in batches: nanoGPT's way."""
     import datasets  # type: ignore[import-not-found]
 
+    from benchmarks import data as this  # under this name its functions can be pickled
+
     datasets.disable_progress_bars()
-    _open_tiktoken(tokenizer)
-    texts = [part.decode() for span in spans(file) for part in span.split(END) if part.strip()]
-    table = datasets.Dataset.from_dict({"text": texts})
-    made = table.map(_tokenized, remove_columns=["text"], num_proc=cores)
+    this._open_tiktoken(tokenizer)
+    parquet = str(file.with_suffix(".parquet"))
+    cache = str(out.parent / "datasets")
+    table = datasets.load_dataset("parquet", data_files=parquet, split="train", cache_dir=cache)
+    made = table.map(this._tokenized, remove_columns=["text"], num_proc=cores)
     ids = np.memmap(out, dtype=np.uint16, mode="w+", shape=(int(np.sum(made["len"])),))
     place, n_batches = 0, min(1024, len(made))
     for i in range(n_batches):
@@ -204,6 +207,7 @@ def measure(way: str, file: Path, tokenizer: Path, out: Path, cores: int) -> tup
         if way == OURS_LEARNS:
             settings = {"runtime.num_workers": cores, "tokenizer.vocab_size": vocabulary}
             command = stage("tokenizer", file, settings)
+    shutil.rmtree(out.parent / "datasets", ignore_errors=True)  # and here
     start = time.perf_counter()
     process = subprocess.Popen(
         command,
