@@ -153,12 +153,19 @@ class Split:
     _plans: dict[tuple[Any, ...], tuple[int, Numbers]] = field(default_factory=dict, repr=False)
 
     def require(self, context_length: int) -> None:
-        """Raises InputError unless one window and its shifted targets fit."""
+        """Raises InputError unless one window and its shifted targets fit, in each source too."""
         if len(self.tokens) < context_length + 1:
             raise InputError(
                 f"{self.name} split has {len(self.tokens)} tokens, needs at least "
                 f"{context_length + 1}; lower model.context_length or add text"
             )
+        for source in self.weighted:
+            if source.stop - source.start < context_length + 1:
+                raise InputError(
+                    f"source {source.name} has {source.stop - source.start} tokens in the "
+                    f"{self.name} split, needs at least {context_length + 1}; lower "
+                    "model.context_length, add text or leave the source out"
+                )
 
     def batch(
         self, step: int, batch_size: int, context_length: int, seed: int, sampling: Sampling
@@ -210,12 +217,6 @@ class Split:
     ) -> tuple[int, Callable[[Numbers], Numbers]]:
         """How many windows a source has, and where in it they start."""
         last = source.stop - source.start - context_length - 1
-        if last < 0:
-            raise InputError(
-                f"source {source.name} has {source.stop - source.start} tokens in the {self.name} "
-                f"split, needs at least {context_length + 1}; lower model.context_length, add text "
-                "or leave the source out"
-            )
         if sampling == "random":
             return last + 1, lambda places: places
         if sampling == "epochs":
@@ -277,9 +278,8 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     entries = [shard[name] for shard in manifest["shards"]]
     tokens = TokenStream([folder / entry["file"] for entry in entries], entries, dtype)
-    return Split(
-        name, tokens, manifest[name]["bytes"], manifest["end_id"], _weighted(name, manifest)
-    )
+    weighted = _weighted(name, manifest) if name == "train" else ()  # shares are of the training
+    return Split(name, tokens, manifest[name]["bytes"], manifest["end_id"], weighted)
 
 
 def _weighted(split: str, manifest: dict[str, Any]) -> tuple[Source, ...]:
