@@ -251,7 +251,10 @@ class _Output:
 
 
 def open_encoder(job: Job) -> Encoder:
-    """The encoder of a job; it is opened once."""
+    """The encoder of a job; it is opened once. Raises InputError if its tokenizer is missing."""
+    for file in (job.tokenizer / "tokenizer_config.json", job.tokenizer / "tokenizer.json"):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; run `dvc repro tokenizer`")
     return _encoder(job.tokenizer, job.identity, job.library)
 
 

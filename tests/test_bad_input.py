@@ -482,8 +482,8 @@ ROWS = [
     Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer.json", b"{")], 2, "data/tokenizer/tokenizer.json: not a tokenizer.json (…)"),
 
     Row("tokenizer", "tokens", [lambda folder: shutil.rmtree(folder / "data/tokenizer")], 2,
-        "data/tokenizer/tokenizer_config.json: no such file; run `dvc repro` to make it"),
-    Row("tokenizer", "tokens", [special("data/tokenizer/tokenizer.json", lambda path: None)], 2, "data/tokenizer/tokenizer.json: no such file"),
+        "data/tokenizer/tokenizer_config.json: no such file; run `dvc repro tokenizer`"),
+    Row("tokenizer", "tokens", [special("data/tokenizer/tokenizer.json", lambda path: None)], 2, "data/tokenizer/tokenizer.json: no such file; run `dvc repro tokenizer`"),
     Row("tokens", "train", [file("data/tokens/tokens.json", b"[" * 100_000)], 2,
         "data/tokens/tokens.json: not valid JSON (…); run `dvc repro` again"),
     Row("tokens", "train", [file("data/tokens/tokens.json", b"[]")], 2, "data/tokens/tokens.json: not a token manifest; run `dvc repro tokens`"),
