@@ -49,14 +49,14 @@ def _by_processes(
             futures = deque(pool.submit(work, item) for item in items)
             while futures:
                 yield futures.popleft().result()
-        except BrokenProcessPool:
+        except BaseException as error:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # they ignore the SIGTERM that the pool sends them
+            if not isinstance(error, BrokenProcessPool):
+                raise
             raise EnvironmentFault(
                 "a worker process was killed, perhaps for want of memory; lower runtime.num_workers"
             ) from None
-        except BaseException:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
 
 
 def _begin() -> None:
