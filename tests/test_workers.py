@@ -82,10 +82,21 @@ def test_the_signal_of_before_is_restored():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts the cores this process may use")
-def test_a_worker_for_each_core_that_may_be_used():
+def test_there_are_as_many_workers_as_wanted_or_as_cores():
     assert number_of_workers(7) == 7
-    assert number_of_workers(None) == len(os.sched_getaffinity(0))
+    assert 1 <= number_of_workers(None) <= os.cpu_count()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot confine a process here")
+def test_a_process_confined_to_one_core_has_one_worker():
+    program = (
+        "import os; from lm.workers import number_of_workers\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "print(number_of_workers(None), number_of_workers(3))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 3\n"
 
 
 SLEEPERS = """
