@@ -13,7 +13,7 @@ SwiGLU, no biases. Every deviation is one setting of ModelConfig.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from lm.config import BELOW_ONE, POSITIVE, Count
 from lm.errors import InputError
 
+ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8  # queries at a time; their number
+LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # in training
 CROSS_ENTROPY_CHUNK = 1 << 26  # logits turned into float32 at once: 256 MiB
 
 
@@ -161,27 +163,63 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "B 1 T S"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         start = cache.length if cache else 0
-        q = self.q_norm(self._heads(self.q_proj(x)))  # (B, H, T, D)
-        k = self.k_norm(self._heads(self.k_proj(x)))  # (B, G, T, D)
-        v = self._heads(self.v_proj(x))  # (B, G, T, D)
+        q, k, v = map(self._heads, _together(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, D), (B, G, T, D)
         if rope is not None:
             q, k = rope(q, start), rope(k, start)
         if cache:
             k, v = cache.append(k, v)  # (B, G, S, D)
         if self.groups > 1:
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, S, D)
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_causal_mask(q, k) if start and mask is None else mask,
-            is_causal=start == 0 and mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        if torch.compiler.is_compiling() and q.device.type == "cpu" and not cache:
+            mixed = _attention_in_blocks(q, k, v, mask, dropout)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=_causal_mask(q, k) if start and mask is None else mask,
+                is_causal=start == 0 and mask is None,
+                dropout_p=dropout,
+            )  # (B, H, T, D)
         return self.output_proj(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Float[Tensor, "B T E"]) -> Float[Tensor, "B heads T D"]:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _together(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """Each layer of x; compiled in one product, where the copy of the weights is part of a cast."""
+    if not torch.compiler.is_compiling():
+        return [layer(x) for layer in layers]
+    weight = torch.cat([layer.weight for layer in layers])
+    return list(F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1))
+
+
+def _attention_in_blocks(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B H T D"],
+    v: Float[Tensor, "B H T D"],
+    mask: Bool[Tensor, "B 1 T T"] | None,
+    dropout: float,
+) -> Float[Tensor, "B H T D"]:
+    """softmax(q k^T / sqrt(D)) v, for a few blocks of queries and the keys that each may see.
+
+    On a CPU a compiler makes more of this formula than torch's ready kernel gives: docs/LOG.md.
+    """
+    length, mixed = q.shape[2], []
+    size = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)  # (B, H, size, end)
+        seen = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
+        if mask is not None:
+            seen = mask[:, :, start:end, :end]
+        scores = (scores.float() / q.shape[3] ** 0.5).masked_fill(~seen, -math.inf)
+        weights = F.dropout(scores.softmax(dim=3), dropout)
+        mixed.append(weights.to(v.dtype) @ v[:, :, :end])
+    return torch.cat(mixed, dim=2)
 
 
 def _causal_mask(q: Tensor, k: Tensor) -> Tensor | None:
@@ -210,10 +248,10 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.d_model, config.d_ff, bias=False) if gated else None
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        hidden = F.silu(self.w1(x))  # (B, T, F)
-        if self.w3 is not None:
-            hidden = hidden * self.w3(x)
-        return self.w2(hidden)
+        if self.w3 is None:
+            return self.w2(F.silu(self.w1(x)))
+        gate, up = _together(x, self.w1, self.w3)  # (B, T, F) each
+        return self.w2(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -285,13 +323,37 @@ class TransformerLM(nn.Module):
                     std = 1.0
                 nn.init.trunc_normal_(module.weight, 0.0, std, -3 * std, 3 * std)
 
+    @property
+    def head(self) -> Tensor:
+        """The matrix that turns features into logits, (V, C)."""
+        return self.lm_head.weight if self.lm_head else self.token_embeddings.weight
+
     def forward(
         self,
         ids: Int[Tensor, "B T"],
         caches: list[KeyValueCache] | None = None,
         documents: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Logits of the token after each position.
+        """Logits of the token after each position; see `features`."""
+        return F.linear(self.features(ids, caches, documents), self.head)
+
+    def loss(
+        self,
+        ids: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        documents: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """cross_entropy(self(ids), targets), in nats, without holding all the logits at once."""
+        features = self.features(ids, documents=documents)
+        return linear_cross_entropy(features.flatten(0, 1), self.head, targets.flatten())
+
+    def features(
+        self,
+        ids: Int[Tensor, "B T"],
+        caches: list[KeyValueCache] | None = None,
+        documents: Int[Tensor, "B S"] | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        """What the head turns into the logits of the token after each position.
 
         With `caches`, one per layer, `ids` continue the positions already seen. A model with
         intra-document masking (Zhao et al. 2024) attends within a document alone; it, and no
@@ -310,8 +372,7 @@ class TransformerLM(nn.Module):
                 x = checkpoint(layer, x, self.rope, None, mask, use_reentrant=False)
             else:
                 x = layer(x, self.rope, caches[i] if caches else None, mask)
-        x = self.ln_final(x)
-        return self.lm_head(x) if self.lm_head else F.linear(x, self.token_embeddings.weight)
+        return self.ln_final(x)
 
     def documents(self, ids: Int[Tensor, "B S"], end_id: int | None) -> Int[Tensor, "B S"] | None:
         """What `forward` has to know of documents: for each position its own, counted from 0.
@@ -368,3 +429,53 @@ def cross_entropy(
 
 def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def linear_cross_entropy(
+    features: Float[Tensor, "N C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, " N"]
+) -> Float[Tensor, ""]:
+    """cross_entropy(features @ weight.T, targets) in a fraction of the memory and time.
+
+    The gradients are made together with the loss, for some rows at a time, so that the logits of
+    no more rows are held (Wijmans et al. 2024, "Cut your losses", at the level of tensors).
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(features, weight, targets)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """With e = exp(logits - max) and s = sum(e): loss = log(s) + max - logits[target].
+
+    Its gradient by the logits is e / s - onehot(target). Dividing by s is left to the products'
+    narrow side, and the one-hot part is a gather and an index_add: no second pass over e.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = features.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else features.dtype
+        narrow, count = weight.to(dtype), len(targets)
+        n_chunks = min(MAX_LOGITS_CHUNKS, -(-count * len(weight) // LOGITS_AT_ONCE))
+        rows = -(-count // n_chunks)
+        nats, by_features, by_weight = [], [], []
+        for x, y in zip(features.split(rows), targets.split(rows), strict=True):
+            logits = x.to(dtype) @ narrow.t()  # (rows, V)
+            largest = logits.amax(dim=1, keepdim=True).float()  # (rows, 1)
+            at_target = logits.gather(1, y[:, None]).float()  # (rows, 1)
+            e = (logits.float() - largest).exp().to(dtype)
+            s = e.float().sum(dim=1, keepdim=True)  # (rows, 1)
+            nats.append((s.log() + largest - at_target).sum())
+            by_features.append((e @ narrow).float() / s - narrow[y])
+            by_weight.append(e.t() @ (x.float() / s).to(dtype))
+        total = by_weight[0].float()
+        for part in by_weight[1:]:
+            total = total + part
+        total = total.index_add(0, targets, features.float(), alpha=-1)
+        ctx.save_for_backward(torch.cat(by_features) / count, total / count)
+        return torch.stack(nats).sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        by_features, by_weight = ctx.saved_tensors
+        return gradients[0] * by_features, gradients[0] * by_weight, None

@@ -21,13 +21,15 @@ from lm import rng
 from lm.config import POSITIVE, SEED, Bound, Count
 from lm.device import Dtype, autocast, compiled, to_device
 from lm.errors import Diverged, EnvironmentFault, InputError, is_out_of_memory
-from lm.model import ModelConfig, TransformerLM, cross_entropy
+from lm.model import ModelConfig, TransformerLM
 from lm.optim import OPTIMIZERS, AdamW, OptimizerConfig, gradient_clipping
 from lm.sampling import Sampling
 from lm.schedule import ScheduleConfig, learning_rate_fraction
 from lm.tokens import Split, TokenStream
 
 Record = dict[str, Any]
+# model, x, y, weight of the loss -> loss, gradients of weight x loss by each parameter
+Gradients = Callable[[TransformerLM, Tensor, Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
 
 
@@ -117,11 +119,15 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
     device = next(state.model.parameters()).device
     end_id = split.end_id
 
-    def loss_of(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(model(x, documents=model.documents(x, end_id)), y)
+    def gradients_of(
+        model: TransformerLM, x: Tensor, y: Tensor, weight: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with autocast(device, config.dtype):
+            loss = model.loss(x, y, model.documents(x, end_id))
+        return loss.detach(), torch.autograd.grad(loss * weight, tuple(model.parameters()))
 
     if config.compile:
-        loss_of = compiled(loss_of, device)
+        gradients_of = compiled(gradients_of, device)
     windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling
     tokens_per_step = config.batch_size * state.model.config.context_length
     while state.step < config.max_steps:
@@ -129,7 +135,7 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
         state.model.train()
         x, y = (to_device(ids, device) for ids in split.batch(state.step, *windows))
         try:
-            record = train_step(state, x, y, config, loss_of)
+            record = train_step(state, x, y, config, gradients_of)
             state.skipped_in_a_row = 0
         except Diverged as error:
             places = ", ".join(map(str, split.starts(state.step, *windows)[:8]))
@@ -169,7 +175,7 @@ def train_step(
     x: Int[Tensor, "B T"],
     y: Int[Tensor, "B T"],
     config: TrainConfig,
-    loss_of: Callable[[TransformerLM, Tensor, Tensor], Tensor],
+    gradients_of: Gradients,
 ) -> Record:
     """One update: schedule, forward, loss, backward, clip, step.
 
@@ -178,13 +184,13 @@ def train_step(
     fraction = learning_rate_fraction(state.step + 1, config)
     for group in state.optimizer.param_groups:
         group["lr"] = fraction * group["initial_lr"]
-    loss, grad_norm = _clipped_gradients(state, x, y, config, loss_of)
+    loss, grad_norm = _clipped_gradients(state, x, y, config, gradients_of)
     while math.isfinite(loss) and not math.isfinite(grad_norm) and state.scaler.get_scale() > 1:
         state.scaler.update()  # the scale was too large for float16: lower it, and again
-        loss, grad_norm = _clipped_gradients(state, x, y, config, loss_of)
+        loss, grad_norm = _clipped_gradients(state, x, y, config, gradients_of)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         state.scaler.update()
-        _backward(state, x, y, config, loss_of)  # clipping by nan has made nan of all
+        _backward(state, x, y, config, gradients_of)  # clipping by nan has made nan of all
         state.scaler.update()
         name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
         raise Diverged(f"{name} is {value} at step {state.step + 1}; {_nonfinite(state)}")
@@ -223,10 +229,10 @@ def _clipped_gradients(
     x: Tensor,
     y: Tensor,
     config: TrainConfig,
-    loss_of: Callable[[TransformerLM, Tensor, Tensor], Tensor],
+    gradients_of: Gradients,
 ) -> tuple[float, float]:
     """Fill the clipped gradients of the whole batch; returns its loss in nats and their norm."""
-    loss = _backward(state, x, y, config, loss_of)
+    loss = _backward(state, x, y, config, gradients_of)
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
     return loss.item(), gradient_clipping(state.model.parameters(), limit).item()
 
@@ -236,22 +242,24 @@ def _backward(
     x: Tensor,
     y: Tensor,
     config: TrainConfig,
-    loss_of: Callable[[TransformerLM, Tensor, Tensor], Tensor],
+    gradients_of: Gradients,
 ) -> Tensor:
     """Fill the gradients of the whole batch, micro-batch by micro-batch; returns its loss."""
     state.optimizer.zero_grad(set_to_none=True)
+    parameters = tuple(state.model.parameters())
     micro_batches = list(
         zip(x.split(config.windows_at_once), y.split(config.windows_at_once), strict=True)
     )
     total = torch.zeros((), device=x.device)
+    weight = state.scaler.scale(torch.ones((), device=x.device)) / len(micro_batches)
     try:
         for number, (micro_x, micro_y) in enumerate(micro_batches):
             if state.model.config.dropout:
                 torch.manual_seed(rng.seed(config.seed, "dropout", state.step, number))
-            with autocast(x.device, config.dtype):
-                loss = loss_of(state.model, micro_x, micro_y) / len(micro_batches)
-            state.scaler.scale(loss).backward()
-            total += loss.detach()
+            loss, gradients = gradients_of(state.model, micro_x, micro_y, weight)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            total += loss / len(micro_batches)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

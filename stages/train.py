@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lm.config import RuntimeConfig
 from lm.console import say
-from lm.device import choose_device, describe, environment, make_deterministic
+from lm.device import choose_device, describe, environment, prepare
 from lm.evaluate import evaluate, loss_nats
 from lm.files import sha256_file
 from lm.model import ModelConfig, TransformerLM
@@ -27,7 +27,7 @@ def train_stage(inputs: Inputs) -> None:
     config = inputs.section(TrainConfig, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
     device = choose_device(runtime.device)
-    make_deterministic(device, config.num_threads)
+    prepare(device, config.num_threads)
     say(f"Device: {describe(device)}")
     inputs.watch(TOKENIZER, TOKENS)
     tokenizer = load_tokenizer(TOKENIZER)
