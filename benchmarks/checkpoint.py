@@ -27,6 +27,9 @@ SHAPE = ModelConfig(
     num_kv_heads=None, d_ff=2048, rope_theta=10000.0, norm_eps=1e-5, dropout=0.0, qk_norm=False,
     tie_embeddings=True, norm="rmsnorm", norm_position="pre", position_embedding="rope",
     ffn="swiglu", intra_document_masking=False,
+    zero_init=False,
+    value_embeddings=False,
+    embedding_skip=False,
 )  # fmt: skip
 REPEATS = 5
 

@@ -30,10 +30,11 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def attention(x, weights, prefix, config):
+def attention(x, weights, prefix, config, extra_values=0.0):
     n_groups = config.num_heads // config.kv_heads
     size = config.head_dim
     q, k, v = (x @ weights[f"{prefix}.{name}_proj.weight"].T for name in "qkv")
+    v = v + extra_values
     mixed = np.zeros((len(x), config.num_heads * size))
 
     def prepare(rows, head, name):
@@ -74,11 +75,15 @@ def transformer(ids, model):
             return x
         return np.array([rms_norm(row, weights[f"{name}.weight"], config.norm_eps) for row in x])
 
-    x = weights["token_embeddings.weight"][list(ids)]
+    x = first = weights["token_embeddings.weight"][list(ids)]
     for i in range(config.num_layers):
-        layer = f"layers.{i}"
+        layer, extra = f"layers.{i}", 0.0
+        if config.embedding_skip:
+            x = x + weights["skip_shares"][i] * first
+        if config.value_embeddings:
+            extra = weights[f"value_embeddings.{i}.weight"][list(ids)]
         if config.norm_position == "pre":
-            x = x + attention(norm(x, f"{layer}.ln1"), weights, f"{layer}.attn", config)
+            x = x + attention(norm(x, f"{layer}.ln1"), weights, f"{layer}.attn", config, extra)
             x = x + feed_forward(norm(x, f"{layer}.ln2"), weights, f"{layer}.ffn", config)
         else:
             x = norm(x + attention(x, weights, f"{layer}.attn", config), f"{layer}.ln1")

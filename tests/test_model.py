@@ -12,7 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lm.model
 from lm.config import load_params, read_section
 from lm.errors import InputError
-from lm.model import ModelConfig, RMSNorm, RotaryEmbedding, TransformerLM, cross_entropy
+from lm.model import (
+    ModelConfig,
+    RMSNorm,
+    RotaryEmbedding,
+    TransformerLM,
+    cross_entropy,
+    linear_cross_entropy,
+)
 from lm.optim import AdamW
 from tests import reference
 from tests.project import ROOT
@@ -26,6 +33,8 @@ VARIANTS = [
     {"norm_position": "post"},
     {"position_embedding": "none"},
     {"ffn": "silu"},
+    {"value_embeddings": True, "num_heads": 4, "num_kv_heads": 2},
+    {"embedding_skip": True},
 ]
 
 
@@ -33,7 +42,7 @@ def variant_model(config: ModelConfig, changes: dict) -> TransformerLM:
     torch.manual_seed(1)
     model = TransformerLM(replace(config, **changes)).eval()
     for name, parameter in model.named_parameters():
-        if "ln" in name or "norm" in name:  # ones would hide a forgotten weight
+        if any(part in name for part in ("ln", "norm", "shares")):  # ones would hide them
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
@@ -335,6 +344,76 @@ def test_cross_entropy_in_chunks_equals_the_whole_without_a_float32_copy(monkeyp
     assert loss.item() == pytest.approx(F.cross_entropy(whole, targets).item(), rel=1e-5)
     atol = 1e-7 if dtype == torch.float32 else 1e-4
     torch.testing.assert_close(chunked.grad.float(), whole.grad, atol=atol, rtol=1e-2)
+
+
+@pytest.mark.parametrize("logits_at_once", [1 << 24, 2000, 300])  # 1, 3 and 8 chunks
+def test_linear_cross_entropy_has_the_loss_and_gradients_of_the_logits(monkeypatch, logits_at_once):
+    monkeypatch.setattr(lm.model, "LOGITS_AT_ONCE", logits_at_once)
+    features, weight = torch.randn(19, 16), torch.randn(300, 16)
+    targets = torch.cat([torch.tensor([0, 299, 7, 7, 7]), torch.randint(300, (14,))])
+    ours = [t.clone().requires_grad_() for t in (features, weight)]
+    theirs = [t.double().requires_grad_() for t in (features, weight)]
+    loss = linear_cross_entropy(*ours, targets)
+    expected = F.cross_entropy(theirs[0] @ theirs[1].T, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (loss * 3).backward()
+    (expected * 3).backward()
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.grad.double(), wanted.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_linear_cross_entropy_in_bfloat16_is_nearer_to_the_truth_than_the_plain_way():
+    features, weight = torch.randn(200, 32), torch.randn(500, 32) / 4
+    targets = torch.randint(500, (200,))
+
+    def gradients(loss_of, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (features, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            loss = loss_of(*leaves)
+        return [g.double() for g in torch.autograd.grad(loss, leaves)]
+
+    def plain(x, w):
+        return F.cross_entropy(F.linear(x, w).to(x.dtype), targets)
+
+    truth = gradients(plain, torch.float64)
+    for got, other, true in zip(
+        gradients(lambda x, w: linear_cross_entropy(x, w, targets), torch.float32),
+        gradients(plain, torch.float32),
+        truth,
+        strict=True,
+    ):
+        assert (got - true).norm() < (other - true).norm() < 0.01 * true.norm()
+
+
+def test_linear_cross_entropy_is_finite_for_huge_logits():
+    features, weight = torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0], [0.0]])
+    loss = linear_cross_entropy(
+        features.requires_grad_(), weight.requires_grad_(), torch.tensor([1, 1])
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(1e4)
+    assert features.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 200, 300])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_blocks_equals_the_plain_kernel(monkeypatch, length, masked):
+    monkeypatch.setattr(lm.model, "MAX_ATTENTION_BLOCKS", 2)
+    q, k, v = (torch.randn(2, 3, length, 8, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(2, 1, length, length) < 0.5
+    mask = (mask | torch.eye(length, dtype=torch.bool)).tril()
+    got = lm.model._attention_in_blocks(q, k, v, mask if masked else None, 0.0)
+    how = {"attn_mask": mask} if masked else {"is_causal": True}
+    expected = F.scaled_dot_product_attention(q, k, v, **how)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_residual_branches_start_at_zero_on_request(model_config):
+    model = TransformerLM(replace(model_config, zero_init=True))
+    ids = torch.randint(96, (2, 16))
+    embedded = model.lm_head(model.ln_final(model.token_embeddings(ids)))
+    assert torch.equal(model(ids), embedded)
 
 
 def test_flops_per_token_counts_the_matrix_products(model_config):
