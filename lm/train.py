@@ -119,14 +119,19 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
     device = next(state.model.parameters()).device
     end_id = split.end_id
 
+    def loss_of(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
+        with autocast(device, config.dtype):
+            return model.loss(x, y, model.documents(x, end_id))
+
     def gradients_of(
         model: TransformerLM, x: Tensor, y: Tensor, weight: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with autocast(device, config.dtype):
-            loss = model.loss(x, y, model.documents(x, end_id))
+        loss = loss_of(model, x, y)
         return loss.detach(), torch.autograd.grad(loss * weight, tuple(model.parameters()))
 
-    if config.compile:
+    if config.compile and config.gradient_checkpointing and state.model.config.dropout:
+        loss_of = compiled(loss_of, device)  # one graph of both cannot draw dropout a second time
+    elif config.compile:
         gradients_of = compiled(gradients_of, device)
     windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling
     tokens_per_step = config.batch_size * state.model.config.context_length
