@@ -199,7 +199,8 @@ def llama(shape: Shape, file: Path, device: torch.device) -> Contest:
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config).to(device)
+    model: Any = LlamaForCausalLM(config)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
     def steps() -> Iterator[float]:
@@ -321,26 +322,24 @@ def ours(shape: Shape, file: Path, device: torch.device, **train_settings: Any) 
     return Contest(state.model.num_parameters(), state.model.flops_per_token(), steps)
 
 
-adamw = partial(ours, optimizer="adamw")
-compiled = partial(adamw, dtype="bfloat16", compile=True)
+OURS: dict[str, Callable[..., Contest]] = {
+    "ours, float32": partial(ours, optimizer="adamw", dtype="float32", compile=False),
+    "ours, float32, compiled": partial(ours, optimizer="adamw", dtype="float32", compile=True),
+    "ours, bfloat16": partial(ours, optimizer="adamw", dtype="bfloat16", compile=False),
+    "ours, bfloat16, compiled": partial(ours, optimizer="adamw", dtype="bfloat16", compile=True),
+    "ours, bfloat16, compiled, Muon": partial(
+        ours, optimizer="muon", dtype="bfloat16", compile=True
+    ),
+}
+CHECKPOINTING = ", checkpointing"  # behind a name of ours
 CONTESTANTS: dict[str, Callable[[Shape, Path, torch.device], Contest]] = {
     "nanoGPT": nanogpt,
     "nanoGPT, compiled": partial(nanogpt, compile=True),
-    "nanoGPT, bfloat16": partial(nanogpt, dtype="bfloat16"),
     "nanoGPT, bfloat16, compiled": partial(nanogpt, dtype="bfloat16", compile=True),
     "Hugging Face Llama": llama,
     "by the book": textbook,
-    "ours, float32": partial(adamw, dtype="float32", compile=False),
-    "ours, float32, compiled": partial(adamw, dtype="float32", compile=True),
-    "ours, bfloat16": partial(adamw, dtype="bfloat16", compile=False),
-    "ours, bfloat16, compiled": compiled,
-    "ours, bfloat16, compiled, Muon": partial(compiled, optimizer="muon"),
+    **OURS,
+    **{name + CHECKPOINTING: partial(it, gradient_checkpointing=True) for name, it in OURS.items()},
     "floor, float32": partial(floor, dtype=torch.float32),
     "floor, bfloat16": partial(floor, dtype=torch.bfloat16),
-}
-CHECKPOINTING = ", checkpointing"  # behind a name of ours
-CONTESTANTS |= {
-    name + CHECKPOINTING: partial(contestant, gradient_checkpointing=True)
-    for name, contestant in CONTESTANTS.items()
-    if name.startswith("ours")
 }

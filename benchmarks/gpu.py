@@ -83,7 +83,7 @@ def growing(
                 f"{speed:,.0f}",
                 f"{speed * found['flops_per_token'] / peak:.2f}",
                 f"{found['peak_bytes'] / 1e6:,.0f}",
-                f"{found['first_step_s']:.0f}",
+                f"{found['first_s']:.0f}",
             ]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
         shape = shape._replace(batch_size=2 * shape.batch_size)
@@ -98,8 +98,8 @@ def stories(shape: Shape, names: list[str], device: torch.device, seconds: float
         found = measured(name, shape, device, seconds)
         if found is not None:
             speed = shape.tokens / found["step_s"]
-            minutes = (STORY_TOKENS / speed + found["first_step_s"]) / 60
-            start = f"{found['first_step_s']:.0f}"
+            minutes = (STORY_TOKENS / speed + found["first_s"]) / 60
+            start = f"{found['first_s']:.0f}"
             print(f"| {name} | {seconds:.0f} | {speed:,.0f} | {start} | {minutes:,.1f} |")
 
 

@@ -39,7 +39,7 @@ def main() -> None:
 def one_shape(title: str, names: list[str], steps: int, threads: int) -> None:
     """One table; ratios are of the own memory."""
     shape = SHAPES[title]
-    print(f"\n| {title} {tuple(shape)} | peak MB | own MB | × leanest peer | × without | ms |")
+    print(f"\n| {title} {tuple(shape)} | peak MB | own MB | of leanest peer | of without | ms |")
     print("|---|--:|--:|--:|--:|--:|")
     own: dict[str, float] = {}
     with token_file(shape.vocab_size) as file:
@@ -52,7 +52,7 @@ def one_shape(title: str, names: list[str], steps: int, threads: int) -> None:
             except Failed as failure:
                 print(f"{name}: {failure}", flush=True)
                 continue
-            own[name] = memory["above_torch_bytes"] / 1e6
+            own[name] = memory["own_bytes"] / 1e6
             leanest = min((own[peer] for peer in PEERS if peer in own), default=None)
             without = own.get(name.removesuffix(CHECKPOINTING)) if CHECKPOINTING in name else None
             cells = [f"{memory['peak_bytes'] / 1e6:,.0f}", f"{own[name]:,.0f}"]

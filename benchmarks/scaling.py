@@ -50,7 +50,7 @@ def main() -> None:
 
 def one_size(base: Shape, size: str, options: argparse.Namespace) -> None:
     """One table; ratios are to its first row."""
-    print(f"\n| {size} | ms | MFLOP a step | GFLOP/s | × FLOPs | × time |")
+    print(f"\n| {size} | ms | MFLOP a step | GFLOP/s | FLOPs, ratio | time, ratio |")
     print("|--:|--:|--:|--:|--:|--:|")
     first: tuple[float, float] | None = None
     for factor in options.factors:

@@ -45,6 +45,9 @@ class RMSNorm(nn.Module):
 
 
 class RoPE(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, head_dim: int, context_length: int, theta: float):
         super().__init__()
         frequencies = theta ** (-torch.arange(0, head_dim, 2) / head_dim)

@@ -37,7 +37,7 @@ ALL = (
     "floor, bfloat16",
 )
 HEADER = """
-| {title} | ms | tokens/s | × nanoGPT | share of floor | peak MB | own MB | first step s |
+| {title} | ms | tokens/s | nanoGPT's ms / ms | share of floor | peak MB | own MB | first step s |
 |---|--:|--:|--:|--:|--:|--:|--:|"""
 
 
@@ -87,8 +87,8 @@ def table(title: str, shape: Shape, found: dict[str, dict[str, Any]]) -> str:
             f"{found['nanoGPT']['step_s'] / step_s:.2f}" if "nanoGPT" in found else "",
             f"{floor['step_s'] / step_s:.2f}" if floor and shared else "",
             f"{values['peak_bytes'] / 1e6:,.0f}",
-            f"{values['above_torch_bytes'] / 1e6:,.0f}",
-            f"{values['first_step_s']:.1f}",
+            f"{values['own_bytes'] / 1e6:,.0f}",
+            f"{values['first_s']:.1f}",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

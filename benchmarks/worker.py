@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,88 +25,68 @@ from typing import Any
 from lm.signals import end_with_parent, sigterm_raises
 
 ROOT = Path(__file__).parent.parent
+Tell = Callable[..., None]  # keyword arguments, to the parent as a line of JSON
 
 
 class Failed(Exception):
-    """A contestant could not start or did not go on; its last line of stderr."""
+    """A process could not start or did not go on; its last line of stderr."""
 
 
-class Worker:
-    """The parent's side; a context manager. Leaving it, for whatever reason, ends the process."""
+class Child:
+    """`python -m module JOB`; a context manager. Leaving it, for whatever reason, ends all of it.
 
-    def __init__(
-        self,
-        contestant: str,
-        shape: tuple[int, ...],
-        file: Path,
-        device: str = "cpu",
-        threads: int | None = None,
-        compile_cache: Path | None = None,
-    ):
-        """A compile cache that is not given is made, and empty: it compiles as the first time."""
-        self.job = [contestant, list(shape), str(file), device]
-        self.threads, self.compile_cache = threads, compile_cache
+    It compiles as the first time: its compile cache is empty.
+    """
+
+    def __init__(self, module: str, job: Any, threads: int | None = None):
+        self.command = [sys.executable, "-m", module, json.dumps(job)]
+        self.threads = threads
         self.process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> Any:
         self.folder = tempfile.TemporaryDirectory()
         return self
 
     def start(self) -> dict[str, Any]:
-        """Take the first step; says how long that took from the start of the process, and what
-        the process says of itself."""
-        cache = self.compile_cache or Path(self.folder.name)
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        """What it says first, and how long after its start: first_s."""
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": self.folder.name}
         if self.threads is not None:
             environment["OMP_NUM_THREADS"] = str(self.threads)
-        self.errors = open(Path(self.folder.name, "stderr"), "w+")
         start = time.perf_counter()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps(self.job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-            process_group=0,  # Ctrl-C is for the parent, which ends the group
-        )
-        said = self._answer()
-        return {"first_step_s": time.perf_counter() - start} | said
+        with open(self._errors, "w") as errors:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+                process_group=0,  # Ctrl-C is for the parent, which ends the group
+            )
+        said = self.answer()
+        return {"first_s": time.perf_counter() - start} | said
 
-    def run(self, steps: int) -> list[float]:
-        """The seconds of each of some steps; one before them is not counted."""
-        return self._ask({"steps": steps})["seconds"]
+    @property
+    def _errors(self) -> Path:
+        return Path(self.folder.name, "stderr")
 
-    def measure(self, seconds: float) -> dict[str, Any]:
-        """Start, run for so long, and say all that is known: the median step_s, the memory."""
-        said, taken = self.start(), self.run(2)
-        while (left := seconds - sum(taken)) > 0:
-            taken += self.run(max(1, min(1000, int(left / statistics.median(taken)))))
-        return said | self.memory() | {"step_s": statistics.median(taken)}
-
-    def memory(self) -> dict[str, float]:
-        """The peak so far, in bytes; and without what importing torch had taken."""
-        return self._ask({"memory": True})
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The answer to a line of JSON. Raises Failed if there is none."""
         assert self.process is not None
         assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended; why, the answer tells
-        return self._answer()
+        with suppress(BrokenPipeError):  # it ended; why, the answer tells
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+        return self.answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
+        """The next line that it says. Raises Failed if it ended instead."""
         assert self.process is not None
         assert self.process.stdout is not None
         if line := self.process.stdout.readline():
             return json.loads(line)
         status = self.process.wait()
-        self.errors.seek(0)
-        lines = [line for line in self.errors.read().splitlines() if line.strip()]
+        lines = [line for line in self._errors.read_text().splitlines() if line.strip()]
         raise Failed(lines[-1] if lines else f"ended with status {status}")
 
     def __exit__(
@@ -116,12 +96,39 @@ class Worker:
         traceback: TracebackType | None,
     ) -> None:
         if self.process is not None:
-            with_children = os.getpgid(self.process.pid) if self.process.poll() is None else None
-            if with_children is not None:
-                os.killpg(with_children, signal.SIGKILL)
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate()
-            self.errors.close()
         self.folder.cleanup()
+
+
+class Worker(Child):
+    """A contestant by its name in benchmarks.contestants; `start` takes its first step."""
+
+    def __init__(
+        self,
+        contestant: str,
+        shape: tuple[int, ...],
+        file: Path,
+        device: str = "cpu",
+        threads: int | None = None,
+    ):
+        super().__init__("benchmarks.worker", [contestant, shape, str(file), device], threads)
+
+    def run(self, steps: int) -> list[float]:
+        """The seconds of each of some steps; one before them is not counted."""
+        return self.ask(steps=steps)["seconds"]
+
+    def memory(self) -> dict[str, float]:
+        """The peak so far, in bytes; and without what importing torch had taken."""
+        return self.ask(memory=True)
+
+    def measure(self, seconds: float) -> dict[str, Any]:
+        """Start, run for so long, and say all that is known: the median step_s, the memory."""
+        said, taken = self.start(), self.run(2)
+        while (left := seconds - sum(taken)) > 0:
+            taken += self.run(max(1, min(1000, int(left / statistics.median(taken)))))
+        return said | self.memory() | {"step_s": statistics.median(taken)}
 
 
 @contextmanager
@@ -136,28 +143,33 @@ def token_file(vocab_size: int, count: int = 2_000_000) -> Iterator[Path]:
         yield file
 
 
-def resident_bytes(field: str) -> int:
-    """Of this process: VmRSS now, VmHWM at most.
-
-    ru_maxrss would also count what the parent held when it started this process.
-    """
-    if sys.platform == "linux":
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+# --- the child's side ---------------------------------------------------------------------
 
 
-def child() -> None:
-    """The process: build, take a step, then answer questions until nobody asks any more."""
+def begin() -> tuple[Any, Tell]:
+    """The job, and how to answer. What a contestant prints goes to stderr; no orphan goes on."""
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a contestant prints
-    name, sizes, file, device_name = json.loads(sys.argv[1])
+    os.dup2(2, 1)
+    return json.loads(sys.argv[1]), lambda **said: print(json.dumps(said), file=answers, flush=True)
+
+
+def peak_resident_bytes() -> int:
+    """Of this process. On Linux ru_maxrss would count what the parent held when it started this."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def main() -> None:
+    """Build, take a step, then answer questions until nobody asks any more."""
+    (name, sizes, file, device_name), tell = begin()
     start = time.perf_counter()
     import torch
 
-    importing = {"import_s": time.perf_counter() - start, "import_bytes": resident_bytes("VmHWM")}
+    import_s, import_bytes = time.perf_counter() - start, peak_resident_bytes()
     from benchmarks.contestants import CONTESTANTS, Missing, Shape
 
     device = torch.device(device_name)
@@ -165,15 +177,10 @@ def child() -> None:
         contest = CONTESTANTS[name](Shape(*sizes), Path(file), device)
     except Missing as missing:
         sys.exit(str(missing))
-
-    def tell(**answer: Any) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
     loss = next(contest.steps)
-    told = {"parameters": contest.parameters, "flops_per_token": contest.flops_per_token}
-    tell(first_loss=loss, **importing, **told)
-    for line in sys.stdin:
-        question = json.loads(line)
+    sizes = {"parameters": contest.parameters, "flops_per_token": contest.flops_per_token}
+    tell(first_loss=loss, import_s=import_s, import_bytes=import_bytes, **sizes)
+    for question in map(json.loads, sys.stdin):
         if "steps" in question:
             next(contest.steps)
             seconds = []
@@ -183,11 +190,12 @@ def child() -> None:
                 seconds.append(time.perf_counter() - start)
             tell(seconds=seconds)
         elif device.type == "cuda":
-            tell(peak_bytes=torch.cuda.max_memory_allocated(device), above_torch_bytes=0)
+            peak = torch.cuda.max_memory_allocated(device)
+            tell(peak_bytes=peak, own_bytes=peak)
         else:
-            peak = resident_bytes("VmHWM")
-            tell(peak_bytes=peak, above_torch_bytes=peak - importing["import_bytes"])
+            peak = peak_resident_bytes()
+            tell(peak_bytes=peak, own_bytes=peak - import_bytes)
 
 
 if __name__ == "__main__":
-    child()
+    main()
