@@ -24,7 +24,6 @@ from benchmarks.worker import Child, Failed, Tell, begin
 from lm.errors import InputError, one_line_errors
 from lm.signals import sigterm_raises
 
-MAX_ITERS = 2000
 SIZES = (128, 4, 4, 344, 64, 12)  # d_model, layers, heads, (d_ff), context, batch of nanoGPT's side
 
 
@@ -42,13 +41,13 @@ class Curve(NamedTuple):
 # --- the contestants, each in a process ---------------------------------------------------
 
 
-def nanogpt(vocab_size: int, folder: Path) -> tuple[Iterator[float], Any, int]:
+def nanogpt(vocab_size: int, folder: Path, max_iters: int) -> tuple[Iterator[float], Any, int]:
     """Steps, logits of (x, y), number of steps."""
     import torch
 
     from benchmarks.contestants import NanoGPTSettings, Shape, nanogpt_model, nanogpt_steps
 
-    shape, settings = Shape(vocab_size, *SIZES), NanoGPTSettings(lr_decay_iters=MAX_ITERS)
+    shape, settings = Shape(vocab_size, *SIZES), NanoGPTSettings(lr_decay_iters=max_iters)
     model = nanogpt_model(shape, torch.device("cpu"), settings)
     steps = nanogpt_steps(model, shape, folder / "train.bin", torch.device("cpu"), settings)
 
@@ -58,7 +57,7 @@ def nanogpt(vocab_size: int, folder: Path) -> tuple[Iterator[float], Any, int]:
         model.train()
         return result
 
-    return steps, logits, MAX_ITERS
+    return steps, logits, max_iters
 
 
 def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> Any:
@@ -115,7 +114,7 @@ def child() -> None:
 def run(job: dict[str, Any], tell: Tell) -> None:
     folder, sizes = Path(job["folder"]), job["vocab_size"]
     steps, logits, n_steps = (
-        nanogpt(sizes, folder) if job["preset"] is None
+        nanogpt(sizes, folder, job["max_iters"]) if job["preset"] is None
         else ours(sizes, folder, job["preset"], job["overrides"])
     )  # fmt: skip
     valid = read_ids(folder / "valid.bin")
@@ -200,6 +199,7 @@ def main() -> None:
     parser.add_argument("--preset", type=Path, default=Path("params.yaml"))
     parser.add_argument("-S", dest="overrides", action="append", default=[])
     parser.add_argument("--every", type=int, default=50, help="steps between two validations")
+    parser.add_argument("--max-iters", type=int, default=2000, help="of nanoGPT, which are 2000")
     options = parser.parse_args()
     with one_line_errors(), sigterm_raises(), tempfile.TemporaryDirectory() as folder:
         text = text_of(options.text)
@@ -212,7 +212,7 @@ def main() -> None:
         uniform = math.log(len(characters))
         print(f"{len(text):,} characters, {len(characters)} distinct (uniform: {uniform:.4f})\n")
         job = {"folder": folder, "vocab_size": len(characters), "every": options.every}
-        job |= {"overrides": options.overrides}
+        job |= {"overrides": options.overrides, "max_iters": options.max_iters}
         curves = []
         for preset in (None, str(options.preset.resolve())):
             try:
