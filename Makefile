@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal experiments sweep plots test lint lock check bench smoke certify soak
+.PHONY: setup repro heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
@@ -59,9 +59,15 @@ lock: setup
 
 check: lint lock test
 
-# ours beside a plain PyTorch loop, one run
+# training speed beside nanoGPT, Hugging Face and the floor: make bench NANOGPT=/path/to/clone
+bench: export NANOGPT ?= nanoGPT
 bench: setup
 	@python -m benchmarks.throughput
+
+# the same on a GPU, with memory, MFU and how long 17M parameters on TinyStories take
+bench-gpu: export NANOGPT ?= nanoGPT
+bench-gpu: setup
+	@python -m benchmarks.gpu
 
 # a small real `dvc repro` in a fresh clone
 smoke: setup

@@ -1,133 +1,122 @@
-"""Training speed beside a plain PyTorch loop of the same size, in one run.
+"""Training speed beside nanoGPT, Hugging Face and the machine's own limit: one table a shape.
 
-    python -m benchmarks.throughput [-S section.key=value ...]
+    python -m benchmarks.throughput [--shapes S S10k M L] [--rounds N]      (make bench)
 
-Both train on data/tokens with the settings of params.yaml: the whole step, from the batch to the
-updated weights. Slices of a few steps alternate, so that both see the same machine; medians count.
+Each contestant is a process of its own and runs its real loop, from the batch to the updated
+weights, on the same file of random token ids with the same number of threads. Slices of a few
+steps take turns, so that all see the same machine; medians count. NANOGPT names a clone of nanoGPT.
+
+floor       only the matrix products of a step of that shape, attention without regard to its mask
+share       of the floor's time for the same dtype in the contestant's
+peak MB     of the process's memory; "own" is that above importing torch
+first step  from the start of the process, compiling with an empty cache included
 """
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from contextlib import ExitStack
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from lm.config import load_params, read_section
-from lm.device import choose_device, describe, make_deterministic
+from benchmarks.contestants import SHAPES, Shape
+from benchmarks.worker import Failed, Worker, token_file
+from lm.device import describe
 from lm.errors import one_line_errors
-from lm.model import ModelConfig
-from lm.tokens import Split, open_tokens
-from lm.train import TrainConfig, new_state, train
 
-SLICES, STEPS_PER_SLICE = 12, 4
-
-
-class PlainGPT(nn.Module):
-    """GPT-2's architecture from torch's stock layers, as an unhurried user would write it."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        width = config.d_model
-        self.tokens = nn.Embedding(config.vocab_size, width)
-        self.positions = nn.Embedding(config.context_length, width)
-        layer = nn.TransformerEncoderLayer(
-            width, config.num_heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-        )
-        norm = nn.LayerNorm(width)
-        self.blocks = nn.TransformerEncoder(layer, config.num_layers, norm, False)
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
-        mask = nn.Transformer.generate_square_subsequent_mask(config.context_length)
-        self.register_buffer("mask", mask)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
-        return self.head(self.blocks(x, mask=self.mask, is_causal=True))
+ALL = (
+    "nanoGPT",
+    "nanoGPT, compiled",
+    "Hugging Face Llama",
+    "by the book",
+    "ours, float32",
+    "ours, float32, compiled",
+    "ours, bfloat16, compiled",
+    "ours, bfloat16, compiled, Muon",
+    "floor, float32",
+    "floor, bfloat16",
+)
+HEADER = """
+| {title} | ms | tokens/s | nanoGPT's ms / ms | share of floor | peak MB | own MB | first step s |
+|---|--:|--:|--:|--:|--:|--:|--:|"""
 
 
-def plain_steps(config: ModelConfig, settings: TrainConfig, split: Split) -> Iterator[None]:
-    """nanoGPT's loop: memmap batch, forward, loss, backward, clip, torch's AdamW."""
-    model = PlainGPT(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95))
-    length = config.context_length
-    while True:
-        starts = torch.randint(len(split.tokens) - length, (settings.batch_size,)).tolist()
-        x, y = (
-            torch.stack(
-                [
-                    torch.from_numpy(split.tokens[s + i : s + i + length].astype(np.int64))
-                    for s in starts
-                ]
-            )
-            for i in (0, 1)
-        )
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        loss.item()
-        yield
+def compare(
+    shape: Shape, names: list[str], rounds: int, steps: int, threads: int
+) -> dict[str, dict[str, Any]]:
+    """What each contestant took: what Worker.start says, the median step_s, and its memory.
+
+    One that fails is told in a line and left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    with token_file(shape.vocab_size) as file, ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+
+        def attempt(name: str, action: Any, *arguments: Any) -> Any:
+            try:
+                return action(*arguments)
+            except Failed as failure:
+                print(f"{name}: {failure}", flush=True)
+                workers.pop(name, None)
+                found.pop(name, None)
+
+        for name in names:
+            worker = stack.enter_context(Worker(name, shape, file, threads=threads))
+            if said := attempt(name, worker.start):
+                workers[name], found[name] = worker, said
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
+        for _ in range(rounds):
+            for name, worker in list(workers.items()):
+                seconds[name] += attempt(name, worker.run, steps) or []
+        for name, worker in list(workers.items()):
+            if memory := attempt(name, worker.memory):
+                found[name] |= memory | {"step_s": statistics.median(seconds[name])}
+    return found
 
 
-def interleaved(contestants: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds per step of each, measured in alternating slices after a warm-up."""
-    for step in contestants.values():
-        for _ in range(3):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(SLICES):
-        for name, step in contestants.items():
-            for _ in range(STEPS_PER_SLICE):
-                start = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def table(title: str, shape: Shape, found: dict[str, dict[str, Any]]) -> str:
+    """Markdown; a column is empty where what it compares with is missing."""
+    lines = [HEADER.format(title=title)]
+    for name, values in found.items():
+        step_s = values["step_s"]
+        floor = found.get("floor, bfloat16" if "bfloat16" in name else "floor, float32")
+        shared = floor and not name.startswith(("nanoGPT", "floor"))  # nanoGPT multiplies others
+        cells = [
+            f"{step_s * 1e3:.1f}",
+            f"{shape.tokens / step_s:,.0f}",
+            f"{found['nanoGPT']['step_s'] / step_s:.2f}" if "nanoGPT" in found else "",
+            f"{floor['step_s'] / step_s:.2f}" if floor and shared else "",
+            f"{values['peak_bytes'] / 1e6:,.0f}",
+            f"{values['own_bytes'] / 1e6:,.0f}",
+            f"{values['first_s']:.1f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("-S", dest="overrides", action="append", default=[])
+    parser.add_argument("--shapes", nargs="+", default=["S", "S10k", "M", "L"], choices=SHAPES)
+    parser.add_argument("--contestants", nargs="+", default=ALL, metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help="of a slice")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     with one_line_errors():
-        params = load_params(Path("params.yaml"), options.overrides)
-        tokens = open_tokens(Path("data/tokens"))
-        config = read_section(ModelConfig, params, "model", vocab_size=tokens.vocab_size)
-        settings = replace(read_section(TrainConfig, params, "train"), max_steps=10**9)
-        device = choose_device("cpu")
-        make_deterministic(device, settings.num_threads)
-
-        def ours(**changes: object) -> Callable[[], object]:
-            changed = replace(settings, **changes)  # type: ignore[arg-type]
-            steps = train(new_state(config, changed, device), tokens.train, changed)
-            return lambda: next(steps)
-
-        plain = plain_steps(config, settings, tokens.train)
-        medians = interleaved(
-            {
-                "plain PyTorch loop, float32": lambda: next(plain),
-                f"default ({settings.optimizer}, {settings.dtype})": ours(),
-                "default with AdamW": ours(optimizer="adamw"),
-                "AdamW, bfloat16, compiled": ours(
-                    optimizer="adamw", dtype="bfloat16", compile=True
-                ),
-            }
-        )
-    n_tokens = settings.batch_size * config.context_length
-    parameters = sum(p.numel() for p in PlainGPT(config).parameters())
-    print(f"{describe(device)}, torch {torch.__version__}; plain model {parameters:,} parameters\n")
-    print("| training step | ms | tokens/s | ratio |\n|---|---:|---:|---:|")
-    baseline = next(iter(medians.values()))
-    for name, seconds in medians.items():
-        speed = f"{seconds * 1e3:.1f} | {n_tokens / seconds:,.0f} | {baseline / seconds:.2f}"
-        print(f"| {name} | {speed} |")
+        torch.set_num_threads(options.threads)
+        print(f"{describe(torch.device('cpu'))}, torch {torch.__version__}", flush=True)
+        for name in options.shapes:
+            shape = SHAPES[name]
+            rounds, steps = options.rounds, options.steps
+            found = compare(shape, list(options.contestants), rounds, steps, options.threads)
+            print(table(f"{name} {tuple(shape)}", shape, found))
+            if found:
+                sizes = {f"{name} {v['parameters']:,}": 0 for name, v in found.items()}
+                importing = statistics.median(v["import_s"] for v in found.values())
+                held = statistics.median(v["import_bytes"] for v in found.values()) / 1e6
+                print(f"\nImporting torch: {importing:.1f} s, {held:.0f} MB. {'; '.join(sizes)}.")
 
 
 if __name__ == "__main__":
