@@ -172,8 +172,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         (inner,) = (argument for argument in arguments if argument is not NoneType)
         return _convert(value, inner, key)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
-            choice = ", ".join(map(str, arguments))
+        if not any(type(value) is type(word) and value == word for word in arguments):
+            choice = ", ".join(str(a).lower() if type(a) is bool else a for a in arguments)
             raise InputError(f"{key} = {_brief(value)}: must be one of {choice}")
         return value
     if origin is list:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,6 +39,16 @@ _SWITCHES = (
 # of mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 _COMPILERS = ("c++", "g++", "clang++")
+# FLOP/s of dense products by the vendors' data sheets: bfloat16 or float16, TF32, float32. NVIDIA
+# H100 Tensor Core GPU (SXM, PCIe), H200 Tensor Core GPU, A100 Tensor Core GPU data sheets; Ada GPU
+# architecture white paper, appendix A (with sums in float32). Sparsity, which doubles them, is off.
+_DATA_SHEETS = {
+    "H100 PCIe": (756e12, 378e12, 51e12),
+    "H100": (989e12, 494e12, 67e12),
+    "H200": (989e12, 494e12, 67e12),
+    "A100": (312e12, 156e12, 19.5e12),
+    "RTX 4090": (165.2e12, 82.6e12, 82.6e12),
+}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -104,10 +114,10 @@ def _processor() -> str:
     return " ".join([maker, *(name for name, there in extras.items() if there)])
 
 
-def _field(file: str, name: str) -> str | None:
+def _field(file: str, name: str, separator: str = ":") -> str | None:
     with open(file, encoding="utf-8") as lines:
         return next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith(name)), None
+            (line.partition(separator)[2].strip() for line in lines if line.startswith(name)), None
         )
 
 
@@ -171,15 +181,8 @@ def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
 def compiled(function: Function, device: torch.device) -> Function:
     """`function` by torch.compile. Raises EnvironmentFault, now or when called, where it fails."""
     otherwise = "or set train.compile: false"
-    if device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
-        raise EnvironmentFault(
-            f"train.compile = true: no C++ compiler found; install g++ {otherwise}"
-        )
-    if device.type == "cpu" and " " in torch.__file__:
-        raise EnvironmentFault(  # it hands its own path to the linker without quotes
-            f"train.compile = true: torch.compile fails where torch's path has a space "
-            f"({Path(torch.__file__).parent}); move the project {otherwise}"
-        )
+    if reason := no_compiling(device):
+        raise EnvironmentFault(f"train.compile = true: {reason} {otherwise}")
     from torch._dynamo import config  # costs 1.5 s: only who compiles pays
     from torch._dynamo.exc import BackendCompilerFailed
 
@@ -230,6 +233,83 @@ def matmul_flops_per_second(device: torch.device, dtype: Dtype) -> float:
     return 2 * size**3 / statistics.median(seconds[2:])
 
 
+def data_sheet_flops_per_second(device: torch.device, dtype: Dtype) -> float | None:
+    """The peak that the maker promises for dense products; None for a device not known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = next((peaks for known, peaks in _DATA_SHEETS.items() if known in name), None)
+    if peaks is None:
+        return None
+    if dtype != "float32":
+        return peaks[0]
+    return peaks[1] if torch.get_float32_matmul_precision() != "highest" else peaks[2]
+
+
+def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
+    """Whether products in a 16-bit type are faster here than in float32."""
+    if device.type == "cpu":
+        cpu: Any = torch.cpu
+        fast = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+        return dtype == "bfloat16" and bool(fast)
+    return dtype != "float32"
+
+
+def no_compiling(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, and what to do; None if it can."""
+    if device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
+        return "no C++ compiler found; install g++"
+    if device.type == "cpu" and " " in torch.__file__:
+        # it hands its own path to the linker without quotes
+        return (
+            f"torch.compile fails where torch's path has a space ({Path(torch.__file__).parent}); "
+            "move the project"
+        )
+    return None
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """What can still be taken: of a GPU, or of RAM within the limits of the process's cgroups.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if sys.platform != "linux":
+        return None
+    available = _field("/proc/meminfo", "MemAvailable")
+    free = [int(available.split()[0]) * 1024] if available else []
+    return min(free + _left_in_cgroups(), default=None)
+
+
+def _left_in_cgroups() -> list[int]:
+    """What each limit above this process leaves (cgroups v2 and v1); page cache counts as free."""
+    left = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        own = root / path.lstrip("/")
+        for group in (own, *own.parents[: len(own.relative_to(root).parts)]):
+            with suppress(OSError, ValueError):  # not mounted here, or "max": no limit
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                cache = _field(str(group / "memory.stat"), names[2], separator=" ") or "0"
+                left.append(max(0, limit - used + int(cache)))
+    return left
+
+
+def resident_memory_bytes() -> int:
+    """What the process holds now (on Linux), or held at most so far."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory_bytes(torch.device("cpu"))
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given, so that a clock tells the truth."""
     if device.type == "cuda":
@@ -245,9 +325,14 @@ def performance(
     tokens_per_step: int,
     flops_per_token: float,
 ) -> dict[str, Any]:
-    """Speed and memory of a finished run; MFU is the share of a measured matrix product's rate."""
+    """Speed and memory of a finished run.
+
+    MFU is the share of the data sheet's peak, or where none is known of a measured product's rate.
+    """
     step_s = statistics.median(step_seconds) if step_seconds else float("nan")
-    peak = matmul_flops_per_second(device, dtype)
+    measured = matmul_flops_per_second(device, dtype)
+    promised = data_sheet_flops_per_second(device, dtype)
+    peak = promised or measured
     tokens_per_second = tokens_per_step / step_s
     return {
         "device": describe(device),
@@ -256,6 +341,10 @@ def performance(
         "step_seconds_median": round(step_s, 6),
         "peak_memory_bytes": peak_memory_bytes(device),
         "flops_per_token": flops_per_token,
-        "matmul_flops_per_second": round(peak),
+        "matmul_flops_per_second": round(measured),
+        "data_sheet_flops_per_second": promised,
+        "mfu_is_of": "matmul_flops_per_second"
+        if promised is None
+        else "data_sheet_flops_per_second",
         "mfu": round(tokens_per_second * flops_per_token / peak, 4),
     }

@@ -25,6 +25,8 @@ from lm.checkpoint import Extra, commit, contents, read_extra, verify, write_che
 from lm.errors import Busy, EnvironmentFault, InputError
 from lm.files import sha256_json, writing
 
+MICRO_BATCH_SIZES = "micro_batch_sizes"  # in a run's identity: the first step of each size
+
 
 class ResumeDirectory:
     """The newest checkpoints of one run, and those that one of them calls the best so far.
@@ -127,7 +129,12 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:
     """The folder of the run that is decided by `identity`: one for each."""
-    return unfinished / sha256_json(identity)[:32]
+    return unfinished / sha256_json(decided(identity))[:32]
+
+
+def decided(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run but for the sizes of its micro-batches, which memory decided."""
+    return {part: value for part, value in identity.items() if part != MICRO_BATCH_SIZES}
 
 
 def clock_file(unfinished: Path, identity: dict[str, Any]) -> Path:

@@ -25,7 +25,16 @@ from lm.device import performance
 from lm.errors import Diverged, EnvironmentFault, InputError
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
 from lm.history import Clock, History
-from lm.resume import ResumeDirectory, clock_file, kept_checkpoints, publishing, run_folder
+from lm.plan import Forecast
+from lm.resume import (
+    MICRO_BATCH_SIZES,
+    ResumeDirectory,
+    clock_file,
+    decided,
+    kept_checkpoints,
+    publishing,
+    run_folder,
+)
 from lm.signals import CatchSignals
 from lm.tokenizer import Tokenizer
 from lm.train import Record, TrainConfig, TrainState
@@ -51,7 +60,9 @@ class Run:
         `made_of` (inputs, code, environment), with the settings of model and training, is all that
         decides the result: it is recorded as the model's provenance, and only a run that agrees
         in every part of it is resumed. It holds no clock, no path and no commit, or the outputs
-        would not reproduce. With `live` the metrics can be watched in that folder during training.
+        would not reproduce. What memory decided is recorded beside it: the sizes of micro-batches.
+        A resumed run keeps the size it had, unless that exceeds state.windows_at_once. With `live`
+        the metrics can be watched in that folder during training.
         Raises Busy if another process trains this run, InputError for a checkpoint to continue
         that does not fit.
         """
@@ -65,6 +76,7 @@ class Run:
         _report_others(folder)
         self.history, self.clock = History(), Clock()
         self.clock_file = clock_file(unfinished, self.identity)
+        self.identity[MICRO_BATCH_SIZES] = {str(state.step + 1): state.windows_at_once}
         self.best: dict[str, Any] = {"valid_loss": None, "step": None, "misses": 0}
         self.valid_loss: float | None = None
         self.weights: dict[str, str] = {}  # their hash at each validation, by step
@@ -72,6 +84,7 @@ class Run:
         self.refreshed_s = -math.inf
         if not self._resume() and resume_from is not None:
             self._continue(resume_from)
+            self.identity[MICRO_BATCH_SIZES] = {str(state.step + 1): state.windows_at_once}
         tokens = config.batch_size * state.model.config.context_length
         self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
         self.signals = CatchSignals()
@@ -103,15 +116,30 @@ class Run:
                 say(f"warning: {fault}; passed over")
                 continue
             self._restore(path)
+            self._keep_windows_at_once(read_extra(path)["identity"][MICRO_BATCH_SIZES])
             finished = f"; it is finished: delete {path.parent} to train anew"
             say(f"Resumed at step {self.state.step}{finished if self.finished() else ''}")
             return True
         return False
 
+    def _keep_windows_at_once(self, sizes: dict[str, int]) -> None:
+        """Go on with the micro-batches that the run had, or with what fits if that is less."""
+        before, fitting = sizes[max(sizes, key=int)], self.state.windows_at_once
+        self.identity[MICRO_BATCH_SIZES] = dict(sizes)
+        self.state.windows_at_once = min(before, fitting)
+        if fitting < before and not self.finished():
+            say(f"{before} windows at a time no longer fit: from here on {fitting}")
+            self._note_windows_at_once(self.state.step + 1)
+
+    def _note_windows_at_once(self, step: int) -> None:
+        sizes, size = self.identity[MICRO_BATCH_SIZES], self.state.windows_at_once
+        if sizes[max(sizes, key=int)] != size:
+            sizes[str(step)] = size
+
     def _fault(self, path: Path) -> str | None:
         """Why an undamaged checkpoint must not be resumed."""
         extra = read_extra(path)
-        ours, theirs = _as_json(self.identity), extra["identity"]
+        ours, theirs = _as_json(decided(self.identity)), decided(extra["identity"])
         for part in sorted(ours.keys() | theirs.keys()):
             if ours.get(part) != theirs.get(part):
                 return f"{path}: of another run: {part} differs"
@@ -192,6 +220,7 @@ class Run:
 
     def log(self, record: Record) -> None:
         """Take in a finished step, with "valid_loss" if it was validated."""
+        self._note_windows_at_once(record["step"])
         self.history.add(record)
         self.step_seconds.append(record["step_s"])
         elapsed_s = self.progress.elapsed_s()
@@ -274,6 +303,7 @@ class Run:
             "step": state.step,
             "tokens": state.step * self.config.batch_size * state.model.config.context_length,
             "parameters": state.model.num_parameters(),
+            "micro_batch_size": state.windows_at_once,
             "train_loss": average if math.isfinite(average) else None,
             "valid_loss": self.valid_loss,
             "best_valid_loss": self.best["valid_loss"],
@@ -284,12 +314,16 @@ class Run:
         write_json(metrics / "train.json", figures, durable)
         atomic_write(metrics / "wall_clock.csv", self.history.to_csv(self.clock), durable)
 
-    def write_performance(self, device: torch.device, metrics: Path) -> None:
+    def write_performance(self, device: torch.device, metrics: Path, forecast: Forecast) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
         tokens = self.config.batch_size * self.state.model.config.context_length
         flops = self.state.model.flops_per_token()
         speed = performance(device, self.config.dtype, self.step_seconds, tokens, flops)
-        write_json(metrics / "performance.json", speed)
+        chosen = {
+            "micro_batch_size": self.state.windows_at_once,
+            "compiled": self.config.compile is True,
+        }
+        write_json(metrics / "performance.json", speed | chosen | forecast.beside_measured(device))
 
 
 def due(step: int, interval: int) -> bool:

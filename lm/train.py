@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lm import rng
 from lm.config import POSITIVE, SEED, Bound, Count
+from lm.console import say
 from lm.device import Dtype, autocast, compiled, to_device
 from lm.errors import Diverged, EnvironmentFault, InputError, is_out_of_memory
 from lm.model import ModelConfig, TransformerLM
@@ -42,13 +43,13 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         Annotated[int, THREADS] | None
     )  # of a CPU; null: as many as torch takes, often one a core
     batch_size: Count  # windows per update
-    micro_batch_size: Count | None  # windows per backward pass; null: all
+    micro_batch_size: Count | None  # windows per backward pass; null: as many as fit
     max_grad_norm: Annotated[float, POSITIVE] | None
     on_nonfinite: Literal["stop", "skip"]  # a step whose loss or gradient norm is nan or infinite
     max_skipped_steps: Count  # in a row, before "skip" stops too
     sampling: Sampling
     dtype: Dtype
-    compile: bool
+    compile: Literal["auto", True, False]  # auto: lm.plan decides, before training
     gradient_checkpointing: bool
     eval_interval: Count  # steps between two validations
     eval_batches: Count  # batches of a validation, spread over the split
@@ -64,7 +65,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
 
     @property
     def windows_at_once(self) -> int:
-        """Windows per backward pass."""
+        """Windows per backward pass, where memory does not decide: see TrainState."""
         return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
 
@@ -75,6 +76,7 @@ class TrainState:
     model: TransformerLM
     optimizer: AdamW
     scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
+    windows_at_once: int  # per backward pass; fewer after running out of memory
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -85,7 +87,8 @@ def new_state(model_config: ModelConfig, config: TrainConfig, device: torch.devi
     torch.manual_seed(rng.seed(config.seed, "init"))
     model = TransformerLM(model_config, config.gradient_checkpointing).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    return TrainState(model, OPTIMIZERS[config.optimizer](model, config), scaler)
+    optimizer = OPTIMIZERS[config.optimizer](model, config)
+    return TrainState(model, optimizer, scaler, config.windows_at_once)
 
 
 def get_batch(
@@ -129,9 +132,9 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
         loss = loss_of(model, x, y)
         return loss.detach(), torch.autograd.grad(loss * weight, tuple(model.parameters()))
 
-    if config.compile and config.gradient_checkpointing and state.model.config.dropout:
+    if config.compile is True and config.gradient_checkpointing and state.model.config.dropout:
         loss_of = compiled(loss_of, device)  # one graph of both cannot draw dropout a second time
-    elif config.compile:
+    elif config.compile is True:
         gradients_of = compiled(gradients_of, device)
     windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling
     tokens_per_step = config.batch_size * state.model.config.context_length
@@ -249,29 +252,63 @@ def _backward(
     config: TrainConfig,
     gradients_of: Gradients,
 ) -> Tensor:
-    """Fill the gradients of the whole batch, micro-batch by micro-batch; returns its loss."""
+    """Fill the gradients of the whole batch; returns its loss.
+
+    Out of memory, it begins again with smaller micro-batches, unless their size is set.
+    """
+    while True:
+        try:
+            return _accumulated(state, x, y, config, gradients_of)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        _take_fewer_windows(state, config, x.device)  # here, where nothing holds the tensors
+
+
+def _take_fewer_windows(state: TrainState, config: TrainConfig, device: torch.device) -> None:
+    """Lower state.windows_at_once to the next divisor of the batch, at most half of it.
+
+    Raises EnvironmentFault if the size is set, or is one window already.
+    """
+    before = state.windows_at_once
+    fewer = next((n for n in range(before // 2, 0, -1) if config.batch_size % n == 0), None)
+    if config.micro_batch_size is not None or fewer is None:
+        smaller = f"train.micro_batch_size: {fewer}" if fewer else "a smaller model"
+        raise EnvironmentFault(
+            f"out of memory on {device} with {before} windows at a time; try {smaller} "
+            "or train.gradient_checkpointing: true"
+        )
+    state.windows_at_once = fewer
+    state.optimizer.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    say(
+        f"Out of memory on {device} with {before} windows at a time: step {state.step + 1} again "
+        f"and the rest with {fewer}"
+    )
+
+
+def _accumulated(
+    state: TrainState,
+    x: Tensor,
+    y: Tensor,
+    config: TrainConfig,
+    gradients_of: Gradients,
+) -> Tensor:
+    """Sum the gradients, micro-batch by micro-batch; returns the loss."""
     state.optimizer.zero_grad(set_to_none=True)
     parameters = tuple(state.model.parameters())
-    micro_batches = list(
-        zip(x.split(config.windows_at_once), y.split(config.windows_at_once), strict=True)
-    )
+    size = state.windows_at_once
+    micro_batches = list(zip(x.split(size), y.split(size), strict=True))
     total = torch.zeros((), device=x.device)
     weight = state.scaler.scale(torch.ones((), device=x.device)) / len(micro_batches)
-    try:
-        for number, (micro_x, micro_y) in enumerate(micro_batches):
-            if state.model.config.dropout:
-                torch.manual_seed(rng.seed(config.seed, "dropout", state.step, number))
-            loss, gradients = gradients_of(state.model, micro_x, micro_y, weight)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            total += loss / len(micro_batches)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise EnvironmentFault(
-            f"out of memory on {x.device} with {config.windows_at_once} windows at a time; try "
-            f"train.micro_batch_size: {max(1, config.windows_at_once // 2)} "
-            "or train.gradient_checkpointing: true"
-        ) from None
+    for number, (micro_x, micro_y) in enumerate(micro_batches):
+        if state.model.config.dropout:
+            torch.manual_seed(rng.seed(config.seed, "dropout", state.step, number))
+        loss, gradients = gradients_of(state.model, micro_x, micro_y, weight)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        del gradient, gradients  # or the next forward pass would stand beside them
+        total += loss / len(micro_batches)
     state.scaler.unscale_(state.optimizer)
     return total

@@ -33,7 +33,7 @@ from lm.device import choose_device, environment, make_deterministic
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
 from lm.model import ModelConfig
-from lm.resume import kept_checkpoints
+from lm.resume import MICRO_BATCH_SIZES, kept_checkpoints
 from lm.tokens import open_tokens
 from lm.train import TrainConfig, TrainState, new_state, train
 
@@ -197,7 +197,7 @@ def replay(steps: int, device: torch.device) -> str:
     identity = recorded["identity"]
     config = read_section(TrainConfig, identity, "train", str(LAST))
     make_deterministic(device, config.num_threads)
-    here = environment(device, config.compile)
+    here = environment(device, config.compile is True)
     if differing := sorted(
         key
         for key in here.keys() | identity["environment"].keys()
@@ -211,6 +211,8 @@ def replay(steps: int, device: torch.device) -> str:
     state = new_state(read_section(ModelConfig, identity, "model", str(LAST)), config, device)
     start = _restore_start(state, steps, recorded)
     known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
+    sizes = {int(step): size for step, size in identity[MICRO_BATCH_SIZES].items()}
+    state.windows_at_once = size_at(sizes, state.step + 1)
     compared = [step for step in sorted(known) if start < step <= start + steps]
     if not compared:
         following = min(step for step in known if step > start)
@@ -223,6 +225,7 @@ def replay(steps: int, device: torch.device) -> str:
             raise InputError(f"replay from step {start}: other weights at step {state.step}")
         if state.step == start + steps:
             break
+        state.windows_at_once = size_at(sizes, state.step + 1)
     return (
         f"replayed steps {start + 1} to {state.step}: the weights at "
         f"{', '.join(f'step {step}' for step in compared)} are the same, bit for bit"
@@ -243,6 +246,11 @@ def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> i
     elif steps > last_step:
         raise InputError(f"--replay {steps}: the run had {last_step} steps")
     return state.step
+
+
+def size_at(sizes: dict[int, int], step: int) -> int:
+    """The micro-batch size of a step, given the first step of each size."""
+    return sizes[max(first for first in sizes if first <= step)]
 
 
 def _words(values: dict[str, Any]) -> str:

@@ -8,11 +8,12 @@ from lm.console import say
 from lm.device import choose_device, describe, environment, prepare
 from lm.evaluate import evaluate, loss_nats
 from lm.files import sha256_file
-from lm.model import ModelConfig, TransformerLM
+from lm.model import ModelConfig
+from lm.plan import Forecast, begin, make_plan
 from lm.run import Run, due
 from lm.tokenizer import load_tokenizer
 from lm.tokens import Split, open_tokens
-from lm.train import TrainConfig, new_state, train
+from lm.train import TrainConfig, TrainState, train
 from stages.run import UNFINISHED, Inputs, run
 
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
@@ -24,10 +25,10 @@ def train_stage(inputs: Inputs) -> None:
 
     Under DVC, which has deleted them by now, curves.csv and train.json can be watched meanwhile.
     """
-    config = inputs.section(TrainConfig, "train")
+    asked = inputs.section(TrainConfig, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
     device = choose_device(runtime.device)
-    prepare(device, config.num_threads)
+    prepare(device, asked.num_threads)
     say(f"Device: {describe(device)}")
     inputs.watch(TOKENIZER, TOKENS)
     tokenizer = load_tokenizer(TOKENIZER)
@@ -36,24 +37,24 @@ def train_stage(inputs: Inputs) -> None:
     for split in (tokens.train, tokens.valid):
         split.require(model_config.context_length)
     say(f"Loaded dataset with {len(tokens.train.tokens):,} tokens")
-    state = new_state(model_config, config, device)
-    say(f"Model has {state.model.num_parameters():,} parameters")
+    plan = make_plan(model_config, asked, device)
+    config, state = plan.config, begin(plan, asked)
     made_of = {
         "inputs": {file.as_posix(): sha256 for file, sha256 in inputs.files.items()},
         "code": inputs.code,
-        "environment": environment(device, config.compile),
+        "environment": environment(device, config.compile is True),
     }
     resume_from = inputs.arguments.resume_from
     live = METRICS if "DVC_ROOT" in os.environ else None
     with Run(state, config, runtime, made_of, UNFINISHED, resume_from, live) as this_run:
-        steps = train(state, tokens.train, config)
+        steps, forecast = train(state, tokens.train, config), Forecast(plan, state.step)
         while not this_run.finished():
             record = next(steps)
             if due(state.step, config.eval_interval) or state.step == config.max_steps:
-                record["valid_loss"] = validation_loss(state.model, tokens.valid, config)
-            this_run.log(record)
+                record["valid_loss"] = validation_loss(state, tokens.valid, config)
+            this_run.log(forecast.heard(record))
             if this_run.finished():  # before the last save, or a kill could leave it half written
-                this_run.write_performance(device, METRICS)
+                this_run.write_performance(device, METRICS, forecast)
             if this_run.save_due:
                 inputs.check_files()
                 this_run.save()
@@ -61,11 +62,11 @@ def train_stage(inputs: Inputs) -> None:
         this_run.publish(tokenizer, MODELS, METRICS)
 
 
-def validation_loss(model: TransformerLM, valid: Split, config: TrainConfig) -> float:
+def validation_loss(state: TrainState, valid: Split, config: TrainConfig) -> float:
     """Loss in nats on the batches that every validation of the run looks at."""
-    batches = config.eval_batches * config.batch_size // config.windows_at_once
-    at_once, dtype = config.windows_at_once, config.dtype
-    return loss_nats(evaluate(model, valid, at_once, max_batches=batches, dtype=dtype))
+    at_once, dtype = state.windows_at_once, config.dtype
+    batches = config.eval_batches * config.batch_size // at_once
+    return loss_nats(evaluate(state.model, valid, at_once, max_batches=batches, dtype=dtype))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ FLOORS = [
     {"text", "encoder", "tokens", "checkpoint"},
     {"prepare", "resume"},
     {"publish", "sample", "train", "evaluate", "generate"},
+    {"plan"},
     {"run", "verify"},
 ]
 BYTES_SIDE = (FLOORS[2] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}

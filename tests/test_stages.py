@@ -82,9 +82,11 @@ def test_training_tells_what_it_does_in_order(prepared):
     assert lines[1] == f"Loaded dataset with {tokens:,} tokens"
     parameters = json.loads(prepared.read("metrics/train.json"))["parameters"]
     assert lines[2] == f"Model has {parameters:,} parameters"
+    assert lines[3].startswith("Plan: 20 steps of ")
+    assert lines[4].startswith("Plan: not compiled: ")
     for words in ("step  5/20", "loss ", "average ", "lr ", "grad norm ", "tokens/s", "ETA "):
-        assert words in lines[3]
-    assert lines[5].startswith("step 10: validation loss ")
+        assert words in lines[5]
+    assert lines[7].startswith("step 10: validation loss ")
     assert lines[-1].startswith("Final loss ")
     assert "models/model" in lines[-1]
     (finished,) = resume_directories(prepared)  # stays until DVC has recorded the outputs

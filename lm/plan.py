@@ -1,0 +1,491 @@
+"""Plan before running: what a training holds, computes, takes and costs.
+
+    python -m lm.plan [-S section.key=value ...] [--price EUR_PER_HOUR]
+
+    settings -> parameters, FLOPs per token, memory by moment -> micro-batch size, compile or not
+    a few steps, of this training or of a calibration -> time
+
+All but the time is arithmetic on the settings. Letters as in lm.model, and N = B T tokens at once.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lm.config import RuntimeConfig, load_params, read_section
+from lm.console import duration, say
+from lm.device import (
+    choose_device,
+    describe,
+    free_memory_bytes,
+    multiplies_natively,
+    no_compiling,
+    peak_memory_bytes,
+    prepare,
+    resident_memory_bytes,
+)
+from lm.errors import InputError, one_line_errors
+from lm.files import read_json
+from lm.model import (
+    ATTENTION_BLOCK,
+    LOGITS_AT_ONCE,
+    MAX_ATTENTION_BLOCKS,
+    MAX_LOGITS_CHUNKS,
+    ModelConfig,
+)
+from lm.tokens import Split
+from lm.train import Record, TrainConfig, TrainState, new_state, train
+
+# glibc before 2.38 aligns by asking for more, so a hole is too small for what left it: the heap
+# of a training grows to 1.2 to 1.5 times of what is alive at once (measured on six shapes)
+HEAP = 1.32
+HOLES = 0.3  # of each block that is computed again, as its input stays between
+KERNEL_BYTES = 20e6  # of torch's libraries, in memory once they have been used
+COMPILER_BYTES = 90e6  # torch's compiler in the process, once it has been used
+MARGIN = 0.9  # of the free memory may be planned with
+RATES = {"cpu": 50e9, "cuda": 1e14}  # nominal FLOP/s: of one thread, of a device
+NATIVE_RATE = 120e9  # of one thread of a CPU that multiplies in bfloat16
+REPAYS = 2.0  # times its cost is what compiling must save: a nominal rate is no measurement
+FORECAST_STEPS = 3  # of which the first, which warms up, does not count
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training of these settings will hold and compute on a device."""
+
+    model: ModelConfig
+    config: TrainConfig
+    device: torch.device
+    windows: int  # at once
+    base_bytes: int  # of a process on a CPU before there is a model: interpreter and torch
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes by part at the fullest moment."""
+        return peak_memory(self.model, self.config, self.device, self.windows, self.base_bytes)
+
+    @property
+    def flops(self) -> float:
+        """Of the whole training, validations left out."""
+        by_part = flops_per_token(self.model, self.config, self.device)
+        tokens = self.config.max_steps * self.config.batch_size * self.model.context_length
+        return tokens * sum(map(sum, by_part.values()))
+
+
+def parameters(model: ModelConfig) -> dict[str, int]:
+    """Trainable numbers by part; a tied embedding counts as the embedding."""
+    C, D = model.d_model, model.head_dim
+    layers, vocabulary = model.num_layers, model.vocab_size * model.d_model
+    norms = 2 * layers + (model.norm_position == "pre")
+    norm_sizes = norms * C * (model.norm == "rmsnorm") + layers * 2 * D * model.qk_norm
+    extra = layers * (model.value_embeddings * model.vocab_size * model.kv_heads * D)
+    return {
+        "embedding": vocabulary + extra + layers * model.embedding_skip,
+        "attention": layers * (2 * C * C + 2 * C * model.kv_heads * D),
+        "feed-forward": layers * _matrices(model) * C * model.d_ff,
+        "norms": norm_sizes,
+        "head": 0 if model.tie_embeddings else vocabulary,
+    }
+
+
+def _matrices(model: ModelConfig) -> int:
+    return 3 if model.ffn == "swiglu" else 2
+
+
+def flops_per_token(
+    model: ModelConfig, config: TrainConfig, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """(forward, backward) of the matrix products that are computed, by part; all else is left out.
+
+    2 for each weight forward and 4 backward; gradient checkpointing adds the blocks' forward pass
+    to the backward one. The head makes its gradients with the loss: 2 and 4 all the same.
+    Attention multiplies twice forward and, where the scores were not kept but are computed again,
+    five times backward, else four. Queries see all T keys; compiled on a CPU, blocks of them see
+    the keys up to their end. Kernels that skip what causality hides (CUDA; a CPU beyond 512 keys)
+    compute less than is counted. TransformerLM.flops_per_token, of which MFU is made, is instead
+    the field's convention: always T keys, four products backward, nothing twice.
+    """
+    sizes = parameters(model)
+    again = config.gradient_checkpointing
+    product = (
+        2.0 * model.num_layers * model.d_model * model.context_length * _seen(config, model, device)
+    )
+    kept = model.dropout > 0 or _compiled_on_cpu(config, device)
+
+    def of_weights(count: float) -> tuple[float, float]:
+        return 2.0 * count, (4.0 + 2.0 * again) * count
+
+    return {
+        "attention projections": of_weights(sizes["attention"]),
+        "attention products": (2 * product, ((4 if kept else 5) + 2 * again) * product),
+        "feed-forward": of_weights(sizes["feed-forward"]),
+        "head": (2.0 * model.vocab_size * model.d_model, 4.0 * model.vocab_size * model.d_model),
+    }
+
+
+def _compiled_on_cpu(config: TrainConfig, device: torch.device) -> bool:
+    return config.compile is True and device.type == "cpu"
+
+
+def _seen(config: TrainConfig, model: ModelConfig, device: torch.device) -> float:
+    """The share of all pairs of query and key that is multiplied: see _attention_in_blocks."""
+    length = model.context_length
+    if not _compiled_on_cpu(config, device):
+        return 1.0
+    size = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
+    starts = range(0, length, size)
+    return sum((min(s + size, length) - s) * min(s + size, length) for s in starts) / length**2
+
+
+def activations(
+    model: ModelConfig, config: TrainConfig, device: torch.device, windows: int
+) -> dict[str, float]:
+    """Bytes that the forward pass keeps for the backward pass, by part, when it comes to the head.
+
+    What autograd keeps, eager: of a norm its input, the normalised input and one number a row; of
+    a product its input, once for each matrix where autocast makes a copy for each; of attention
+    queries, keys, values (repeated for each head), result and one number a query, or with dropout
+    the weights three times; of SwiGLU both sides, silu of the one, and their product. Compiled,
+    inputs are cast once, normalised inputs and silu are computed again, and on a CPU the weights
+    of attention are kept, in float32 and as they are multiplied.
+    """
+    N, C, F = windows * model.context_length, model.d_model, model.d_ff
+    a = 4 if config.dtype == "float32" else 2
+    casts = a == 2 and config.compile is not True
+    normed, gated = model.norm == "rmsnorm", model.ffn == "swiglu"
+    pairs = model.num_heads * N * model.context_length * _seen(config, model, device)
+    kv_width = model.kv_heads * model.head_dim
+    # a norm's output is input to a product; without norm that input is the residual stream itself
+    compiled = config.compile is True
+    norms = normed * 2 * ((4 if compiled else 8) * N * C + 4 * N)
+    into = N * C * a * ((3 if casts else 1) + (2 if casts and gated else 1))
+    if not normed and a == 4:
+        into = 2 * N * C * 4
+    turned = model.position_embedding == "rope" or model.qk_norm  # else the result needs no copy
+    attention = (4.0 + turned) * N * C * a + 4 * N * model.num_heads
+    if _compiled_on_cpu(config, device):
+        attention = 4.0 * N * C * a + (4 + 2 * (a == 2) + 8 * (model.dropout > 0)) * pairs
+    elif model.dropout:  # in float32 whatever the dtype
+        attention = N * C * (12.0 + a) + 12 * pairs
+    elif model.intra_document_masking:
+        attention += N * model.context_length * a
+    if model.qk_norm:
+        attention += 8 * N * (C + kv_width) + 4 * N * (model.num_heads + model.kv_heads)
+    dropped = 2 * N * C * a * (model.dropout > 0)
+    block = {
+        "norms and residuals": norms + into + dropped,
+        "attention": attention,
+        "feed-forward": (2.0 + gated + (gated and not compiled)) * N * F * a,
+    }
+    layers = model.num_layers
+    total = {part: layers * size for part, size in block.items()}
+    if config.gradient_checkpointing:
+        total = {"blocks' inputs": layers * N * C * 4, "one block again": sum(block.values())}
+    final = (8 * N * C + 4 * N) * (normed and model.norm_position == "pre")
+    casted = a * (parameters(model)["attention"] + parameters(model)["feed-forward"]) * (a == 2)
+    total["final norm, ids"] = final + 16 * N + 4 * N * C * (model.dropout > 0)
+    total["weights in " + config.dtype] = casted
+    return {part: float(size) for part, size in total.items() if size}
+
+
+def _head(model: ModelConfig, config: TrainConfig, windows: int) -> dict[str, float]:
+    """Bytes at the fullest moment of linear_cross_entropy: its last chunk's exponentials.
+
+    Eager: the logits, their distance from the largest, its exponential, and the exponential of
+    the chunk before; the gradients by the features and, of each chunk, by the weights.
+    """
+    N, C, V = windows * model.context_length, model.d_model, model.vocab_size
+    a = 4 if config.dtype == "float32" else 2
+    chunks = min(MAX_LOGITS_CHUNKS, -(-N * V // LOGITS_AT_ONCE))
+    logits = -(-N // chunks) * V
+    if config.compile is True:
+        copies = 2 * a  # the pointwise operations are one loop
+    else:
+        copies = a + 4 + 4 + a * (chunks > 1) + (4 if a == 2 else 0)
+    by_weights = (max(1, chunks - 1) * a + (V * C > 0) * 4 * (a == 2)) * V * C
+    return {
+        "logits, at once": float(logits * copies),
+        "gradients of the head": float(4 * N * C + by_weights),
+    }
+
+
+def _through_a_block(model: ModelConfig, config: TrainConfig, windows: int) -> float:
+    """Bytes of the gradients that are alive together on the way back through a block."""
+    N, a = windows * model.context_length, 4 if config.dtype == "float32" else 2
+    return 8.0 * N * model.d_model + _matrices(model) * N * model.d_ff * a
+
+
+def optimizer_bytes(model: ModelConfig, config: TrainConfig) -> tuple[int, int]:
+    """(state, scratch of an update): AdamW keeps two numbers a weight, Muon one a matrix."""
+    sizes = parameters(model)
+    total = sum(sizes.values())
+    if config.optimizer == "adamw":
+        return 8 * total, 0
+    matrices = sizes["attention"] + sizes["feed-forward"]
+    # every matrix's direction; the largest stack of equal ones in float32, and thrice in bfloat16
+    stack = max(sizes["attention"], sizes["feed-forward"])
+    return 8 * total - 4 * matrices, 4 * matrices + 10 * stack
+
+
+def peak_memory(
+    model: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    windows: int,
+    base_bytes: int,
+) -> dict[str, float]:
+    """Bytes by part at the fullest moment: of torch on a GPU, of the process on a CPU.
+
+    The moments: at the head, when all activations are kept; at the end of the backward pass; in
+    the update; in a validation. A process on a CPU also holds the copy from which checkpoints are
+    written, what its heap cannot use again, `base_bytes` and, if it compiles, the compiler.
+    """
+    weights = 4.0 * sum(parameters(model).values())
+    state, scratch = optimizer_bytes(model, config)
+    summed = weights * (windows < config.batch_size)  # gradients of the micro-batches before
+    logits = float(windows * model.context_length * model.vocab_size)
+    copies = 8 if config.dtype == "float32" else 10  # logits, in float32, log-softmax
+    kept = activations(model, config, device, windows)
+    again = kept.pop("one block again", 0.0)
+    vocabulary = 4.0 * model.vocab_size * model.d_model
+    moments: list[dict[str, float]] = [
+        {"activations": sum(kept.values()), **_head(model, config, windows), "gradients": summed},
+        {
+            "activations": sum(kept.values()) + again,
+            "gradients": summed + vocabulary,
+            "gradients by activations": _through_a_block(model, config, windows),
+            "heap, lost between blocks": HOLES * model.num_layers * again * (device.type == "cpu"),
+        },
+        {"gradients": weights + summed},
+        {"gradients": weights, "update": float(scratch)},
+        {"gradients": weights, "validation's logits": logits * copies},
+    ]
+    fullest = max(moments, key=lambda moment: sum(moment.values()))
+    parts = {"weights": weights, "optimizer state": float(state)} | fullest
+    if device.type == "cpu":
+        if config.eval_interval < config.max_steps:  # a first best is saved before the end
+            parts["checkpoint's copy"] = weights + state
+        parts["heap, lost between"] = (HEAP - 1) * sum(parts.values())
+        parts["interpreter and torch"] = base_bytes + KERNEL_BYTES
+        parts["compiler"] = COMPILER_BYTES * (config.compile is True)
+    return {part: size for part, size in parts.items() if size}
+
+
+def largest_micro_batch(
+    model: ModelConfig, config: TrainConfig, device: torch.device, free_bytes: int | None
+) -> int:
+    """The most windows at once that divide the batch and fit into the free memory; 1 if none do."""
+    if config.micro_batch_size is not None or free_bytes is None:
+        return config.windows_at_once
+    for windows in range(config.batch_size, 1, -1):
+        if config.batch_size % windows == 0:
+            needed = sum(peak_memory(model, config, device, windows, 0).values())
+            if needed <= MARGIN * free_bytes:
+                return windows
+    return 1
+
+
+def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+    """Whether compiling repays, and why: a function of settings, device kind and threads alone.
+
+    A clock must not decide: another machine state would give other bits.
+    """
+    if config.compile != "auto":
+        return config.compile, f"train.compile is {str(config.compile).lower()}"
+    if device.type not in RATES:
+        return False, f"torch.compile is not tried on {device.type}"
+    if reason := no_compiling(device):
+        return False, f"{reason} to compile"
+    native = multiplies_natively(device, config.dtype)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    rate = NATIVE_RATE if native and device.type == "cpu" else RATES[device.type]
+    plan = Plan(model, dataclasses.replace(config, compile=False), device, config.batch_size, 0)
+    saved_s = plan.flops / (rate * threads) * (0.5 if native else 0.25)
+    cost_s = (6 + 6 * model.num_layers) * (2 / 3 + 2 / 3 / threads)
+    repays = saved_s >= REPAYS * cost_s
+    return repays, (
+        f"it would save about {duration(saved_s)} and cost about {duration(cost_s)}, "
+        f"{'at least' if repays else 'not'} {REPAYS:g} times as much"
+    )
+
+
+def make_plan(model: ModelConfig, config: TrainConfig, device: torch.device) -> Plan:
+    """The plan with `compile` and the micro-batch size decided; before the model is made."""
+    base = resident_memory_bytes()
+    config = dataclasses.replace(config, compile=compiling(model, config, device)[0])
+    windows = largest_micro_batch(model, config, device, free_memory_bytes(device))
+    return Plan(model, config, device, windows, base)
+
+
+def tell(plan: Plan, asked: TrainConfig) -> None:
+    """Say the plan in a few lines, at the head of a training."""
+    per_step = plan.flops / plan.config.max_steps
+    memory = sum(plan.memory.values())
+    say(
+        f"Plan: {plan.config.max_steps:,} steps of {per_step / 1e9:,.1f} GFLOP, "
+        f"{plan.flops:.2e} FLOP in all; memory at most {memory / 1e6:,.0f} MB"
+    )
+    if asked.compile == "auto":
+        done = "compiled" if plan.config.compile else "not compiled"
+        say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
+    if plan.windows < asked.windows_at_once:
+        say(
+            f"Plan: {plan.windows} windows at a time: all {asked.batch_size} do not fit into "
+            f"{(free_memory_bytes(plan.device) or 0) / 1e6:,.0f} MB of free memory"
+        )
+
+
+def begin(plan: Plan, asked: TrainConfig) -> TrainState:
+    """The state before the first step, with the plan said aloud."""
+    state = new_state(plan.model, plan.config, plan.device)
+    state.windows_at_once = plan.windows
+    say(f"Model has {state.model.num_parameters():,} parameters")
+    tell(plan, asked)
+    return state
+
+
+class Forecast:
+    """The time that a training will take, told after its first steps, and how it came out."""
+
+    def __init__(self, plan: Plan, step: int):
+        self.plan, self.left = plan, plan.config.max_steps - step
+        self.start = time.perf_counter()
+        self.step_seconds: list[float] = []
+        self.predicted_s: float | None = None
+
+    def heard(self, record: Record) -> Record:
+        """The record of a finished step; after the first few say how long the rest will take."""
+        if len(self.step_seconds) == FORECAST_STEPS:
+            return record
+        self.step_seconds.append(record["step_s"])
+        if len(self.step_seconds) == FORECAST_STEPS:
+            step_s = statistics.median(self.step_seconds[1:])
+            rest_s = seconds_for(self.plan, self.left - FORECAST_STEPS, step_s)
+            self.predicted_s = time.perf_counter() - self.start + rest_s
+            if rest_s >= 1:
+                say(f"Plan: {duration(self.predicted_s)} by the pace of the first steps")
+        return record
+
+    def beside_measured(self, device: torch.device) -> dict[str, Any]:
+        """Predicted beside measured, for metrics/performance.json."""
+        elapsed_s = time.perf_counter() - self.start
+        predicted_s = self.predicted_s and round(self.predicted_s, 3)
+        return {
+            "memory_bytes": {
+                "predicted": round(sum(self.plan.memory.values())),
+                "measured": peak_memory_bytes(device),
+            },
+            "seconds": {"predicted": predicted_s, "measured": round(elapsed_s, 3)},
+        }
+
+
+def seconds_for(plan: Plan, steps: int, step_s: float) -> float:
+    """Seconds for so many steps and their validations, which are forward passes alone."""
+    by_part = flops_per_token(plan.model, plan.config, plan.device)
+    forward = sum(f for f, _ in by_part.values()) / sum(map(sum, by_part.values()))
+    validations = -(-steps // plan.config.eval_interval)
+    return step_s * (steps + validations * plan.config.eval_batches * forward)
+
+
+def calibrate(plan: Plan) -> float:
+    """Seconds of a step here, from two steps after a warm-up, on random tokens and a state apart.
+
+    Torch's random generators are left as they were.
+    """
+    config = dataclasses.replace(
+        plan.config,
+        max_steps=FORECAST_STEPS,
+        warmup_steps=0,
+        schedule="constant",
+        on_nonfinite="skip",
+    )
+    ids = np.random.default_rng(0).integers(plan.model.vocab_size, size=1 << 16, dtype=np.uint32)
+    tokens = np.resize(ids, max(len(ids), 2 * plan.model.context_length))
+    with torch.random.fork_rng():
+        state = new_state(plan.model, config, plan.device)
+        state.windows_at_once = plan.windows
+        steps = train(state, Split("random", tokens, 0, end_id=0), config)
+        seconds = [record["step_s"] for record in steps]
+    return statistics.mean(seconds[1:])
+
+
+def table(plan: Plan, step_s: float, price: float | None) -> str:
+    """The plan as a page of tables (Markdown)."""
+    model, config = plan.model, plan.config
+    sizes, by_part = parameters(model), flops_per_token(model, config, plan.device)
+    seconds = seconds_for(plan, config.max_steps, step_s)
+    lines = ["| part | parameters |", "|------|-----------:|"]
+    lines += [f"| {part} | {count:,} |" for part, count in sizes.items()]
+    lines += [f"| all | {sum(sizes.values()):,} |", ""]
+    lines += [
+        "| per token | FLOP forward | FLOP backward |",
+        "|-----------|-------------:|--------------:|",
+    ]
+    lines += [f"| {part} | {f:,.0f} | {b:,.0f} |" for part, (f, b) in by_part.items()]
+    lines += [f"| all | {sum(f for f, _ in by_part.values()):,.0f} "
+              f"| {sum(b for _, b in by_part.values()):,.0f} |", ""]  # fmt: skip
+    lines += [f"| memory, {config.dtype}, {plan.windows} windows at once | MB |", "|---|---:|"]
+    lines += [f"| {part} | {size / 1e6:,.1f} |" for part, size in plan.memory.items()]
+    lines += [f"| all | {sum(plan.memory.values()) / 1e6:,.1f} |", ""]
+    other = dataclasses.replace(config, gradient_checkpointing=not config.gradient_checkpointing)
+    instead = dataclasses.replace(plan, config=other)
+    lines += [
+        f"With train.gradient_checkpointing: {str(other.gradient_checkpointing).lower()} "
+        f"{sum(instead.memory.values()) / 1e6:,.1f} MB",
+        f"{config.max_steps:,} steps, {plan.flops:.3e} FLOP, {step_s:.3f} s a step: "
+        f"{duration(seconds)}",
+    ]
+    if price is not None:
+        lines += [f"{seconds / 3600 * price:,.2f} EUR at {price:g} EUR an hour"]
+    return "\n".join(lines)
+
+
+def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
+    """Of the tokens if there are any, else of the tokenizer that is to be learnt."""
+    manifest = Path("data/tokens/tokens.json")
+    if manifest.is_file():
+        return int(read_json(manifest)["vocab_size"])
+    if params.get("tokenizer", {}).get("kind") not in ("bpe", "bytes"):
+        raise InputError(f"{manifest}: no such file; the vocabulary is known from the stage tokens")
+    return 257 if params["tokenizer"]["kind"] == "bytes" else int(params["tokenizer"]["vocab_size"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m lm.plan", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "-S",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="override a setting of params.yaml; can be repeated",
+    )
+    parser.add_argument("--price", type=float, metavar="EUR_PER_HOUR", help="of the machine")
+    options = parser.parse_args(arguments)
+    with one_line_errors():
+        if options.price is not None and not 0 <= options.price < float("inf"):
+            raise InputError(f"--price {options.price}: must be >= 0")
+        params = load_params(Path("params.yaml"), options.overrides)
+        config = read_section(TrainConfig, params, "train")
+        runtime = read_section(RuntimeConfig, params, "runtime")
+        vocab_size = _vocab_size(params)
+        model = read_section(ModelConfig, params, "model", vocab_size=vocab_size)
+        device = choose_device(runtime.device)
+        prepare(device, config.num_threads)
+        say(f"Device: {describe(device)}")
+        plan = make_plan(model, config, device)
+        tell(plan, config)
+        say(f"\n{table(plan, calibrate(plan), options.price)}")
+
+
+if __name__ == "__main__":
+    main()

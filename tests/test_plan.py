@@ -1,0 +1,293 @@
+"""The plan against independent counts: torch's own of products, parameters and saved tensors."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lm import plan as planning
+from lm.device import autocast, free_memory_bytes
+from lm.errors import EnvironmentFault
+from lm.model import TransformerLM
+from lm.plan import (
+    Plan,
+    activations,
+    calibrate,
+    compiling,
+    flops_per_token,
+    largest_micro_batch,
+    parameters,
+    peak_memory,
+)
+from lm.resume import run_folder
+from lm.train import new_state, train
+from tests import test_run
+from tests.project import ROOT
+from tests.test_train import SPLIT, run, weights
+
+run_settings = test_run.settings
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAPES = [
+    {},
+    {"num_kv_heads": 1, "qk_norm": True, "ffn": "silu"},
+    {"tie_embeddings": True, "norm_position": "post"},
+    {"norm": "none", "position_embedding": "none"},
+    {"dropout": 0.1},
+    {"intra_document_masking": True},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+def test_every_parameter_is_counted_in_its_part(model_config, changes):
+    config = replace(model_config, **changes)
+    of = {"token_embeddings": "embedding", "lm_head": "head", "attn": "attention",
+          "ffn": "feed-forward", "ln1": "norms", "ln2": "norms", "ln_final": "norms",
+          "q_norm": "norms", "k_norm": "norms"}  # fmt: skip
+    found = dict.fromkeys(parameters(config), 0)
+    for name, parameter in TransformerLM(config).named_parameters():
+        words = name.split(".")
+        part = next(of[word] for word in reversed(words) if word in of)
+        found[part] += parameter.numel()
+    assert parameters(config) == found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"dropout": 0.1, "ffn": "silu"}], ids=str)
+def test_flops_are_what_torch_counts(model_config, train_config, changes, checkpointing):
+    """With dropout attention is made of products that torch's counter knows, too."""
+    config = replace(model_config, **changes)
+    model = TransformerLM(config, checkpointing)
+    ids = torch.zeros(3, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        loss = model.loss(ids, ids)
+        in_forward = counter.get_total_flops()
+        loss.backward()
+    settings = replace(train_config, gradient_checkpointing=checkpointing)
+    by_part = flops_per_token(config, settings, CPU)
+    assert 48 * sum(map(sum, by_part.values())) == counter.get_total_flops()
+    # the head makes its gradients in the forward pass
+    assert 48 * (sum(f for f, _ in by_part.values()) + by_part["head"][1]) == in_forward
+
+
+def test_the_convention_of_mfu_counts_the_same_products(model_config, train_config):
+    config = replace(model_config, dropout=0.1)  # four products backward, as the convention has it
+    model = TransformerLM(config)
+    counted = sum(map(sum, flops_per_token(config, train_config, CPU).values()))
+    assert counted + 6 * parameters(config)["norms"] == model.flops_per_token()
+
+
+def test_compiled_blocks_of_queries_see_fewer_keys(model_config, train_config):
+    config = replace(model_config, context_length=300)
+    eager, blocks = (
+        flops_per_token(config, replace(train_config, compile=compiled), CPU)["attention products"]
+        for compiled in (False, True)
+    )
+    share = (128 * 128 + 128 * 256 + 44 * 300) / 300**2
+    assert blocks[0] == pytest.approx(eager[0] * share)
+    assert blocks[1] == pytest.approx(eager[1] * share * 4 / 5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+def test_activations_are_what_autograd_saves(
+    model_config, train_config, changes, dtype, checkpointing
+):
+    config = replace(model_config, context_length=64, d_model=64, num_heads=4, d_ff=160, **changes)
+    model = TransformerLM(config, checkpointing).train()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved, kept = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)  # or its place in memory would be another's
+        return tensor
+
+    ids = torch.randint(96, (8, 64))
+    documents = model.documents(ids, 7)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast(CPU, dtype):
+        features = model.features(ids, documents=documents)
+    settings = replace(train_config, dtype=dtype, gradient_checkpointing=checkpointing)
+    planned = activations(config, settings, CPU, 8)
+    planned.pop("one block again", None)
+    if checkpointing:  # the casts of weights live within a block
+        planned.pop(f"weights in {dtype}", None)
+    assert sum(planned.values()) == pytest.approx(sum(saved.values()), rel=0.06)
+    assert features.requires_grad
+
+
+def test_gradient_checkpointing_and_smaller_micro_batches_are_planned_smaller(
+    model_config, train_config
+):
+    config = replace(model_config, context_length=512, num_layers=6)
+    train_config = replace(train_config, compile=False)
+
+    def total(windows=4, **changes):
+        return sum(peak_memory(config, replace(train_config, **changes), CUDA, windows, 0).values())
+
+    assert total(gradient_checkpointing=True) < 0.6 * total()
+    assert total(windows=1) < 0.4 * total()
+
+
+def test_the_largest_micro_batch_that_fits_divides_the_batch(model_config, train_config):
+    config = replace(train_config, batch_size=12)
+
+    def largest(free, **changes):
+        return largest_micro_batch(model_config, replace(config, **changes), CUDA, free)
+
+    needed = sum(peak_memory(model_config, config, CUDA, 12, 0).values())
+    assert largest(round(needed * 2)) == 12
+    assert largest(None) == 12
+    assert largest(round(needed)) == 6  # a margin is kept
+    assert largest(0) == 1
+    assert largest(0, micro_batch_size=4) == 4
+    assert 0 < free_memory_bytes(CPU) < 2**50
+
+
+def out_of_memory_above(monkeypatch, windows):
+    """Fail as torch does when more windows than these come in at once."""
+    real = TransformerLM.loss
+
+    def loss(self, ids, *rest):
+        if len(ids) > windows:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return real(self, ids, *rest)
+
+    monkeypatch.setattr(TransformerLM, "loss", loss)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
+    model_config, train_config, monkeypatch, capsys
+):
+    model_config = replace(model_config, dropout=0.1)
+    expected, _ = run(model_config, replace(train_config, micro_batch_size=1))
+    out_of_memory_above(monkeypatch, 1)
+    state, records = run(model_config, train_config)
+    assert [record["step"] for record in records] == list(range(1, 21))
+    assert state.windows_at_once == 1
+    assert all(
+        torch.equal(tensor, weights(state)[key]) for key, tensor in weights(expected).items()
+    )
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == [
+        "Out of memory on cpu with 4 windows at a time: step 1 again and the rest with 2",
+        "Out of memory on cpu with 2 windows at a time: step 1 again and the rest with 1",
+    ]
+    with pytest.raises(EnvironmentFault, match=r"with 2 windows .* try train.micro_batch_size: 1 "):
+        run(model_config, replace(train_config, micro_batch_size=2))
+    out_of_memory_above(monkeypatch, 0)
+    with pytest.raises(EnvironmentFault, match="with 1 windows at a time; try a smaller model or"):
+        run(model_config, train_config)
+
+
+def test_a_resumed_run_keeps_its_micro_batches(run_settings, tmp_path, capsys):
+    """Begun with less memory: its size is recorded, and kept when there is more again."""
+    with pytest.MonkeyPatch.context() as patch:
+        out_of_memory_above(patch, 2)
+        assert test_run.go(run_settings, tmp_path / "a", until=7) is None
+    assert test_run.go(run_settings, tmp_path / "a")["micro_batch_size"] == 2
+    assert "Resumed at step 6" in capsys.readouterr().out
+    provenance = json.loads((tmp_path / "a/models/model/provenance.json").read_text())
+    assert provenance["micro_batch_sizes"] == {"1": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        out_of_memory_above(patch, 2)
+        test_run.go(run_settings, tmp_path / "b")
+    for name in ("model/model.safetensors", "checkpoints/last.safetensors"):
+        a, b = ((tmp_path / run / "models" / name).read_bytes() for run in "ab")
+        assert a == b
+    test_run.go(run_settings, tmp_path / "c")  # the same run, with all the memory that it wants
+    whole = json.loads((tmp_path / "c/models/model/provenance.json").read_text())
+    assert whole["micro_batch_sizes"] == {"1": 4}
+    assert run_folder(tmp_path, whole) == run_folder(tmp_path, provenance)
+
+
+def test_compiling_is_decided_by_the_length_of_the_run(model_config, train_config, monkeypatch):
+    monkeypatch.setattr(planning, "no_compiling", lambda device: None)
+    config = replace(train_config, compile="auto")
+    assert compiling(model_config, config, CPU)[0] is False
+    decided, why = compiling(model_config, replace(config, max_steps=2**30), CPU)
+    assert decided
+    assert "at least 2 times as much" in why
+    assert compiling(model_config, replace(config, compile=True), CPU)[0] is True
+    assert compiling(model_config, config, torch.device("mps"))[0] is False
+    monkeypatch.setattr(planning, "no_compiling", lambda device: "no C++ compiler found")
+    assert compiling(model_config, replace(config, max_steps=2**30), CPU) == (
+        False,
+        "no C++ compiler found to compile",
+    )
+
+
+def test_a_calibration_disturbs_no_training(model_config, train_config):
+    model_config = replace(model_config, dropout=0.1)
+    straight, _ = run(model_config, train_config)
+    state = new_state(model_config, train_config, CPU)
+    for count, _ in enumerate(train(state, SPLIT, train_config), start=1):
+        if count == 5:
+            before = torch.get_rng_state()
+            config = replace(train_config, compile=False)
+            assert 0 < calibrate(Plan(model_config, config, CPU, 4, 0)) < 60
+            assert torch.equal(before, torch.get_rng_state())
+    assert all(
+        torch.equal(tensor, weights(state)[key]) for key, tensor in weights(straight).items()
+    )
+
+
+# net of what the compiler takes, each of these is a training of three steps in its own process
+PEAK = """
+import sys, numpy as np, torch
+from dataclasses import replace
+from pathlib import Path
+from lm.config import load_params, read_section
+from lm.device import peak_memory_bytes, prepare
+from lm.model import ModelConfig
+from lm.plan import make_plan
+from lm.tokens import Split
+from lm.train import TrainConfig, new_state, train
+device = torch.device("cpu")
+prepare(device, 1)
+params = load_params(Path("params.yaml"), sys.argv[2:])
+model = read_section(ModelConfig, params, "model", vocab_size=int(sys.argv[1]))
+plan = make_plan(model, replace(read_section(TrainConfig, params, "train"), max_steps=3), device)
+state = new_state(model, plan.config, device)
+ids = np.random.default_rng(0).integers(model.vocab_size, size=9999, dtype=np.uint32)
+for _ in train(state, Split("train", ids, 0), plan.config):
+    pass
+print(peak_memory_bytes(device) / sum(plan.memory.values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the heap that is planned with is glibc's")
+@pytest.mark.parametrize(
+    ("vocab_size", "changes"),
+    [
+        (2048, ["train.batch_size=4"]),
+        (10_000, ["model.d_model=256", "train.batch_size=2", "train.optimizer=adamw"]),
+        (512, ["model.num_layers=12", "train.batch_size=8", "train.gradient_checkpointing=true"]),
+    ],
+    ids=["default", "large vocabulary", "checkpointing"],
+)
+def test_the_planned_memory_is_within_a_tenth_of_the_peak(vocab_size, changes):
+    overrides = ["train.warmup_steps=0", "train.compile=false", *changes]
+    command = [sys.executable, "-c", PEAK, str(vocab_size), *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(1, abs=0.1)
+
+
+def test_the_command_tells_memory_time_and_cost(project):
+    project.set("train.gradient_checkpointing", True)
+    done = project.run(sys.executable, "-m", "lm.plan", "-S", "train.max_steps=40", "--price", "2")
+    assert done.returncode == 0, done.stderr
+    expected = ("| embedding | 9,600 |", "| all | 39,840 |", "| optimizer state | 0.3 |",
+                "gradient_checkpointing: false ", "40 steps, ", "EUR at 2 EUR an hour")  # fmt: skip
+    for words in expected:
+        assert words in done.stdout, done.stdout
+    done = project.run(sys.executable, "-m", "lm.plan", "-S", "train.compile=maybe")
+    assert done.returncode == 2
+    assert "train.compile = maybe: must be one of auto, true, false" in done.stderr
