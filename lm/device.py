@@ -187,8 +187,7 @@ def compiled(function: Function, device: torch.device) -> Function:
     from torch._dynamo.exc import BackendCompilerFailed
 
     config.trace_autograd_ops = True  # the function may take gradients inside
-    options: dict[str, Any] = {"cpp_wrapper": device.type == "cpu"}  # a call costs less
-    fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    fast = torch.compile(function, fullgraph=True, dynamic=False)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
