@@ -126,8 +126,9 @@ class Run:
         """Go on with the micro-batches that the run had, or with what fits if that is less."""
         before, fitting = sizes[max(sizes, key=int)], self.state.windows_at_once
         self.identity[MICRO_BATCH_SIZES] = dict(sizes)
-        self.state.windows_at_once = min(before, fitting)
+        self.state.windows_at_once = before
         if fitting < before and not self.finished():
+            self.state.windows_at_once = fitting
             say(f"{before} windows at a time no longer fit: from here on {fitting}")
             self._note_windows_at_once(self.state.step + 1)
 

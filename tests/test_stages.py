@@ -105,6 +105,11 @@ def test_training_tells_what_it_does_in_order(prepared):
     speed = json.loads(prepared.read("metrics/performance.json"))
     assert 0 < speed["mfu"] < 1.5
     assert speed["peak_memory_bytes"] > 1e8
+    assert speed["memory_bytes"]["measured"] == speed["peak_memory_bytes"]
+    assert speed["memory_bytes"]["predicted"] > 1e8
+    assert speed["seconds"]["predicted"] > 0
+    assert speed["seconds"]["measured"] > 0
+    assert (speed["micro_batch_size"], speed["compiled"]) == (4, False)
 
 
 def test_settings_are_overridden_from_the_command_line(prepared):
