@@ -28,8 +28,6 @@ SHAPE = ModelConfig(
     tie_embeddings=True, norm="rmsnorm", norm_position="pre", position_embedding="rope",
     ffn="swiglu", intra_document_masking=False,
     zero_init=False,
-    value_embeddings=False,
-    embedding_skip=False,
 )  # fmt: skip
 REPEATS = 5
 

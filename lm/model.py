@@ -51,8 +51,6 @@ class ModelConfig:
     ffn: Literal["swiglu", "silu"]
     intra_document_masking: bool
     zero_init: bool  # of what each residual branch ends with
-    value_embeddings: bool  # a token embedding beside each layer's values (Zhou et al. 2024)
-    embedding_skip: bool  # a learned share of the first embedding in each layer's input
 
     def __post_init__(self) -> None:
         if self.d_model % self.num_heads:
@@ -164,13 +162,10 @@ class Attention(nn.Module):
         rope: RotaryEmbedding | None,
         cache: KeyValueCache | None = None,
         mask: Bool[Tensor, "B 1 T S"] | None = None,
-        values: Float[Tensor, "B T E"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         start = cache.length if cache else 0
         q, k, v = map(self._heads, _together(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, D), (B, G, T, D)
-        if values is not None:
-            v = v + self._heads(values).to(v.dtype)
         if rope is not None:
             q, k = rope(q, start), rope(k, start)
         if cache:
@@ -278,12 +273,11 @@ class Block(nn.Module):
         rope: RotaryEmbedding | None,
         cache: KeyValueCache | None = None,
         mask: Bool[Tensor, "B 1 T S"] | None = None,
-        values: Float[Tensor, "B T E"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         if self.pre_norm:
-            x = x + self.drop(self.attn(self.ln1(x), rope, cache, mask, values))
+            x = x + self.drop(self.attn(self.ln1(x), rope, cache, mask))
             return x + self.drop(self.ffn(self.ln2(x)))
-        x = self.ln1(x + self.drop(self.attn(x, rope, cache, mask, values)))
+        x = self.ln1(x + self.drop(self.attn(x, rope, cache, mask)))
         return self.ln2(x + self.drop(self.ffn(x)))
 
 
@@ -306,11 +300,6 @@ class TransformerLM(nn.Module):
         self.token_embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.drop = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        shares = nn.Parameter(torch.zeros(config.num_layers))
-        self.skip_shares = shares if config.embedding_skip else None
-        width = config.kv_heads * config.head_dim
-        embeddings = (nn.Embedding(config.vocab_size, width) for _ in self.layers)
-        self.value_embeddings = nn.ModuleList(embeddings) if config.value_embeddings else None
         # post-norm blocks end with a norm of their own
         self.ln_final = _norm(config) if config.norm_position == "pre" else nn.Identity()
         tied = config.tie_embeddings
@@ -380,15 +369,12 @@ class TransformerLM(nn.Module):
         if positions > self.config.context_length:
             raise ValueError(f"{positions} positions exceed {self.config.context_length=}")
         mask = None if documents is None else _document_mask(documents, ids.shape[1])
-        x = first = self.drop(self.token_embeddings(ids))  # (B, T, C)
+        x = self.drop(self.token_embeddings(ids))  # (B, T, C)
         for i, layer in enumerate(self.layers):
-            if self.skip_shares is not None:
-                x = x + self.skip_shares[i] * first
-            values = self.value_embeddings[i](ids) if self.value_embeddings else None
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, self.rope, None, mask, values, use_reentrant=False)
+                x = checkpoint(layer, x, self.rope, None, mask, use_reentrant=False)
             else:
-                x = layer(x, self.rope, caches[i] if caches else None, mask, values)
+                x = layer(x, self.rope, caches[i] if caches else None, mask)
         return self.ln_final(x)
 
     def documents(self, ids: Int[Tensor, "B S"], end_id: int | None) -> Int[Tensor, "B S"] | None:
@@ -420,8 +406,7 @@ class TransformerLM(nn.Module):
         context (Chowdhery et al. 2022, appendix B; causality is not subtracted).
         """
         config = self.config
-        embeddings = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
-        looked_up = sum(map(Tensor.numel, embeddings[1:] if config.tie_embeddings else embeddings))
+        looked_up = 0 if config.tie_embeddings else self.token_embeddings.weight.numel()
         attention = 12 * config.num_layers * config.d_model * config.context_length
         return 6.0 * (self.num_parameters() - looked_up) + attention
 

@@ -86,9 +86,8 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     layers, vocabulary = model.num_layers, model.vocab_size * model.d_model
     norms = 2 * layers + (model.norm_position == "pre")
     norm_sizes = norms * C * (model.norm == "rmsnorm") + layers * 2 * D * model.qk_norm
-    extra = layers * (model.value_embeddings * model.vocab_size * model.kv_heads * D)
     return {
-        "embedding": vocabulary + extra + layers * model.embedding_skip,
+        "embedding": vocabulary,
         "attention": layers * (2 * C * C + 2 * C * model.kv_heads * D),
         "feed-forward": layers * _matrices(model) * C * model.d_ff,
         "norms": norm_sizes,

@@ -30,11 +30,10 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def attention(x, weights, prefix, config, extra_values=0.0):
+def attention(x, weights, prefix, config):
     n_groups = config.num_heads // config.kv_heads
     size = config.head_dim
     q, k, v = (x @ weights[f"{prefix}.{name}_proj.weight"].T for name in "qkv")
-    v = v + extra_values
     mixed = np.zeros((len(x), config.num_heads * size))
 
     def prepare(rows, head, name):
@@ -75,15 +74,11 @@ def transformer(ids, model):
             return x
         return np.array([rms_norm(row, weights[f"{name}.weight"], config.norm_eps) for row in x])
 
-    x = first = weights["token_embeddings.weight"][list(ids)]
+    x = weights["token_embeddings.weight"][list(ids)]
     for i in range(config.num_layers):
-        layer, extra = f"layers.{i}", 0.0
-        if config.embedding_skip:
-            x = x + weights["skip_shares"][i] * first
-        if config.value_embeddings:
-            extra = weights[f"value_embeddings.{i}.weight"][list(ids)]
+        layer = f"layers.{i}"
         if config.norm_position == "pre":
-            x = x + attention(norm(x, f"{layer}.ln1"), weights, f"{layer}.attn", config, extra)
+            x = x + attention(norm(x, f"{layer}.ln1"), weights, f"{layer}.attn", config)
             x = x + feed_forward(norm(x, f"{layer}.ln2"), weights, f"{layer}.ffn", config)
         else:
             x = norm(x + attention(x, weights, f"{layer}.attn", config), f"{layer}.ln1")

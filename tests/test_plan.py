@@ -33,7 +33,7 @@ run_settings = test_run.settings
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = [
     {},
-    {"num_kv_heads": 1, "qk_norm": True, "ffn": "silu", "embedding_skip": True},
+    {"num_kv_heads": 1, "qk_norm": True, "ffn": "silu"},
     {"tie_embeddings": True, "norm_position": "post"},
     {"norm": "none", "position_embedding": "none"},
     {"dropout": 0.1},

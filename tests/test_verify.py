@@ -186,9 +186,9 @@ def test_replay_computes_the_same_weights_again(project):
 
 
 def test_replay_goes_on_from_the_best_checkpoint(project):
-    changes = {"lr": 10.0, "muon_lr": 0.5, "warmup_steps": 0, "max_grad_norm": None,
+    changes = {"lr": 10.0, "muon_lr": 2.0, "warmup_steps": 20, "max_grad_norm": None,
                "eval_interval": 4, "schedule": "constant"}  # fmt: skip
-    for key, value in changes.items():  # rates so high that the best is not the last
+    for key, value in changes.items():  # rates that rise so high that the best is not the last
         project.set(f"train.{key}", value)
     dvc(project, "repro", "train")
     best = json.loads(project.read("metrics/train.json"))["best_step"]
