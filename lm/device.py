@@ -214,6 +214,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: by torch on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # where ru_maxrss begins with what the parent held
+        peak = _field("/proc/self/status", "VmHWM")
+        assert peak is not None
+        return int(peak.split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

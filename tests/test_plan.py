@@ -262,7 +262,6 @@ print(peak_memory_bytes(device) / sum(plan.memory.values()))
 """
 
 
-@pytest.mark.soak  # ru_maxrss outlives exec: only a small parent lets it be measured
 @pytest.mark.skipif(sys.platform != "linux", reason="the heap that is planned with is glibc's")
 @pytest.mark.parametrize(
     ("vocab_size", "changes"),
