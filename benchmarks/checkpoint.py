@@ -18,7 +18,8 @@ import torch
 
 from lm.checkpoint import commit, contents, save_checkpoint
 from lm.device import describe
-from lm.model import ModelConfig, TransformerLM, cross_entropy
+from lm.functional import cross_entropy
+from lm.model import ModelConfig, TransformerLM
 from lm.optim import AdamW
 from lm.resume import ResumeDirectory
 

@@ -39,6 +39,12 @@ _SWITCHES = (
 # of mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 _COMPILERS = ("c++", "g++", "clang++")
+# of torch.compile: calls without Python between them, and recomputation left where it was put
+_CPU_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "reorder_for_locality": False,
+}
 # FLOP/s of dense products by the vendors' data sheets: bfloat16 or float16, TF32, float32. NVIDIA
 # H100 Tensor Core GPU (SXM, PCIe), H200 Tensor Core GPU, A100 Tensor Core GPU data sheets; Ada GPU
 # architecture white paper, appendix A (with sums in float32). Sparsity, which doubles them, is off.
@@ -187,7 +193,8 @@ def compiled(function: Function, device: torch.device) -> Function:
     from torch._dynamo.exc import BackendCompilerFailed
 
     config.trace_autograd_ops = True  # the function may take gradients inside
-    fast = torch.compile(function, fullgraph=True, dynamic=False)
+    options = _CPU_COMPILER if device.type == "cpu" else None
+    fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
@@ -214,10 +221,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: by torch on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # where ru_maxrss begins with what the parent held
-        peak = _field("/proc/self/status", "VmHWM")
-        assert peak is not None
-        return int(peak.split()[0]) * 1024
+    with suppress(FileNotFoundError):  # on Linux, where ru_maxrss begins with what the parent held
+        if peak := _field("/proc/self/status", "VmHWM"):
+            return int(peak.split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

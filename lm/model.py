@@ -13,7 +13,7 @@ SwiGLU, no biases. Every deviation is one setting of ModelConfig.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lm.config import BELOW_ONE, POSITIVE, Count
 from lm.errors import InputError
-
-ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8  # queries at a time; their number
-LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # in training
-CROSS_ENTROPY_CHUNK = 1 << 26  # logits turned into float32 at once: 256 MiB
+from lm.functional import causal_attention, linear_cross_entropy, rms_norm, swiglu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +82,7 @@ def _divisors(number: int) -> str:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4).
-
-    Computed in float32 whatever the input's dtype, which is also the output's.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4)."""
 
     def __init__(self, size: int, eps: float = 1e-5):
         super().__init__()
@@ -96,8 +90,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -113,13 +106,20 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # (T, D / 2)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-    def forward(self, x: Float[Tensor, "B H T D"], start: int = 0) -> Float[Tensor, "B H T D"]:
-        """Rotate queries or keys whose first position is `start`."""
-        cos = self.cos[start : start + x.shape[2]]
-        sin = self.sin[start : start + x.shape[2]]
-        even, odd = x[..., 0::2], x[..., 1::2]
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return turned.flatten(-2).to(x.dtype)
+    def forward(
+        self, x: Float[Tensor, "B H T D"], start: int = 0, evens_first: bool = False
+    ) -> Float[Tensor, "B H T D"]:
+        """Rotate queries or keys whose first position is `start`.
+
+        With `evens_first` the features come, and go, in that order.
+        """
+        cos = self.cos[start : start + x.shape[2], None]  # (T, 1, D / 2)
+        sin = self.sin[start : start + x.shape[2], None]
+        x = x.transpose(1, 2)  # (B, T, H, D), as it lies in memory
+        even, odd = x.chunk(2, dim=-1) if evens_first else (x[..., 0::2], x[..., 1::2])
+        turned = even * cos - odd * sin, even * sin + odd * cos
+        both = torch.cat(turned, dim=-1) if evens_first else torch.stack(turned, dim=-1).flatten(-2)
+        return both.to(x.dtype).transpose(1, 2)
 
 
 class KeyValueCache:
@@ -153,8 +153,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.output_proj = nn.Linear(width, width, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -164,17 +164,25 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "B 1 T S"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         start = cache.length if cache else 0
-        q, k, v = map(self._heads, _together(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, D), (B, G, T, D)
+        # q . k does not depend on the order of features, and a compiler likes halves
+        evens_first = torch.compiler.is_compiling() and rope is not None and not cache
+        order = self._evens_first if evens_first else lambda weight: weight
+        q, k, v = map(
+            self._heads,
+            _together(x, order(self.q_proj.weight), order(self.k_proj.weight), self.v_proj.weight),
+        )  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+        if self.q_norm and self.k_norm:
+            q = rms_norm(q, order(self.q_norm.weight), self.q_norm.eps)
+            k = rms_norm(k, order(self.k_norm.weight), self.k_norm.eps)
         if rope is not None:
-            q, k = rope(q, start), rope(k, start)
+            q, k = rope(q, start, evens_first), rope(k, start, evens_first)
         if cache:
             k, v = cache.append(k, v)  # (B, G, S, D)
         if self.groups > 1:
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
-        if torch.compiler.is_compiling() and q.device.type == "cpu" and not cache:
-            mixed = _attention_in_blocks(q, k, v, mask, dropout)
+        if torch.compiler.is_compiling() and q.device.type == "cpu" and not (cache or dropout):
+            mixed = causal_attention(q, k, v, mask)
         else:
             mixed = F.scaled_dot_product_attention(
                 q,
@@ -189,38 +197,17 @@ class Attention(nn.Module):
     def _heads(self, x: Float[Tensor, "B T E"]) -> Float[Tensor, "B heads T D"]:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _evens_first(self, weight: Float[Tensor, "E *C"]) -> Float[Tensor, "E *C"]:
+        """The weight whose output has, in each head, the even features before the odd ones."""
+        pairs = weight.unflatten(0, (-1, self.head_dim // 2, 2))
+        return pairs.transpose(1, 2).flatten(0, 2)
 
-def _together(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-    """Each layer of x; compiled in one product, where the copy of the weights is part of a cast."""
+
+def _together(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """Each x @ weight.T; compiled in one product, where copying the weights is part of a cast."""
     if not torch.compiler.is_compiling():
-        return [layer(x) for layer in layers]
-    weight = torch.cat([layer.weight for layer in layers])
-    return list(F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1))
-
-
-def _attention_in_blocks(
-    q: Float[Tensor, "B H T D"],
-    k: Float[Tensor, "B H T D"],
-    v: Float[Tensor, "B H T D"],
-    mask: Bool[Tensor, "B 1 T T"] | None,
-    dropout: float,
-) -> Float[Tensor, "B H T D"]:
-    """softmax(q k^T / sqrt(D)) v, for a few blocks of queries and the keys that each may see.
-
-    On a CPU a compiler makes more of this formula than torch's ready kernel gives: docs/LOG.md.
-    """
-    length, mixed = q.shape[2], []
-    size = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        scores = q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)  # (B, H, size, end)
-        seen = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
-        if mask is not None:
-            seen = mask[:, :, start:end, :end]
-        scores = (scores.float() / q.shape[3] ** 0.5).masked_fill(~seen, -math.inf)
-        weights = F.dropout(scores.softmax(dim=3), dropout)
-        mixed.append(weights.to(v.dtype) @ v[:, :, :end])
-    return torch.cat(mixed, dim=2)
+        return [F.linear(x, weight) for weight in weights]
+    return list(F.linear(x, torch.cat(weights)).split([len(w) for w in weights], dim=-1))
 
 
 def _causal_mask(q: Tensor, k: Tensor) -> Tensor | None:
@@ -251,8 +238,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         if self.w3 is None:
             return self.w2(F.silu(self.w1(x)))
-        gate, up = _together(x, self.w1, self.w3)  # (B, T, F) each
-        return self.w2(F.silu(gate) * up)
+        gate, up = _together(x, self.w1.weight, self.w3.weight)  # (B, T, F) each
+        return self.w2(swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -409,76 +396,3 @@ class TransformerLM(nn.Module):
         looked_up = 0 if config.tie_embeddings else self.token_embeddings.weight.numel()
         attention = 12 * config.num_layers * config.d_model * config.context_length
         return 6.0 * (self.num_parameters() - looked_up) + attention
-
-
-def cross_entropy(
-    logits: Float[Tensor, "*batch V"], targets: Int[Tensor, "*batch"]
-) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood of the targets, in nats, computed in float32.
-
-    Where a float32 copy of all logits would weigh on memory, chunks of rows are converted one
-    at a time, in the forward pass and again in the backward pass.
-    """
-    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)  # (N, V), (N,)
-    rows = max(1, CROSS_ENTROPY_CHUNK // logits.shape[1])
-    if len(targets) <= rows:
-        return _summed_cross_entropy(logits, targets) / len(targets)
-    parts = [
-        checkpoint(_summed_cross_entropy, chunk, target, use_reentrant=False)
-        for chunk, target in zip(logits.split(rows), targets.split(rows), strict=True)
-    ]
-    return torch.stack(parts).sum() / len(targets)
-
-
-def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
-
-
-def linear_cross_entropy(
-    features: Float[Tensor, "N C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, " N"]
-) -> Float[Tensor, ""]:
-    """cross_entropy(features @ weight.T, targets) in a fraction of the memory and time.
-
-    The gradients are made together with the loss, for some rows at a time, so that the logits of
-    no more rows are held (Wijmans et al. 2024, "Cut your losses", at the level of tensors).
-    """
-    loss: Tensor = _LinearCrossEntropy.apply(features, weight, targets)
-    return loss
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """With e = exp(logits - max) and s = sum(e): loss = log(s) + max - logits[target].
-
-    Its gradient by the logits is e / s - onehot(target). Dividing by s is left to the products'
-    narrow side, and the one-hot part is a gather and an index_add: no second pass over e.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        device = features.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else features.dtype
-        narrow, count = weight.to(dtype), len(targets)
-        n_chunks = min(MAX_LOGITS_CHUNKS, -(-count * len(weight) // LOGITS_AT_ONCE))
-        rows = -(-count // n_chunks)
-        nats, by_features, by_weight = [], [], []
-        for x, y in zip(features.split(rows), targets.split(rows), strict=True):
-            logits = x.to(dtype) @ narrow.t()  # (rows, V)
-            largest = logits.amax(dim=1, keepdim=True).float()  # (rows, 1)
-            at_target = logits.gather(1, y[:, None]).float()  # (rows, 1)
-            e = (logits.float() - largest).exp().to(dtype)
-            s = e.float().sum(dim=1, keepdim=True)  # (rows, 1)
-            nats.append((s.log() + largest - at_target).sum())
-            by_features.append((e @ narrow).float() / s - narrow[y])
-            by_weight.append(e.t() @ (x.float() / s).to(dtype))
-        total = by_weight[0].float()
-        for part in by_weight[1:]:
-            total = total + part
-        total = total.index_add(0, targets, features.float(), alpha=-1)
-        ctx.save_for_backward(torch.cat(by_features) / count, total / count)
-        return torch.stack(nats).sum() / count
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        by_features, by_weight = ctx.saved_tensors
-        return gradients[0] * by_features, gradients[0] * by_weight, None

@@ -207,4 +207,8 @@ def gradient_clipping(parameters: Iterable[Tensor], max_l2_norm: float) -> Tenso
 
     Parameters without gradient are skipped. Returns the norm before clipping, a scalar.
     """
-    return nn.utils.clip_grad_norm_(parameters, max_l2_norm)
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not norm + 1e-6 <= max_l2_norm:  # nan, too: it shall reach the gradients
+        nn.utils.clip_grads_with_norm_(parameters, max_l2_norm, norm)
+    return norm

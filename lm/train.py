@@ -132,8 +132,8 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
         loss = loss_of(model, x, y)
         return loss.detach(), torch.autograd.grad(loss * weight, tuple(model.parameters()))
 
-    if config.compile is True and config.gradient_checkpointing and state.model.config.dropout:
-        loss_of = compiled(loss_of, device)  # one graph of both cannot draw dropout a second time
+    if config.compile is True and config.gradient_checkpointing:
+        loss_of = compiled(loss_of, device)  # one graph of both cannot compute anything again
     elif config.compile is True:
         gradients_of = compiled(gradients_of, device)
     windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling

@@ -19,7 +19,8 @@ from benchmarks import textbook
 from benchmarks.contestants import CONTESTANTS, SHAPES, Missing, products
 from benchmarks.race import Curve, Point, report, validation_loss
 from benchmarks.scaling import scaled
-from lm.model import TransformerLM, cross_entropy
+from lm.functional import cross_entropy
+from lm.model import TransformerLM
 from lm.optim import AdamW, gradient_clipping
 from tests.project import ROOT
 

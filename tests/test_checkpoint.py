@@ -21,7 +21,8 @@ from lm.checkpoint import (
     verify,
 )
 from lm.errors import EnvironmentFault, InputError
-from lm.model import TransformerLM, cross_entropy
+from lm.functional import cross_entropy
+from lm.model import TransformerLM
 from lm.optim import OPTIMIZERS
 from lm.tokenizer import byte_tokenizer
 

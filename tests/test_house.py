@@ -18,17 +18,19 @@ from tests.project import ROOT, SMOKE
 FLOORS = [
     {"errors"},
     {"config", "rng", "files", "history", "console", "signals", "report", "compare"},
+    {"functional"},
     {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
     | {"workers", "model", "optim", "schedule", "device"},
     {"text", "encoder", "tokens", "checkpoint"},
     {"prepare", "resume"},
     {"publish", "sample", "train", "evaluate", "generate"},
+    {"footprint"},
     {"plan"},
     {"run", "verify"},
 ]
-BYTES_SIDE = (FLOORS[2] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}
+BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}
 BYTES_SIDE |= {"prepare", "publish", "sample"}
-TORCH_SIDE = {"model", "optim", "schedule", "device"}
+TORCH_SIDE = {"functional", "model", "optim", "schedule", "device"}
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODEL = load_params(SMOKE)["model"]
 MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")

@@ -9,16 +9,14 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import lm.model
 from lm.config import load_params, read_section
 from lm.errors import InputError
+from lm.functional import cross_entropy
 from lm.model import (
     ModelConfig,
     RMSNorm,
     RotaryEmbedding,
     TransformerLM,
-    cross_entropy,
-    linear_cross_entropy,
 )
 from lm.optim import AdamW
 from tests import reference
@@ -303,108 +301,6 @@ def test_dropout_acts_in_training_alone_and_in_every_place(model_config, monkeyp
     model.eval()
     assert torch.equal(model(ids), model(ids))
     assert rates == [0.5, 0.5, 0, 0, 0, 0]
-
-
-def test_cross_entropy_is_finite_for_huge_logits():
-    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]], requires_grad=True)
-    loss = cross_entropy(logits, torch.tensor([1, 2]))
-    loss.backward()
-    assert loss.item() == pytest.approx(1e4)
-    assert logits.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 3, 4)])
-def test_cross_entropy_takes_any_batch_dimensions(shape):
-    logits, targets = torch.randn(*shape, 11), torch.randint(11, shape)
-    probabilities = torch.log_softmax(logits.double(), -1)
-    expected = -probabilities.gather(-1, targets[..., None]).mean()
-    assert cross_entropy(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_in_chunks_equals_the_whole_without_a_float32_copy(monkeypatch, dtype):
-    monkeypatch.setattr(lm.model, "CROSS_ENTROPY_CHUNK", 1000)  # 3 rows of 300
-    logits = torch.randn(64, 300).to(dtype)
-    targets = torch.randint(300, (64,))
-    whole = logits.clone().float().requires_grad_()
-    F.cross_entropy(whole, targets).backward()
-    chunked, kept = logits.clone().requires_grad_(), []
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() != chunked.untyped_storage().data_ptr():
-            kept.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = cross_entropy(chunked, targets)
-    assert sum(kept) < logits.numel()  # a float32 copy would be 4 bytes a logit
-    loss.backward()
-    assert loss.item() == pytest.approx(F.cross_entropy(whole, targets).item(), rel=1e-5)
-    atol = 1e-7 if dtype == torch.float32 else 1e-4
-    torch.testing.assert_close(chunked.grad.float(), whole.grad, atol=atol, rtol=1e-2)
-
-
-@pytest.mark.parametrize("logits_at_once", [1 << 24, 2000, 300])  # 1, 3 and 8 chunks
-def test_linear_cross_entropy_has_the_loss_and_gradients_of_the_logits(monkeypatch, logits_at_once):
-    monkeypatch.setattr(lm.model, "LOGITS_AT_ONCE", logits_at_once)
-    features, weight = torch.randn(19, 16), torch.randn(300, 16)
-    targets = torch.cat([torch.tensor([0, 299, 7, 7, 7]), torch.randint(300, (14,))])
-    ours = [t.clone().requires_grad_() for t in (features, weight)]
-    theirs = [t.double().requires_grad_() for t in (features, weight)]
-    loss = linear_cross_entropy(*ours, targets)
-    expected = F.cross_entropy(theirs[0] @ theirs[1].T, targets)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    (loss * 3).backward()
-    (expected * 3).backward()
-    for got, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got.grad.double(), wanted.grad, atol=1e-6, rtol=1e-5)
-
-
-def test_linear_cross_entropy_in_bfloat16_is_nearer_to_the_truth_than_the_plain_way():
-    features, weight = torch.randn(200, 32), torch.randn(500, 32) / 4
-    targets = torch.randint(500, (200,))
-
-    def gradients(loss_of, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (features, weight)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            loss = loss_of(*leaves)
-        return [g.double() for g in torch.autograd.grad(loss, leaves)]
-
-    def plain(x, w):
-        return F.cross_entropy(F.linear(x, w).to(x.dtype), targets)
-
-    truth = gradients(plain, torch.float64)
-    for got, other, true in zip(
-        gradients(lambda x, w: linear_cross_entropy(x, w, targets), torch.float32),
-        gradients(plain, torch.float32),
-        truth,
-        strict=True,
-    ):
-        assert (got - true).norm() < (other - true).norm() < 0.01 * true.norm()
-
-
-def test_linear_cross_entropy_is_finite_for_huge_logits():
-    features, weight = torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0], [0.0]])
-    loss = linear_cross_entropy(
-        features.requires_grad_(), weight.requires_grad_(), torch.tensor([1, 1])
-    )
-    loss.backward()
-    assert loss.item() == pytest.approx(1e4)
-    assert features.grad.isfinite().all()
-    assert weight.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("length", [1, 7, 128, 200, 300])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_in_blocks_equals_the_plain_kernel(monkeypatch, length, masked):
-    monkeypatch.setattr(lm.model, "MAX_ATTENTION_BLOCKS", 2)
-    q, k, v = (torch.randn(2, 3, length, 8, dtype=torch.float64) for _ in range(3))
-    mask = torch.rand(2, 1, length, length) < 0.5
-    mask = (mask | torch.eye(length, dtype=torch.bool)).tril()
-    got = lm.model._attention_in_blocks(q, k, v, mask if masked else None, 0.0)
-    how = {"attn_mask": mask} if masked else {"is_causal": True}
-    expected = F.scaled_dot_product_attention(q, k, v, **how)
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_residual_branches_start_at_zero_on_request(model_config):

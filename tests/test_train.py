@@ -11,7 +11,7 @@ import torch
 from lm.checkpoint import load_checkpoint, save_checkpoint
 from lm.device import choose_device
 from lm.errors import Diverged, EnvironmentFault, InputError
-from lm.model import cross_entropy
+from lm.functional import cross_entropy
 from lm.optim import AdamW, gradient_clipping
 from lm.schedule import get_lr_cosine_schedule
 from lm.tokens import Split

@@ -1,0 +1,209 @@
+"""What a training holds and computes, by arithmetic on its settings.
+
+    parameters, flops_per_token     numbers and products by part of the model
+    activations                     bytes that the backward pass needs, by part
+    peak_memory                     bytes by part at the fullest moment of a step
+
+Letters in shapes as in lm.model, and N = B T tokens at once.
+"""
+
+import torch
+
+from lm.functional import ATTENTION_BLOCK, LOGITS_AT_ONCE, MAX_ATTENTION_BLOCKS, MAX_LOGITS_CHUNKS
+from lm.model import ModelConfig
+from lm.train import TrainConfig
+
+# measured: the heap of a training grows to 1.3 to 1.7 times of what is alive at once (nine shapes,
+# glibc 2.36, which asks for more in order to align: a hole is too small for what has left it)
+HEAP = 1.45
+HOLES = 0.55  # of each block that is computed again, as its input stays between
+KERNEL_BYTES = 20e6  # of torch's libraries, in memory once they have been used
+COMPILER_BYTES = 120e6  # torch's compiler in the process, once it has been used
+
+
+def parameters(model: ModelConfig) -> dict[str, int]:
+    """Trainable numbers by part; a tied embedding counts as the embedding."""
+    C, D = model.d_model, model.head_dim
+    layers, vocabulary = model.num_layers, model.vocab_size * model.d_model
+    norms = 2 * layers + (model.norm_position == "pre")
+    norm_sizes = norms * C * (model.norm == "rmsnorm") + layers * 2 * D * model.qk_norm
+    return {
+        "embedding": vocabulary,
+        "attention": layers * (2 * C * C + 2 * C * model.kv_heads * D),
+        "feed-forward": layers * _matrices(model) * C * model.d_ff,
+        "norms": norm_sizes,
+        "head": 0 if model.tie_embeddings else vocabulary,
+    }
+
+
+def _matrices(model: ModelConfig) -> int:
+    return 3 if model.ffn == "swiglu" else 2
+
+
+def flops_per_token(
+    model: ModelConfig, config: TrainConfig, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """(forward, backward) of the matrix products that are computed, by part; all else is left out.
+
+    2 for each weight forward and 4 backward; gradient checkpointing adds the blocks' forward pass
+    to the backward one. The head makes its gradients with the loss: 2 and 4 all the same.
+    Attention multiplies twice forward and, where the scores were not kept but are computed again,
+    five times backward, else four. Queries see all T keys; compiled on a CPU, blocks of them see
+    the keys up to their end. Kernels that skip what causality hides (CUDA; a CPU beyond 512 keys)
+    compute less than is counted. TransformerLM.flops_per_token, of which MFU is made, is instead
+    the field's convention: always T keys, four products backward, nothing twice.
+    """
+    sizes = parameters(model)
+    again = config.gradient_checkpointing
+    product = (
+        2.0 * model.num_layers * model.d_model * model.context_length * _seen(config, model, device)
+    )
+
+    def of_weights(count: float) -> tuple[float, float]:
+        return 2.0 * count, (4.0 + 2.0 * again) * count
+
+    return {
+        "attention projections": of_weights(sizes["attention"]),
+        "attention products": (2 * product, ((4 if model.dropout else 5) + 2 * again) * product),
+        "feed-forward": of_weights(sizes["feed-forward"]),
+        "head": (2.0 * model.vocab_size * model.d_model, 4.0 * model.vocab_size * model.d_model),
+    }
+
+
+def _seen(config: TrainConfig, model: ModelConfig, device: torch.device) -> float:
+    """The share of all pairs of query and key that is multiplied: see causal_attention."""
+    length = model.context_length
+    if config.compile is not True or device.type != "cpu" or model.dropout:
+        return 1.0
+    size = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
+    starts = range(0, length, size)
+    return sum((min(s + size, length) - s) * min(s + size, length) for s in starts) / length**2
+
+
+def activations(model: ModelConfig, config: TrainConfig, windows: int) -> dict[str, float]:
+    """Bytes that the forward pass keeps for the backward pass, by part, when it comes to the head.
+
+    What autograd keeps: of a norm its input and one number a row; of a product its input, once for
+    each matrix where autocast makes a copy for each; of attention queries, keys, values (repeated
+    for each head), result and one number a query, or with dropout the weights three times; of
+    SwiGLU both sides and their product.
+    """
+    N, C, F = windows * model.context_length, model.d_model, model.d_ff
+    a = 4 if config.dtype == "float32" else 2
+    casts = a == 2 and config.compile is not True
+    normed, gated = model.norm == "rmsnorm", model.ffn == "swiglu"
+    kv_width = model.kv_heads * model.head_dim
+    # a norm's output is input to a product; without norm that input is the residual stream itself
+    norms = normed * 2 * (4 * N * C + 4 * N)
+    into = N * C * a * ((3 if casts else 1) + (2 if casts and gated else 1))
+    if not normed and a == 4:
+        into = 2 * N * C * 4
+    attention = 4.0 * N * C * a + 4 * N * model.num_heads
+    if model.dropout:  # in float32 whatever the dtype
+        attention = N * C * (12.0 + a) + 12 * model.num_heads * N * model.context_length
+    elif model.intra_document_masking:
+        attention += N * model.context_length * a
+    if model.qk_norm:
+        attention += a * N * (C + kv_width) + 4 * N * (model.num_heads + model.kv_heads)
+    dropped = 2 * N * C * a * (model.dropout > 0)
+    block = {
+        "norms and residuals": norms + into + dropped,
+        "attention": attention,
+        "feed-forward": (2.0 + gated) * N * F * a,
+    }
+    layers = model.num_layers
+    total = {part: layers * size for part, size in block.items()}
+    if config.gradient_checkpointing:
+        mask = N * model.context_length * model.intra_document_masking
+        total = {
+            "blocks' inputs": layers * N * C * 4 + mask,
+            "one block again": sum(block.values()),
+        }
+    final = (4 * N * C + 4 * N) * (normed and model.norm_position == "pre")
+    casted = a * (parameters(model)["attention"] + parameters(model)["feed-forward"]) * (a == 2)
+    total["final norm, ids"] = final + 16 * N + 4 * N * C * (model.dropout > 0)
+    total["weights in " + config.dtype] = casted
+    return {part: float(size) for part, size in total.items() if size}
+
+
+def _head(model: ModelConfig, config: TrainConfig, windows: int) -> dict[str, float]:
+    """Bytes at the fullest moment of linear_cross_entropy: its last chunk's exponentials.
+
+    Eager: the logits, their distance from the largest, its exponential, and the exponential of
+    the chunk before; the gradients by the features and, of each chunk, by the weights.
+    """
+    N, C, V = windows * model.context_length, model.d_model, model.vocab_size
+    a = 4 if config.dtype == "float32" else 2
+    chunks = min(MAX_LOGITS_CHUNKS, -(-N * V // LOGITS_AT_ONCE))
+    logits = -(-N // chunks) * V
+    if config.compile is True:
+        copies = 2 * a  # the pointwise operations are one loop
+    else:
+        copies = a + 4 + 4 + a * (chunks > 1) + (4 if a == 2 else 0)
+    by_weights = (max(1, chunks - 1) * a + 4 * (a == 2)) * V * C
+    return {
+        "logits, at once": float(logits * copies),
+        "gradients of the head": float(4 * N * C + by_weights),
+    }
+
+
+def _through_a_block(model: ModelConfig, config: TrainConfig, windows: int) -> float:
+    """Bytes of the gradients that are alive together on the way back through a block."""
+    N, a = windows * model.context_length, 4 if config.dtype == "float32" else 2
+    return 8.0 * N * model.d_model + _matrices(model) * N * model.d_ff * a
+
+
+def optimizer_bytes(model: ModelConfig, config: TrainConfig) -> tuple[int, int]:
+    """(state, scratch of an update): AdamW keeps two numbers a weight, Muon one a matrix."""
+    sizes = parameters(model)
+    total = sum(sizes.values())
+    if config.optimizer == "adamw":
+        return 8 * total, 0
+    matrices = sizes["attention"] + sizes["feed-forward"]
+    # every matrix's direction; the largest stack of equal ones in float32, and thrice in bfloat16
+    stack = max(sizes["attention"], sizes["feed-forward"])
+    return 8 * total - 4 * matrices, 4 * matrices + 10 * stack
+
+
+def peak_memory(
+    model: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    windows: int,
+    base_bytes: int,
+) -> dict[str, float]:
+    """Bytes by part at the fullest moment: of torch on a GPU, of the process on a CPU.
+
+    The moments: at the head, when all activations are kept; at the end of the backward pass; in
+    the update; in a validation. A process on a CPU also holds the copy from which checkpoints are
+    written, what its heap cannot use again, `base_bytes` and, if it compiles, the compiler.
+    """
+    weights = 4.0 * sum(parameters(model).values())
+    state, scratch = optimizer_bytes(model, config)
+    summed = weights * (windows < config.batch_size)  # gradients of the micro-batches before
+    logits = float(windows * model.context_length * model.vocab_size)
+    copies = 8 if config.dtype == "float32" else 10  # logits, in float32, log-softmax
+    kept = activations(model, config, windows)
+    again = kept.pop("one block again", 0.0)
+    vocabulary = 4.0 * model.vocab_size * model.d_model
+    moments: list[dict[str, float]] = [
+        {"activations": sum(kept.values()), **_head(model, config, windows), "gradients": summed},
+        {
+            "activations": sum(kept.values()) + again,
+            "gradients": summed + vocabulary,
+            "gradients by activations": _through_a_block(model, config, windows),
+            "heap, lost between blocks": HOLES * model.num_layers * again * (device.type == "cpu"),
+        },
+        {"gradients": weights + summed},
+        {"gradients": weights, "update": float(scratch)},
+        {"gradients": weights, "validation's logits": logits * copies},
+    ]
+    fullest = max(moments, key=lambda moment: sum(moment.values()))
+    parts = {"weights": weights, "optimizer state": float(state)} | fullest
+    if device.type == "cpu":
+        if config.eval_interval < config.max_steps:  # a first best is saved before the end
+            parts["checkpoint's copy"] = weights + state
+        parts["heap, lost between"] = (HEAP - 1) * sum(parts.values())
+        parts["interpreter and torch"] = base_bytes + KERNEL_BYTES
+        parts["compiler"] = COMPILER_BYTES * (config.compile is True)
+    return {part: size for part, size in parts.items() if size}

@@ -1,0 +1,190 @@
+"""Functions with gradients of their own against the plain formulas, in float64 and by autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lm import functional
+from lm.functional import causal_attention, cross_entropy, linear_cross_entropy, rms_norm, swiglu
+
+
+def assert_same(ours, plain, *inputs, rtol=1e-6):
+    """Result and gradients of both, by inputs in float64 and a random gradient."""
+    results, gradients = [], []
+    for function in (ours, plain):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        results.append(function(*leaves))
+        torch.manual_seed(0)
+        incoming = torch.randn(results[-1].shape, dtype=results[-1].dtype)
+        gradients.append(torch.autograd.grad(results[-1], leaves, incoming))
+    torch.testing.assert_close(*results, atol=rtol, rtol=rtol)
+    for got, wanted in zip(*gradients, strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, atol=rtol, rtol=rtol)
+
+
+def numbers(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def test_rms_norm_equals_torch():
+    """Its arithmetic is in float32."""
+    assert_same(
+        lambda x, weight: rms_norm(x, weight, 1e-3),
+        lambda x, weight: F.rms_norm(x, (10,), weight, 1e-3),
+        numbers(3, 4, 10),
+        1 + numbers(10),
+        rtol=1e-5,
+    )
+
+
+def test_swiglu_equals_the_formula():
+    assert_same(swiglu, lambda gate, up: F.silu(gate) * up, numbers(3, 4, 10), numbers(3, 4, 10))
+
+
+@pytest.mark.parametrize("function", [lambda x, y: swiglu(x, y), lambda x, y: rms_norm(x, y, 0.0)])
+def test_gradients_are_right_in_bfloat16_too(function):
+    x, y = torch.randn(50), torch.randn(50)
+    leaves = [t.bfloat16().requires_grad_() for t in (x, y)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    torch.autograd.grad(function(*leaves).sum(), leaves)
+    for got, wanted in zip(
+        torch.autograd.grad(function(*leaves).sum(), leaves),
+        torch.autograd.grad(function(*exact).sum(), exact),
+        strict=True,
+    ):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), wanted, atol=0.02, rtol=0.03)
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 200, 300])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_blocks_equals_the_plain_kernel(monkeypatch, length, masked):
+    monkeypatch.setattr(functional, "MAX_ATTENTION_BLOCKS", 2)
+    mask = torch.rand(2, 1, length, length) < 0.5
+    mask = (mask | torch.eye(length, dtype=torch.bool)).tril()
+    how = {"attn_mask": mask} if masked else {"is_causal": True}
+    assert_same(
+        lambda q, k, v: causal_attention(q, k, v, mask if masked else None),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **how),
+        *(numbers(2, 3, length, 8) for _ in range(3)),
+        rtol=1e-5,
+    )
+
+
+def test_attention_is_finite_for_huge_scores():
+    q = torch.full((1, 1, 3, 4), 1e4, requires_grad=True)
+    mixed = causal_attention(q, q, q)
+    assert mixed.isfinite().all()
+    assert torch.autograd.grad(mixed.sum(), q)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [
+        (lambda x: swiglu(x * 1, x * 2), 2),  # the product of both would be a third
+        (lambda x: rms_norm(x * 1, torch.ones(64, requires_grad=True), 1e-5), 1.1),
+        (lambda x: causal_attention(*(c * x.reshape(1, 8, 512, 64) for c in (1, 2, 3))), 4.1),
+    ],
+    ids=["swiglu", "rms_norm", "attention"],
+)
+def test_what_is_kept_for_the_backward_pass(function, kept):
+    x, sizes = torch.randn(4096, 64, requires_grad=True), {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = function(x)
+    assert sum(sizes.values()) <= kept * x.untyped_storage().nbytes()
+    assert result.requires_grad
+
+
+def test_cross_entropy_is_finite_for_huge_logits():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]], requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor([1, 2]))
+    loss.backward()
+    assert loss.item() == pytest.approx(1e4)
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 3, 4)])
+def test_cross_entropy_takes_any_batch_dimensions(shape):
+    logits, targets = torch.randn(*shape, 11), torch.randint(11, shape)
+    probabilities = torch.log_softmax(logits.double(), -1)
+    expected = -probabilities.gather(-1, targets[..., None]).mean()
+    assert cross_entropy(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_in_chunks_equals_the_whole_without_a_float32_copy(monkeypatch, dtype):
+    monkeypatch.setattr(functional, "CROSS_ENTROPY_CHUNK", 1000)  # 3 rows of 300
+    logits = torch.randn(64, 300).to(dtype)
+    targets = torch.randint(300, (64,))
+    whole = logits.clone().float().requires_grad_()
+    F.cross_entropy(whole, targets).backward()
+    chunked, kept = logits.clone().requires_grad_(), []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() != chunked.untyped_storage().data_ptr():
+            kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = cross_entropy(chunked, targets)
+    assert sum(kept) < logits.numel()  # a float32 copy would be 4 bytes a logit
+    loss.backward()
+    assert loss.item() == pytest.approx(F.cross_entropy(whole, targets).item(), rel=1e-5)
+    atol = 1e-7 if dtype == torch.float32 else 1e-4
+    torch.testing.assert_close(chunked.grad.float(), whole.grad, atol=atol, rtol=1e-2)
+
+
+@pytest.mark.parametrize("logits_at_once", [1 << 24, 2000, 300])  # 1, 3 and 8 chunks
+def test_linear_cross_entropy_has_the_loss_and_gradients_of_the_logits(monkeypatch, logits_at_once):
+    monkeypatch.setattr(functional, "LOGITS_AT_ONCE", logits_at_once)
+    features, weight = torch.randn(19, 16), torch.randn(300, 16)
+    targets = torch.cat([torch.tensor([0, 299, 7, 7, 7]), torch.randint(300, (14,))])
+    ours = [t.clone().requires_grad_() for t in (features, weight)]
+    theirs = [t.double().requires_grad_() for t in (features, weight)]
+    loss = linear_cross_entropy(*ours, targets)
+    expected = F.cross_entropy(theirs[0] @ theirs[1].T, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (loss * 3).backward()
+    (expected * 3).backward()
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.grad.double(), wanted.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_linear_cross_entropy_in_bfloat16_is_nearer_to_the_truth_than_the_plain_way():
+    features, weight = torch.randn(200, 32), torch.randn(500, 32) / 4
+    targets = torch.randint(500, (200,))
+
+    def gradients(loss_of, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (features, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            loss = loss_of(*leaves)
+        return [g.double() for g in torch.autograd.grad(loss, leaves)]
+
+    def plain(x, w):
+        return F.cross_entropy(F.linear(x, w).to(x.dtype), targets)
+
+    truth = gradients(plain, torch.float64)
+    for got, other, true in zip(
+        gradients(lambda x, w: linear_cross_entropy(x, w, targets), torch.float32),
+        gradients(plain, torch.float32),
+        truth,
+        strict=True,
+    ):
+        assert (got - true).norm() < (other - true).norm() < 0.01 * true.norm()
+
+
+def test_linear_cross_entropy_is_finite_for_huge_logits():
+    features, weight = torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0], [0.0]])
+    loss = linear_cross_entropy(
+        features.requires_grad_(), weight.requires_grad_(), torch.tensor([1, 1])
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(1e4)
+    assert features.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
