@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.worker import Child, Failed, Tell, begin
+from lm.config import add_overrides
 from lm.errors import InputError, one_line_errors
 from lm.signals import sigterm_raises
 
@@ -67,6 +69,7 @@ def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> An
     from lm.config import load_params, read_section
     from lm.device import autocast, prepare
     from lm.model import ModelConfig
+    from lm.plan import compiling
     from lm.tokens import Split
     from lm.train import TrainConfig, new_state, train
 
@@ -75,6 +78,7 @@ def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> An
     device = torch.device("cpu")
     prepare(device, config.num_threads)
     model_config = read_section(ModelConfig, params, "model", vocab_size=vocab_size)
+    config = replace(config, compile=compiling(model_config, config, device)[0])
     state = new_state(model_config, config, device)
     records = train(state, Split("train", read_ids(folder / "train.bin"), 0), config)
 
@@ -197,7 +201,7 @@ def main() -> None:
     )
     parser.add_argument("--text", type=Path)
     parser.add_argument("--preset", type=Path, default=Path("params.yaml"))
-    parser.add_argument("-S", dest="overrides", action="append", default=[])
+    add_overrides(parser)
     parser.add_argument("--every", type=int, default=50, help="steps between two validations")
     parser.add_argument("--max-iters", type=int, default=2000, help="of nanoGPT, which are 2000")
     options = parser.parse_args()

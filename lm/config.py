@@ -8,6 +8,7 @@ setting stands in params.yaml. Types come from the annotations; a bound is an An
     lr: Annotated[float, POSITIVE]
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -69,6 +70,18 @@ class RuntimeConfig:
 
 MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds
 SECTIONS = ("data", "tokenizer", "model", "train", "evaluate", "runtime")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The option -S of every command line that reads settings: `overrides` for load_params."""
+    parser.add_argument(
+        "-S",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="override a setting of params.yaml; can be repeated",
+    )
 
 
 def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lm.config import RuntimeConfig, load_params, read_section
+from lm.config import RuntimeConfig, add_overrides, load_params, read_section
 from lm.console import duration, say
 from lm.device import (
     choose_device,
@@ -251,14 +251,7 @@ def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m lm.plan", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "-S",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="section.key=value",
-        help="override a setting of params.yaml; can be repeated",
-    )
+    add_overrides(parser)
     parser.add_argument("--price", type=float, metavar="EUR_PER_HOUR", help="of the machine")
     options = parser.parse_args(arguments)
     with one_line_errors():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lm
-from lm.config import load_params, read_section
+from lm.config import add_overrides, load_params, read_section
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
 from stages import EXECUTED, ROOT
@@ -100,14 +100,7 @@ def run(
     An override outside of `sections`, which are all that the stage reads, is such an error.
     """
     parser = argparse.ArgumentParser(description=sys.modules[stage.__module__].__doc__)
-    parser.add_argument(
-        "-S",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="section.key=value",
-        help="override a setting of params.yaml; can be repeated",
-    )
+    add_overrides(parser)
     for name, options in extra_arguments:
         parser.add_argument(name, **options)
     arguments = parser.parse_args()
