@@ -9,7 +9,7 @@ Letters in shapes as in lm.model, and N = B T tokens at once.
 
 import torch
 
-from lm.functional import ATTENTION_BLOCK, LOGITS_AT_ONCE, MAX_ATTENTION_BLOCKS, MAX_LOGITS_CHUNKS
+from lm.functional import attention_blocks, rows_at_once
 from lm.model import ModelConfig
 from lm.train import TrainConfig
 
@@ -75,9 +75,7 @@ def _seen(config: TrainConfig, model: ModelConfig, device: torch.device) -> floa
     length = model.context_length
     if config.compile is not True or device.type != "cpu" or model.dropout:
         return 1.0
-    size = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
-    starts = range(0, length, size)
-    return sum((min(s + size, length) - s) * min(s + size, length) for s in starts) / length**2
+    return sum((end - start) * end for start, end in attention_blocks(length)) / length**2
 
 
 def activations(model: ModelConfig, config: TrainConfig, windows: int) -> dict[str, float]:
@@ -134,8 +132,8 @@ def _head(model: ModelConfig, config: TrainConfig, windows: int) -> dict[str, fl
     """
     N, C, V = windows * model.context_length, model.d_model, model.vocab_size
     a = 4 if config.dtype == "float32" else 2
-    chunks = min(MAX_LOGITS_CHUNKS, -(-N * V // LOGITS_AT_ONCE))
-    logits = -(-N // chunks) * V
+    rows = rows_at_once(N, V)
+    chunks, logits = -(-N // rows), rows * V
     if config.compile is True:
         copies = 2 * a  # the pointwise operations are one loop
     else:

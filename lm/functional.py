@@ -74,22 +74,23 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mixed, log_sums = [], []
-        for start, end in _blocks(q.shape[2]):
+        for start, end in attention_blocks(q.shape[2]):
             scores = _scores(q, k, mask, start, end)
             largest = scores.amax(dim=3, keepdim=True)
             e = (scores - largest).exp()
             total = e.sum(dim=3, keepdim=True)  # (B, H, size, 1)
             mixed.append(((e.to(v.dtype) @ v[:, :, :end]).float() / total).to(v.dtype))
             log_sums.append(largest + total.log())
-        ctx.save_for_backward(q, k, v, mask, torch.cat(mixed, dim=2), torch.cat(log_sums, dim=2))
-        return torch.cat(mixed, dim=2)
+        whole = torch.cat(mixed, dim=2)
+        ctx.save_for_backward(q, k, v, mask, whole, torch.cat(log_sums, dim=2))
+        return whole
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, mask, mixed, log_sum = ctx.saved_tensors
         gradient = gradients[0]
         along = (gradient.float() * mixed.float()).sum(dim=3, keepdim=True)  # (B, H, T, 1)
-        blocks, by_q, by_k, by_v = _blocks(q.shape[2]), [], [], []
+        blocks, by_q, by_k, by_v = attention_blocks(q.shape[2]), [], [], []
         for start, end in blocks:
             weights = (_scores(q, k, mask, start, end) - log_sum[:, :, start:end]).exp()
             by_weights = (gradient[:, :, start:end] @ v[:, :, :end].mT).float()
@@ -110,7 +111,8 @@ class _CausalAttention(torch.autograd.Function):
         return torch.cat(by_q, dim=2), summed(by_k), summed(by_v), None
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
+def attention_blocks(length: int) -> list[tuple[int, int]]:
+    """First and last + 1 of the queries that causal_attention takes at once."""
     size = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -181,6 +183,12 @@ def linear_cross_entropy(
     return loss
 
 
+def rows_at_once(count: int, vocab_size: int) -> int:
+    """How many of `count` rows of logits linear_cross_entropy holds."""
+    n_chunks = min(MAX_LOGITS_CHUNKS, -(-count * vocab_size // LOGITS_AT_ONCE))
+    return -(-count // n_chunks)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """With e = exp(logits - max) and s = sum(e): loss = log(s) + max - logits[target].
 
@@ -194,8 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else features.dtype
         narrow, count = weight.to(dtype), len(targets)
-        n_chunks = min(MAX_LOGITS_CHUNKS, -(-count * len(weight) // LOGITS_AT_ONCE))
-        rows = -(-count // n_chunks)
+        rows = rows_at_once(count, len(weight))
         nats, by_features, by_weight = [], [], []
         for x, y in zip(features.split(rows), targets.split(rows), strict=True):
             logits = x.to(dtype) @ narrow.t()  # (rows, V)

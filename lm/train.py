@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -192,13 +193,14 @@ def train_step(
     fraction = learning_rate_fraction(state.step + 1, config)
     for group in state.optimizer.param_groups:
         group["lr"] = fraction * group["initial_lr"]
-    loss, grad_norm = _clipped_gradients(state, x, y, config, gradients_of)
+    accumulate = partial(_accumulated, state, x, y, config, gradients_of)
+    loss, grad_norm = _clipped_gradients(state, config, accumulate)
     while math.isfinite(loss) and not math.isfinite(grad_norm) and state.scaler.get_scale() > 1:
         state.scaler.update()  # the scale was too large for float16: lower it, and again
-        loss, grad_norm = _clipped_gradients(state, x, y, config, gradients_of)
+        loss, grad_norm = _clipped_gradients(state, config, accumulate)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         state.scaler.update()
-        _backward(state, x, y, config, gradients_of)  # clipping by nan has made nan of all
+        _backward(state, config, accumulate)  # clipping by nan has made nan of all
         state.scaler.update()
         name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
         raise Diverged(f"{name} is {value} at step {state.step + 1}; {_nonfinite(state)}")
@@ -233,36 +235,28 @@ def _nonfinite(state: TrainState) -> str:
 
 
 def _clipped_gradients(
-    state: TrainState,
-    x: Tensor,
-    y: Tensor,
-    config: TrainConfig,
-    gradients_of: Gradients,
+    state: TrainState, config: TrainConfig, accumulate: Callable[[], Tensor]
 ) -> tuple[float, float]:
     """Fill the clipped gradients of the whole batch; returns its loss in nats and their norm."""
-    loss = _backward(state, x, y, config, gradients_of)
+    loss = _backward(state, config, accumulate)
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
     return loss.item(), gradient_clipping(state.model.parameters(), limit).item()
 
 
-def _backward(
-    state: TrainState,
-    x: Tensor,
-    y: Tensor,
-    config: TrainConfig,
-    gradients_of: Gradients,
-) -> Tensor:
+def _backward(state: TrainState, config: TrainConfig, accumulate: Callable[[], Tensor]) -> Tensor:
     """Fill the gradients of the whole batch; returns its loss.
 
     Out of memory, it begins again with smaller micro-batches, unless their size is set.
     """
     while True:
         try:
-            return _accumulated(state, x, y, config, gradients_of)
+            return accumulate()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        _take_fewer_windows(state, config, x.device)  # here, where nothing holds the tensors
+        _take_fewer_windows(
+            state, config, state.model.head.device
+        )  # here, where nothing holds the tensors
 
 
 def _take_fewer_windows(state: TrainState, config: TrainConfig, device: torch.device) -> None:
