@@ -1,14 +1,19 @@
 """Text from a model: `python -m lm.generate --prompt "def "` streams a completion.
 
+    prompts -encode-> ids -generate-> Sampled, one a row and step -stream-> Piece, text to show
+
 Past the context length the window moves on by half of it: the older half is forgotten and the
 newer half is read again from position 0.
 """
 
 import argparse
 import codecs
+import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +26,44 @@ from lm.errors import InputError, one_line_errors
 from lm.model import TransformerLM
 from lm.tokenizer import Tokenizer
 
+DRAWS = 256  # random numbers that a row makes at a time
+
+
+class Sampled(NamedTuple):
+    """A new token. Log-probabilities, in nats, are of the model's own distribution.
+
+    That is the one before temperature, top-k and top-p. They are there if they were asked for.
+    """
+
+    id: int
+    logprob: float = math.nan
+    top: tuple[tuple[int, float], ...] = ()  # the most probable ids, in order
+
+
+class Sampling(TypedDict, total=False):
+    """How the next token is chosen: options of `generate`."""
+
+    temperature: float | Sequence[float]
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+
+Reason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of a completion: whole characters, and no part of a stop text.
+
+    The pieces of a row hold all of its tokens, those of a stop text and the end token included.
+    """
+
+    row: int
+    text: str
+    tokens: list[Sampled]
+    finish_reason: Reason | None = None  # of the last: a stop text or the end token; max_new_tokens
+
 
 @torch.inference_mode()
 def generate(
@@ -28,52 +71,49 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     stop_id: int | None = None,
     end_id: int | None = None,
     seed: int = 0,
     use_cache: bool = True,
-) -> Iterator[list[int | None]]:
-    """Continue several prompts together, giving one new id per prompt at a time.
+    top_logprobs: int | None = None,
+) -> Iterator[list[Sampled | None]]:
+    """Continue several prompts together, by one new token a row at a time.
 
-    A row gives None while a longer prompt than the shortest is still being read, and after it
-    has ended, by `stop_id` or by length. A row depends on its number, not on the other prompts.
-    Temperature 0 takes the most probable token. A model with intra-document masking has to know
-    the `end_id` of its documents. Raises ValueError for an empty prompt.
+    A row gives None after it has ended, by `stop_id` or by length. It depends on the seed and its
+    number, not on the other prompts. Temperature 0 takes the most probable token; several are of
+    the rows. With `top_logprobs` a token has its log-probability, and so many of the most probable
+    ids have theirs. A model with intra-document masking has to know the `end_id` of its documents.
+    Raises ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("an empty prompt; begin with the end token instead")
     device, length = next(model.parameters()).device, model.config.context_length
-    read = min(map(len, prompts))
-    ids = torch.tensor([list(prompt[:read]) for prompt in prompts], device=device)  # (B, n)
-    remaining = [max_new_tokens] * len(prompts)
-    caches, cached_from = model.new_caches(len(prompts)), 0
-    while any(remaining):
-        start = _window_start(ids.shape[1], length)
-        documents = model.documents(ids[:, start:], end_id)
-        if not use_cache:
-            logits = model(ids[:, start:], documents=documents)[:, -1]  # (B, V)
-        else:
-            if start != cached_from:
-                caches, cached_from = model.new_caches(len(prompts)), start
-            logits = model(ids[:, start + caches[0].length :], caches, documents)[:, -1]
-        position = ids.shape[1]
-        draws = [
-            rng.random_uniforms(rng.seed(seed, "generate", row, position - len(prompt)), 1)[0]
-            for row, prompt in enumerate(prompts)
-        ]
-        sampled = sample(logits, temperature, top_k, top_p, torch.tensor(draws)).tolist()
-        new: list[int | None] = [None] * len(prompts)
-        for row, prompt in enumerate(prompts):
-            if position < len(prompt):
-                sampled[row] = prompt[position]
-            elif remaining[row]:
-                new[row] = sampled[row]
-                remaining[row] = 0 if sampled[row] == stop_id else remaining[row] - 1
-        ids = torch.cat([ids, torch.tensor(sampled, device=device)[:, None]], dim=1)
-        yield new
+    temperatures = _per_row(temperature, len(prompts), device)
+    histories = [list(prompt) for prompt in prompts]
+    active = [True] * len(prompts)
+    for _, draws in zip(range(max_new_tokens), _draws(seed, len(prompts)), strict=False):
+        logits = torch.cat(
+            [_full_pass(model, ids[_window_start(len(ids), length) :], end_id) for ids in histories]
+        )
+        ids = sample(logits, temperatures, top_k, top_p, draws.to(device))
+        tokens = _sampled(logits, ids, top_logprobs)
+        yield [token if on else None for token, on in zip(tokens, active, strict=True)]
+        active = [on and t.id != stop_id for on, t in zip(active, tokens, strict=True)]
+        if not any(active):
+            return
+        for history, token in zip(histories, tokens, strict=True):
+            history.append(token.id)
+
+
+def _full_pass(
+    model: TransformerLM, ids: Sequence[int], end_id: int | None
+) -> Float[Tensor, "1 V"]:
+    """Logits of what follows some ids, without a cache."""
+    row = torch.tensor([ids], device=next(model.parameters()).device)
+    return model(row, documents=model.documents(row, end_id))[:, -1]
 
 
 def _window_start(n_tokens: int, context_length: int) -> int:
@@ -84,9 +124,29 @@ def _window_start(n_tokens: int, context_length: int) -> int:
     return -(-(n_tokens - context_length) // half) * half
 
 
+def _per_row(
+    temperature: float | Sequence[float], n_rows: int, device: torch.device
+) -> Float[Tensor, " B"] | None:
+    """The temperature of each row; None if all take the most probable token."""
+    values = [temperature] * n_rows if isinstance(temperature, int | float) else temperature
+    if len(values) != n_rows:
+        raise ValueError(f"{len(values)} temperatures for {n_rows} prompts")
+    return torch.tensor(values, device=device) if any(values) else None
+
+
+def _draws(seed: int, n_rows: int) -> Iterator[Float[Tensor, " B"]]:
+    """Without end, a number in [0, 1) for each row; a function of seed, row and place."""
+    block = 0
+    while True:
+        rows = [rng.seed(seed, "generate", row, block) for row in range(n_rows)]
+        numbers = [torch.from_numpy(rng.random_uniforms(key, DRAWS)) for key in rows]
+        yield from torch.stack(numbers, dim=1)
+        block += 1
+
+
 def sample(
     logits: Float[Tensor, "B V"],
-    temperature: float,
+    temperatures: Float[Tensor, " B"] | None,
     top_k: int | None,
     top_p: float | None,
     draws: Float[Tensor, " B"],
@@ -94,35 +154,144 @@ def sample(
     """One id per row: the inverse of the cumulative distribution at draws in [0, 1).
 
     Top-k keeps the k most probable ids; top-p the fewest whose probabilities reach p (Holtzman
-    et al. 2020).
+    et al. 2020), after top-k. No temperatures, or one of 0: the most probable id.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1).cpu()
-    probabilities = torch.softmax(logits.cpu().double() / temperature, dim=-1)
-    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (B, V)
-    if top_k is not None:
-        probabilities[:, top_k:] = 0
-    if top_p is not None:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities[before >= top_p] = 0
+    best = logits.argmax(dim=-1)  # (B,)
+    if temperatures is None:
+        return best
+    order = None
+    if top_k is not None or top_p is not None:  # the most probable first
+        k = logits.shape[1] if top_k is None else min(top_k, logits.shape[1])
+        logits, order = logits.topk(k)  # (B, k)
+    hot = temperatures > 0
+    probabilities = torch.softmax(logits.double() / temperatures.where(hot, 1.0)[:, None], dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
+    if top_p is not None:
+        before = cumulative - probabilities
+        cumulative = probabilities.masked_fill(before >= top_p, 0.0).cumsum(dim=-1)
     targets = draws.double()[:, None] * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, targets, right=True)
-    return order.gather(1, places.clamp(max=logits.shape[1] - 1)).squeeze(1)
+    places = torch.searchsorted(cumulative, targets, right=True)  # (B, 1)
+    places = places.clamp(max=logits.shape[1] - 1)
+    chosen = places if order is None else order.gather(1, places)
+    return torch.where(hot, chosen.squeeze(1), best)
+
+
+def _sampled(
+    logits: Float[Tensor, "B V"], ids: Int[Tensor, " B"], top_logprobs: int | None
+) -> list[Sampled]:
+    """The new ids, with log-probabilities if they are asked for."""
+    if top_logprobs is None:
+        return [Sampled(i) for i in ids.tolist()]
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    values, places = logprobs.topk(min(top_logprobs, logits.shape[1]))  # (B, n)
+    tops = [
+        tuple(zip(*row, strict=True)) for row in zip(places.tolist(), values.tolist(), strict=True)
+    ]
+    chosen = logprobs.gather(1, ids[:, None]).squeeze(1)
+    return list(map(Sampled, ids.tolist(), chosen.tolist(), tops))
+
+
+@dataclass
+class _Row:
+    """A completion on its way: what may not be shown yet, and the tokens since the last piece."""
+
+    stop: Sequence[str]
+    held: str = ""  # might begin a stop text
+    tokens: list[Sampled] = field(default_factory=list)
+    characters: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )  # a token may end inside of a character
+
+    def take(self, data: bytes, final: bool) -> tuple[str, bool]:
+        """Text that can be shown, and whether a stop text has come."""
+        text = self.held + self.characters.decode(data, final)
+        ends = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
+        if ends:
+            return text[: min(ends)[1]], True  # of the first that is complete, the longest
+        n_held = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
+        self.held = text[len(text) - n_held :]
+        return text[: len(text) - n_held], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text begin a stop text."""
+    return max(n for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+
+
+def stream(
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    top_logprobs: int | None = None,
+    **sampling: Unpack[Sampling],
+) -> Iterator[Piece]:
+    """Complete several prompts together, piece by piece, each as soon as its text is certain.
+
+    A row ends at the end token, before the first stop text to be complete, or at max_new_tokens.
+    An empty prompt begins with the end token. Stop texts must not be empty.
+    """
+    end_id = tokenizer.end_id
+    ids = [tokenizer.encode(prompt) or [end_id] for prompt in prompts]
+    rows = {row: _Row(stop) for row in range(len(prompts))}  # that have not ended
+    steps = generate(
+        model,
+        ids,
+        max_new_tokens,
+        stop_id=end_id,
+        end_id=end_id,
+        top_logprobs=top_logprobs,
+        **sampling,
+    )
+    for number, tokens in enumerate(steps, start=1):
+        for number_of_row, row in list(rows.items()):
+            token = tokens[number_of_row]
+            assert token is not None
+            row.tokens.append(token)
+            ended = token.id == end_id
+            final = ended or number == max_new_tokens
+            data = b"" if ended else tokenizer.decode_bytes([token.id])
+            text, stopped = row.take(data, final)
+            reason: Reason | None = "stop" if ended or stopped else "length" if final else None
+            if text or reason:
+                yield Piece(number_of_row, text, row.tokens, reason)
+                row.tokens = []
+            if reason:
+                del rows[number_of_row]
+        if not rows:
+            return
 
 
 def complete(
-    model: TransformerLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options: object
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    **sampling: Unpack[Sampling],
 ) -> Iterator[str]:
-    """The text that follows a prompt, piece by piece, up to the end token."""
-    ids = tokenizer.encode(prompt) or [tokenizer.end_id]
-    characters = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside one
-    end_id = tokenizer.end_id
-    steps = generate(model, [ids], max_new_tokens, stop_id=end_id, end_id=end_id, **options)  # type: ignore[arg-type]
-    for (new,) in steps:
-        if new is not None and new != end_id:
-            yield characters.decode(tokenizer.decode_bytes([new]))
-    yield characters.decode(b"", final=True)
+    """The text that follows a prompt, piece by piece; see `stream`."""
+    for piece in stream(model, tokenizer, [prompt], max_new_tokens, stop=stop, **sampling):
+        yield piece.text
+
+
+def complete_many(
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    **sampling: Unpack[Sampling],
+) -> list[str]:
+    """The texts that follow several prompts, whole; see `stream`."""
+    texts = [""] * len(prompts)
+    for piece in stream(model, tokenizer, prompts, max_new_tokens, stop=stop, **sampling):
+        texts[piece.row] += piece.text
+    return texts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

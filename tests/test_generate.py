@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm.checkpoint import save_model
-from lm.generate import complete, generate, main, sample
+from lm.generate import Sampled, complete, generate, main, sample
 from lm.model import TransformerLM
 from lm.tokenizer import byte_tokenizer
 
@@ -15,7 +15,7 @@ from lm.tokenizer import byte_tokenizer
 def rows(steps):
     """Per prompt, the ids generated."""
     columns = list(zip(*steps, strict=True))
-    return [[i for i in column if i is not None] for column in columns]
+    return [[token.id for token in column if token] for column in columns]
 
 
 def test_greedy_output_equals_the_full_pass_beyond_the_context(model):
@@ -79,9 +79,9 @@ def test_an_empty_prompt_is_refused(model):
 def frequencies(probabilities, **options):
     draws = torch.tensor((np.arange(10_000) + 0.5) / 10_000)
     logits = torch.tensor(probabilities).log().expand(10_000, -1)
-    ids = sample(
-        logits, **({"temperature": 1.0, "top_k": None, "top_p": None} | options), draws=draws
-    )
+    temperature = options.pop("temperature", 1.0)
+    temperatures = torch.full((10_000,), temperature) if temperature else None
+    ids = sample(logits, temperatures, options.get("top_k"), options.get("top_p"), draws)
     return (np.bincount(ids, minlength=len(probabilities)) / 10_000).tolist()
 
 
@@ -100,7 +100,7 @@ def test_sampling_follows_the_probabilities():
 
 def test_characters_of_several_tokens_arrive_whole(model, monkeypatch):
     data = "aé🙂".encode()
-    script = [[None], *([byte] for byte in data), [0xF0], [255]]  # ends inside a character
+    script = [[Sampled(byte)] for byte in (*data, 0xF0, 255)]  # ends inside a character
     monkeypatch.setattr("lm.generate.generate", lambda *a, **k: iter(script))
     pieces = list(complete(model, byte_tokenizer(), "x", 9))
     assert [piece for piece in pieces if piece] == ["a", "é", "🙂", "\ufffd"]
