@@ -156,7 +156,8 @@ class Decoder:
             new = qkv[:, config.num_heads :].reshape(-1, config.head_dim)
             memory.view(-1, config.head_dim).index_copy_(0, slots, new)
             # heads that share keys are to attention what several queries of one head are
-            q = qkv[:, : config.num_heads].unflatten(1, (config.kv_heads, -1))
+            shape = n_rows, config.kv_heads, -1, config.head_dim
+            q = qkv[:, : config.num_heads].view(shape)
             k, v = memory[:, 0, :, :span], memory[:, 1, :, :span]  # (B, G, S, D)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(n_rows, -1)
 
@@ -178,7 +179,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             first, second = layer.norms
             h = self._norm(x, first) if pre else x
-            qkv = (h @ layer.qkv).unflatten(1, (-1, config.head_dim))  # (N, heads, D)
+            qkv = (h @ layer.qkv).view(len(x), -1, config.head_dim)  # (N, heads, D)
             if layer.qk_norm is not None:
                 normed = F.rms_norm(qkv[:, :turned], (config.head_dim,), eps=config.norm_eps)
                 qkv[:, :turned] = normed * layer.qk_norm
@@ -206,5 +207,7 @@ class Decoder:
 
 def _turn(x: Float[Tensor, "N heads D"], turns: Tensor) -> None:
     """Rotary positions, in place: pairs (2i, 2i + 1) are complex numbers, a turn is a product."""
-    pairs = torch.view_as_complex(x.float().unflatten(2, (-1, 2)))  # (N, heads, D / 2)
-    x.copy_(torch.view_as_real(pairs * turns[:, None]).flatten(2))
+    exact = x.float()  # x itself if it is float32
+    torch.view_as_complex(exact.view(*x.shape[:2], -1, 2)).mul_(turns[:, None])
+    if exact is not x:
+        x.copy_(exact)
