@@ -10,6 +10,7 @@ Only programs of this machine are served: the socket is loopback's, a request by
 import argparse
 import json
 import math
+import os
 import re
 import secrets
 import select
@@ -29,7 +30,7 @@ import torch
 from cheroot.wsgi import Gateway_10, Server
 from flask import Flask, Response, request
 from flask.json.provider import DefaultJSONProvider
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException
 
 from lm.checkpoint import load_model
 from lm.config import (
@@ -270,14 +271,11 @@ class Served:
         """The tokens of a prompt as if the model had drawn them; of the first it knows nothing."""
         row = torch.tensor([ids], device=next(self.model.parameters()).device)
         logits = self.model(row, documents=self.model.documents(row, self.tokenizer.end_id))
-        logprobs = torch.log_softmax(logits[0].float(), dim=-1)  # (T, V)
-        tops = zip(*(t.tolist() for t in logprobs.topk(top_logprobs)), strict=True)
-        return [Sampled(ids[0])] + [
-            Sampled(i, logprob, tuple(zip(best, values, strict=True)))
-            for i, logprob, (values, best) in zip(
-                ids[1:], logprobs[range(len(ids) - 1), ids[1:]].tolist(), tops, strict=False
-            )
-        ]
+        logprobs = torch.log_softmax(logits[0, :-1].float(), dim=-1)  # (T - 1, V)
+        chosen = logprobs.gather(1, row[0, 1:, None]).squeeze(1)
+        values, best = logprobs.topk(min(top_logprobs, logprobs.shape[1]))  # (T - 1, n)
+        tops = map(zip, best.tolist(), values.tolist())
+        return [Sampled(ids[0]), *map(Sampled, ids[1:], chosen.tolist(), map(tuple, tops))]
 
 
 class _Names:
@@ -390,8 +388,8 @@ def application(served: Served) -> Flask:
 def _json() -> Any:
     try:
         return request.get_json()
-    except RecursionError:
-        raise InputError("the body is nested too deeply") from None
+    except (BadRequest, RecursionError):
+        raise InputError("the body is not valid JSON, or nested too deeply") from None
 
 
 def _events(
@@ -451,16 +449,17 @@ def has_left(connection: socket.socket) -> bool:
 
 def serve(served: Served, port: int) -> None:
     """Answer requests until a signal comes. Raises Interrupted then, EnvironmentFault before."""
+    try:
+        socket.create_server((HOST, port)).close()  # cheroot's own error has more words
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{HOST}:{port}: {os.strerror(error.errno or 0)}; choose another by --port, 0 takes "
+            "any free one"
+        ) from None
     server = Server((HOST, port), application(served), numthreads=THREADS)
     server.gateway = _Gateway
     with CatchSignals() as signals:
-        try:
-            server.prepare()
-        except OSError as error:
-            reason = str(error).rpartition("] ")[2].rstrip(")")  # cheroot adds words around it
-            raise EnvironmentFault(
-                f"{HOST}:{port}: {reason}; choose another by --port, 0 takes any free one"
-            ) from None
+        server.prepare()
         thread = Thread(target=server.serve)
         thread.start()
         say(f"http://{HOST}:{server.bind_addr[1]}/ serves {served.name}; Ctrl-C ends it")
