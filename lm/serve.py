@@ -462,12 +462,14 @@ def serve(served: Served, port: int) -> None:
         server.prepare()
         thread = Thread(target=server.serve)
         thread.start()
-        say(f"http://{HOST}:{server.bind_addr[1]}/ serves {served.name}; Ctrl-C ends it")
-        while thread.is_alive() and signals.caught is None:
-            thread.join(LOOK_SECONDS)
-        served.stopping.set()
-        server.stop()
-        thread.join()
+        try:
+            say(f"http://{HOST}:{server.bind_addr[1]}/ serves {served.name}; Ctrl-C ends it")
+            while thread.is_alive() and signals.caught is None:
+                thread.join(LOOK_SECONDS)
+        finally:
+            served.stopping.set()
+            server.stop()
+            thread.join()
         signals.leave("stopped")
 
 
