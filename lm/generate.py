@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from lm import rng
 from lm.checkpoint import load_model
-from lm.device import choose_device
+from lm.decoder import Decoder
+from lm.device import Dtype, choose_device
 from lm.errors import InputError, one_line_errors
 from lm.model import TransformerLM
 from lm.tokenizer import Tokenizer
@@ -41,12 +43,13 @@ class Sampled(NamedTuple):
 
 
 class Sampling(TypedDict, total=False):
-    """How the next token is chosen: options of `generate`."""
+    """How the next token is computed and chosen: options of `generate`."""
 
     temperature: float | Sequence[float]
     top_k: int | None
     top_p: float | None
     seed: int
+    dtype: Dtype
 
 
 Reason = Literal["stop", "length"]
@@ -65,7 +68,6 @@ class Piece:
     finish_reason: Reason | None = None  # of the last: a stop text or the end token; max_new_tokens
 
 
-@torch.inference_mode()
 def generate(
     model: TransformerLM,
     prompts: Sequence[Sequence[int]],
@@ -77,7 +79,7 @@ def generate(
     stop_id: int | None = None,
     end_id: int | None = None,
     seed: int = 0,
-    use_cache: bool = True,
+    dtype: Dtype = "float32",
     top_logprobs: int | None = None,
 ) -> Iterator[list[Sampled | None]]:
     """Continue several prompts together, by one new token a row at a time.
@@ -93,35 +95,32 @@ def generate(
     device, length = next(model.parameters()).device, model.config.context_length
     temperatures = _per_row(temperature, len(prompts), device)
     histories = [list(prompt) for prompt in prompts]
-    active = [True] * len(prompts)
-    for _, draws in zip(range(max_new_tokens), _draws(seed, len(prompts)), strict=False):
-        logits = torch.cat(
-            [_full_pass(model, ids[_window_start(len(ids), length) :], end_id) for ids in histories]
-        )
+    ended = [False] * len(prompts)
+    decoder = Decoder(model, len(prompts), end_id, getattr(torch, dtype))
+    logits = decoder.read(range(len(prompts)), [_window(ids, length) for ids in histories])
+    for draws in islice(_draws(seed, len(prompts)), max_new_tokens):
         ids = sample(logits, temperatures, top_k, top_p, draws.to(device))
         tokens = _sampled(logits, ids, top_logprobs)
-        yield [token if on else None for token, on in zip(tokens, active, strict=True)]
-        active = [on and t.id != stop_id for on, t in zip(active, tokens, strict=True)]
-        if not any(active):
+        yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
+        ended = [end or token.id == stop_id for token, end in zip(tokens, ended, strict=True)]
+        if all(ended):
             return
         for history, token in zip(histories, tokens, strict=True):
             history.append(token.id)
+        full = [row for row, taken in enumerate(decoder.lengths) if taken == length]
+        logits = decoder.step(ids)
+        if full:
+            windows = [_window(histories[row], length) for row in full]
+            rows = torch.tensor(full, device=device)
+            logits = logits.index_copy(0, rows, decoder.read(full, windows))
 
 
-def _full_pass(
-    model: TransformerLM, ids: Sequence[int], end_id: int | None
-) -> Float[Tensor, "1 V"]:
-    """Logits of what follows some ids, without a cache."""
-    row = torch.tensor([ids], device=next(model.parameters()).device)
-    return model(row, documents=model.documents(row, end_id))[:, -1]
-
-
-def _window_start(n_tokens: int, context_length: int) -> int:
-    """The first of n tokens that the model still sees."""
-    if n_tokens <= context_length:
-        return 0
+def _window(ids: Sequence[int], context_length: int) -> Sequence[int]:
+    """What the model still sees of the ids."""
+    if len(ids) <= context_length:
+        return ids
     half = max(1, context_length // 2)
-    return -(-(n_tokens - context_length) // half) * half
+    return ids[-(-(len(ids) - context_length) // half) * half :]
 
 
 def _per_row(

@@ -26,7 +26,6 @@ def test_greedy_output_equals_the_full_pass_beyond_the_context(model):
         start = 0 if len(ids) <= 16 else -(-(len(ids) - 16) // 8) * 8
         ids.append(model(torch.tensor([ids[start:]]))[0, -1].argmax().item())
     assert got == ids[5:]
-    assert got == rows(generate(model, [prompt], 60, temperature=0, use_cache=False))[0]
 
 
 def test_a_masked_model_continues_the_last_document_of_a_prompt(model_config, model):
@@ -36,8 +35,6 @@ def test_a_masked_model_continues_the_last_document_of_a_prompt(model_config, mo
     whole = rows(generate(masked, [before + last, last], 6, temperature=0, end_id=95))
     assert whole[0] == whole[1] == rows(generate(model, [last], 6, temperature=0))[0]
     assert whole[0] != rows(generate(model, [before + last], 6, temperature=0))[0]
-    long = [rows(generate(masked, [before], 60, end_id=95, use_cache=c))[0] for c in (True, False)]
-    assert long[0] == long[1]
 
 
 def test_a_row_is_what_it_would_be_alone(model):
