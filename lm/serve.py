@@ -30,7 +30,7 @@ import torch
 from cheroot.wsgi import Gateway_10, Server
 from flask import Flask, Response, request
 from flask.json.provider import DefaultJSONProvider
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
 from lm.checkpoint import load_model
 from lm.config import (
@@ -388,6 +388,11 @@ def application(served: Served) -> Flask:
 def _json() -> Any:
     try:
         return request.get_json()
+    except RequestEntityTooLarge:
+        for _ in range(1024):  # a client that is still sending would not hear the answer
+            if not request.environ["wsgi.input"].read(1 << 16):
+                break
+        raise
     except (BadRequest, RecursionError):
         raise InputError("the body is not valid JSON, or nested too deeply") from None
 

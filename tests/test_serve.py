@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,7 +32,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 MARKUP = "<b id=x>"  # after each character comes the next one, and after the last the first
 LIKELY, SECOND, OTHER = log(0.6), log(0.3), log(0.1 / 254)
 END = "<|endoftext|>"
-ENDLESS = {"model": "markup", "prompt": "<", "temperature": 0, "max_tokens": 65536}
+ENDLESS = {"model": "model", "prompt": "<", "temperature": 0, "max_tokens": 65536}
 
 
 def markup_model(config):
@@ -59,7 +60,7 @@ def markup_model(config):
 def folder(tmp_path_factory):
     settings = {"vocab_size": 256, "context_length": 16, "zero_init": True}
     settings = load_params(SMOKE)["model"] | settings
-    folder = tmp_path_factory.mktemp("serve") / "markup"
+    folder = tmp_path_factory.mktemp("serve") / "model"
     model = markup_model(read_section(ModelConfig, {"model": settings}, "model"))
     save_model(model, byte_tokenizer(), folder)
     return folder
@@ -100,7 +101,7 @@ def complete(client):
     """A greedy completion by the real client, unless told otherwise."""
 
     def ask(prompt, **options):
-        options = {"model": "markup", "temperature": 0} | options
+        options = {"model": "model", "temperature": 0} | options
         return client.completions.create(prompt=prompt, **options)
 
     return ask
@@ -165,6 +166,16 @@ def test_prompts_are_texts_or_ids_one_or_several(complete):
     assert texts(["=", "b"], n=2) == ["x><", "x><", " id", " id"]
     assert texts(MARKUP * 20) == ["<b "]  # longer than the context
     assert len(texts("")) == 1
+
+
+def test_the_documented_code_runs(server, capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "SERVE.md").read_text(), re.S)
+    names = {}
+    exec(snippet.replace("http://127.0.0.1:8000/", server[1]), names)
+    names["client"].close()
+    whole, streamed = capsys.readouterr().out.split(" 20\n")
+    assert len(streamed) > 0
+    assert whole.startswith(streamed)
 
 
 def test_a_stop_text_is_not_shown(complete):
@@ -238,8 +249,8 @@ def test_neutral_values_of_what_is_not_supported_are_accepted(complete):
 
 def test_models_are_listed_and_another_one_is_not_found(client, complete):
     (model,) = client.models.list().data
-    assert (model.id, model.context_length) == ("markup", 16)
-    assert client.models.retrieve("markup") == model
+    assert (model.id, model.context_length) == ("model", 16)
+    assert client.models.retrieve("model") == model
     for ask in (lambda: client.models.retrieve("gpt"), lambda: complete("", model="gpt")):
         with pytest.raises(openai.NotFoundError, match="'gpt' does not exist") as refused:
             ask()
@@ -252,8 +263,8 @@ def test_models_are_listed_and_another_one_is_not_found(client, complete):
         (b"{", 400, "not valid JSON"),
         (b"[" * 500_000, 400, "nested too deeply"),
         (b"[]", 400, "not a JSON object"),
-        (b'{"model": "markup", "prompt": "\\ud800"}', 400, "half a surrogate pair"),
-        (b'{"model": "markup", "top_p": NaN}', 400, "must be finite"),
+        (b'{"model": "model", "prompt": "\\ud800"}', 400, "half a surrogate pair"),
+        (b'{"model": "model", "top_p": NaN}', 400, "must be finite"),
         (b"{}", 400, "missing key request.model"),
         (b" " * ((1 << 20) + 1), 413, "exceeds the capacity limit"),
     ],
@@ -266,7 +277,7 @@ def test_a_broken_body_is_told_as_json(server, body, status, message):
 
 def test_only_programs_of_this_machine_are_served(server):
     process, url = server
-    body = b'{"model": "markup", "max_tokens": 1}'
+    body = b'{"model": "model", "max_tokens": 1}'
     assert post(server, body, Host="localhost:1")[0] == 200
     status, answer = post(server, body, Host="rebound.example")
     assert (status, answer["error"]["message"]) == (400, "Host 'rebound.example' is not trusted.")
