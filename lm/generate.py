@@ -28,6 +28,7 @@ from lm.errors import InputError, one_line_errors
 from lm.model import TransformerLM
 from lm.tokenizer import Tokenizer
 
+STDIN = Path("-")
 DRAWS = 256  # random numbers that a row makes at a time
 
 
@@ -98,12 +99,12 @@ def generate(
     ended = [False] * len(prompts)
     decoder = Decoder(model, len(prompts), end_id, getattr(torch, dtype))
     logits = decoder.read(range(len(prompts)), [_window(ids, length) for ids in histories])
-    for draws in islice(_draws(seed, len(prompts)), max_new_tokens):
+    for number, draws in enumerate(islice(_draws(seed, len(prompts)), max_new_tokens), start=1):
         ids = sample(logits, temperatures, top_k, top_p, draws.to(device))
         tokens = _sampled(logits, ids, top_logprobs)
         yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
         ended = [end or token.id == stop_id for token, end in zip(tokens, ended, strict=True)]
-        if all(ended):
+        if all(ended) or number == max_new_tokens:
             return
         for history, token in zip(histories, tokens, strict=True):
             history.append(token.id)
@@ -191,18 +192,18 @@ def _sampled(
 
 
 @dataclass
-class _Row:
-    """A completion on its way: what may not be shown yet, and the tokens since the last piece."""
+class Completion:
+    """A text on its way, and what of it may not be shown yet."""
 
     stop: Sequence[str]
     held: str = ""  # might begin a stop text
-    tokens: list[Sampled] = field(default_factory=list)
+    tokens: list[Sampled] = field(default_factory=list)  # since the last piece
     characters: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )  # a token may end inside of a character
 
     def take(self, data: bytes, final: bool) -> tuple[str, bool]:
-        """Text that can be shown, and whether a stop text has come."""
+        """Text that can be shown now, and whether a stop text has come: it begins after that."""
         text = self.held + self.characters.decode(data, final)
         ends = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
         if ends:
@@ -234,7 +235,7 @@ def stream(
     """
     end_id = tokenizer.end_id
     ids = [(tokenizer.encode(p) if isinstance(p, str) else p) or [end_id] for p in prompts]
-    rows = {row: _Row(stop) for row in range(len(prompts))}  # that have not ended
+    going = {row: Completion(stop) for row in range(len(prompts))}
     steps = generate(
         model,
         ids,
@@ -245,21 +246,21 @@ def stream(
         **sampling,
     )
     for number, tokens in enumerate(steps, start=1):
-        for number_of_row, row in list(rows.items()):
-            token = tokens[number_of_row]
+        for row, completion in list(going.items()):
+            token = tokens[row]
             assert token is not None
-            row.tokens.append(token)
+            completion.tokens.append(token)
             ended = token.id == end_id
             final = ended or number == max_new_tokens
             data = b"" if ended else tokenizer.decode_bytes([token.id])
-            text, stopped = row.take(data, final)
+            text, stopped = completion.take(data, final)
             reason: Reason | None = "stop" if ended or stopped else "length" if final else None
             if text or reason:
-                yield Piece(number_of_row, text, row.tokens, reason)
-                row.tokens = []
+                yield Piece(row, text, completion.tokens, reason)
+                completion.tokens = []
             if reason:
-                del rows[number_of_row]
-        if not rows:
+                del going[row]
+        if not going:
             return
 
 
@@ -295,44 +296,88 @@ def complete_many(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m lm.generate", description="Complete a prompt.")
-    parser.add_argument("--prompt", default="", help="text to continue")
+    parser = argparse.ArgumentParser(
+        prog="python -m lm.generate",
+        description="Complete prompts. One is streamed; several are printed when all are done.",
+    )
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; repeat it")
+    parser.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a prompt, as it is, last line break included; - is standard input, which is read too "
+        "if no prompt is given and it is no terminal",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--num-samples", type=int, default=1, help="completions of each prompt")
+    parser.add_argument("--stop", action="append", default=[], help="text to end before; repeat it")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: most probable token")
     parser.add_argument("--top-k", type=int, help="keep the k most probable tokens")
     parser.add_argument("--top-p", type=float, help="keep the tokens that make up this probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
     with one_line_errors():
         for holds, name, bound in (
             (options.max_new_tokens >= 1, "max-new-tokens", ">= 1"),
+            (options.num_samples >= 1, "num-samples", ">= 1"),
+            (all(options.stop), "stop", "a text that is not empty"),
             (0 <= options.temperature < float("inf"), "temperature", ">= 0"),
             (options.top_k is None or options.top_k >= 1, "top-k", ">= 1"),
             (options.top_p is None or 0 < options.top_p <= 1, "top-p", "in (0, 1]"),
         ):
             if not holds:
                 raise InputError(f"--{name}: must be {bound}")
-        try:
-            options.prompt.encode()
-        except UnicodeEncodeError:
-            raise InputError("--prompt: not UTF-8") from None
+        for name in ("prompt", "stop"):
+            for text in getattr(options, name):
+                _utf8(f"--{name}", text.encode(errors="surrogateescape"))
+        prompts = options.prompt + [_read_prompt(file) for file in options.prompt_file]
+        if not prompts:
+            prompts = [""] if sys.stdin.isatty() else [_read_prompt(STDIN)]
         model, tokenizer = load_model(options.model, choose_device(options.device))
-        sys.stdout.write(options.prompt)
-        for text in complete(
-            model,
-            tokenizer,
-            options.prompt,
-            options.max_new_tokens,
+        prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
+        sampling = Sampling(
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed,
-        ):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        print()
+            dtype=options.dtype,
+        )
+        if len(prompts) == 1:
+            print(prompts[0], end="", flush=True)
+            for text in complete(
+                model, tokenizer, prompts[0], options.max_new_tokens, stop=options.stop, **sampling
+            ):
+                print(text, end="", flush=True)
+            print()
+            return
+        texts = complete_many(
+            model, tokenizer, prompts, options.max_new_tokens, stop=options.stop, **sampling
+        )
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            print(f"==> {row} <==\n{prompt}{text}\n")
+
+
+def _read_prompt(file: Path) -> str:
+    """The text of a file, or of standard input. Raises InputError if it is not to be had."""
+    if file == STDIN:
+        return _utf8("standard input", sys.stdin.buffer.read())
+    if not file.exists() or file.is_dir():
+        raise InputError(f"{file}: {'a directory' if file.exists() else 'no such file'}")
+    return _utf8(str(file), file.read_bytes())
+
+
+def _utf8(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
+        ) from None
 
 
 if __name__ == "__main__":
