@@ -221,7 +221,7 @@ def _overlap(text: str, stop: str) -> int:
 def stream(
     model: TransformerLM,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
     *,
     stop: Sequence[str] = (),
@@ -231,10 +231,10 @@ def stream(
     """Complete several prompts together, piece by piece, each as soon as its text is certain.
 
     A row ends at the end token, before the first stop text to be complete, or at max_new_tokens.
-    An empty prompt begins with the end token. Stop texts must not be empty.
+    A prompt is text or ids; an empty one begins with the end token. Stop texts must not be empty.
     """
     end_id = tokenizer.end_id
-    ids = [tokenizer.encode(prompt) or [end_id] for prompt in prompts]
+    ids = [(tokenizer.encode(p) if isinstance(p, str) else p) or [end_id] for p in prompts]
     going = {row: Completion(stop) for row in range(len(prompts))}
     steps = generate(
         model,

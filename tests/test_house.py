@@ -26,7 +26,7 @@ FLOORS = [
     {"publish", "sample", "train", "evaluate", "generate"},
     {"footprint"},
     {"plan"},
-    {"run", "verify"},
+    {"run", "verify", "serve"},
 ]
 BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}
 BYTES_SIDE |= {"prepare", "publish", "sample"}
@@ -183,7 +183,9 @@ def test_readme_loop_runs(tmp_path, monkeypatch):
     assert (tmp_path / "mine.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/EXPERIMENTS.md", "docs/SHARING.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/EXPERIMENTS.md", "docs/SERVE.md", "docs/SHARING.md"]
+)
 def test_what_a_page_links_to_and_tells_to_make_exists(page):
     text = (ROOT / page).read_text()
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
