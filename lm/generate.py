@@ -100,7 +100,7 @@ def generate(
     decoder = Decoder(model, len(prompts), end_id, getattr(torch, dtype))
     logits = decoder.read(range(len(prompts)), [_window(ids, length) for ids in histories])
     for number, draws in enumerate(islice(_draws(seed, len(prompts)), max_new_tokens), start=1):
-        ids = sample(logits, temperatures, top_k, top_p, draws.to(device))
+        ids = sample(logits, temperatures, top_k, top_p, draws)
         tokens = _sampled(logits, ids, top_logprobs)
         yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
         ended = [end or token.id == stop_id for token, end in zip(tokens, ended, strict=True)]
@@ -159,6 +159,7 @@ def sample(
     best = logits.max(dim=-1).indices  # (B,); argmax takes several times as long
     if temperatures is None:
         return best
+    draws = draws.to(logits.device)
     order = None
     if top_k is not None or top_p is not None:  # the most probable first
         k = logits.shape[1] if top_k is None else min(top_k, logits.shape[1])

@@ -77,10 +77,10 @@ def test_a_row_begins_anew_while_the_others_go_on(model):
 def test_a_step_makes_nothing_that_grows(model):
     decoder = Decoder(model, 2)
     decoder.read([0, 1], [[1], [2]])
-    kept = [decoder.memory.data_ptr(), decoder.mask.data_ptr()]
+    kept = [tensor.data_ptr() for tensor in (*decoder.memory, decoder.mask)]
     for _ in range(40):  # beyond the context, too: a row that has ended goes on
         logits = decoder.step(torch.tensor([3, 4]))
-    assert kept == [decoder.memory.data_ptr(), decoder.mask.data_ptr()]
+    assert kept == [tensor.data_ptr() for tensor in (*decoder.memory, decoder.mask)]
     assert torch.isfinite(logits).all()
 
 
