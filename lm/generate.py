@@ -127,11 +127,12 @@ def _window(ids: Sequence[int], context_length: int) -> Sequence[int]:
 def _per_row(
     temperature: float | Sequence[float], n_rows: int, device: torch.device
 ) -> Float[Tensor, " B"] | None:
-    """The temperature of each row; None if all take the most probable token."""
+    """The temperature of each row, where float64 is; None if all take the most probable token."""
     values = [temperature] * n_rows if isinstance(temperature, int | float) else temperature
     if len(values) != n_rows:
         raise ValueError(f"{len(values)} temperatures for {n_rows} prompts")
-    return torch.tensor(values, device=device) if any(values) else None
+    where = "cpu" if device.type == "mps" else device
+    return torch.tensor(values, device=where) if any(values) else None
 
 
 def _draws(seed: int, n_rows: int) -> Iterator[Float[Tensor, " B"]]:
@@ -159,7 +160,7 @@ def sample(
     best = logits.max(dim=-1).indices  # (B,); argmax takes several times as long
     if temperatures is None:
         return best
-    draws = draws.to(logits.device)
+    logits, draws = (t.to(temperatures.device) for t in (logits, draws))
     order = None
     if top_k is not None or top_p is not None:  # the most probable first
         k = logits.shape[1] if top_k is None else min(top_k, logits.shape[1])
@@ -174,7 +175,7 @@ def sample(
     places = torch.searchsorted(cumulative, targets, right=True)  # (B, 1)
     places = places.clamp(max=logits.shape[1] - 1)
     chosen = places if order is None else order.gather(1, places)
-    return torch.where(hot, chosen.squeeze(1), best)
+    return torch.where(hot, chosen.squeeze(1), best.to(hot.device)).to(best.device)
 
 
 def _sampled(
