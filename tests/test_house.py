@@ -18,12 +18,12 @@ from tests.project import ROOT, SMOKE
 FLOORS = [
     {"errors"},
     {"config", "rng", "files", "history", "console", "signals", "report", "compare"},
-    {"functional"},
+    {"functional", "card"},
     {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
     | {"workers", "model", "optim", "schedule", "device"},
     {"text", "encoder", "tokens", "checkpoint"},
-    {"prepare", "resume"},
-    {"publish", "sample", "train", "evaluate", "generate"},
+    {"prepare", "resume", "huggingface"},
+    {"publish", "sample", "train", "evaluate", "generate", "export"},
     {"footprint"},
     {"plan"},
     {"run", "verify"},
@@ -113,6 +113,7 @@ def test_each_stage_depends_on_the_settings_it_reads():
         "tokens": reading,
         "train": {"model", "train"},
         "evaluate": {"evaluate", "data.source"},
+        "export": {"export", "data.path"},
     }
     for name in ("tokenizer", "tokens"):
         assert "${data.path}" in PIPELINE[name]["deps"]
@@ -183,7 +184,7 @@ def test_readme_loop_runs(tmp_path, monkeypatch):
     assert (tmp_path / "mine.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/EXPERIMENTS.md", "docs/SHARING.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/EXPERIMENTS.md", "docs/HUGGINGFACE.md", "docs/SHARING.md"])
 def test_what_a_page_links_to_and_tells_to_make_exists(page):
     text = (ROOT / page).read_text()
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
