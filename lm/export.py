@@ -165,6 +165,7 @@ def _compared(
     difference = (model(ids) - theirs(ids).logits).abs().max().item()
     said = f"Logits agree with those of transformers to {difference:.1e}"
     if difference > TOLERANCE:  # a long context: they round the angles of rotary positions
+        assert model.rope is not None
         cos, sin = theirs.model.rotary_emb(ids.float(), torch.arange(length)[None])  # (1, T, D)
         model.rope.cos.copy_(cos[0, :, : cos.shape[-1] // 2])
         model.rope.sin.copy_(sin[0, :, : sin.shape[-1] // 2])
