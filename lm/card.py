@@ -1,6 +1,6 @@
 """The model card: what a stranger should know of a model, from what is recorded of it (Markdown).
 
-    provenance, metrics, samples --card--> README.md         curves --loss_curve--> loss.svg
+provenance, metrics, samples --card--> README.md         curves --loss_curve--> loss.svg
 """
 
 import csv
@@ -37,28 +37,28 @@ def card(
     provenance: Mapping[str, Any],
     weights_sha256: str,
     end_token: str,
-    license: str | None,
+    terms: str | None,
     why_no_weights: str | None,
     results: Results | None,
 ) -> str:
     """The whole page. Without `results` it tells what the provenance alone knows."""
     model = provenance["model"]
     sections = [
-        _front_matter(license) + "\n" + MARK,
+        _front_matter(terms) + "\n" + MARK,
         _summary(provenance, results),
         _use(model, why_no_weights, end_token),
         *(_measured(results) if results else []),
         _recipe(provenance, end_token),
         _again(provenance, weights_sha256),
-        _limits(model, license, results),
+        _limits(model, terms, results),
     ]
     return "\n\n".join(section.strip("\n") for section in sections) + "\n"
 
 
-def _front_matter(license: str | None) -> str:
+def _front_matter(terms: str | None) -> str:
     """What the Hub indexes. It knows the licence "unknown"; a language nobody determined."""
     keys = {
-        "license": license or "unknown",
+        "license": terms or "unknown",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
     }
@@ -156,9 +156,9 @@ def _recipe(provenance: Mapping[str, Any], end_token: str) -> str:
         [
             "## Model, tokenizer and training",
             "",
-            "Pre-norm blocks with RMSNorm, rotary positions and SwiGLU, no biases: Llama's, with the",
-            f"settings below. Byte-level tokenizer of {vocab_size:,} ids, `{end_token}` among them;",
-            "no text is unknown to it and none is altered.",
+            "Llama's architecture (pre-norm, RMSNorm, rotary positions, SwiGLU, no biases), unless",
+            f"the settings below depart from it. Byte-level tokenizer of {vocab_size:,} ids,",
+            f"`{end_token}` among them; no text is unknown to it and none is altered.",
             "",
             "```yaml",
             *settings,
@@ -175,7 +175,7 @@ def _again(provenance: Mapping[str, Any], weights_sha256: str) -> str:
         [
             "## To make it again",
             "",
-            "In a clone of the project, at the commit whose code has the hashes in `provenance.json`:",
+            "In a clone of the project whose code has the hashes in `provenance.json`:",
             "",
             "    make repro               # text, tokens, model, metrics, this folder",
             "    python -m lm.verify      # every byte hashed again",
@@ -190,9 +190,9 @@ def _again(provenance: Mapping[str, Any], weights_sha256: str) -> str:
     )
 
 
-def _limits(model: Mapping[str, Any], license: str | None, results: Results | None) -> str:
+def _limits(model: Mapping[str, Any], terms: str | None, results: Results | None) -> str:
     size = f"{_short(results.data['train']['bytes'])} bytes of text" if results else "its text"
-    terms = f"`{license}`." if license else "Nobody has stated one: ask before you use it."
+    stated = f"`{terms}`." if terms else "Nobody has stated one: ask before you use it."
     return "\n".join(
         [
             "## Limits",
@@ -204,7 +204,7 @@ def _limits(model: Mapping[str, Any], license: str | None, results: Results | No
             "",
             "## Licence",
             "",
-            f"{terms} That of the text it was trained on may bind you, too.",
+            f"{stated} That of the text it was trained on may bind you, too.",
         ]
     )
 
@@ -215,7 +215,7 @@ def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def loss_curve(curves: str) -> str:
+def loss_curve(curves: str, font: str = "sans-serif") -> str:
     """Training and validation loss by tokens, of a curves.csv, as SVG.
 
     Every size is given, so that nothing is laid out by the fonts of this machine, and the bytes
@@ -267,6 +267,6 @@ def loss_curve(curves: str) -> str:
             },
             *names,
         ],
-        "config": {"font": "sans-serif", "view": {"stroke": None}, "axis": {"gridColor": "#e8e8e8"}},
+        "config": {"font": font, "view": {"stroke": None}, "axis": {"gridColor": "#e8e8e8"}},
     }  # fmt: skip
     return vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE) + "\n"

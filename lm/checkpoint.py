@@ -146,7 +146,7 @@ def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], 
 
 
 def open_safetensors(path: Path) -> Any:
-    """safetensors' handle on a file, to be used by `with`. Raises InputError if it is none."""
+    """A safetensors file, to be used by `with`. Raises InputError if it is none."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:

@@ -184,7 +184,9 @@ def test_readme_loop_runs(tmp_path, monkeypatch):
     assert (tmp_path / "mine.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/EXPERIMENTS.md", "docs/HUGGINGFACE.md", "docs/SHARING.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/EXPERIMENTS.md", "docs/HUGGINGFACE.md", "docs/SHARING.md"]
+)
 def test_what_a_page_links_to_and_tells_to_make_exists(page):
     text = (ROOT / page).read_text()
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
