@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak
+.PHONY: setup repro heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak lm-eval
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
@@ -68,6 +68,15 @@ bench: setup
 bench-gpu: export NANOGPT ?= nanoGPT
 bench-gpu: setup
 	@python -m benchmarks.gpu
+
+# the exported model in lm-evaluation-harness, which has an environment of its own (1.8 GB)
+lm-eval: setup .venv-lm-eval/.ready
+	@python -m benchmarks.harness
+
+.venv-lm-eval/.ready: requirements-lm-eval.txt constraints.txt
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lm-eval.txt -c constraints.txt
+	@touch $@
 
 # a small real `dvc repro` in a fresh clone
 smoke: setup

@@ -23,7 +23,7 @@ FLOORS = [
     | {"workers", "model", "optim", "schedule", "device"},
     {"text", "encoder", "tokens", "checkpoint"},
     {"prepare", "resume", "huggingface"},
-    {"publish", "sample", "train", "evaluate", "generate", "export"},
+    {"publish", "sample", "train", "evaluate", "generate", "export", "gguf"},
     {"footprint"},
     {"plan"},
     {"run", "verify"},
@@ -185,7 +185,11 @@ def test_readme_loop_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/EXPERIMENTS.md", "docs/HUGGINGFACE.md", "docs/SHARING.md"]
+    "page",
+    [
+        "README.md",
+        *(f"docs/{n}.md" for n in ("DOWNSTREAM", "EXPERIMENTS", "HUGGINGFACE", "SHARING")),
+    ],
 )
 def test_what_a_page_links_to_and_tells_to_make_exists(page):
     text = (ROOT / page).read_text()
