@@ -8,10 +8,16 @@ const {modelPath, texts, prompt, steps} = JSON.parse(fs.readFileSync(job));
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
 const model = await llama.loadModel({modelPath});
 const ids = texts.map((text) => model.tokenize(text));
-// one thread: two on busy cores wait for each other by spinning
-const context = await model.createContext({contextSize: model.trainContextSize, threads: 1});
+const context = await model.createContext({
+  contextSize: model.trainContextSize,
+  threads: 1, // two on busy cores wait for each other by spinning
+  flashAttention: false,
+  experimentalKvCacheKeyType: "F32", // by default float16, which decides near ties otherwise
+  experimentalKvCacheValueType: "F32",
+});
 const greedy = [];
-for await (const id of context.getSequence().evaluate(prompt, {temperature: 0})) {
+const sampling = {temperature: 0, yieldEogToken: true};
+for await (const id of context.getSequence().evaluate(prompt, sampling)) {
   greedy.push(id);
   if (greedy.length === steps) break;
 }
