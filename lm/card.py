@@ -5,6 +5,7 @@ provenance, metrics, samples --card--> README.md         curves --loss_curve--> 
 
 import csv
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -46,7 +47,7 @@ def card(
     sections = [
         _front_matter(terms) + "\n" + MARK,
         _summary(provenance, results),
-        _use(model, why_no_weights, end_token),
+        _use(model, why_no_weights, end_token, _first_prompt(results)),
         *(_measured(results) if results else []),
         _recipe(provenance, end_token),
         _again(provenance, weights_sha256),
@@ -94,7 +95,13 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def _use(model: Mapping[str, Any], why_no_weights: str | None, end_token: str) -> str:
+def _first_prompt(results: Results | None) -> str:
+    """One that suits the text: the first of samples.md."""
+    found = re.match(r"Prompt `(.+?)`:\n", results.samples, re.DOTALL) if results else None
+    return found[1] if found else "The"
+
+
+def _use(model: Mapping[str, Any], why_no_weights: str | None, end_token: str, prompt: str) -> str:
     if why_no_weights:
         return (
             f"## Use\n\nThere are no weights in this folder: {why_no_weights}. In the project that "
@@ -108,7 +115,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
-prompt = tokenizer("def ", return_tensors="pt")
+prompt = tokenizer({prompt!r}, return_tensors="pt")
 ids = model.generate(**prompt, max_new_tokens=100, do_sample=True, temperature=0.8)
 print(tokenizer.decode(ids[0]))
 ```

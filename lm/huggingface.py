@@ -192,11 +192,14 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
     _refuse_what_ours_lacks(file, theirs)
     expected = _settings(file, theirs)
     ours = {key: getattr(config, key) for key in expected} | {"num_kv_heads": config.kv_heads}
-    if differing := [key for key in expected if ours[key] != expected[key]]:
-        values = ", ".join(f"model.{k} = {_yaml(ours[k])}" for k in differing)
-        wanted = ", ".join(f"{k}: {_yaml(expected[k])}" for k in differing)
+    if differing := [
+        f"model.{key} = {_yaml(ours[key])}, expected {_yaml(expected[key])}"
+        for key in expected
+        if ours[key] != expected[key]
+    ]:
         raise InputError(
-            f"{file}: another model than params.yaml has: there {values}; expected {wanted}"
+            f"{file}: another model than params.yaml describes: {'; '.join(differing)}: set "
+            "what is expected, or another train.init_from"
         )
     limit = _number(file, theirs, "max_position_embeddings")
     if config.context_length > limit:
