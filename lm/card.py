@@ -51,7 +51,7 @@ def card(
         *(_measured(results) if results else []),
         _recipe(provenance, end_token),
         _again(provenance, weights_sha256),
-        _limits(model, terms, results),
+        _limits(provenance, terms, results),
     ]
     return "\n\n".join(section.strip("\n") for section in sections) + "\n"
 
@@ -76,13 +76,17 @@ def _summary(provenance: Mapping[str, Any], results: Results | None) -> str:
     steps, tokens = results.train["step"], results.train["tokens"]
     evaluation, passes = results.evaluation, tokens / results.data["train"]["tokens"]
     bits = evaluation["bits_per_byte"]
+    best = results.train["best_step"]
+    chosen = f" The weights are of step {best:,}, the best in validation." * bool(
+        train["early_stopping"]
+    )
     return "\n".join(
         [
             f"# A Transformer of {_short(results.train['parameters'])} parameters",
             "",
             f"A language model, {begun}: {steps:,} steps, {tokens:,} tokens, {passes:.2g} passes",
             f"through its text. On held-out text it needs {bits:.4f} bits per byte. It continues",
-            "text; it was not taught to answer questions or to follow instructions.",
+            f"text; it was not taught to answer questions or to follow instructions.{chosen}",
         ]
     )
 
@@ -175,7 +179,7 @@ def _recipe(provenance: Mapping[str, Any], end_token: str) -> str:
 
 
 def _again(provenance: Mapping[str, Any], weights_sha256: str) -> str:
-    inputs = {n: h for n, h in provenance["inputs"].items() if n.endswith(".json")}
+    inputs = {n: h for n, h in provenance["inputs"].items() if not n.endswith(".bin")}
     hashes = inputs | {"models/model/model.safetensors": weights_sha256}
     environment = ", ".join(f"{name} {value}" for name, value in provenance["environment"].items())
     return "\n".join(
@@ -197,16 +201,19 @@ def _again(provenance: Mapping[str, Any], weights_sha256: str) -> str:
     )
 
 
-def _limits(model: Mapping[str, Any], terms: str | None, results: Results | None) -> str:
-    size = f"{_short(results.data['train']['bytes'])} bytes of text" if results else "its text"
+def _limits(provenance: Mapping[str, Any], terms: str | None, results: Results | None) -> str:
+    known = f"{_short(results.data['train']['bytes'])} bytes of text" if results else "its text"
+    if origin := provenance["train"].get("init_from"):
+        known += f" and what `{origin}` had learnt"
+    context_length = provenance["model"]["context_length"]
     stated = f"`{terms}`." if terms else "Nobody has stated one: ask before you use it."
     return "\n".join(
         [
             "## Limits",
             "",
-            f"- It knows nothing beyond {size} and repeats the errors and biases in it.",
+            f"- It knows nothing beyond {known}, and repeats the errors and biases in it.",
             "- What it states, names and quotes is made up, however well it reads.",
-            f"- Nothing before the last {model['context_length']:,} tokens reaches it.",
+            f"- Nothing before the last {context_length:,} tokens reaches it.",
             "- It was measured by its loss on held-out text of the same kind, and by nothing else.",
             "",
             "## Licence",

@@ -84,13 +84,11 @@ def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
 
 
 def stock_weights(model: TransformerLM) -> dict[str, Tensor]:
-    """The weights under their names and in their order, each with memory of its own."""
+    """The weights under their names and in their order; most are the model's own memory."""
     return {
-        _their_name(name): (
-            _halves_apart(weight, model.config.head_dim) if name.endswith(TURNED) else weight
-        )
-        .detach()
-        .clone()
+        _their_name(name): _halves_apart(weight, model.config.head_dim)
+        if name.endswith(TURNED)
+        else weight
         for name, weight in model.state_dict().items()
     }
 
