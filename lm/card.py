@@ -5,6 +5,7 @@ provenance, metrics, samples --card--> README.md         curves --loss_curve--> 
 
 import csv
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -46,11 +47,11 @@ def card(
     sections = [
         _front_matter(terms) + "\n" + MARK,
         _summary(provenance, results),
-        _use(model, why_no_weights, end_token),
+        _use(model, why_no_weights, end_token, _first_prompt(results)),
         *(_measured(results) if results else []),
         _recipe(provenance, end_token),
         _again(provenance, weights_sha256),
-        _limits(model, terms, results),
+        _limits(provenance, terms, results),
     ]
     return "\n\n".join(section.strip("\n") for section in sections) + "\n"
 
@@ -75,13 +76,17 @@ def _summary(provenance: Mapping[str, Any], results: Results | None) -> str:
     steps, tokens = results.train["step"], results.train["tokens"]
     evaluation, passes = results.evaluation, tokens / results.data["train"]["tokens"]
     bits = evaluation["bits_per_byte"]
+    best = results.train["best_step"]
+    chosen = f" The weights are of step {best:,}, the best in validation." * bool(
+        train["early_stopping"]
+    )
     return "\n".join(
         [
             f"# A Transformer of {_short(results.train['parameters'])} parameters",
             "",
             f"A language model, {begun}: {steps:,} steps, {tokens:,} tokens, {passes:.2g} passes",
             f"through its text. On held-out text it needs {bits:.4f} bits per byte. It continues",
-            "text; it was not taught to answer questions or to follow instructions.",
+            f"text; it was not taught to answer questions or to follow instructions.{chosen}",
         ]
     )
 
@@ -94,7 +99,13 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def _use(model: Mapping[str, Any], why_no_weights: str | None, end_token: str) -> str:
+def _first_prompt(results: Results | None) -> str:
+    """One that suits the text: the first of samples.md."""
+    found = re.match(r"Prompt `(.+?)`:\n", results.samples, re.DOTALL) if results else None
+    return found[1] if found else "The"
+
+
+def _use(model: Mapping[str, Any], why_no_weights: str | None, end_token: str, prompt: str) -> str:
     if why_no_weights:
         return (
             f"## Use\n\nThere are no weights in this folder: {why_no_weights}. In the project that "
@@ -108,7 +119,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
-prompt = tokenizer("def ", return_tensors="pt")
+prompt = tokenizer({prompt!r}, return_tensors="pt")
 ids = model.generate(**prompt, max_new_tokens=100, do_sample=True, temperature=0.8)
 print(tokenizer.decode(ids[0]))
 ```
@@ -168,7 +179,7 @@ def _recipe(provenance: Mapping[str, Any], end_token: str) -> str:
 
 
 def _again(provenance: Mapping[str, Any], weights_sha256: str) -> str:
-    inputs = {n: h for n, h in provenance["inputs"].items() if n.endswith(".json")}
+    inputs = {n: h for n, h in provenance["inputs"].items() if not n.endswith(".bin")}
     hashes = inputs | {"models/model/model.safetensors": weights_sha256}
     environment = ", ".join(f"{name} {value}" for name, value in provenance["environment"].items())
     return "\n".join(
@@ -190,16 +201,19 @@ def _again(provenance: Mapping[str, Any], weights_sha256: str) -> str:
     )
 
 
-def _limits(model: Mapping[str, Any], terms: str | None, results: Results | None) -> str:
-    size = f"{_short(results.data['train']['bytes'])} bytes of text" if results else "its text"
+def _limits(provenance: Mapping[str, Any], terms: str | None, results: Results | None) -> str:
+    known = f"{_short(results.data['train']['bytes'])} bytes of text" if results else "its text"
+    if origin := provenance["train"].get("init_from"):
+        known += f" and what `{origin}` had learnt"
+    context_length = provenance["model"]["context_length"]
     stated = f"`{terms}`." if terms else "Nobody has stated one: ask before you use it."
     return "\n".join(
         [
             "## Limits",
             "",
-            f"- It knows nothing beyond {size} and repeats the errors and biases in it.",
+            f"- It knows nothing beyond {known}, and repeats the errors and biases in it.",
             "- What it states, names and quotes is made up, however well it reads.",
-            f"- Nothing before the last {model['context_length']:,} tokens reaches it.",
+            f"- Nothing before the last {context_length:,} tokens reaches it.",
             "- It was measured by its loss on held-out text of the same kind, and by nothing else.",
             "",
             "## Licence",

@@ -25,6 +25,7 @@ from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write, read_json, sha256_file, to_json
 from lm.huggingface import not_stock, stock_config, stock_weights
 from lm.model import TransformerLM
+from lm.text import DataConfig
 from lm.tokenizer import Tokenizer
 
 MODEL, OUT = Path("models/model"), Path("models/huggingface")
@@ -34,7 +35,7 @@ MEASURED = [METRICS / name for name in ("data.json", "train.json", "eval.json", 
 WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json",
          "tokenizer_config.json", "loss.svg")  # fmt: skip
-TOLERANCE = 1e-4  # of logits; they agree to some 1e-6
+TOLERANCE = 1e-4  # of logits
 LICENSE = Bound(lambda x: x.replace("-", "").replace(".", "").isalnum() and x.isascii(),
                 "must be an identifier of the Hub, as apache-2.0, or null")  # fmt: skip
 
@@ -105,11 +106,8 @@ def write(folder: Folder, out: Path) -> None:
         atomic_write(out / name, content)
     if folder.weights:
         write_checkpoint(folder.weights, {"format": "pt"}, out / WEIGHTS)
-    say(
-        f"Model card in {out}, no weights: {folder.why_not}"
-        if folder.why_not
-        else f"Model in {out}"
-    )
+    why_not = folder.why_not
+    say(f"Model card in {out}, no weights: {why_not}" if why_not else f"Model in {out}")
 
 
 def require_ours(out: Path) -> None:
@@ -186,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         params = load_params(Path("params.yaml"), options.overrides)
         config = read_section(ExportConfig, params, "export")
         # metrics/ is of the pipeline's model and says nothing of another
-        results = read_results(params["data"]["path"]) if options.model == MODEL else None
+        data_path = read_section(DataConfig, params, "data").path
+        results = read_results(data_path) if options.model == MODEL else None
         require_ours(options.out)  # before the work
         folder = export(options.model, config, results)
         if folder.why_not:

@@ -84,13 +84,11 @@ def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
 
 
 def stock_weights(model: TransformerLM) -> dict[str, Tensor]:
-    """The weights under their names and in their order, each with memory of its own."""
+    """The weights under their names and in their order; most are the model's own memory."""
     return {
-        _their_name(name): (
-            _halves_apart(weight, model.config.head_dim) if name.endswith(TURNED) else weight
-        )
-        .detach()
-        .clone()
+        _their_name(name): _halves_apart(weight, model.config.head_dim)
+        if name.endswith(TURNED)
+        else weight
         for name, weight in model.state_dict().items()
     }
 
@@ -192,11 +190,14 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
     _refuse_what_ours_lacks(file, theirs)
     expected = _settings(file, theirs)
     ours = {key: getattr(config, key) for key in expected} | {"num_kv_heads": config.kv_heads}
-    if differing := [key for key in expected if ours[key] != expected[key]]:
-        values = ", ".join(f"model.{k} = {_yaml(ours[k])}" for k in differing)
-        wanted = ", ".join(f"{k}: {_yaml(expected[k])}" for k in differing)
+    if differing := [
+        f"model.{key} = {_yaml(ours[key])}, expected {_yaml(expected[key])}"
+        for key in expected
+        if ours[key] != expected[key]
+    ]:
         raise InputError(
-            f"{file}: another model than params.yaml has: there {values}; expected {wanted}"
+            f"{file}: another model than params.yaml describes: {'; '.join(differing)}: set "
+            "what is expected, or another train.init_from"
         )
     limit = _number(file, theirs, "max_position_embeddings")
     if config.context_length > limit:

@@ -86,7 +86,7 @@ def assert_finished(project, outputs):
         ("train", signal.SIGTERM, 1, 4),
         ("train", signal.SIGINT, 3, 4),
         ("evaluate", signal.SIGTERM, 1, 4),
-        ("export", signal.SIGKILL, 3, 7),
+        ("export", signal.SIGKILL, 3, 11),
     ],
 )
 def test_struck_before_any_change_of_a_file_it_ends_in_the_same_bytes(

@@ -23,6 +23,7 @@ from transformers import (
 
 from lm.card import MARK, loss_curve
 from lm.checkpoint import load_model, save_model
+from lm.config import read_section
 from lm.errors import InputError
 from lm.export import ExportConfig, _compared, export, main, write
 from lm.files import write_json
@@ -156,6 +157,14 @@ def test_what_no_stock_model_is_ends_in_one_line_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["", "mit\nlibrary_name: evil", "my own", "-.-", "ß"])
+def test_a_license_that_is_no_identifier_is_refused(text):
+    with pytest.raises(InputError, match="(?s)export.license = .*: must be an identifier"):
+        read_section(ExportConfig, {"export": {"license": text}}, "export")
+    given = read_section(ExportConfig, {"export": {"license": "cc-by-sa-4.0"}}, "export")
+    assert given.license == "cc-by-sa-4.0"
+
+
 def test_a_folder_of_others_is_left_as_it_is_and_ours_is_written_again(saved, tmp_path):
     _, folder = saved()
     out = tmp_path / "out"
@@ -283,9 +292,9 @@ def their_folder(tokenizer, tmp_path_factory):
         ({"num_hidden_layers": "two"}, "num_hidden_layers = two; expected a number"),
         (
             {"num_hidden_layers": 3, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
-            "another model than params.yaml has: there model.num_layers = 2, model.norm_eps = "
-            "1e-06, model.tie_embeddings = false; expected num_layers: 3, norm_eps: 1e-05, "
-            "tie_embeddings: true",
+            "another model than params.yaml describes: model.num_layers = 2, expected 3; "
+            "model.norm_eps = 1e-06, expected 1e-05; model.tie_embeddings = false, expected true: "
+            "set what is expected",
         ),
     ],
     ids=str,
