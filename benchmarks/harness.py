@@ -58,7 +58,7 @@ def main() -> None:
 def run_harness() -> float:
     """Bits per byte as the harness has it, of all bytes of the documents."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [
+        command: list[str | Path] = [
             PROGRAM, "run", "--model", "hf", "--device", "cpu", "--batch_size", "8",
             "--model_args", f"pretrained={EXPORTED},dtype=float32",
             "--include_path", TASKS, "--tasks", "validation", "--output_path", scratch,

@@ -90,7 +90,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     bpe = settings["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in bpe.get("merges", [])]
     if bpe["type"] != "BPE" or bpe.get("ignore_merges"):
-        raise InputError(f"a tokenizer of kind {bpe['type']}; llama.cpp's gpt2 is plain BPE")
+        raise InputError("the tokenizer is not plain BPE, as llama.cpp's gpt2 is: not supported")
     if merges and not _cuts_as_gpt2(settings["pre_tokenizer"]):
         raise InputError(
             "the tokenizer cuts text by another pattern than GPT-2's: not supported; "
@@ -113,10 +113,11 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     writer.add_add_bos_token(False)  # as in lm.generate: a prompt begins anywhere
 
 
-def _cuts_as_gpt2(pre_tokenizer: dict[str, Any]) -> bool:
+def _cuts_as_gpt2(pre_tokenizer: dict[str, Any] | None) -> bool:
     """Whether a tokenizer.json cuts text as GPT-2 does, in either of two spellings."""
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    *before, last = parts
+    if pre_tokenizer is None:
+        return False
+    *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return False
     if last["use_regex"]:

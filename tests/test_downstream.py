@@ -17,7 +17,7 @@ from lm.checkpoint import save_model
 from lm.errors import InputError
 from lm.generate import generate
 from lm.gguf import main, write
-from lm.tokenizer import byte_tokenizer, train_bpe
+from lm.tokenizer import GPT2_PATTERN, Tokenizer, byte_tokenizer, train_bpe
 from tests.project import ROOT
 from tests.test_model import variant_model
 
@@ -110,17 +110,33 @@ def test_the_same_model_gives_the_same_bytes_and_replaces_a_gguf_alone(
     assert mine.read_bytes() == before
 
 
+def cutting(tokenizer, pattern):
+    """The tokenizer, but text is cut by a pattern, or not at all, before its merges."""
+    settings = json.loads(tokenizer.backend.to_str())
+    last = settings["pre_tokenizer"] | {"use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    parts = [{**split, "invert": False}, last] if pattern else [last]
+    settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    return Tokenizer(tokenizer.backend.from_str(json.dumps(settings)))
+
+
 def test_what_llama_cpp_has_not_is_refused_by_name(make_model, tokenizer, tmp_path):
     out = tmp_path / "model.gguf"
     for change in ({"ffn": "silu"}, {"intra_document_masking": True}):
         with pytest.raises(InputError, match=f"model.{next(iter(change))} = "):
             write(make_model(**change), tokenizer, out)
-    settings = json.loads(tokenizer.backend.to_str())
-    settings["pre_tokenizer"]["use_regex"] = False
-    other = type(tokenizer)(tokenizer.backend.from_str(json.dumps(settings)))
-    with pytest.raises(InputError, match="cuts text by another pattern than GPT-2's"):
-        write(make_model(), other, out)
+    for pattern in (None, GPT2_PATTERN.replace("+", "{1,3}")):
+        with pytest.raises(InputError, match="cuts text by another pattern than GPT-2's"):
+            write(make_model(), cutting(tokenizer, pattern), out)
     assert not out.exists()
+
+
+def test_gpt2s_pattern_is_known_as_tiktoken_spells_it(make_model, tokenizer, tmp_path):
+    other = cutting(tokenizer, GPT2_PATTERN)
+    assert other.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    for name, known in (("a.gguf", tokenizer), ("b.gguf", other)):
+        write(make_model(), known, tmp_path / name)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
 def test_windows_of_the_harness_cut_each_document_by_itself(make_model):
