@@ -202,7 +202,7 @@ def test_llama_cpp_gives_our_ids_and_our_greedy_text(
     prompt = tokenizer.encode("some words")
     answer = llama_cpp(tmp_path / "model.gguf", prompt, 40)
     assert answer["ids"] == tokenizer.encode_batch(TEXTS)
-    ours = [new for (new,) in generate(model, [prompt], 40, temperature=0)]
+    ours = [new.id for (new,) in generate(model, [prompt], 40, temperature=0)]
     assert answer["greedy"] == ours
 
 

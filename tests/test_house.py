@@ -21,18 +21,19 @@ FLOORS = [
     {"functional", "card"},
     {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
     | {"workers", "model", "optim", "schedule", "device"},
-    {"text", "encoder", "tokens", "checkpoint"},
+    {"text", "encoder", "tokens", "checkpoint", "decoder"},
     {"prepare", "resume", "huggingface"},
     {"publish", "sample", "train", "evaluate", "generate", "export", "gguf"},
     {"footprint"},
     {"plan"},
-    {"run", "verify"},
+    {"run", "verify", "serve"},
 ]
 BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}
 BYTES_SIDE |= {"prepare", "publish", "sample"}
-TORCH_SIDE = {"functional", "model", "optim", "schedule", "device"}
+TORCH_SIDE = {"functional", "model", "decoder", "optim", "schedule", "device"}
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODEL = load_params(SMOKE)["model"]
+PAGES = ("DOWNSTREAM", "EXPERIMENTS", "HUGGINGFACE", "SERVE", "SHARING")
 MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")
 
 
@@ -184,13 +185,7 @@ def test_readme_loop_runs(tmp_path, monkeypatch):
     assert (tmp_path / "mine.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        *(f"docs/{n}.md" for n in ("DOWNSTREAM", "EXPERIMENTS", "HUGGINGFACE", "SHARING")),
-    ],
-)
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
 def test_what_a_page_links_to_and_tells_to_make_exists(page):
     text = (ROOT / page).read_text()
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
