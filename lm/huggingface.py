@@ -57,7 +57,7 @@ def not_stock(config: ModelConfig) -> str | None:
 
 
 def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
-    """config.json, as transformers 4 and 5 read it. For a model that `not_stock` lets pass."""
+    """Their config.json, for a model that `not_stock` lets pass."""
     model_type = "qwen3" if config.qk_norm else "llama"
     return {
         "architectures": [ARCHITECTURES[model_type]],
@@ -72,7 +72,7 @@ def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
         "intermediate_size": config.d_ff,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # where version 4 looks
+        "rope_theta": config.rope_theta,  # where transformers 4 looks
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
         "attention_dropout": 0.0,
