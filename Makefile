@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak
+.PHONY: setup repro heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak lm-eval
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
@@ -36,7 +36,7 @@ heal: setup
 # the experiments beside their baseline: the results that matter, the settings that differ
 experiments: setup
 	@dvc exp show --no-pager --only-changed --keep 'loss_nats|bits_per_byte|valid_loss' \
-		--drop 'Created|Executor|step$$|metrics/.*tokens$$|parameters|train_loss|best_|skipped_|perplexity|bytes|baseline_|runtime|metrics/data|(data|lm|models|stages)/'
+		--drop 'Created|Executor|step$$|metrics/.*(tokens|csv|json|md)$$|parameters|train_loss|best_|skipped_|perplexity|bytes|baseline_|runtime|metrics/data|(data|lm|models|stages)/'
 
 # a grid of settings and seeds as DVC experiments, one after the other, and what they show:
 #   make sweep SET='train.lr=3e-3,6e-3 train.weight_decay=0,0.1' SEEDS=1,2,3,4,5
@@ -68,6 +68,15 @@ bench: setup
 bench-gpu: export NANOGPT ?= nanoGPT
 bench-gpu: setup
 	@python -m benchmarks.gpu
+
+# the exported model in lm-evaluation-harness, which has an environment of its own (1.8 GB)
+lm-eval: setup .venv-lm-eval/.ready
+	@python -m benchmarks.harness
+
+.venv-lm-eval/.ready: requirements-lm-eval.txt constraints.txt
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lm-eval.txt -c constraints.txt
+	@touch $@
 
 # a small real `dvc repro` in a fresh clone
 smoke: setup

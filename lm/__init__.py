@@ -3,12 +3,12 @@
 Modules stand on floors and import only downwards (tests/test_house.py holds them to it):
 
     run   verify   serve                        a training run; is it all true?; what it says
-    train   evaluate   generate                 joins: data meets model
+    train   evaluate   generate   export  gguf  joins: data meets model
             and of data preparation:        publish  sample, on prepare
-    checkpoint, and on it resume            training state and models as files
+    checkpoint, on it resume  huggingface   training state and models as files
     model  optim  schedule  device  |  text  encoder  tokens, on formats  tokenizer  sampling
             (torch, no files)       |  shards  packages  grammar  listing  baselines  workers
-    errors  config  rng  files  history  console  signals  report  compare
+    errors  config  rng  files  history  console  signals  report  card  compare
 
 Above them stand the stages, which alone know paths and params.yaml.
 """

@@ -93,7 +93,7 @@ def load_checkpoint(
 
 def read_extra(path: Path) -> Extra:
     """What was saved beside model and optimizer, with the "iteration". Reads the header only."""
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         header = _header(str(path), file.metadata())
     return {**header["extra"], "iteration": header["iteration"]}
 
@@ -132,7 +132,7 @@ def _restore(
 
 def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if isinstance(src, str | os.PathLike):
-        with _opened(Path(src)) as file:
+        with open_safetensors(Path(src)) as file:
             header = _header(str(src), file.metadata())
             return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
     data, name = src.read(), _name(src)
@@ -145,7 +145,8 @@ def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], 
     return tensors, _header(name, metadata)
 
 
-def _opened(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file, to be used by `with`. Raises InputError if it is none."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -280,7 +281,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
     config = read_section(ModelConfig, {"model": settings}, "model", str(file))
     model = TransformerLM(config)
     path = folder / "model.safetensors"
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         weights = {f"model.{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     _restore(str(path), weights, {}, model, None)
     tokenizer = load_tokenizer(folder)

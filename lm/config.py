@@ -69,7 +69,7 @@ class RuntimeConfig:
 
 
 MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds
-SECTIONS = ("data", "tokenizer", "model", "train", "evaluate", "runtime")
+SECTIONS = ("data", "tokenizer", "model", "train", "evaluate", "export", "runtime")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,16 @@ def summary(
     places: Mapping[str, str],
 ) -> str:
     """The validation loss beside its baselines, a sample, and where everything lies (Markdown)."""
+    lines = [
+        loss_table(metrics, baselines),
+        samples([sample]),
+        *(f"{what:<12} {where}" for what, where in places.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str:
+    """The validation loss beside its baselines (Markdown)."""
     bits = metrics["tokens"] / (math.log(2) * metrics["bytes"])  # nats/token to bits/byte
     losses = {**baselines, "loss_nats": metrics["loss_nats"]}
     if "floor_bits_per_byte" in metrics:
@@ -36,9 +46,6 @@ def summary(
             f"| {loss * bits:>13.4f} |"
             for key, loss in losses.items()
         ),
-        "",
-        samples([sample]),
-        *(f"{what:<12} {where}" for what, where in places.items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -47,7 +47,7 @@ NEWER_CHARACTERS = re.compile(
 _NEWER_LEADS = b"\xe0\xe1\xea\xf0"  # the first byte of each in UTF-8; rare in most text
 # GPT-2's pattern as tiktoken spells it for speed, and as all others know it by sight.
 _TIKTOKEN_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,7 @@ def from_tiktoken(name: str, samples: Iterable[str], end_token: str = END_TOKEN)
         for left, right in [_last_merge(token, ranks)]
     ]
     backend = _byte_level_backend(models.BPE(vocab=vocabulary, merges=merges), use_regex=False)
-    pattern = _GPT2 if encoding._pat_str == _TIKTOKEN_GPT2 else encoding._pat_str
+    pattern = GPT2_PATTERN if encoding._pat_str == _TIKTOKEN_GPT2 else encoding._pat_str
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),

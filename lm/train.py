@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -39,6 +40,7 @@ THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
 class TrainConfig(ScheduleConfig, OptimizerConfig):
     """The section `train`."""
 
+    init_from: str | None  # a name in models/pretrained/; null: random weights
     seed: Annotated[int, SEED]
     num_threads: (
         Annotated[int, THREADS] | None
@@ -58,6 +60,11 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init_from is not None and Path(self.init_from).name != self.init_from:
+            raise InputError(
+                f"train.init_from = {self.init_from}: must be a folder's name in "
+                "models/pretrained/, which DVC watches; copy the folder there"
+            )
         if self.batch_size % self.windows_at_once:
             raise InputError(
                 f"train.batch_size = {self.batch_size} is not a multiple of "

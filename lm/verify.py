@@ -32,15 +32,18 @@ from lm.console import say
 from lm.device import choose_device, environment, make_deterministic
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
+from lm.huggingface import start_from
 from lm.model import ModelConfig
 from lm.resume import MICRO_BATCH_SIZES, kept_checkpoints
+from lm.tokenizer import load_tokenizer
 from lm.tokens import open_tokens
 from lm.train import TrainConfig, TrainState, new_state, train
 
 PIPELINE, LOCK, UNFINISHED = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/lm-resume")
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
-MODEL, LAST, BEST = (
+MODEL, PRETRAINED, LAST, BEST = (
     Path("models/model"),
+    Path("models/pretrained"),
     Path("models/checkpoints/last.safetensors"),
     Path("models/checkpoints/best.safetensors"),
 )
@@ -209,6 +212,8 @@ def replay(steps: int, device: torch.device) -> str:
             ": other bits are to be expected"
         )
     state = new_state(read_section(ModelConfig, identity, "model", str(LAST)), config, device)
+    if config.init_from is not None:
+        start_from(PRETRAINED / config.init_from, state.model, load_tokenizer(TOKENIZER))
     start = _restore_start(state, steps, recorded)
     known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
     sizes = {int(step): size for step, size in identity[MICRO_BATCH_SIZES].items()}

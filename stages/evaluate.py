@@ -91,7 +91,7 @@ def _floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[
     bits below. Raises InputError for one that is, and for text that is not the grammar's.
     """
     bits = 0.0
-    for number, text in enumerate(_documents(valid, tokenizer), start=1):
+    for number, text in enumerate(documents(valid, tokenizer), start=1):
         try:
             bits += STORIES.bits(text)
         except ValueError as error:
@@ -108,7 +108,7 @@ def _floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[
     return {"floor_bits_per_byte": floor, "distance_to_floor": found / floor - 1}
 
 
-def _documents(split: Split, tokenizer: Tokenizer) -> Iterator[str]:
+def documents(split: Split, tokenizer: Tokenizer) -> Iterator[str]:
     """The texts of a split, cut after each end token."""
     ids = split.tokens[: len(split.tokens)]
     for document in np.split(ids, np.flatnonzero(ids == tokenizer.end_id) + 1)[:-1]:

@@ -8,16 +8,17 @@ from lm.console import say
 from lm.device import choose_device, describe, environment, prepare
 from lm.evaluate import evaluate, loss_nats
 from lm.files import sha256_file
+from lm.huggingface import start_from
 from lm.model import ModelConfig
-from lm.plan import Forecast, begin, make_plan
+from lm.plan import Forecast, Plan, begin, make_plan
 from lm.run import Run, due
-from lm.tokenizer import load_tokenizer
+from lm.tokenizer import Tokenizer, load_tokenizer
 from lm.tokens import Split, open_tokens
 from lm.train import TrainConfig, TrainState, train
 from stages.run import UNFINISHED, Inputs, run
 
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
-MODELS, METRICS = Path("models"), Path("metrics")
+MODELS, METRICS, PRETRAINED = Path("models"), Path("metrics"), Path("models/pretrained")
 
 
 def train_stage(inputs: Inputs) -> None:
@@ -38,7 +39,7 @@ def train_stage(inputs: Inputs) -> None:
         split.require(model_config.context_length)
     say(f"Loaded dataset with {len(tokens.train.tokens):,} tokens")
     plan = make_plan(model_config, asked, device)
-    config, state = plan.config, begin(plan, asked)
+    config, state = plan.config, _begin(inputs, plan, asked, tokenizer)
     made_of = {
         "inputs": {file.as_posix(): sha256 for file, sha256 in inputs.files.items()},
         "code": inputs.code,
@@ -60,6 +61,17 @@ def train_stage(inputs: Inputs) -> None:
                 this_run.save()
         inputs.check()
         this_run.publish(tokenizer, MODELS, METRICS)
+
+
+def _begin(inputs: Inputs, plan: Plan, asked: TrainConfig, tokenizer: Tokenizer) -> TrainState:
+    """The state before the first step, with the weights that train.init_from names."""
+    state = begin(plan, asked)
+    if asked.init_from is not None:
+        folder = PRETRAINED / asked.init_from
+        inputs.watch(folder)
+        start_from(folder, state.model, tokenizer)
+        say(f"Starting from the weights in {folder}")
+    return state
 
 
 def validation_loss(state: TrainState, valid: Split, config: TrainConfig) -> float:

@@ -142,7 +142,7 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for name in ("corpus", "tokenizer", "tokens", "train", "evaluate"):
+    for name in ("corpus", "tokenizer", "tokens", "train", "evaluate", "export"):
         importlib.import_module(f"stages.{name}")
     for name in [name for name in sys.modules if name.partition(".")[0] in ("lm", "stages")]:
         del sys.modules[name]  # each run imports its own code, as a process of its own would

@@ -18,7 +18,7 @@ from tests.project import Project
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 TARGETS = ("stage", "dvc", "group")
-STAGES = ("corpus", "tokenizer", "tokens", "train", "evaluate")
+STAGES = ("corpus", "tokenizer", "tokens", "train", "evaluate", "export")
 
 
 def versioned(

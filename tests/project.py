@@ -17,7 +17,7 @@ from tests.faults import run_warm
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "presets" / "smoke.yaml"
 COPIED = ("lm", "stages", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore",
-          "data/tokenizers", "data/.gitignore", "models/.gitignore",
+          "data/tokenizers", "data/.gitignore", "models/.gitignore", "models/pretrained",
           "metrics/.gitignore")  # fmt: skip
 
 

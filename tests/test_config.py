@@ -12,6 +12,7 @@ from ruamel.yaml import YAMLError
 from lm.config import RuntimeConfig, load_params, parse_yaml, read_section
 from lm.errors import InputError
 from lm.evaluate import EvaluateConfig
+from lm.export import ExportConfig
 from lm.model import ModelConfig
 from lm.text import DataConfig, SourceConfig
 from lm.tokenizer import TokenizerConfig
@@ -24,6 +25,7 @@ KINDS = {
     "model": ModelConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "runtime": RuntimeConfig,
 }
 

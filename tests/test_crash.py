@@ -11,7 +11,9 @@ import pytest
 from tests.project import Project, one_line
 
 HERE_ALONE = (".gitignore", "performance.json", "wall_clock.csv")
-FOLDERS = ("models", "metrics", "data/tokenizer", "data/tokens")
+STAGES = ("tokenizer", "tokens", "train", "evaluate", "export")
+FOLDERS = ("models/model", "models/checkpoints", "models/huggingface", "metrics",
+           "data/tokenizer", "data/tokens")  # fmt: skip
 
 
 def files(project):
@@ -40,7 +42,7 @@ def warm(tmp_path_factory):
     project.set("evaluate.max_new_tokens", 1)
     project.set("runtime.num_workers", 1)  # the process that is struck does the work
     outputs = {}
-    for stage in ("tokenizer", "tokens", "train", "evaluate"):
+    for stage in STAGES:
         before = files(project)
         project.prepare(stage)
         outputs[stage] = {k: v for k, v in files(project).items() if k not in before}
@@ -59,7 +61,7 @@ def reset(project, stage, outputs):
 
 def assert_whole(project, outputs):
     """Nothing under a final name is half written, except in folders that lack their manifest."""
-    expected = {k: v for stage in ("tokenizer", "tokens", "train", "evaluate")
+    expected = {k: v for stage in STAGES
                 for k, v in outputs[stage].items()}  # fmt: skip
     for name, data in files(project).items():
         if not name.endswith(".tmp") and not name.startswith("data/tokens/"):
@@ -68,7 +70,7 @@ def assert_whole(project, outputs):
 
 def assert_finished(project, outputs):
     found = files(project)
-    for stage in ("tokenizer", "tokens", "train", "evaluate"):
+    for stage in STAGES:
         for name, data in outputs[stage].items():
             assert found.pop(name) == data, name
     assert not found  # no litter
@@ -84,6 +86,7 @@ def assert_finished(project, outputs):
         ("train", signal.SIGTERM, 1, 4),
         ("train", signal.SIGINT, 3, 4),
         ("evaluate", signal.SIGTERM, 1, 4),
+        ("export", signal.SIGKILL, 3, 11),
     ],
 )
 def test_struck_before_any_change_of_a_file_it_ends_in_the_same_bytes(

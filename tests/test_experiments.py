@@ -45,7 +45,7 @@ def ended(project):
 def test_an_experiment_is_compared_renamed_branched_and_applied(finished):
     before = outputs(finished)
     output = dvc(finished, "exp", "run", "-n", "first", "-S", "train.lr=2e-2")
-    assert ran(output) == ["train", "evaluate"]
+    assert ran(output) == ["train", "evaluate", "export"]
     after = outputs(finished)
     metrics = json.loads(dvc(finished, "metrics", "diff", "--json"))
     assert metrics["metrics/eval.json"]["loss_nats"]["diff"] != 0

@@ -18,12 +18,12 @@ from tests.project import ROOT, SMOKE
 FLOORS = [
     {"errors"},
     {"config", "rng", "files", "history", "console", "signals", "report", "compare"},
-    {"functional"},
+    {"functional", "card"},
     {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
     | {"workers", "model", "optim", "schedule", "device"},
     {"text", "encoder", "tokens", "checkpoint", "decoder"},
-    {"prepare", "resume"},
-    {"publish", "sample", "train", "evaluate", "generate"},
+    {"prepare", "resume", "huggingface"},
+    {"publish", "sample", "train", "evaluate", "generate", "export", "gguf"},
     {"footprint"},
     {"plan"},
     {"run", "verify", "serve"},
@@ -33,6 +33,7 @@ BYTES_SIDE |= {"prepare", "publish", "sample"}
 TORCH_SIDE = {"functional", "model", "decoder", "optim", "schedule", "device"}
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODEL = load_params(SMOKE)["model"]
+PAGES = ("DOWNSTREAM", "EXPERIMENTS", "HUGGINGFACE", "SERVE", "SHARING")
 MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")
 
 
@@ -113,6 +114,7 @@ def test_each_stage_depends_on_the_settings_it_reads():
         "tokens": reading,
         "train": {"model", "train"},
         "evaluate": {"evaluate", "data.source"},
+        "export": {"export", "data.path"},
     }
     for name in ("tokenizer", "tokens"):
         assert "${data.path}" in PIPELINE[name]["deps"]
@@ -183,13 +185,11 @@ def test_readme_loop_runs(tmp_path, monkeypatch):
     assert (tmp_path / "mine.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/EXPERIMENTS.md", "docs/SERVE.md", "docs/SHARING.md"]
-)
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
 def test_what_a_page_links_to_and_tells_to_make_exists(page):
     text = (ROOT / page).read_text()
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    told = re.findall(r"(?:`|^ +)make (\w+)", text, re.M)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    told = re.findall(r"(?:`|^ +)make ([\w-]+)", text, re.M)
     assert set(told) <= set(targets)
     for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", text):
         assert ((ROOT / page).parent / link).exists(), link

@@ -91,7 +91,7 @@ def test_each_change_reruns_what_depends_on_it_and_nothing_else(finished):
         assert ran(dvc(finished, "repro", "--dry")) == expected, key  # before their outputs change
         finished.set(key, before)
     finished.set("model.d_ff", 96)
-    assert ran(dvc(finished, "repro")) == ["train", "evaluate"]
+    assert ran(dvc(finished, "repro")) == ["train", "evaluate", "export"]
     finished.set("tokenizer.kind", "bytes")  # now the tokenizer stays the same for any text
     assert ran(dvc(finished, "repro", "tokens")) == ["tokenizer", "tokens"]
     text = finished.folder / "text" / "00.txt"

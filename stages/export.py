@@ -1,0 +1,19 @@
+"""Stage export: models/model/ as a folder that Hugging Face opens, with its model card."""
+
+from lm.export import CORPUS, MEASURED, MODEL, OUT, ExportConfig, export, read_results, write
+from lm.text import DataConfig
+from stages.run import Inputs, run
+
+
+def export_stage(inputs: Inputs) -> None:
+    """Write models/huggingface/; the card alone if no stock architecture is this model."""
+    config = inputs.section(ExportConfig, "export")
+    inputs.watch(MODEL, CORPUS, *MEASURED)
+    results = read_results(inputs.section(DataConfig, "data").path)
+    folder = export(MODEL, config, results)
+    inputs.check()
+    write(folder, OUT)
+
+
+if __name__ == "__main__":
+    run(export_stage, ["data", "export"])
