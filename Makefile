@@ -36,7 +36,7 @@ heal: setup
 # the experiments beside their baseline: the results that matter, the settings that differ
 experiments: setup
 	@dvc exp show --no-pager --only-changed --keep 'loss_nats|bits_per_byte|valid_loss' \
-		--drop 'Created|Executor|step$$|metrics/.*tokens$$|parameters|train_loss|best_|skipped_|perplexity|bytes|baseline_|runtime|metrics/data|(data|lm|models|stages)/'
+		--drop 'Created|Executor|step$$|metrics/.*tokens$$|parameters|train_loss|best_|skipped_|perplexity|accuracy|calibration_|bytes|baseline_|runtime|metrics/data|(data|lm|models|stages)/'
 
 # a grid of settings and seeds as DVC experiments, one after the other, and what they show:
 #   make sweep SET='train.lr=3e-3,6e-3 train.weight_decay=0,0.1' SEEDS=1,2,3,4,5

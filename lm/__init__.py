@@ -3,7 +3,7 @@
 Modules stand on floors and import only downwards (tests/test_house.py holds them to it):
 
     run   verify                                the life of a training run; is it all true?
-    train   evaluate   generate                 joins: data meets model
+    train   evaluate   excerpt   generate       joins: data meets model
             and of data preparation:        publish  sample, on prepare
     checkpoint, and on it resume            training state and models as files
     model  optim  schedule  device  |  text  encoder  tokens, on formats  tokenizer  sampling

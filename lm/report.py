@@ -1,7 +1,7 @@
 """Results as text for people."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 ROWS = {
@@ -20,6 +20,7 @@ def summary(
     places: Mapping[str, str],
 ) -> str:
     """The validation loss beside its baselines, a sample, and where everything lies (Markdown)."""
+    prompt, completion = sample
     bits = metrics["tokens"] / (math.log(2) * metrics["bytes"])  # nats/token to bits/byte
     losses = {**baselines, "loss_nats": metrics["loss_nats"]}
     if "floor_bits_per_byte" in metrics:
@@ -37,18 +38,22 @@ def summary(
             for key, loss in losses.items()
         ),
         "",
-        samples([sample]),
+        _sample(f"Prompt `{prompt}`", prompt + completion),
         *(f"{what:<12} {where}" for what, where in places.items()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def samples(pairs: list[tuple[str, str]]) -> str:
-    """Prompts and their completions (Markdown)."""
+def samples(texts: Iterable[tuple[str, float, str]]) -> str:
+    """Prompts, temperatures and completions (Markdown)."""
     return "".join(
-        f"Prompt `{prompt}`:\n\n" + _indented(prompt + completion) + "\n\n"
-        for prompt, completion in pairs
+        _sample(f"Prompt `{prompt}`, temperature {temperature:g}", prompt + completion)
+        for prompt, temperature, completion in texts
     )
+
+
+def _sample(head: str, text: str) -> str:
+    return f"{head}:\n\n{_indented(text)}\n\n"
 
 
 def _indented(text: str) -> str:

@@ -23,7 +23,7 @@ FLOORS = [
     | {"workers", "model", "optim", "schedule", "device"},
     {"text", "encoder", "tokens", "checkpoint"},
     {"prepare", "resume"},
-    {"publish", "sample", "train", "evaluate", "generate"},
+    {"publish", "sample", "train", "evaluate", "excerpt", "generate"},
     {"footprint"},
     {"plan"},
     {"run", "verify"},
