@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak
+.PHONY: setup repro report heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
@@ -15,7 +15,7 @@ setup: .venv/.ready .dvc/plots-page.html
 	@touch $@
 
 # what `dvc plots` fills: with Vega inside, where DVC's own page loads it from the network
-.dvc/plots-page.html: .venv/.ready stages/plots.py
+.dvc/plots-page.html: .venv/.ready stages/plots.py stages/vega.py
 	@python -m stages.plots --template
 	@dvc config --local plots.html_template plots-page.html
 
@@ -23,6 +23,11 @@ repro: setup heal
 	@dvc repro
 	@echo
 	@cat metrics/summary.md
+	@python -m stages.report
+
+# one page with all that a run gave: metrics/report.html; beside another one: make report REV=main
+report: setup
+	@python -m stages.report $(if $(REV),--compare $(REV))
 
 # every curve as SVG and one page; experiments over each other: make plots REV="workspace NAME"
 plots: REV ?= workspace
