@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -175,8 +176,7 @@ def loss_by_position(sums: Sums, max_rows: int = 1000) -> list[tuple[int, float]
 
 def calibration(sums: Sums) -> list[tuple[float, float, int, float, float]]:
     """A row for each bin that is not empty: its edges, targets, mean confidence, accuracy."""
-    edges = zip(CONFIDENCE_EDGES[:-1], CONFIDENCE_EDGES[1:], strict=True)
-    rows = zip(edges, sums.first_guesses.T, strict=True)
+    rows = zip(pairwise(CONFIDENCE_EDGES), sums.first_guesses.T, strict=True)
     return [
         (float(low), float(high), int(n), float(confidence / n), float(right / n))
         for (low, high), (n, confidence, right) in rows

@@ -37,8 +37,12 @@ function chart({points, x, y, small, calibration}) {
       field: "kind", type: "nominal", title: null, sort: null,
       scale: {domain: kinds, range: [[1, 0], [6, 3]]}}} : {}),
   };
+  const validations = {
+    transform: [{filter: {field: "kind", equal: "validation"}}],
+    mark: {type: "point", filled: true, opacity: 1, size: 28, clip: true}};
   const lines = [
     {params: [zoom], mark: {type: "line", strokeWidth: 1.75, clip: true}},
+    ...(kinds.length > 1 ? [validations] : []),
     {params: [hover], mark: {type: "point", filled: true, size: 55, clip: true}, encoding: {
       opacity: {condition: {param: "hover", empty: false, value: 1}, value: 0}, tooltip}},
   ];
@@ -53,7 +57,7 @@ function chart({points, x, y, small, calibration}) {
   return {
     $schema: "https://vega.github.io/schema/vega-lite/v6.json",
     description: `${y} by ${x}`,
-    width: "container", height: small ? 170 : 280, autosize: {type: "fit", contains: "padding"},
+    width: "container", height: small ? 170 : 300, autosize: {type: "fit", contains: "padding"},
     data: {values: points}, encoding, layer: calibration ? reliability : lines,
     config: {
       background: "transparent", font: "system-ui, sans-serif", view: {stroke: null},
@@ -124,7 +128,11 @@ function choose(number) {
 }
 
 if (tokens.length) {
-  tokens[0].tabIndex = 0;
+  tokens.forEach((token, number) => {
+    token.setAttribute("role", "button");
+    token.setAttribute("aria-label", visible(data.tokens[number][0]));
+    token.tabIndex = number ? -1 : 0;
+  });
   const number = event => tokens.indexOf(event.target.closest(".text span"));
   for (const kind of ["pointerover", "focusin", "click"]) {
     text.addEventListener(kind, event => {

@@ -145,7 +145,8 @@ def details(summary: str, body: str) -> str:
 def chart(name: str, caption: str) -> str:
     """The place of a chart, which the script draws from the data of the same name."""
     return (
-        f'<figure><div class="chart" id="chart-{name}"></div>'
+        f'<figure><div class="chart" id="chart-{name}" role="img" '
+        f'aria-label="Chart: {name.replace("-", " ")}"></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -159,7 +160,7 @@ def lead(runs: list[Run]) -> str:
         found.append(
             f'<p class="lead">{name}{run.train["parameters"]:,} parameters, '
             f"{run.train['tokens']:,} training tokens in {run.train['step']:,} steps, "
-            f"on {text(device)}. Commit <code>{text(run.commit[:10])}</code>.</p>"
+            f"on {text(device)}.</p>"
         )
     return "".join(found)
 
@@ -184,10 +185,12 @@ def results(runs: list[Run]) -> Section:
         for name, (words, form) in METRICS.items():
             values = [run.evaluation.get(name) for run in runs]
             if any(value is not None for value in values):
-                cells = ["–" if value is None else form.format(value) for value in values]
+                cells = ["-" if value is None else form.format(value) for value in values]
                 rows.append([words, *cells, _difference(values, form)])
         head = ["Metric", *(text(run.name) for run in runs), "Difference"]
-        return Section("results", "Results", table("On the validation split", head, rows, "figures"))
+        return Section(
+            "results", "Results", table("On the validation split", head, rows, "figures")
+        )
     (run,) = runs
     tiles = "".join(
         f"<div><dt>{METRICS[name][0]}</dt><dd>{METRICS[name][1].format(run.evaluation[name])}</dd>"
@@ -201,7 +204,8 @@ def results(runs: list[Run]) -> Section:
         losses["floor"] = floor / bits
     widest = max(losses.values())
     rows = [
-        [ROWS[key].capitalize(), f"{loss:.4f}", f"{math.exp(min(loss, 99.0)):,.1f}",
+        [f"<strong>{ROWS[key].capitalize()}</strong>" if key == "loss_nats" else
+         ROWS[key].capitalize(), f"{loss:.4f}", f"{math.exp(min(loss, 99.0)):,.1f}",
          f"{loss * bits:.4f}", _bar(loss / widest)]
         for key, loss in losses.items()
     ]  # fmt: skip
@@ -216,7 +220,7 @@ def results(runs: list[Run]) -> Section:
 
 def _difference(values: list[Any], form: str) -> str:
     if None in values:
-        return "–"
+        return "-"
     before, after = values
     return form.replace("{:", "{:+").format(after - before) if after != before else "same"
 
@@ -291,7 +295,9 @@ def positions(runs: list[Run]) -> Section:
         f"Validation loss by position in the window: what context is worth. {told.capitalize()}."
     )
     spec = {"points": points, "x": "position", "y": "loss, nats per token"}
-    return Section("positions", "Loss by position", chart("positions", caption), {"positions": spec})
+    return Section(
+        "positions", "Loss by position", chart("positions", caption), {"positions": spec}
+    )
 
 
 def _late(rows: Rows) -> float:
@@ -353,10 +359,10 @@ def held_out(runs: list[Run]) -> Section | None:
         f'<span class="q{level}">{level}{"+" if level == LEVELS - 1 else ""}</span>'
         for level in range(LEVELS)
     )
-    body = f"""<p>{what if whole else "The beginning of a document"} that the model has not seen: \
-{len(tokens):,} tokens, {mean:.2f} nats per token here. The colour is a token's loss; point at one, \
-tap it, or go from one to the next with the arrow keys, to see what the model expected in its \
-place.</p>
+    body = f"""<p>{what if whole else "The beginning of a document"} that the model has not \
+seen: {len(tokens):,} tokens, {mean:.2f} nats per token here. The colour is a token's loss. Point \
+at one, tap it, or go from one to the next with the arrow keys: you see what the model expected \
+there.</p>
 <p class="legend"><span id="legend-title">Loss in nats</span> {legend}</p>
 <div class="reader">
 <div class="text" role="group" aria-label="Held-out text; arrow keys go from token to token">
@@ -375,7 +381,7 @@ def _token(token: dict[str, Any]) -> str:
     """A token as text; a piece of a character that is still to come as a dot."""
     level = min(LEVELS - 1, int(max(0.0, token["loss_nats"])))
     shown = text(token["text"]).replace("\n", '<i aria-hidden="true">↵</i>\n')
-    return f'<span class="q{level}" role="button" tabindex="-1">{shown or "<i>·</i>"}</span>'
+    return f'<span class="q{level}">{shown or "<i>·</i>"}</span>'
 
 
 def samples(runs: list[Run]) -> Section:
@@ -423,6 +429,12 @@ def data(runs: list[Run]) -> Section:
     return Section("data", "Data", "".join(parts))
 
 
+PEAKS = {
+    "matmul_flops_per_second": "what matrix products alone reach here",
+    "data_sheet_flops_per_second": "the data sheet",
+}
+
+
 def plan(runs: list[Run]) -> Section | None:
     """What was predicted for the training, and what it took."""
     if len(runs) > 1:
@@ -443,9 +455,9 @@ def plan(runs: list[Run]) -> Section | None:
         known = predicted is not None
         rows.append([
             words,
-            form(predicted) if known else "–",
+            form(predicted) if known else "-",
             form(measured),
-            f"{measured / predicted - 1:+.1%}" if known and predicted else "–",
+            f"{measured / predicted - 1:+.1%}" if known and predicted else "-",
         ])  # fmt: skip
     head = ["", "Predicted", "Measured", "Difference"]
     speed = [
@@ -453,7 +465,7 @@ def plan(runs: list[Run]) -> Section | None:
         ("Median step", f"{of['step_seconds_median'] * 1e3:,.1f} ms"),
         ("Operations per token, forward and backward", f"{of['flops_per_token'] / 1e6:,.2f} MFLOP"),
         ("Matrix products alone", f"{of['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"),
-        ("Utilisation (MFU)", f"{of['mfu']:.1%} of {text(of['mfu_is_of'].replace('_', ' '))}"),
+        ("Utilisation (MFU)", f"{of['mfu']:.1%} of {PEAKS[of['mfu_is_of']]}"),
         ("Micro-batch", f"{of['micro_batch_size']:,} windows"),
         ("Compiled", "yes" if of["compiled"] else "no"),
         ("Device", text(of["device"])),
@@ -471,9 +483,9 @@ def settings(runs: list[Run]) -> Section:
     if len(runs) > 1:
         names = {name: None for setting in used for name in setting}
         rows = [
-            [f"<code>{text(name)}</code>", *(text(show(s.get(name, "–"))) for s in used)]
+            [f"<code>{text(name)}</code>", *(text(show(s.get(name, "-"))) for s in used)]
             for name in names
-            if len({show(setting.get(name, "–")) for setting in used}) > 1
+            if len({show(setting.get(name, "-")) for setting in used}) > 1
         ]
         head = ["Setting", *(text(run.name) for run in runs)]
         body = (

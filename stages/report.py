@@ -129,7 +129,9 @@ def revision(name: str) -> Run:
 
             return read_run(name, read, repo.scm.resolve_rev(name), clocks=False)
     except DvcException as error:
-        raise InputError(f"{error}; `dvc exp list` and `git log` name those that there are") from None
+        raise InputError(
+            f"{error}; `dvc exp list` and `git log` name those that there are"
+        ) from None
 
 
 def main() -> None:
