@@ -119,6 +119,7 @@ function tell(number) {
 }
 
 function choose(number) {
+  if (tokens[number].classList.contains("current")) return;
   tokens[chosen].tabIndex = -1;
   tokens[chosen].classList.remove("current");
   chosen = number;
@@ -134,11 +135,15 @@ if (tokens.length) {
     token.tabIndex = number ? -1 : 0;
   });
   const number = event => tokens.indexOf(event.target.closest(".text span"));
-  for (const kind of ["pointerover", "focusin", "click"]) {
-    text.addEventListener(kind, event => {
-      if (number(event) >= 0) choose(number(event));
-    });
-  }
+  const chooseTarget = event => { if (number(event) >= 0) choose(number(event)); };
+  text.addEventListener("focusin", chooseTarget);
+  text.addEventListener("click", chooseTarget);
+  let pointer = "";  // where it was: text that scrolls under it at rest is not pointed at
+  text.addEventListener("pointermove", event => {
+    const place = `${event.clientX} ${event.clientY}`;
+    if (place !== pointer) chooseTarget(event);
+    pointer = place;
+  });
   text.addEventListener("keydown", event => {
     const last = tokens.length - 1;
     const to = {ArrowRight: chosen + 1, ArrowLeft: chosen - 1, ArrowDown: chosen + 10,

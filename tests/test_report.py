@@ -188,8 +188,9 @@ def test_it_fits_the_screen_and_can_be_read(shared, width, scheme):
         assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
         pairs = [(colour(selector, "color"), [paper]) for selector in ("body", ".note", "nav a")]
         for level in range(1, 8):  # ink on each colour of the legend
-            back = [paper, colour(f".legend .q{level}", "backgroundColor")]
-            pairs.append((colour("body", "color"), back))
+            heat = colour(f".legend .q{level}", "backgroundColor")
+            for under in (paper, colour(".text", "backgroundColor")):
+                pairs.append((colour("body", "color"), [under, heat]))
         for front, back in pairs:  # WCAG 2.2, 1.4.3
             assert page.evaluate(CONTRAST, [[front], back]) >= 4.5, (front, back)
 
