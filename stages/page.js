@@ -27,7 +27,7 @@ function chart({points, x, y, small, calibration}) {
   const format = calibration ? "%" : "~s";
   const encoding = {
     x: {field: "x", type: "quantitative", title: x,
-        axis: {format, tickCount: small ? 4 : 8}, scale: {nice: false, zero: Boolean(calibration)}},
+        axis: {format, tickCount: small ? 4 : calibration ? 5 : 8}, scale: {nice: false, zero: Boolean(calibration)}},
     y: {field: "y", type: "quantitative", title: y,
         axis: {format: calibration ? "%" : "~g", tickCount: 5}, scale: {zero: Boolean(calibration)}},
     color: {field: key, type: "nominal", title: null, sort: null,

@@ -525,9 +525,10 @@ def provenance(runs: list[Run]) -> Section:
         code = "as trained"
         if run.changed_code:
             code = f"changed since: {text(', '.join(run.changed_code))}"
+        here = run.name == "workspace"
         facts = [
-            ("Commit", f"<code>{text(run.commit)}</code>"),
-            *([("Code here", code)] if run.name == "workspace" else []),
+            ("Commit here" if here else "Commit", f"<code>{text(run.commit)}</code>"),
+            *([("Code here", code)] if here else []),
             *((text(name.capitalize()), text(value)) for name, value in of["environment"].items()),
         ]
         name = f": {text(run.name)}" if len(runs) > 1 else ""
