@@ -91,8 +91,8 @@ def evaluate(
         counts += new.sum(axis=0)
         if byte_lengths is not None:
             n_bytes += int(byte_lengths[y[new]].sum())
-        right = (guesses == targets).cpu().numpy()[new.flat]
-        first_guesses += _by_confidence(confidence.cpu().double().numpy()[new.flat], right)
+        right = (guesses == targets).cpu().numpy()[new.ravel()]
+        first_guesses += _by_confidence(confidence.cpu().double().numpy()[new.ravel()], right)
     model.train(was_training)
     return Sums(nats, counts, n_bytes, first_guesses)
 

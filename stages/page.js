@@ -35,7 +35,8 @@ function chart({points, x, y, small, calibration}) {
             legend: names.length > 1 ? {} : null},
     ...(several && kinds.length > 1 ? {strokeDash: {
       field: "kind", type: "nominal", title: null, sort: null,
-      scale: {domain: kinds, range: [[1, 0], [6, 3]]}}} : {}),
+      scale: {domain: kinds, range: [[1, 0], [6, 3]]},
+      legend: {symbolStrokeColor: colour("--ink")}}} : {}),
   };
   const validations = {
     transform: [{filter: {field: "kind", equal: "validation"}}],
