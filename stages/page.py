@@ -506,8 +506,8 @@ def settings(runs: list[Run]) -> Section:
                 rows.append([f"<code>{text(name.partition('.')[2])}</code>", cell])
         parts.append(table(f"<code>{text(section)}</code>", ["Setting", "Value"], rows, "facts"))
     note = (
-        '<p class="note">Of model and training as they were trained, and where params.yaml says '
-        "otherwise, what it says; the others as they stand in params.yaml.</p>"
+        '<p class="note">Model and training: what the model was trained with, as recorded '
+        "beside it. The rest: params.yaml as it stands.</p>"
     )
     return Section("settings", "Settings", f'{note}<div class="columns">{"".join(parts)}</div>')
 
