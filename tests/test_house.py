@@ -21,16 +21,16 @@ FLOORS = [
     {"functional"},
     {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
     | {"workers", "model", "optim", "schedule", "device"},
-    {"text", "encoder", "tokens", "checkpoint"},
+    {"text", "encoder", "tokens", "checkpoint", "decoder"},
     {"prepare", "resume"},
     {"publish", "sample", "train", "evaluate", "excerpt", "generate"},
     {"footprint"},
     {"plan"},
-    {"run", "verify"},
+    {"run", "verify", "serve"},
 ]
 BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}
 BYTES_SIDE |= {"prepare", "publish", "sample"}
-TORCH_SIDE = {"functional", "model", "optim", "schedule", "device"}
+TORCH_SIDE = {"functional", "model", "decoder", "optim", "schedule", "device"}
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODEL = load_params(SMOKE)["model"]
 MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")
@@ -183,7 +183,9 @@ def test_readme_loop_runs(tmp_path, monkeypatch):
     assert (tmp_path / "mine.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/EXPERIMENTS.md", "docs/SHARING.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/EXPERIMENTS.md", "docs/SERVE.md", "docs/SHARING.md"]
+)
 def test_what_a_page_links_to_and_tells_to_make_exists(page):
     text = (ROOT / page).read_text()
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
