@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak lm-eval
+.PHONY: setup repro report heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak lm-eval
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
@@ -15,7 +15,7 @@ setup: .venv/.ready .dvc/plots-page.html
 	@touch $@
 
 # what `dvc plots` fills: with Vega inside, where DVC's own page loads it from the network
-.dvc/plots-page.html: .venv/.ready stages/plots.py
+.dvc/plots-page.html: .venv/.ready stages/plots.py stages/vega.py
 	@python -m stages.plots --template
 	@dvc config --local plots.html_template plots-page.html
 
@@ -23,6 +23,11 @@ repro: setup heal
 	@dvc repro
 	@echo
 	@cat metrics/summary.md
+	@python -m stages.report
+
+# one page with all that a run gave: metrics/report.html; beside another one: make report REV=main
+report: setup
+	@python -m stages.report $(if $(REV),--compare $(REV))
 
 # every curve as SVG and one page; experiments over each other: make plots REV="workspace NAME"
 plots: REV ?= workspace
@@ -36,7 +41,7 @@ heal: setup
 # the experiments beside their baseline: the results that matter, the settings that differ
 experiments: setup
 	@dvc exp show --no-pager --only-changed --keep 'loss_nats|bits_per_byte|valid_loss' \
-		--drop 'Created|Executor|step$$|metrics/.*(tokens|csv|json|md)$$|parameters|train_loss|best_|skipped_|perplexity|bytes|baseline_|runtime|metrics/data|(data|lm|models|stages)/'
+		--drop 'Created|Executor|step$$|metrics/.*(tokens|csv|json|md)$$|parameters|train_loss|best_|skipped_|perplexity|accuracy|calibration_|bytes|baseline_|runtime|metrics/data|(data|lm|models|stages)/'
 
 # a grid of settings and seeds as DVC experiments, one after the other, and what they show:
 #   make sweep SET='train.lr=3e-3,6e-3 train.weight_decay=0,0.1' SEEDS=1,2,3,4,5

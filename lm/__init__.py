@@ -3,7 +3,7 @@
 Modules stand on floors and import only downwards (tests/test_house.py holds them to it):
 
     run   verify   serve                        a training run; is it all true?; what it says
-    train   evaluate   generate   export  gguf  joins: data meets model
+    train  evaluate  excerpt  generate  export  gguf     joins: data meets model
             and of data preparation:        publish  sample, on prepare
     checkpoint, on it resume  huggingface   training state and models as files
     model  optim  schedule  device  |  text  encoder  tokens, on formats  tokenizer  sampling

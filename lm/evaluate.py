@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -24,10 +25,13 @@ class EvaluateConfig:
     stride: Count | None  # tokens a window advances; null: context_length, no overlap
     prompts: Annotated[list[str], NOT_EMPTY]  # of the samples
     max_new_tokens: Count
-    temperature: Annotated[float, NOT_NEGATIVE]
+    temperatures: Annotated[list[Annotated[float, NOT_NEGATIVE]], NOT_EMPTY]  # the first: summary
     top_k: Count | None
     top_p: Annotated[float, ABOVE_ZERO_UP_TO_ONE] | None
     seed: Annotated[int, SEED]
+
+
+CONFIDENCE_EDGES = np.linspace(0, 1, 16)  # 15 equal bins, as Guo et al. 2017
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Sums:
     nats: NDArray[np.float64]  # (T,), by position in the window
     counts: NDArray[np.int64]  # (T,)
     n_bytes: int  # of text behind the targets; 0 if not asked for
+    # (3, 15), of the most probable tokens by their probability: how many, its sum, how many came
+    first_guesses: NDArray[np.float64]
 
 
 @torch.no_grad()
@@ -62,6 +68,7 @@ def evaluate(
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     nats, counts, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), 0
+    first_guesses = np.zeros((3, len(CONFIDENCE_EDGES) - 1))
     table = _windows(len(split.tokens), length, stride or length)
     if max_batches is not None and len(table) > max_batches * batch_size:
         table = table[
@@ -75,14 +82,29 @@ def evaluate(
         with autocast(device, dtype):
             logits = model(ids, documents=documents)
         flat, targets = logits.float().flatten(0, 1), to_device(y, device).flatten()
-        losses = F.cross_entropy(flat, targets, reduction="none").view(y.shape)  # (B, T)
+        losses = F.cross_entropy(flat, targets, reduction="none")
+        top, guesses = flat.max(dim=1)
+        # p = e^(top - logsumexp), and the loss is logsumexp - the target's logit
+        confidence = (top - flat.gather(1, targets[:, None]).squeeze(1) - losses).exp()
         new = np.arange(length) >= first_new[:, None]  # (B, T)
-        nats += np.where(new, losses.cpu().double().numpy(), 0).sum(axis=0)
+        nats += np.where(new, losses.view(y.shape).cpu().double().numpy(), 0).sum(axis=0)
         counts += new.sum(axis=0)
         if byte_lengths is not None:
             n_bytes += int(byte_lengths[y[new]].sum())
+        right = (guesses == targets).cpu().numpy()[new.ravel()]
+        first_guesses += _by_confidence(confidence.cpu().double().numpy()[new.ravel()], right)
     model.train(was_training)
-    return Sums(nats, counts, n_bytes)
+    return Sums(nats, counts, n_bytes, first_guesses)
+
+
+def _by_confidence(
+    confidence: NDArray[np.float64], right: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Sums.first_guesses of some targets; what is not a number goes into the last bin."""
+    bins = np.searchsorted(CONFIDENCE_EDGES[1:-1], confidence)  # a bin holds its upper edge
+    n = len(CONFIDENCE_EDGES) - 1
+    weights = (None, confidence, right)
+    return np.stack([np.bincount(bins, weight, minlength=n) for weight in weights])
 
 
 def _windows(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
@@ -114,10 +136,28 @@ def bits_per_byte(sums: Sums) -> float:
     return float(sums.nats.sum() / (math.log(2) * sums.n_bytes))
 
 
+def accuracy(sums: Sums) -> float:
+    """The share of the targets that the model held for the most probable token."""
+    n, _, right = sums.first_guesses.sum(axis=1)
+    return float(right / n)
+
+
+def calibration_error(sums: Sums) -> float:
+    """How far off the probability of the most probable token is, in the mean over all targets.
+
+    The expected calibration error of Guo et al. 2017 ("On Calibration of Modern Neural Networks",
+    eq. 3): the distance of confidence and accuracy in each bin, weighted by its targets.
+    """
+    n, confidence, right = sums.first_guesses
+    return float(np.abs(right - confidence).sum() / n.sum())
+
+
 METRICS: dict[str, Callable[[Sums], float]] = {
     "loss_nats": loss_nats,
     "perplexity": lambda sums: math.exp(min(loss_nats(sums), 700.0)),  # a float holds e^709
     "bits_per_byte": bits_per_byte,
+    "accuracy": accuracy,
+    "calibration_error": calibration_error,
     "tokens": lambda sums: int(sums.counts.sum()),
     "bytes": lambda sums: sums.n_bytes,
 }
@@ -132,3 +172,13 @@ def loss_by_position(sums: Sums, max_rows: int = 1000) -> list[tuple[int, float]
     counts = np.add.reduceat(sums.counts, firsts)
     nats = np.add.reduceat(sums.nats, firsts)
     return [(int(p), float(s / n)) for p, s, n in zip(firsts, nats, counts, strict=True) if n]
+
+
+def calibration(sums: Sums) -> list[tuple[float, float, int, float, float]]:
+    """A row for each bin that is not empty: its edges, targets, mean confidence, accuracy."""
+    rows = zip(pairwise(CONFIDENCE_EDGES), sums.first_guesses.T, strict=True)
+    return [
+        (float(low), float(high), int(n), float(confidence / n), float(right / n))
+        for (low, high), (n, confidence, right) in rows
+        if n
+    ]

@@ -1,7 +1,7 @@
 """Results as text for people."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 ROWS = {
@@ -20,9 +20,10 @@ def summary(
     places: Mapping[str, str],
 ) -> str:
     """The validation loss beside its baselines, a sample, and where everything lies (Markdown)."""
+    prompt, completion = sample
     lines = [
         loss_table(metrics, baselines),
-        samples([sample]),
+        _sample(f"Prompt `{prompt}`", prompt + completion),
         *(f"{what:<12} {where}" for what, where in places.items()),
     ]
     return "\n".join(lines) + "\n"
@@ -50,12 +51,16 @@ def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> st
     return "\n".join(lines) + "\n"
 
 
-def samples(pairs: list[tuple[str, str]]) -> str:
-    """Prompts and their completions (Markdown)."""
+def samples(texts: Iterable[tuple[str, float, str]]) -> str:
+    """Prompts, temperatures and completions (Markdown)."""
     return "".join(
-        f"Prompt `{prompt}`:\n\n" + _indented(prompt + completion) + "\n\n"
-        for prompt, completion in pairs
+        _sample(f"Prompt `{prompt}`, temperature {temperature:g}", prompt + completion)
+        for prompt, temperature, completion in texts
     )
+
+
+def _sample(head: str, text: str) -> str:
+    return f"{head}:\n\n{_indented(text)}\n\n"
 
 
 def _indented(text: str) -> str:

@@ -3,7 +3,7 @@
 Where the text is of a grammar (data.source), beside its entropy too: the floor for any model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from lm.config import RuntimeConfig
 from lm.console import say
 from lm.device import choose_device, make_deterministic
 from lm.errors import InputError
-from lm.evaluate import METRICS, EvaluateConfig, evaluate, loss_by_position
+from lm.evaluate import METRICS, EvaluateConfig, calibration, evaluate, loss_by_position
+from lm.excerpt import excerpt, excerpt_json
 from lm.files import atomic_write, sha256_file, write_json
 from lm.generate import complete
 from lm.grammar import STORIES
+from lm.model import TransformerLM
 from lm.report import samples, summary
 from lm.resume import remove_finished, run_folder
 from lm.text import DataConfig
@@ -32,13 +34,16 @@ PLACES = {
     "Metrics": "metrics/*.json        dvc metrics show",
     "Curves": "metrics/curves.csv    dvc plots show",
     "Samples": "metrics/samples.md",
+    "Report": "metrics/report.html   open it in a browser",
 }
 MODEL, TOKENS, RESULTS = Path("models/model"), Path("data/tokens"), Path("metrics")
+CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
+SAMPLE = ("prompt", "temperature", "completion")
 CHANCE = 0.001  # how far below the floor a model may come: rounding, and no more
 
 
 def evaluate_stage(inputs: Inputs) -> None:
-    """Write metrics/eval.json, loss_by_position.csv, samples.md and summary.md."""
+    """Write metrics/: eval.json, the tables behind it, samples, an excerpt and summary.md."""
     config = inputs.section(EvaluateConfig, "evaluate")
     inputs.watch(MODEL, TOKENS)
     device = choose_device(inputs.section(RuntimeConfig, "runtime").device)
@@ -61,19 +66,42 @@ def evaluate_stage(inputs: Inputs) -> None:
         "unigram": unigram,
         "bigram": bigram,
     }
-    options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    texts = [
-        (prompt, "".join(complete(model, tokenizer, prompt, config.max_new_tokens, **options)))
-        for prompt in config.prompts
-    ]
-    curve = "".join(f"{position},{loss:.6f}\n" for position, loss in loss_by_position(sums))
+    texts = _samples(model, tokenizer, config)
+    held_out = excerpt(model, tokens.valid, tokenizer)
     inputs.check()
     write_json(RESULTS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
-    atomic_write(RESULTS / "loss_by_position.csv", b"position,loss_nats\n" + curve.encode())
+    _write_csv("loss_by_position.csv", ["position", "loss_nats"], loss_by_position(sums))
+    _write_csv("calibration.csv", CALIBRATION, calibration(sums))
+    write_json(RESULTS / "samples.json", [dict(zip(SAMPLE, text, strict=True)) for text in texts])
     atomic_write(RESULTS / "samples.md", samples(texts).encode())
-    atomic_write(RESULTS / "summary.md", summary(metrics, baselines, texts[0], PLACES).encode())
+    atomic_write(RESULTS / "held_out.json", excerpt_json(held_out))
+    (prompt, _, completion), *_ = texts
+    text = summary(metrics, baselines, (prompt, completion), PLACES)
+    atomic_write(RESULTS / "summary.md", text.encode())
     say(f"Validation loss {metrics['loss_nats']:.4f} nats per token (bigram {bigram:.4f}), "
         f"{metrics['bits_per_byte']:.4f} bits per byte")  # fmt: skip
+
+
+def _samples(
+    model: TransformerLM, tokenizer: Tokenizer, config: EvaluateConfig
+) -> list[tuple[str, float, str]]:
+    """Every prompt at every temperature: (prompt, temperature, completion)."""
+    options = {name: getattr(config, name) for name in ("top_k", "top_p", "seed")}
+    found = []
+    for prompt in config.prompts:
+        for temperature in config.temperatures:
+            pieces = complete(
+                model, tokenizer, prompt, config.max_new_tokens, temperature=temperature, **options
+            )
+            found.append((prompt, temperature, "".join(pieces)))
+    return found
+
+
+def _write_csv(name: str, columns: Sequence[str], rows: Iterable[Sequence[int | float]]) -> None:
+    """Write a table to metrics/; fractions with six decimals."""
+    cells = ([f"{v:.6f}" if isinstance(v, float) else str(v) for v in row] for row in rows)
+    lines = [",".join(row) + "\n" for row in (columns, *cells)]
+    atomic_write(RESULTS / name, "".join(lines).encode())
 
 
 def _floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[str, float]:

@@ -28,9 +28,9 @@ from lm.files import atomic_write
 from lm.history import Clock
 from lm.resume import clock_file
 from stages.run import UNFINISHED
+from stages.vega import VEGA_LITE, script
 
 PLOTS, TEMPLATE = Path("plots"), Path(".dvc/plots-page.html")
-VEGA_LITE = "6.4"  # version 6, as the $schema of curve.json says
 # DVC puts its plots in; each calls vegaEmbed(place, spec) from a script of its own
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -44,7 +44,10 @@ h1 { font-size: 22px; margin: 0 0 16px; }
 main { display: grid; grid-template-columns: repeat(auto-fit, minmax(580px, 1fr)); gap: 28px 16px; }
 </style>
 <script>
-(() => { "use strict"; VEGA })();
+VEGA
+(embed => window.vegaEmbed = (place, spec) => embed(place, spec, {
+    renderer: "svg", actions: {export: true, source: false, compiled: false, editor: false}
+}))(vegaEmbed);
 </script>
 </head>
 <body>
@@ -55,14 +58,11 @@ main { display: grid; grid-template-columns: repeat(auto-fit, minmax(580px, 1fr)
 </body>
 </html>
 """
-EMBED = """window.vegaEmbed = (place, spec) => vegaEmbed(place, spec, {
-    renderer: "svg", actions: {export: true, source: false, compiled: false, editor: false}});"""
 
 
 def write_template() -> None:
     """Write the page that holds Vega instead of loading it."""
-    vega = vl_convert.javascript_bundle(EMBED, vl_version=VEGA_LITE)
-    atomic_write(TEMPLATE, PAGE.replace("VEGA", vega.replace("</script", "<\\/script")).encode())
+    atomic_write(TEMPLATE, PAGE.replace("VEGA", script()).encode())
 
 
 def draw(revisions: list[str]) -> list[Path]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm.errors import InputError
-from lm.evaluate import METRICS, bits_per_byte, evaluate, loss_by_position
+from lm.evaluate import METRICS, bits_per_byte, calibration, evaluate, loss_by_position
 from lm.model import TransformerLM
 from lm.tokens import Split
 
@@ -53,6 +53,34 @@ def test_sums_equal_a_plain_loop(model, stride, batch_size):
         for position, loss in curve:
             losses = [row[2] for row in rows if position <= row[1] < position + width]
             assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [16, 5])
+def test_calibration_equals_a_plain_loop(model, stride):
+    """Guo et al. 2017, eq. 3, token by token; logits are scaled so that all bins are met."""
+    with torch.no_grad():
+        model.lm_head.weight *= 6
+    bins = [[] for _ in range(15)]
+    for target, t, _ in by_hand(model, stride):
+        start = target - 1 - t
+        x = torch.tensor(TOKENS[start : start + 16])[None]
+        p = torch.softmax(model(x)[0, t].double(), -1)
+        confidence = p.max().item()
+        (place,) = [m for m in range(15) if m / 15 < confidence <= (m + 1) / 15]
+        bins[place].append((confidence, p.argmax().item() == TOKENS[target]))
+    assert sum(map(bool, bins)) > 6
+    error, right, rows = 0.0, 0, []
+    for place, found in enumerate(bins):
+        if found:
+            confidence, accuracy = (sum(column) / len(found) for column in zip(*found, strict=True))
+            error += len(found) / 202 * abs(accuracy - confidence)
+            right += sum(hit for _, hit in found)
+            rows.append((place / 15, (place + 1) / 15, len(found), confidence, accuracy))
+    sums = evaluate(model, SPLIT, 7, stride=stride)
+    assert METRICS["calibration_error"](sums) == pytest.approx(error, rel=1e-5)
+    assert METRICS["accuracy"](sums) == pytest.approx(right / 202)
+    for row, expected in zip(calibration(sums), rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
 
 
 def test_more_context_lowers_no_count_and_changes_the_loss(model):

@@ -23,7 +23,7 @@ FLOORS = [
     | {"workers", "model", "optim", "schedule", "device"},
     {"text", "encoder", "tokens", "checkpoint", "decoder"},
     {"prepare", "resume", "huggingface"},
-    {"publish", "sample", "train", "evaluate", "generate", "export", "gguf"},
+    {"publish", "sample", "train", "evaluate", "excerpt", "generate", "export", "gguf"},
     {"footprint"},
     {"plan"},
     {"run", "verify", "serve"},

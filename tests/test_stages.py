@@ -441,7 +441,7 @@ def test_evaluation_reports_the_validation_split_beside_its_baselines(prepared):
     summary = prepared.read("metrics/summary.md").decode()
     assert f"{metrics['loss_nats']:.4f}" in summary
     assert "models/model/" in summary
-    assert prepared.read("metrics/samples.md").startswith(b"Prompt `def `:")
+    assert prepared.read("metrics/samples.md").startswith(b"Prompt `def `, temperature 0.8:")
     assert prepared.read("metrics/loss_by_position.csv").count(b"\n") == 65
     first = {name: prepared.read(f"metrics/{name}") for name in ("eval.json", "samples.md")}
     prepared.prepare("evaluate")

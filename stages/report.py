@@ -1,0 +1,151 @@
+"""One page with all that a run gave: `python -m stages.report` writes metrics/report.html.
+
+    python -m stages.report --compare REV    beside another run: metrics/report-compare.html
+
+No stage of dvc.yaml: it shows clocks, which do not reproduce. It reads what the stages left, needs
+no torch and takes a second. Of another revision DVC has all but the clocks.
+
+    metrics/, params.yaml, provenance --> Run --stages/page.py--> sections --> metrics/report.html
+"""
+
+import argparse
+import csv
+import io
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lm.config import parse_yaml
+from lm.console import say
+from lm.errors import InputError, one_line_errors
+from lm.files import atomic_write, sha256_file
+from stages.page import Run, page
+from stages.vega import script
+
+ONE, TWO = Path("metrics/report.html"), Path("metrics/report-compare.html")
+Read = Callable[[str], bytes]
+
+
+def read_run(name: str, read: Read, commit: str, clocks: bool) -> Run:
+    """What is known of a run. Raises InputError for a file that is missing or torn."""
+
+    def parsed(file: str) -> Any:
+        try:
+            return json.loads(read(file))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{file}: not valid JSON ({error}); run `make repro`") from None
+
+    def rows(file: str) -> list[dict[str, float]]:
+        try:
+            table = csv.DictReader(io.StringIO(read(file).decode()))
+            return [{key: float(cell) for key, cell in row.items()} for row in table]
+        except (ValueError, TypeError, csv.Error) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{file}: not a table of numbers; run `make repro`") from None
+
+    curves = rows("metrics/curves.csv")
+    return Run(
+        name=name,
+        commit=commit,
+        params=parse_yaml(read("params.yaml").decode(), "params.yaml"),
+        provenance=parsed("models/model/provenance.json"),
+        data=parsed("metrics/data.json"),
+        train=parsed("metrics/train.json"),
+        evaluation=parsed("metrics/eval.json"),
+        curves=curves,
+        positions=rows("metrics/loss_by_position.csv"),
+        calibration=rows("metrics/calibration.csv"),
+        samples=parsed("metrics/samples.json"),
+        held_out=parsed("metrics/held_out.json"),
+        performance=parsed("metrics/performance.json") if clocks and _timed(read, rows) else None,
+    )
+
+
+def _timed(read: Read, rows: Callable[[str], list[dict[str, float]]]) -> bool:
+    """Whether the clocks in metrics/ are of the training whose curves are there.
+
+    They are of the last training on this machine, and DVC may have put another run's results in
+    place since. That training's curves stand in wall_clock.csv, with their times.
+    """
+    try:
+        read("metrics/performance.json")
+        timed = rows("metrics/wall_clock.csv")
+    except InputError:
+        return False
+    without = [{key: value for key, value in row.items() if key != "elapsed_s"} for row in timed]
+    return repr(without) == repr(rows("metrics/curves.csv"))  # nan is not equal to itself
+
+
+def workspace() -> Run:
+    """The run whose results lie here."""
+
+    def read(name: str) -> bytes:
+        try:
+            return Path(name).read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"{name}: no such file; run `make repro`") from None
+
+    commit = _git("rev-parse", "HEAD") or "none: not under git"
+    if _git("status", "--porcelain", "--untracked-files=no"):
+        commit += ", with uncommitted changes"
+    run = read_run("workspace", read, commit, clocks=True)
+    for file, sha256 in run.provenance["code"].items():
+        if not Path(file).is_file() or sha256_file(Path(file)) != sha256:
+            run.changed_code.append(file)
+    return run
+
+
+def _git(*arguments: str) -> str:
+    """What git says; nothing if it fails."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def revision(name: str) -> Run:
+    """A run that git and DVC know. Raises InputError for a revision that has no results here."""
+    from dvc.exceptions import DvcException  # takes a second
+    from dvc.repo import Repo
+    from dvc.repo.experiments.brancher import switch_repo
+    from dvc_data.index import DataIndexDirError
+
+    try:
+        with Repo() as repo, switch_repo(repo, name) as (there, _):
+
+            def read(file: str) -> bytes:
+                try:
+                    return bytes(there.dvcfs.read_bytes(file))
+                except (FileNotFoundError, DataIndexDirError):
+                    raise InputError(
+                        f"{name}: {file}: not in git or DVC's cache; `dvc pull`, or evaluate that "
+                        "revision with this code"
+                    ) from None
+
+            return read_run(name, read, repo.scm.resolve_rev(name), clocks=False)
+    except DvcException as error:
+        raise InputError(
+            f"{error}; `dvc exp list` and `git log` name those that there are"
+        ) from None
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--compare", metavar="REV", help="a commit or an experiment by name")
+    arguments = parser.parse_args()
+    with one_line_errors():
+        runs, target = [workspace()], ONE
+        if arguments.compare is not None:
+            runs, target = [revision(arguments.compare), *runs], TWO
+        atomic_write(target, page(runs, script()).encode(), durable=False)
+        say(f"Report in {target}")
+
+
+if __name__ == "__main__":
+    main()
