@@ -26,7 +26,7 @@ FLOORS = [
     {"publish", "sample", "train", "evaluate", "generate"},
     {"footprint"},
     {"plan"},
-    {"run", "verify"},
+    {"run", "verify", "demo"},
 ]
 BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}
 BYTES_SIDE |= {"prepare", "publish", "sample"}
