@@ -129,8 +129,8 @@ def new_optimizer(model: TransformerLM) -> AdamW:
     return optimizer
 
 
-def train(model: TransformerLM, optimizer: AdamW, training: Ids, done: int, until: int) -> float:
-    """The loop: steps `done` + 1 to `until`. Gives the loss of the last one, in nats."""
+def train(model: TransformerLM, optimizer: AdamW, training: Ids, done: int, until: int) -> None:
+    """The loop: steps `done` + 1 to `until`."""
     for it in range(done + 1, until + 1):
         for group in optimizer.param_groups:
             group["lr"] = get_lr_cosine_schedule(it, LR, MIN_LR, WARMUP, STEPS)
@@ -144,7 +144,6 @@ def train(model: TransformerLM, optimizer: AdamW, training: Ids, done: int, unti
         if it in (1, until) or it % (STEPS // REPORTS) == 0:
             rate = group["lr"]
             say(f"   step {it:>3}/{STEPS}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.3f}")
-    return loss.item()
 
 
 def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, folder: Path) -> None:
@@ -189,10 +188,10 @@ def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
     floor = sum(map(STORIES.bits, held_out)) * math.log(2) / len(ids)
     heading("Metrics", "lm/evaluate.py, lm/baselines.py")
     explain(
-        f"On {len(ids):,} held-out bytes, each predicted once. Nats per token, perplexity e^nats, "
-        "and bits per byte, which compares models with different tokenizers.",
-        "The stories come from a grammar whose entropy is known: the last row is what no model can "
-        "beat on them.",
+        f"On {len(ids):,} held-out bytes, each but the first predicted once: nats per token, "
+        "perplexity e^nats, and bits per byte, which compares models with different tokenizers.",
+        "The stories come from a grammar that knows the probability of each: the last row is its "
+        "loss, below which no model comes but by luck.",
     )
     ours = [METRICS[name](sums) for name in ("loss_nats", "perplexity", "bits_per_byte")]
     rows = {
@@ -200,7 +199,7 @@ def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
         "unigram: how often a byte": of_bytes(unigram),
         "bigram: after which byte": of_bytes(bigram),
         "this model": ours,
-        "entropy of the stories": of_bytes(floor),
+        "entropy: the grammar": of_bytes(floor),
     }
     say(f"   {'':<26}  nats/token  perplexity  bits/byte")
     for name, (nats, perplexity, per_byte) in rows.items():

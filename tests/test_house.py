@@ -181,13 +181,3 @@ def test_readme_loop_runs(tmp_path, monkeypatch):
     assert names["it"] == 100
     assert names["loss"].item() < 1.0
     assert (tmp_path / "mine.safetensors").exists()
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/EXPERIMENTS.md", "docs/SHARING.md"])
-def test_what_a_page_links_to_and_tells_to_make_exists(page):
-    text = (ROOT / page).read_text()
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    told = re.findall(r"(?:`|^ +)make (\w+)", text, re.M)
-    assert set(told) <= set(targets)
-    for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", text):
-        assert ((ROOT / page).parent / link).exists(), link
