@@ -2,7 +2,7 @@
 
 Modules stand on floors and import only downwards (tests/test_house.py holds them to it):
 
-    run   verify   demo                         the life of a training run; is it all true? a walk
+    run   verify   demo   serve                 a run; is it all true?; a walk; what it says
     train   evaluate   generate                 joins: data meets model
             and of data preparation:        publish  sample, on prepare
     checkpoint, and on it resume            training state and models as files

@@ -215,7 +215,7 @@ def sample(model: TransformerLM) -> None:
     """What the model writes."""
     prompt = list(b"Once upon a time")
     steps = generate(model, [prompt], SAMPLE_BYTES, temperature=TEMPERATURE, seed=SEED)
-    text = decode(prompt + [new for (new,) in steps if new is not None])
+    text = decode(prompt + [token.id for (token,) in steps if token is not None])
     heading("Sample", "lm/generate.py")
     explain(
         f"Each byte is drawn from softmax(logits / {TEMPERATURE}) and read again to give the next; "

@@ -5,7 +5,7 @@
 
 Letters in shapes:
     B batch    T time     C d_model    V vocab_size    F d_ff
-    H heads    G key/value heads       D head dimension (C / H)      S cached and new positions
+    H heads    G key/value heads       D head dimension (C / H)
 
 The architecture is Llama's (Touvron et al. 2023): pre-norm with RMSNorm, rotary positions,
 SwiGLU, no biases. Every deviation is one setting of ModelConfig.
@@ -107,37 +107,16 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(
-        self, x: Float[Tensor, "B H T D"], start: int = 0, evens_first: bool = False
+        self, x: Float[Tensor, "B H T D"], evens_first: bool = False
     ) -> Float[Tensor, "B H T D"]:
-        """Rotate queries or keys whose first position is `start`.
-
-        With `evens_first` the features come, and go, in that order.
-        """
-        cos = self.cos[start : start + x.shape[2], None]  # (T, 1, D / 2)
-        sin = self.sin[start : start + x.shape[2], None]
+        """Rotate queries or keys; with `evens_first` the features come, and go, in that order."""
+        cos = self.cos[: x.shape[2], None]  # (T, 1, D / 2)
+        sin = self.sin[: x.shape[2], None]
         x = x.transpose(1, 2)  # (B, T, H, D), as it lies in memory
         even, odd = x.chunk(2, dim=-1) if evens_first else (x[..., 0::2], x[..., 1::2])
         turned = even * cos - odd * sin, even * sin + odd * cos
         both = torch.cat(turned, dim=-1) if evens_first else torch.stack(turned, dim=-1).flatten(-2)
         return both.to(x.dtype).transpose(1, 2)
-
-
-class KeyValueCache:
-    """Keys and values of the positions seen so far, for one layer; room for context_length."""
-
-    def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
-        shape = (batch_size, config.kv_heads, config.context_length, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)  # (B, G, S, D)
-        self.values = torch.zeros_like(self.keys)
-        self.length = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, G, T, D); returns all of them, (B, G, S, D)."""
-        end = self.length + keys.shape[2]
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -160,12 +139,10 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "B T C"],
         rope: RotaryEmbedding | None,
-        cache: KeyValueCache | None = None,
-        mask: Bool[Tensor, "B 1 T S"] | None = None,
+        mask: Bool[Tensor, "B 1 T T"] | None = None,
     ) -> Float[Tensor, "B T C"]:
-        start = cache.length if cache else 0
         # q . k does not depend on the order of features, and a compiler likes halves
-        evens_first = torch.compiler.is_compiling() and rope is not None and not cache
+        evens_first = torch.compiler.is_compiling() and rope is not None
         order = self._evens_first if evens_first else lambda weight: weight
         q, k, v = map(
             self._heads,
@@ -175,22 +152,15 @@ class Attention(nn.Module):
             q = rms_norm(q, order(self.q_norm.weight), self.q_norm.eps)
             k = rms_norm(k, order(self.k_norm.weight), self.k_norm.eps)
         if rope is not None:
-            q, k = rope(q, start, evens_first), rope(k, start, evens_first)
-        if cache:
-            k, v = cache.append(k, v)  # (B, G, S, D)
+            q, k = rope(q, evens_first), rope(k, evens_first)
         if self.groups > 1:
-            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, S, D)
+            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
-        if torch.compiler.is_compiling() and q.device.type == "cpu" and not (cache or dropout):
+        if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
             mixed = causal_attention(q, k, v, mask)
         else:
             mixed = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=_causal_mask(q, k) if start and mask is None else mask,
-                is_causal=start == 0 and mask is None,
-                dropout_p=dropout,
+                q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
             )  # (B, H, T, D)
         return self.output_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -210,19 +180,9 @@ def _together(x: Tensor, *weights: Tensor) -> list[Tensor]:
     return list(F.linear(x, torch.cat(weights)).split([len(w) for w in weights], dim=-1))
 
 
-def _causal_mask(q: Tensor, k: Tensor) -> Tensor | None:
-    """True where the newest queries may look, (T, S); None where they may look everywhere."""
-    new, total = q.shape[2], k.shape[2]
-    if new == 1:
-        return None
-    return torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-
-
-def _document_mask(documents: Tensor, new: int) -> Tensor:
-    """True where the newest queries may look: back, and in their own document, (B, 1, T, S)."""
-    total = documents.shape[1]
-    same = documents[:, total - new :, None] == documents[:, None, :]  # (B, T, S)
-    return same.tril(total - new)[:, None]
+def document_mask(documents: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """True where queries may look: back, and in their own document."""
+    return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
 
 class FeedForward(nn.Module):
@@ -258,13 +218,12 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B T C"],
         rope: RotaryEmbedding | None,
-        cache: KeyValueCache | None = None,
-        mask: Bool[Tensor, "B 1 T S"] | None = None,
+        mask: Bool[Tensor, "B 1 T T"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         if self.pre_norm:
-            x = x + self.drop(self.attn(self.ln1(x), rope, cache, mask))
+            x = x + self.drop(self.attn(self.ln1(x), rope, mask))
             return x + self.drop(self.ffn(self.ln2(x)))
-        x = self.ln1(x + self.drop(self.attn(x, rope, cache, mask)))
+        x = self.ln1(x + self.drop(self.attn(x, rope, mask)))
         return self.ln2(x + self.drop(self.ffn(x)))
 
 
@@ -321,11 +280,10 @@ class TransformerLM(nn.Module):
     def forward(
         self,
         ids: Int[Tensor, "B T"],
-        caches: list[KeyValueCache] | None = None,
-        documents: Int[Tensor, "B S"] | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of the token after each position; see `features`."""
-        return F.linear(self.features(ids, caches, documents), self.head)
+        return F.linear(self.features(ids, documents), self.head)
 
     def loss(
         self,
@@ -334,37 +292,35 @@ class TransformerLM(nn.Module):
         documents: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, ""]:
         """cross_entropy(self(ids), targets), in nats, without holding all the logits at once."""
-        features = self.features(ids, documents=documents)
+        features = self.features(ids, documents)
         return linear_cross_entropy(features.flatten(0, 1), self.head, targets.flatten())
 
     def features(
         self,
         ids: Int[Tensor, "B T"],
-        caches: list[KeyValueCache] | None = None,
-        documents: Int[Tensor, "B S"] | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         """What the head turns into the logits of the token after each position.
 
-        With `caches`, one per layer, `ids` continue the positions already seen. A model with
-        intra-document masking (Zhao et al. 2024) attends within a document alone; it, and no
-        other, needs the `documents` of all positions, those in the caches included.
-        Raises ValueError if they are missing, or the positions would exceed context_length.
+        A model with intra-document masking (Zhao et al. 2024) attends within a document alone; it,
+        and no other, needs the `documents` of all positions. Raises ValueError if they are missing,
+        or there are more positions than context_length.
         """
         if self.config.intra_document_masking != (documents is not None):
             raise ValueError("documents are for models with intra_document_masking, and for all")
-        positions = ids.shape[1] + (caches[0].length if caches else 0)
+        positions = ids.shape[1]
         if positions > self.config.context_length:
             raise ValueError(f"{positions} positions exceed {self.config.context_length=}")
-        mask = None if documents is None else _document_mask(documents, ids.shape[1])
+        mask = None if documents is None else document_mask(documents)
         x = self.drop(self.token_embeddings(ids))  # (B, T, C)
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, self.rope, None, mask, use_reentrant=False)
+                x = checkpoint(layer, x, self.rope, mask, use_reentrant=False)
             else:
-                x = layer(x, self.rope, caches[i] if caches else None, mask)
+                x = layer(x, self.rope, mask)
         return self.ln_final(x)
 
-    def documents(self, ids: Int[Tensor, "B S"], end_id: int | None) -> Int[Tensor, "B S"] | None:
+    def documents(self, ids: Int[Tensor, "B T"], end_id: int | None) -> Int[Tensor, "B T"] | None:
         """What `forward` has to know of documents: for each position its own, counted from 0.
 
         An end token belongs to the document that it ends. None without intra-document masking.
@@ -376,11 +332,6 @@ class TransformerLM(nn.Module):
             raise InputError("model.intra_document_masking: no id is known to end a document")
         ends = (ids == end_id).long()
         return ends.cumsum(dim=1) - ends
-
-    def new_caches(self, batch_size: int) -> list[KeyValueCache]:
-        """Empty key/value caches, one per layer."""
-        like = self.token_embeddings.weight
-        return [KeyValueCache(self.config, batch_size, like) for _ in self.layers]
 
     def num_parameters(self) -> int:
         """Trainable numbers, each counted once."""

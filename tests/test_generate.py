@@ -1,21 +1,28 @@
 """Generation: the cache changes nothing, rows are independent, sampling keeps what it should."""
 
+import io
+import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lm.checkpoint import save_model
-from lm.generate import complete, generate, main, sample
+from lm.generate import Completion, complete, complete_many, generate, main, sample, stream
 from lm.model import TransformerLM
 from lm.tokenizer import byte_tokenizer
+from tests.test_model import as_llama, variant_model
 
 
 def rows(steps):
     """Per prompt, the ids generated."""
     columns = list(zip(*steps, strict=True))
-    return [[i for i in column if i is not None] for column in columns]
+    return [[token.id for token in column if token] for column in columns]
 
 
 def test_greedy_output_equals_the_full_pass_beyond_the_context(model):
@@ -26,7 +33,19 @@ def test_greedy_output_equals_the_full_pass_beyond_the_context(model):
         start = 0 if len(ids) <= 16 else -(-(len(ids) - 16) // 8) * 8
         ids.append(model(torch.tensor([ids[start:]]))[0, -1].argmax().item())
     assert got == ids[5:]
-    assert got == rows(generate(model, [prompt], 60, temperature=0, use_cache=False))[0]
+
+
+def test_greedy_output_equals_that_of_transformers(model_config):
+    ours = variant_model(replace(model_config, num_heads=4, num_kv_heads=2), {})
+    ids = torch.randint(96, (3, 5))
+    theirs = as_llama(ours).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=11,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert rows(generate(ours, ids.tolist(), 11, temperature=0)) == theirs[:, 5:].tolist()
 
 
 def test_a_masked_model_continues_the_last_document_of_a_prompt(model_config, model):
@@ -36,8 +55,6 @@ def test_a_masked_model_continues_the_last_document_of_a_prompt(model_config, mo
     whole = rows(generate(masked, [before + last, last], 6, temperature=0, end_id=95))
     assert whole[0] == whole[1] == rows(generate(model, [last], 6, temperature=0))[0]
     assert whole[0] != rows(generate(model, [before + last], 6, temperature=0))[0]
-    long = [rows(generate(masked, [before], 60, end_id=95, use_cache=c))[0] for c in (True, False)]
-    assert long[0] == long[1]
 
 
 def test_a_row_is_what_it_would_be_alone(model):
@@ -64,6 +81,28 @@ def test_a_row_ends_at_the_stop_token(model):
     assert stopped[1] == free[1][: [*free[1], stop].index(stop) + 1]
 
 
+def test_log_probabilities_are_of_the_models_own_distribution(model):
+    prompts, ids = [[7], [9, 2]], [[7], [9, 2]]
+    steps = generate(model, prompts, 6, temperature=0.3, top_k=4, top_logprobs=3)
+    for tokens in steps:
+        for row, token in zip(ids, tokens, strict=True):
+            logprobs = model(torch.tensor([row]))[0, -1].log_softmax(dim=0)
+            assert token.logprob == pytest.approx(logprobs[token.id].item(), abs=1e-5)
+            expected = sorted(enumerate(logprobs.tolist()), key=lambda pair: -pair[1])[:3]
+            assert [i for i, _ in token.top] == [i for i, _ in expected]
+            assert [p for _, p in token.top] == pytest.approx([p for _, p in expected], abs=1e-5)
+            row.append(token.id)
+
+
+def test_each_row_may_have_a_temperature_of_its_own(model):
+    prompts = [[7], [7]]
+    mixed = rows(generate(model, prompts, 9, temperature=[0, 1.5]))
+    assert mixed[0] == rows(generate(model, prompts, 9, temperature=0))[0]
+    assert mixed[1] == rows(generate(model, prompts, 9, temperature=1.5))[1]
+    with pytest.raises(ValueError, match="1 temperatures for 2 prompts"):
+        next(generate(model, prompts, 9, temperature=[1.0]))
+
+
 def test_a_prompt_longer_than_the_context_is_read_from_its_window(model):
     prompt = [i % 96 for i in range(45)]
     got = rows(generate(model, [prompt], 1, temperature=0))[0]
@@ -79,9 +118,9 @@ def test_an_empty_prompt_is_refused(model):
 def frequencies(probabilities, **options):
     draws = torch.tensor((np.arange(10_000) + 0.5) / 10_000)
     logits = torch.tensor(probabilities).log().expand(10_000, -1)
-    ids = sample(
-        logits, **({"temperature": 1.0, "top_k": None, "top_p": None} | options), draws=draws
-    )
+    temperature = options.pop("temperature", 1.0)
+    temperatures = torch.full((10_000,), temperature) if temperature else None
+    ids = sample(logits, temperatures, options.get("top_k"), options.get("top_p"), draws)
     return (np.bincount(ids, minlength=len(probabilities)) / 10_000).tolist()
 
 
@@ -98,12 +137,132 @@ def test_sampling_follows_the_probabilities():
     assert frequencies(p, temperature=0.5) == pytest.approx(expected, abs=1e-3)
 
 
-def test_characters_of_several_tokens_arrive_whole(model, monkeypatch):
-    data = "aé🙂".encode()
-    script = [[None], *([byte] for byte in data), [0xF0], [255]]  # ends inside a character
-    monkeypatch.setattr("lm.generate.generate", lambda *a, **k: iter(script))
-    pieces = list(complete(model, byte_tokenizer(), "x", 9))
-    assert [piece for piece in pieces if piece] == ["a", "é", "🙂", "\ufffd"]
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, None), (None, 0.7), (7, 0.8), (20, 1.0)])
+def test_sampling_follows_the_warped_logits_of_transformers(top_k, top_p):
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
+    warped = TemperatureLogitsWarper(0.8)(None, logits)
+    if top_k:
+        warped = TopKLogitsWarper(top_k)(None, warped)
+    if top_p:
+        warped = TopPLogitsWarper(top_p)(None, warped)
+    p = logits.softmax(dim=1)[0].tolist()
+    got = frequencies(p, temperature=0.8, top_k=top_k, top_p=top_p)
+    assert got == pytest.approx(warped.softmax(dim=1)[0].tolist(), abs=1e-3)
+
+
+def speaker(config, text):
+    """A model of bytes that goes on with the next byte of a text in which each occurs once."""
+    bare = {"norm": "none", "position_embedding": "none", "zero_init": True, "num_heads": 1}
+    model = TransformerLM(replace(config, vocab_size=256, d_model=256, num_kv_heads=None, **bare))
+    torch.nn.init.eye_(model.token_embeddings.weight)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    data = text.encode() if isinstance(text, str) else text
+    assert len(set(data)) == len(data)
+    for before, after in pairwise(data):
+        model.lm_head.weight.data[after, before] = 1.0
+    return model.eval()
+
+
+def test_characters_of_several_tokens_arrive_whole(model_config):
+    text = "xaé🙂".encode() + bytes([0xE0, 255])  # ends inside of a character
+    model = speaker(model_config, text)
+    pieces = list(complete(model, byte_tokenizer(), "x", 20, temperature=0))
+    assert pieces == ["a", "é", "🙂", "\ufffd"]
+
+
+def test_pieces_end_before_a_stop_text_and_hold_all_tokens(model_config):
+    model, tokenizer = speaker(model_config, "abcdefghijk"), byte_tokenizer()
+    prompts = ["a", "e", "xb"]
+    pieces = list(stream(model, tokenizer, prompts, 5, stop=["de", "defg", "hi"], temperature=0))
+    by_row = [[piece for piece in pieces if piece.row == row] for row in range(3)]
+    assert [[piece.text for piece in row] for row in by_row] == [
+        ["b", "c", ""], ["f", "g", ""], ["c", ""]
+    ]  # fmt: skip
+    assert [row[-1].finish_reason for row in by_row] == ["stop"] * 3
+    ids = [[token.id for piece in row for token in piece.tokens] for row in by_row]
+    assert list(map(bytes, ids)) == [b"bcde", b"fghi", b"cde"]
+    assert not any(piece.finish_reason for row in by_row for piece in row[:-1])
+
+
+def test_a_completion_tells_why_it_ended(model_config):
+    model, tokenizer = speaker(model_config, b"abc\xff"), byte_tokenizer()
+    for length, text, reason, n in ((9, "bc", "stop", 3), (2, "bc", "length", 2)):
+        pieces = list(stream(model, tokenizer, ["a"], length, stop=["cd"], temperature=0))
+        assert "".join(piece.text for piece in pieces) == text
+        assert [piece.finish_reason for piece in pieces][-1] == reason
+        assert sum(len(piece.tokens) for piece in pieces) == n
+
+
+def test_an_empty_prompt_begins_with_the_end_token(model_config):
+    model = speaker(model_config, b"\xffhello"[:4])
+    assert complete_many(model, byte_tokenizer(), ["", "h"], 2, temperature=0) == ["he", "el"]
+
+
+CUTS = st.lists(st.text("ab🙂", max_size=3), max_size=8)
+STOPS = st.lists(st.text("ab🙂", min_size=1, max_size=4), max_size=3)
+
+
+@settings(max_examples=50)
+@given(CUTS, STOPS)
+def test_a_text_is_cut_before_the_first_stop_text_however_it_arrives(parts, stop):
+    whole, completion, shown, stopped = "".join(parts), Completion(stop), "", False
+    for number, part in enumerate([*parts, ""]):
+        new, stopped = completion.take(part.encode(), final=number == len(parts))
+        shown += new
+        if stopped:
+            break
+        arrived = "".join(parts[: number + 1])
+        held = arrived.removeprefix(shown)
+        assert shown + held == arrived
+        assert not held or any(s.startswith(held) for s in stop)  # no more than it must
+    expected = whole
+    for n in range(len(whole) + 1):
+        if found := [s for s in stop if whole[:n].endswith(s)]:
+            expected = whole[: n - max(map(len, found))]
+            break
+    assert shown == expected
+    assert stopped == (expected != whole)
+
+
+@pytest.fixture
+def folder(model_config, tmp_path):
+    """A saved model that says the alphabet."""
+    model = speaker(model_config, "abcdefghijklmnopqrstuvwxyz")
+    save_model(model, byte_tokenizer(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(folder, *arguments):
+    main([*arguments, "--model", str(folder), "--device", "cpu"])
+
+
+def test_several_completions_are_numbered_and_whole(folder, tmp_path, capsys):
+    (tmp_path / "prompt").write_bytes("\u00e9x\n".encode())
+    greedy = ["--temperature", "0", "--max-new-tokens", "4", "--stop", "d", "--stop", "h"]
+    prompts = ["--prompt", "a", "--prompt", "e", "--prompt-file", str(tmp_path / "prompt")]
+    run(folder, *greedy, *prompts[:4])
+    assert capsys.readouterr().out == "==> 0 <==\nabc\n\n==> 1 <==\nefg\n\n"
+    run(folder, *prompts, "--num-samples", "2", "--max-new-tokens", "1", "--temperature", "0")
+    parts = capsys.readouterr().out.split("==> ")
+    assert [part[:7] for part in parts[1:5]] == [f"{i} <==\n{c}" for i, c in enumerate("aaee")]
+    assert parts[6].startswith("5 <==\néx\n")
+
+
+def test_samples_of_a_seed_stay_when_more_are_asked_for(folder, capsys):
+    hot = ["--prompt", "a", "--temperature", "30", "--max-new-tokens", "8"]
+    texts = []
+    for count in ("2", "3"):
+        run(folder, *hot, "--num-samples", count)
+        texts.append(capsys.readouterr().out.split("==> "))
+    assert texts[0][1:] == texts[1][1:3]
+    assert len({text.partition("<==")[2] for text in texts[1][1:]}) == 3
+
+
+@pytest.mark.parametrize("arguments", [[], ["--prompt-file", "-"]])
+def test_a_prompt_is_piped_in(folder, arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"wx")))
+    run(folder, *arguments, "--max-new-tokens", "2", "--temperature", "0")
+    assert capsys.readouterr().out == "wxyz\n"
 
 
 def test_the_command_line_prints_prompt_and_completion(model_config, tmp_path, capsys):
@@ -124,9 +283,18 @@ def test_the_command_line_prints_prompt_and_completion(model_config, tmp_path, c
         (["--temperature", "-1"], "--temperature: must be >= 0"),
         (["--top-k", "0"], "--top-k: must be >= 1"),
         (["--top-p", "0"], "--top-p: must be in (0, 1]"),
-        (["--prompt", "ab\udcff"], "--prompt: not UTF-8"),
+        (["--top-p", "nan"], "--top-p: must be in (0, 1]"),
+        (["--temperature", "nan"], "--temperature: must be >= 0"),
+        (["--num-samples", "0"], "--num-samples: must be >= 1"),
+        (["--stop", ""], "--stop: must be a text that is not empty"),
+        (["--stop", "\udcff"], "--stop: byte 0xff at offset 0 is not UTF-8"),
+        (["--prompt", "ab\udcff"], "--prompt: byte 0xff at offset 2 is not UTF-8"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--prompt-file", "/"], "/: a directory"),
+        (["--prompt-file", sys.executable], "is not UTF-8"),
+        (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
-        (["--model", "nowhere", "--device", "cpu"], "config.json: no such file"),
+        (["--prompt", "", "--model", "nowhere", "--device", "cpu"], "config.json: no such file"),
     ],
 )
 def test_wrong_options_are_one_line(arguments, message, capsys):

@@ -21,16 +21,16 @@ FLOORS = [
     {"functional"},
     {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
     | {"workers", "model", "optim", "schedule", "device"},
-    {"text", "encoder", "tokens", "checkpoint"},
+    {"text", "encoder", "tokens", "checkpoint", "decoder"},
     {"prepare", "resume"},
     {"publish", "sample", "train", "evaluate", "generate"},
     {"footprint"},
     {"plan"},
-    {"run", "verify", "demo"},
+    {"run", "verify", "demo", "serve"},
 ]
 BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}
 BYTES_SIDE |= {"prepare", "publish", "sample"}
-TORCH_SIDE = {"functional", "model", "optim", "schedule", "device"}
+TORCH_SIDE = {"functional", "model", "decoder", "optim", "schedule", "device"}
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODEL = load_params(SMOKE)["model"]
 MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")

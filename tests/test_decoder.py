@@ -1,0 +1,99 @@
+"""The decoder against the model's full pass and transformers' Llama, token by token."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lm.decoder import SPAN, Decoder
+from lm.errors import InputError
+from tests.test_model import END, PACKED, VARIANTS, as_llama, variant_model
+
+PROMPTS = [[7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 5, 5]]
+
+
+def followed(decoder, prompts, ids):
+    """Logits after the prompts and after each column of ids (B, T), as (B, 1 + T, V)."""
+    logits = [decoder.read(range(len(prompts)), prompts)]
+    logits += [decoder.step(column) for column in ids.T]
+    return torch.stack(logits, dim=1)
+
+
+def full_pass(model, prompt, ids):
+    """The same of one row by the model itself."""
+    whole = torch.tensor([[*prompt, *ids.tolist()]])
+    return model(whole, model.documents(whole, END))[0, len(prompt) - 1 :]
+
+
+@pytest.mark.parametrize("masking", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_steps_of_ragged_rows_equal_the_full_pass_of_each(model_config, changes, masking):
+    model = variant_model(model_config, {**changes, "intra_document_masking": masking})
+    ids = torch.randint(95, (3, 7))
+    ids[0, 2] = ids[1, 0] = ids[1, 1] = ids[2, 6] = END
+    prompts = [PROMPTS[0], PROMPTS[1], [5, END]]
+    got = followed(Decoder(model, 3, END), prompts, ids)
+    for row, prompt, column in zip(got, prompts, ids, strict=True):
+        torch.testing.assert_close(row, full_pass(model, prompt, column), atol=1e-5, rtol=1e-5)
+
+
+def test_places_are_found_across_the_spans_that_are_looked_through(model_config):
+    model = variant_model(model_config, {"context_length": 2 * SPAN + 10})
+    ids = torch.randint(96, (2, 2 * SPAN))
+    got = followed(Decoder(model, 2), [[1], [2, 3, 4, 5]], ids)
+    for row, prompt, column in zip(got, ([1], [2, 3, 4, 5]), ids, strict=True):
+        torch.testing.assert_close(row, full_pass(model, prompt, column), atol=1e-5, rtol=1e-4)
+
+
+def test_steps_equal_the_cached_llama_of_transformers(model_config):
+    ours = variant_model(replace(model_config, num_heads=4, num_kv_heads=2), {})
+    theirs, ids = as_llama(ours), torch.randint(96, (3, 12))
+    got = followed(Decoder(ours, 3), ids[:, :4].tolist(), ids[:, 4:])
+    first = theirs(ids[:, :4], use_cache=True)
+    logits, memory = [first.logits[:, -1]], first.past_key_values
+    for column in ids[:, 4:].T:
+        logits.append(theirs(column[:, None], past_key_values=memory, use_cache=True).logits[:, 0])
+    torch.testing.assert_close(got, torch.stack(logits, dim=1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_begins_anew_while_the_others_go_on(model):
+    decoder = Decoder(model, 3)
+    followed(decoder, PROMPTS, torch.randint(96, (3, 5)))
+    kept = torch.randint(96, (2, 6))
+    before = followed(Decoder(model, 2), PROMPTS[:2], kept)
+    decoder.read([0, 1], PROMPTS[:2])
+    for number, column in enumerate(kept.T):
+        if number == 3:
+            torch.testing.assert_close(
+                decoder.read([2], [[8, 8]])[0], full_pass(model, [8, 8], column[:0])[0]
+            )
+        logits = decoder.step(torch.cat([column, torch.tensor([4])]))
+        torch.testing.assert_close(logits[:2], before[:, number + 1], atol=1e-5, rtol=1e-5)
+        expected = full_pass(model, [8, 8], torch.tensor([4] * (number - 2)))[-1]
+        if number >= 3:
+            torch.testing.assert_close(logits[2], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_makes_nothing_that_grows(model):
+    decoder = Decoder(model, 2)
+    decoder.read([0, 1], [[1], [2]])
+    kept = [decoder.memory.data_ptr(), decoder.mask.data_ptr()]
+    for _ in range(40):  # beyond the context, too: a row that has ended goes on
+        logits = decoder.step(torch.tensor([3, 4]))
+    assert kept == [decoder.memory.data_ptr(), decoder.mask.data_ptr()]
+    assert torch.isfinite(logits).all()
+
+
+def test_bfloat16_is_close_to_float32(model_config):
+    model = variant_model(model_config, {"qk_norm": True})
+    ids = torch.randint(96, (2, 8))
+    exact = followed(Decoder(model, 2), PROMPTS[1:], ids)
+    rough = followed(Decoder(model, 2, dtype=torch.bfloat16), PROMPTS[1:], ids)
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_a_masked_model_has_to_know_what_ends_documents(model_config):
+    model = variant_model(model_config, {"intra_document_masking": True})
+    with pytest.raises(InputError, match="no id is known to end a document"):
+        Decoder(model, 3).read(range(3), PACKED.tolist())
