@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro report heal experiments sweep plots test lint lock check bench bench-gpu smoke certify soak lm-eval
+.PHONY: setup repro report heal experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
@@ -49,6 +49,11 @@ sweep: SET ?= train.lr=3e-3,6e-3,1.2e-2
 sweep: SEEDS ?= 1,2,3
 sweep: setup heal
 	@python -m stages.sweep $(SET) train.seed=$(SEEDS)
+
+# each part of the model left out or moved, over seeds: docs/ABLATIONS.md. make ablations SEEDS=1,2,3
+ablations: SEEDS ?= 1,2,3,4,5
+ablations: setup heal
+	@python -m stages.ablations --seeds $(SEEDS)
 
 test: setup
 	@pytest

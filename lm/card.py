@@ -101,7 +101,9 @@ def _short(number: int) -> str:
 
 def _first_prompt(results: Results | None) -> str:
     """One that suits the text: the first of samples.md."""
-    found = re.match(r"Prompt `(.+?)`:\n", results.samples, re.DOTALL) if results else None
+    found = (
+        re.match(r"Prompt `(.+?)`, temperature", results.samples, re.DOTALL) if results else None
+    )
     return found[1] if found else "The"
 
 

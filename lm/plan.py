@@ -1,6 +1,6 @@
 """Plan before running: what a training holds, computes, takes and costs.
 
-    python -m lm.plan [-S section.key=value ...] [--price EUR_PER_HOUR]
+    python -m lm.plan [--params presets/NAME.yaml] [-S section.key=value ...] [--price EUR_PER_HOUR]
 
     settings -> parameters, FLOPs per token, memory by moment -> micro-batch size, compile or not
     a few steps, of this training or of a calibration -> time
@@ -44,6 +44,7 @@ RATES = {"cpu": 50e9, "cuda": 1e14}  # nominal FLOP/s: of one thread, of a devic
 NATIVE_RATE = 120e9  # of one thread of a CPU that multiplies in bfloat16
 REPAYS = 2.0  # times its cost is what compiling must save: a nominal rate is no measurement
 FORECAST_STEPS = 3  # of which the first, which warms up, does not count
+CALIBRATION_S = 10.0  # of a step, by the nominal rates: more of the batch is not measured
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,22 @@ def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> 
         return False, f"{reason} to compile"
     native = multiplies_natively(device, config.dtype)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    rate = NATIVE_RATE if native and device.type == "cpu" else RATES[device.type]
     plan = Plan(model, dataclasses.replace(config, compile=False), device, config.batch_size, 0)
-    saved_s = plan.flops / (rate * threads) * (0.5 if native else 0.25)
+    saved_s = plan.flops / nominal_rate(config, device) * (0.5 if native else 0.25)
     cost_s = (6 + 6 * model.num_layers) * (2 / 3 + 2 / 3 / threads)
     repays = saved_s >= REPAYS * cost_s
     return repays, (
         f"it would save about {duration(saved_s)} and cost about {duration(cost_s)}, "
         f"{'at least' if repays else 'not'} {REPAYS:g} times as much"
     )
+
+
+def nominal_rate(config: TrainConfig, device: torch.device) -> float:
+    """FLOP/s that are reckoned with before anything is measured."""
+    if device.type != "cpu":
+        return RATES.get(device.type, RATES["cpu"])
+    native = multiplies_natively(device, config.dtype)
+    return (NATIVE_RATE if native else RATES["cpu"]) * torch.get_num_threads()
 
 
 def make_plan(model: ModelConfig, config: TrainConfig, device: torch.device) -> Plan:
@@ -188,10 +196,16 @@ def seconds_for(plan: Plan, steps: int, step_s: float) -> float:
 def calibrate(plan: Plan) -> float:
     """Seconds of a step here, from two steps after a warm-up, on random tokens and a state apart.
 
+    Where a step would take long, a part of its windows is measured and the rest reckoned with.
     Torch's random generators are left as they were.
     """
+    batch_size = plan.config.batch_size
+    batch_s = plan.flops / plan.config.max_steps / nominal_rate(plan.config, plan.device)
+    measured = max(1, min(batch_size, int(batch_size * CALIBRATION_S / batch_s)))
     config = dataclasses.replace(
         plan.config,
+        batch_size=measured,
+        micro_batch_size=None,
         max_steps=FORECAST_STEPS,
         warmup_steps=0,
         schedule="constant",
@@ -201,10 +215,10 @@ def calibrate(plan: Plan) -> float:
     tokens = np.resize(ids, max(len(ids), 2 * plan.model.context_length))
     with torch.random.fork_rng():
         state = new_state(plan.model, config, plan.device)
-        state.windows_at_once = plan.windows
+        state.windows_at_once = min(plan.windows, measured)
         steps = train(state, Split("random", tokens, 0, end_id=0), config)
         seconds = [record["step_s"] for record in steps]
-    return statistics.mean(seconds[1:])
+    return statistics.mean(seconds[1:]) * batch_size / measured
 
 
 def table(plan: Plan, step_s: float, price: float | None) -> str:
@@ -239,29 +253,36 @@ def table(plan: Plan, step_s: float, price: float | None) -> str:
 
 
 def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
-    """Of the tokens if there are any, else of the tokenizer that is to be learnt."""
+    """Of the tokenizer that is to be learnt; of another kind, the tokens tell, which must be there.
+
+    Tokens say nothing of other settings than those that they were made with.
+    """
+    tokenizer = params.get("tokenizer", {})
+    if tokenizer.get("kind") in ("bpe", "bytes"):
+        return 257 if tokenizer["kind"] == "bytes" else int(tokenizer["vocab_size"])
     manifest = Path("data/tokens/tokens.json")
-    if manifest.is_file():
-        return int(read_json(manifest)["vocab_size"])
-    if params.get("tokenizer", {}).get("kind") not in ("bpe", "bytes"):
+    if not manifest.is_file():
         raise InputError(f"{manifest}: no such file; the vocabulary is known from the stage tokens")
-    return 257 if params["tokenizer"]["kind"] == "bytes" else int(params["tokenizer"]["vocab_size"])
+    return int(read_json(manifest)["vocab_size"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m lm.plan", description=__doc__.split("\n")[0])
+    default = Path("params.yaml")
+    parser.add_argument("--params", type=Path, default=default, metavar="FILE", help="a preset")
     add_overrides(parser)
     parser.add_argument("--price", type=float, metavar="EUR_PER_HOUR", help="of the machine")
     options = parser.parse_args(arguments)
     with one_line_errors():
         if options.price is not None and not 0 <= options.price < float("inf"):
             raise InputError(f"--price {options.price}: must be >= 0")
-        params = load_params(Path("params.yaml"), options.overrides)
-        config = read_section(TrainConfig, params, "train")
-        runtime = read_section(RuntimeConfig, params, "runtime")
+        where = str(options.params)
+        params = load_params(options.params, options.overrides)
+        config = read_section(TrainConfig, params, "train", where)
+        runtime = read_section(RuntimeConfig, params, "runtime", where)
         vocab_size = _vocab_size(params)
-        model = read_section(ModelConfig, params, "model", vocab_size=vocab_size)
+        model = read_section(ModelConfig, params, "model", where, vocab_size=vocab_size)
         device = choose_device(runtime.device)
         prepare(device, config.num_threads)
         say(f"Device: {describe(device)}")

@@ -30,7 +30,7 @@ from stages.run import PARAMS
 
 DONE, UNDER_WAY = ("success", "baseline"), ("queued", "running")
 # what may differ between commits that give the same results; a queued one has DVC's arguments
-NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!*.md", ":!.dvc/tmp")
+NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!docs", ":!*.md", ":!.dvc/tmp")
 STOP_SECONDS, MAX_STARTS = 30, 3
 # in its log: how an experiment ended
 LAST_WORDS = ("Validation loss", "Stage 'evaluate' is cached", "error:")
@@ -39,18 +39,7 @@ LAST_WORDS = ("Validation loss", "Stage 'evaluate' is cached", "error:")
 def sweep(axes: list[str]) -> None:
     """Run what is missing of the grid, and report. Raises InputError if an experiment failed."""
     grid = points(axes)
-    before = read_experiments([])
-    if changed := git("diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock").split("\n")[:-1]:
-        say(f"Not committed, the experiments take it along: {', '.join(changed)}")
-    if new := git("ls-files", "-o", "--exclude-standard", "lm", "stages").split("\n")[:-1]:
-        say(f"Not in git, the experiments lack it: {', '.join(new)}")
-    missing = [p for p in grid if not find(before, p, DONE + UNDER_WAY)]
-    say(f"{len(grid)} in the grid, {len(missing)} to queue")
-    queue(missing, stale=[e.rev for p in missing for e in find(before, p, ("failed",))])
-    now = read_experiments([])
-    labels = {e.rev: " ".join(p) for p in grid for e in find(now, p, UNDER_WAY)}
-    wait(labels)
-    after = read_experiments([])
+    after = run_all(grid)
     failed = [p for p in grid if not find(after, p, DONE)]
     try:
         publish(*report(after, None))
@@ -66,6 +55,22 @@ def sweep(axes: list[str]) -> None:
             f"{len(failed)} of {len(grid)} experiments failed: {', '.join(names)}; `dvc queue logs "
             "NAME` shows why, `make sweep` runs them again"
         )
+
+
+def run_all(grid: list[tuple[str, ...]]) -> list[Experiment]:
+    """Run what is missing of some points; gives all experiments of HEAD after it."""
+    before = read_experiments([])
+    if changed := git("diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock").split("\n")[:-1]:
+        say(f"Not committed, the experiments take it along: {', '.join(changed)}")
+    if new := git("ls-files", "-o", "--exclude-standard", "lm", "stages").split("\n")[:-1]:
+        say(f"Not in git, the experiments lack it: {', '.join(new)}")
+    missing = [p for p in grid if not find(before, p, DONE + UNDER_WAY)]
+    say(f"{len(grid)} in the grid, {len(missing)} to queue")
+    queue(missing, stale=[e.rev for p in missing for e in find(before, p, ("failed",))])
+    now = read_experiments([])
+    labels = {e.rev: " ".join(p) for p in grid for e in find(now, p, UNDER_WAY)}
+    wait(labels)
+    return read_experiments([])
 
 
 def points(axes: list[str]) -> list[tuple[str, ...]]:
@@ -131,7 +136,7 @@ def wait(labels: dict[str, str]) -> None:
             follow(tasks, labels)
         except KeyboardInterrupt:
             stop_worker(tasks)
-            message = "stopped, training is saved; run `make sweep` again to go on"
+            message = "stopped, training is saved; run the same command again to go on"
             raise Interrupted(signal.SIGINT, message) from None
 
 
@@ -211,6 +216,15 @@ def log(tasks: Any, rev: str) -> list[str]:
     with open(process.stdout, "rb") as file:
         file.seek(max(0, file.seek(0, 2) - 4096))
         return file.read().decode(errors="replace").split("\n")[1:-1]
+
+
+def last_words(experiments: list[Experiment]) -> str:
+    """The last lines of what some experiments have written."""
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        tasks = repo.experiments.celery_queue
+        return "\n".join(line for e in experiments for line in log(tasks, e.rev))
 
 
 def git(*arguments: str) -> str:

@@ -48,7 +48,7 @@ def warmed() -> "subprocess.Popen[str]":
 
 
 def run_warm(folder: Path, stage: str, *arguments: str, **more: Any) -> dict[str, Any]:
-    """Run a stage of the project in a folder, as `python -m stages.STAGE` would.
+    """Run a stage of the project in a folder, as `python -m stages.STAGE` would; or `lm.NAME`.
 
     `more`: environment, and a strike: at and signal, or limit (bytes a file may grow to).
     Gives status (negative: ended by that signal), out, err, changes of files, peak_bytes.
@@ -87,7 +87,7 @@ def watch_changes(log: int, at: int | None, number: int) -> None:
 
 
 def child(case: dict[str, Any], log: int) -> int:
-    """Run the stage as `python -m stages.NAME` would; its exit status."""
+    """Run the module as `python -m` would; its exit status."""
     signal.alarm(60)  # nothing may hang
     os.chdir(case["folder"])
     sys.path.insert(0, case["folder"])
@@ -98,7 +98,8 @@ def child(case: dict[str, Any], log: int) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case["limit"], resource.RLIM_INFINITY))
     watch_changes(log, case.get("at"), case.get("signal", 0))
     try:
-        runpy.run_module(f"stages.{case['stage']}", run_name="__main__", alter_sys=True)
+        name = case["stage"] if "." in case["stage"] else f"stages.{case['stage']}"
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
         return int(leaving.code or 0)
     return 0

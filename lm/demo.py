@@ -1,0 +1,248 @@
+"""A walk from text to a trained model, with the library's own pieces: `python -m lm.demo`.
+
+Meant to be read along with what it prints: one function a step, in the order of `main`. Offline, on
+one CPU thread, in half a minute; it writes into a temporary folder alone. Stage train does the same
+with the same pieces, and can be killed at any point: docs/TOUR.md goes on from here.
+"""
+
+import argparse
+import math
+import tempfile
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lm.baselines import Bigram, uniform_loss_nats
+from lm.checkpoint import load_checkpoint, save_checkpoint
+from lm.console import say
+from lm.errors import one_line_errors
+from lm.evaluate import METRICS, evaluate
+from lm.files import sha256_file
+from lm.footprint import parameters
+from lm.functional import cross_entropy
+from lm.generate import generate
+from lm.grammar import STORIES, stories
+from lm.model import ModelConfig, TransformerLM
+from lm.optim import AdamW, gradient_clipping
+from lm.schedule import get_lr_cosine_schedule
+from lm.tokens import Split
+from lm.train import get_batch
+
+SEED = 1337
+TEXT_BYTES, HELD_OUT = 400_000, 0.05
+STEPS, WARMUP, REPORTS = 300, 30, 6
+BATCH, CONTEXT = 8, 128
+LR, MIN_LR, MAX_NORM = 6e-3, 6e-4, 1.0
+TEMPERATURE, SAMPLE_BYTES = 0.7, 300
+MODEL = ModelConfig(
+    vocab_size=256,  # bytes
+    context_length=CONTEXT,
+    d_model=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=None,
+    d_ff=256,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    dropout=0.0,
+    qk_norm=False,
+    tie_embeddings=False,
+    norm="rmsnorm",
+    norm_position="pre",
+    position_embedding="rope",
+    ffn="swiglu",
+    intra_document_masking=False,
+    zero_init=False,
+)
+Ids = NDArray[np.uint8]
+
+
+def walk() -> None:
+    """All steps, one after the other."""
+    torch.set_num_threads(1)  # the number of threads decides how sums are cut, and so the last bits
+    training, held_out = dataset()
+    model = new_model()
+    optimizer = new_optimizer(model)
+    with tempfile.TemporaryDirectory() as folder:
+        train_and_resume(model, optimizer, training, Path(folder))
+    metrics(model, training, held_out)
+    sample(model)
+
+
+def dataset() -> tuple[Ids, list[str]]:
+    """Stories as bytes to train on, and stories that are held out."""
+    texts = list(stories(SEED, TEXT_BYTES))
+    n_held_out = math.ceil(HELD_OUT * len(texts))
+    training, held_out = encode(texts[n_held_out:]), texts[:n_held_out]
+    x, y = get_batch(training, BATCH, CONTEXT, "cpu", seed=SEED, step=1)
+    heading("Dataset", "lm/grammar.py, lm/train.py")
+    explain(
+        f"{len(texts):,} short stories, made here; {n_held_out} of them, drawn before anything is "
+        f"learnt, are held out. A token is a byte: {len(training):,} tokens to train on.",
+        f"get_batch(dataset, {BATCH}, {CONTEXT}, 'cpu') gives x and y, {tuple(x.shape)} each. y is "
+        f"x one token later: {decode(x[0, :16].tolist())!r} is to be followed by "
+        f"{decode(y[0, :16].tolist())!r}.",
+    )
+    return training, held_out
+
+
+def encode(texts: Sequence[str]) -> Ids:
+    """The bytes of some texts with an empty line behind each: token ids from 0 to 255."""
+    return np.frombuffer("".join(f"{text}\n\n" for text in texts).encode(), dtype=np.uint8)
+
+
+def decode(ids: Sequence[int]) -> str:
+    """The text of some token ids; a character that was cut in two becomes a question mark."""
+    return bytes(ids).decode(errors="replace")
+
+
+def new_model() -> TransformerLM:
+    """A Transformer with random weights."""
+    torch.manual_seed(SEED)
+    model = TransformerLM(MODEL)
+    by_part = ", ".join(f"{part} {count:,}" for part, count in parameters(MODEL).items())
+    heading("Model", "lm/model.py")
+    explain(
+        f"A TransformerLM of {MODEL.num_layers} layers, {MODEL.d_model} wide, gives each of the "
+        f"{MODEL.vocab_size} tokens a score to be the next.",
+        f"Model has {model.num_parameters():,} parameters: {by_part}.",
+    )
+    return model
+
+
+def new_optimizer(model: TransformerLM) -> AdamW:
+    """What moves the weights."""
+    optimizer = AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    rates = [get_lr_cosine_schedule(it, LR, MIN_LR, WARMUP, STEPS) for it in (1, WARMUP, STEPS)]
+    heading("Optimizer and schedule", "lm/optim.py, lm/schedule.py")
+    explain(
+        f"AdamW keeps two running means for each parameter: {2 * model.num_parameters():,} numbers "
+        "more, which a checkpoint has to hold as well.",
+        f"Its rate is {rates[0]:.1e} in the first step, {rates[1]:.1e} in step {WARMUP}, and falls "
+        f"along a cosine to {rates[2]:.1e} in step {STEPS}.",
+    )
+    return optimizer
+
+
+def train(model: TransformerLM, optimizer: AdamW, training: Ids, done: int, until: int) -> None:
+    """The loop: steps `done` + 1 to `until`."""
+    for it in range(done + 1, until + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr_cosine_schedule(it, LR, MIN_LR, WARMUP, STEPS)
+        x, y = get_batch(training, BATCH, CONTEXT, "cpu", seed=SEED, step=it)
+        logits = model(x)  # (B, T, V)
+        loss = cross_entropy(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = gradient_clipping(model.parameters(), MAX_NORM)
+        optimizer.step()
+        if it in (1, until) or it % (STEPS // REPORTS) == 0:
+            rate = group["lr"]
+            say(f"   step {it:>3}/{STEPS}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.3f}")
+
+
+def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, folder: Path) -> None:
+    """Train to the end with a checkpoint half-way; then go on from that once more."""
+    half, start = STEPS // 2, time.perf_counter()
+    heading("Training", "lm/train.py")
+    explain(
+        "One step: schedule, batch, forward, loss, backward, clip, step. Guessing every byte alike "
+        f"costs ln {MODEL.vocab_size} = {uniform_loss_nats(MODEL.vocab_size):.4f} nats.",
+        f"{STEPS} steps of {BATCH} x {CONTEXT} = {BATCH * CONTEXT:,} tokens; gradients longer than "
+        f"{MAX_NORM:g} are shortened to that.",
+    )
+    train(model, optimizer, training, 0, half)
+    save_checkpoint(model, optimizer, half, folder / "half.safetensors")
+    train(model, optimizer, training, half, STEPS)
+    save_checkpoint(model, optimizer, STEPS, folder / "straight.safetensors")
+    say(f"   {STEPS} steps in {time.perf_counter() - start:.1f} s")
+
+    heading("Checkpoint and resume", "lm/checkpoint.py")
+    size_mb = (folder / "half.safetensors").stat().st_size / 1e6
+    explain(
+        f"save_checkpoint wrote weights and running means after step {half}: {size_mb:.1f} MB. "
+        "Batch and rate are functions of the step, so there is nothing else to save.",
+        "load_checkpoint puts them into a new model and a new optimizer, which go on to the end:",
+    )
+    model = TransformerLM(MODEL)
+    optimizer = AdamW(model.parameters())
+    done = load_checkpoint(folder / "half.safetensors", model, optimizer)
+    train(model, optimizer, training, done, STEPS)
+    save_checkpoint(model, optimizer, STEPS, folder / "resumed.safetensors")
+    straight, resumed = (sha256_file(folder / f"{n}.safetensors") for n in ("straight", "resumed"))
+    assert straight == resumed
+    say(f"   The same bytes: SHA-256 {straight[:16]}... straight, {resumed[:16]}... resumed.")
+
+
+def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
+    """How well the model predicts what it has never seen, and what simpler models manage."""
+    ids = encode(held_out)
+    one_byte_each = np.ones(MODEL.vocab_size, dtype=np.int64)
+    sums = evaluate(model, Split("held out", ids, len(ids)), 32, one_byte_each)
+    unigram, bigram = Bigram(training, MODEL.vocab_size).losses_nats(ids)
+    floor = sum(map(STORIES.bits, held_out)) * math.log(2) / len(ids)
+    heading("Metrics", "lm/evaluate.py, lm/baselines.py")
+    explain(
+        f"On {len(ids):,} held-out bytes, each but the first predicted once: nats per token, "
+        "perplexity e^nats, and bits per byte, which compares models with different tokenizers.",
+        "The stories come from a grammar that knows the probability of each: the last row is its "
+        "loss, below which no model comes but by luck.",
+    )
+    ours = [METRICS[name](sums) for name in ("loss_nats", "perplexity", "bits_per_byte")]
+    rows = {
+        "uniform guess": of_bytes(uniform_loss_nats(MODEL.vocab_size)),
+        "unigram: how often a byte": of_bytes(unigram),
+        "bigram: after which byte": of_bytes(bigram),
+        "this model": ours,
+        "entropy: the grammar": of_bytes(floor),
+    }
+    say(f"   {'':<26}  nats/token  perplexity  bits/byte")
+    for name, (nats, perplexity, per_byte) in rows.items():
+        say(f"   {name:<26}  {nats:10.4f}  {perplexity:10.2f}  {per_byte:9.4f}")
+
+
+def of_bytes(nats: float) -> list[float]:
+    """A loss as nats per token, perplexity, and bits per byte, where a token is a byte."""
+    return [nats, math.exp(nats), nats / math.log(2)]
+
+
+def sample(model: TransformerLM) -> None:
+    """What the model writes."""
+    prompt = list(b"Once upon a time")
+    steps = generate(model, [prompt], SAMPLE_BYTES, temperature=TEMPERATURE, seed=SEED)
+    text = decode(prompt + [token.id for (token,) in steps if token is not None])
+    heading("Sample", "lm/generate.py")
+    explain(
+        f"Each byte is drawn from softmax(logits / {TEMPERATURE}) and read again to give the next; "
+        f"{SAMPLE_BYTES} bytes after {decode(prompt)!r}:",
+    )
+    say("\n".join(f"   | {line}" for line in text.split("\n")))
+    say("\nAs a pipeline, with a tokenizer that is learnt: make repro. Read on in docs/TOUR.md.")
+
+
+def heading(title: str, where: str) -> None:
+    """Begin a step, and say where its code is."""
+    say(f"\n{title} ({where})")
+
+
+def explain(*paragraphs: str) -> None:
+    """Say what happens, in lines of a terminal's width."""
+    for text in paragraphs:
+        say(textwrap.fill(text, 98, initial_indent="   ", subsequent_indent="   "))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    description = "Walk from text to a trained model in half a minute."
+    argparse.ArgumentParser(prog="python -m lm.demo", description=description).parse_args(arguments)
+    with one_line_errors():
+        walk()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What each part of the model is worth: `python -m stages.ablations --seeds 1,2,3,4,5`.
+
+No stage of dvc.yaml: `make ablations` calls it, after stages.heal. Each variant is params.yaml with
+some settings changed, run with every seed in the queue of stages.sweep and compared by
+stages.compare. A variant that diverges is a result, and is told as one.
+"""
+
+import argparse
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lm.config import load_params
+from lm.console import say
+from lm.errors import Diverged, InputError, one_line_errors
+from lm.files import atomic_write
+from stages.compare import report
+from stages.experiments import CODE, SEED, TEXT, Experiment
+from stages.run import PARAMS
+from stages.sweep import DONE, find, last_words, run_all
+
+PAGE, PLOT = Path("docs/ABLATIONS.md"), Path("docs/images/ablations.svg")
+PARAMETERS = "metrics/train.json:parameters"
+Point = tuple[str, ...]
+
+
+def variants(model: Mapping[str, Any]) -> dict[str, Point]:
+    """The settings of each variant by its name, at about the default's number of parameters.
+
+    SiLU has two matrices where SwiGLU has three, so they are 3/2 as wide (Shazeer 2020, sec. 2).
+    Raises InputError if that is no whole number.
+    """
+    if model["d_ff"] % 2:
+        raise InputError(f"model.d_ff = {model['d_ff']}: must be even, SiLU takes 3/2 of it")
+    return {
+        "default": (),
+        "no norm": ("model.norm=none",),
+        "post-norm": ("model.norm_position=post",),
+        "no RoPE": ("model.position_embedding=none",),
+        "SiLU": ("model.ffn=silu", f"model.d_ff={model['d_ff'] * 3 // 2}"),
+    }
+
+
+def ablations(seeds: list[str]) -> None:
+    """Run what is missing, and write the page. Raises InputError if an experiment failed."""
+    changes = variants(load_params(PARAMS)["model"])
+    grid = {(name, seed): (*changes[name], f"{SEED}={seed}") for seed in seeds for name in changes}
+    after = run_all(list(grid.values()))
+    results: dict[str, list[Experiment]] = {name: [] for name in changes}
+    diverged: dict[str, dict[str, str]] = {}
+    failed = []
+    for (name, seed), point in grid.items():
+        done = find(after, point, DONE)
+        results[name] += done[:1]
+        words = "" if done else last_words(find(after, point, ("failed",)))
+        if f"exited with {Diverged.exit_code}" in words:
+            diverged.setdefault(name, {})[seed] = reason(words)
+        elif not done:
+            failed.append(f"{name}, seed {seed}")
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(grid)} experiments failed: {'; '.join(failed)}; `dvc queue "
+            "status` names them, `dvc queue logs NAME` shows why, `make ablations` runs them again"
+        )
+    publish(*page(changes, results, diverged))
+
+
+def reason(words: str) -> str:
+    """What stage train said when it diverged, shortly: "loss is nan at step 12"."""
+    found = re.search(r"error: ((?:loss|gradient norm) is \S+ at step \d+)", words)
+    return found[1] if found else "not finite"
+
+
+def page(
+    changes: Mapping[str, Point],
+    results: Mapping[str, Sequence[Experiment]],
+    diverged: Mapping[str, Mapping[str, str]],
+) -> tuple[str, dict[str, Any]]:
+    """What is written to docs/ (Markdown) and the plot (Vega-Lite)."""
+    named = [
+        replace(experiment, made_by=identity(name, experiment))
+        for name, experiments in results.items()
+        for experiment in experiments
+    ]
+    text, plot = report(named, None)
+    table = text.split("\n")
+    end = table.index("", 2)  # behind the title come the rows
+    for name, reasons in diverged.items():
+        why = "; ".join(dict.fromkeys(reasons.values()))
+        table.insert(end, f"| {name} | {len(reasons)} | | | | diverged: {why} | |")
+    what = ["| variant | settings | parameters |", "|---|---|---:|"]
+    for name, settings in changes.items():
+        sizes = [f"{e.metrics[PARAMETERS]:,.0f}" for e in results[name][:1]]
+        shown = ", ".join(f"`{setting}`" for setting in settings) or "as in `params.yaml`"
+        what.append(f"| {name} | {shown} | {''.join(sizes)} |")
+    return PROSE.format(what="\n".join(what), table="\n".join(table), plot=PLOT.name), plot
+
+
+def identity(name: str, experiment: Experiment) -> dict[str, Any]:
+    """What made a result, its settings told by the variant's name."""
+    kept = {key: experiment.made_by[key] for key in (SEED, CODE, TEXT)}
+    return {"variant": name} | kept
+
+
+def publish(text: str, spec: dict[str, Any]) -> None:
+    """Print the page; write it and its plot."""
+    import vl_convert
+
+    atomic_write(PAGE, text.encode())
+    atomic_write(PLOT, vl_convert.vegalite_to_svg(spec).encode())
+    say(f"{text}\nWritten to {PAGE}, plot in {PLOT}")
+
+
+PROSE = """# Ablations: what each part of the model is worth
+
+Written by `make ablations`, which trains each variant of the settings in `params.yaml` with several
+seeds. One part of the model is taken away or moved at a time; all else stays: text, tokenizer,
+batches, steps, optimizer and learning rate, which were chosen for the default. A variant might do
+better with a rate of its own: what is compared is parts under one recipe, not the best of each.
+
+{what}
+
+{table}
+![Validation loss of each variant: its seeds and their mean](images/{plot})
+
+A variant that diverged reached a loss or gradient norm that is not finite, and stopped there.
+How the verdicts come about: `lm/compare.py`.
+"""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", default="1,2,3", metavar="SEED,SEED", help="default: 1,2,3")
+    seeds = parser.parse_args().seeds.split(",")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with one_line_errors():
+        ablations(seeds)

@@ -1,0 +1,238 @@
+"""What the documents say can be typed, followed and read: commands, options, settings, links."""
+
+import argparse
+import ast
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+
+from lm.config import SECTIONS, load_params
+from tests.kill import copied
+from tests.project import ROOT
+
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+}
+MAKEFILE = (ROOT / "Makefile").read_text()
+HISTORY = {"CHANGELOG.md", "docs/LOG.md"}  # tell of what was there
+CURRENT = {name: text for name, text in PAGES.items() if name not in HISTORY}
+# processes that others start, which nobody types
+INTERNAL = {"lm.tokenizer", "benchmarks.worker"}
+# not run here: what has tests of its own, takes experiments to work on, or goes on for ever
+ELSEWHERE = {"lm.demo", "lm.serve", "stages.ablations", "stages.compare", "stages.sweep"}
+
+
+def code(text):
+    """A page with every inline code span on one line, so that a command is found in one piece."""
+    text = re.sub(r"^```\w*$", "", text, flags=re.M).replace("\\\n", " ")
+    return re.sub(r"`[^`]*`", lambda span: " ".join(span[0].split()), text)
+
+
+def prose(text):
+    """A page without code."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^    .*$", "", text, flags=re.M))
+
+
+def commands():
+    """(where, module, arguments) of every `python -m` of this project, in pages and Makefile."""
+    for where, text in [*CURRENT.items(), ("Makefile", MAKEFILE)]:
+        found = re.findall(
+            r"python -m ((?:lm|stages|benchmarks|tests)\.\w+)([^`|\n#]*)", code(text)
+        )
+        yield from ((where, module, arguments) for module, arguments in found)
+
+
+def with_command_line(*packages):
+    """The modules of some packages that can be started."""
+    for package in packages:
+        for path in sorted((ROOT / package).glob("*.py")):
+            if "\nif __name__ ==" in path.read_text():
+                yield f"{package}.{path.stem}"
+
+
+def imported_by(module):
+    """The modules that a file imports from."""
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
+    return froms | names
+
+
+class Asked(BaseException):
+    """Carries a parser out of a program that was about to read its command line."""
+
+
+def options_of(module, monkeypatch):
+    """What the real parser of a program knows; nothing if the program has none."""
+    if not imported_by(module) & {"argparse", "stages.run"}:
+        return set()
+
+    def ask(parser, *arguments, **more):
+        raise Asked(parser)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", ask)
+        patch.setattr(sys, "argv", [module])
+        with pytest.raises(Asked) as asked:
+            runpy.run_module(module, run_name="__main__")
+    return set(asked.value.args[0]._option_string_actions)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
+@pytest.mark.parametrize("module", sorted({module for _, module, _ in commands()}))
+def test_a_documented_command_exists_and_knows_its_options(module, monkeypatch):
+    assert module in with_command_line("lm", "stages", "benchmarks", "tests")
+    known = options_of(module, monkeypatch)
+    for where, name, arguments in commands():
+        if name == module:
+            told = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*|-[A-Z])(?![\w-])", arguments))
+            assert told <= known, (where, arguments)
+
+
+def test_every_command_line_is_documented():
+    text = "".join([*PAGES.values(), MAKEFILE])  # whose targets are documented, see below
+    for module in with_command_line("lm", "stages", "benchmarks"):
+        if module not in INTERNAL:
+            assert re.search(rf"\b{module}\b", text), module
+
+
+def test_every_make_target_is_documented_and_every_documented_one_exists():
+    targets = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.M))
+    variables = set(re.findall(r"\b([A-Z]+) \?=|\$\(([A-Z]+)\)", MAKEFILE))
+    variables = {name for pair in variables for name in pair if name}
+    told = set()
+    for where, text in [*CURRENT.items(), ("Makefile", MAKEFILE.replace("#", "    "))]:
+        for line in re.findall(r"(?:`|^ {4,}(?:\$ )?|: )(make [a-z][^`\n#]*)", code(text), re.M):
+            target, *given = line.split()[1:]
+            if where != "Makefile" or target in targets:  # its comments are prose as well
+                assert target in targets, (where, line)
+            told.add(target)
+            names = {word.partition("=")[0] for word in given if re.match(r"[A-Z]+=", word)}
+            assert names <= variables, (where, line)
+    assert targets <= told, targets - told
+
+
+def test_every_setting_that_is_given_a_value_exists():
+    settings = load_params(ROOT / "params.yaml")
+    given = rf"\b({'|'.join(SECTIONS)})\.(\w+)(?:\.[\w.]+)?="
+    found = [(where, *m) for where, text in CURRENT.items() for m in re.findall(given, text)]
+    assert found
+    for where, section, key in found:
+        assert key in settings[section], (where, section, key)
+
+
+def test_every_preset_and_path_that_is_named_exists():
+    for where, text in [*CURRENT.items(), ("Makefile", MAKEFILE)]:
+        for name in re.findall(r"\b(?:presets|lm|stages|benchmarks|tests)/\w[\w-]*\.\w+", text):
+            assert name == "presets/NAME.yaml" or (ROOT / name).exists(), (where, name)
+
+
+def anchors(text):
+    """The names of a page's headings, as GitHub makes them."""
+    found = set()
+    for heading in re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M
+    ):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        number = 0
+        while (slug := f"{name}-{number}" if number else name) in found:
+            number += 1
+        found.add(slug)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(PAGES[page])):
+        if re.match(r"[a-z]+:", link):  # another site: no test of ours depends on it
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def shortened(argument):
+    """An argument for a project of 20 steps."""
+    argument = re.sub(r"^train.max_steps=\d+$", "train.max_steps=24", argument)
+    return re.sub(r"^100$", "10", argument)
+
+
+def runnable():
+    """The commands on lines of their own that need no more than a trained project."""
+    found = set()
+    for text in CURRENT.values():
+        for line in re.findall(r"^ {4,}(?:\$ )?python -m ((?:lm|stages)\.\w+[^\n]*)", text, re.M):
+            module, *arguments = shlex.split(line, comments=True)
+            typed = not re.search(r"\.\.\.|\b[A-Z]{2,}\b|/data\b|[<>|&;$]", " ".join(arguments))
+            if module not in ELSEWHERE and typed:
+                found.add((module, *map(shortened, arguments)))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", runnable(), ids=" ".join)
+def test_a_quick_command_runs_in_a_trained_project(command, baseline, tmp_path):
+    project = copied(baseline, tmp_path / "project")
+    (project.folder / "presets").symlink_to(ROOT / "presets")
+    done = project.warm(*command)
+    assert done["status"] == 0, done["err"]
+    assert done["out"]
+
+
+# --- the tour ---------------------------------------------------------------------------
+
+
+def names_in(path):
+    """Everything that a file names: functions, classes, arguments, attributes, constants."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        for field in ("name", "attr", "id", "arg"):
+            if isinstance(name := getattr(node, field, None), str):
+                found.add(name)
+    return found
+
+
+def test_what_the_tour_cites_is_there():
+    tour = " ".join(PAGES["docs/TOUR.md"].split())
+    cited = re.findall(r"`([A-Za-z_][\w.]*)` \(`((?:lm|stages)/\w+\.py)`\)", tour)
+    assert len(cited) > 15
+    for name, path in cited:
+        assert set(name.split(".")) <= names_in(ROOT / path), (name, path)
+    everything = set().union(*map(names_in, [*ROOT.glob("lm/*.py"), *ROOT.glob("stages/*.py")]))
+    settings = {
+        f"{s}.{key}" for s, keys in load_params(ROOT / "params.yaml").items() for key in keys
+    }
+    for span in re.findall(r"(?<!`)`([A-Za-z_][\w.]*)`(?!`)", tour):
+        known = span in settings or set(span.split(".")) <= everything or (ROOT / span).exists()
+        assert known or span in SECTIONS, span
+
+
+def snippets():
+    """(program, output) of each Python block of the tour with the text block behind it."""
+    pattern = r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$"
+    return re.findall(pattern, PAGES["docs/TOUR.md"], re.M | re.S)
+
+
+NUMBER = re.compile(r"-?\d+\.\d+")
+
+
+@pytest.mark.parametrize("number", range(len(snippets())))
+def test_a_snippet_of_the_tour_prints_what_the_tour_says(number, capsys):
+    """Word for word; decimals to a unit of their last place, since CPUs round differently."""
+    program, told = snippets()[number]
+    exec(program, {})
+    printed = capsys.readouterr().out
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", told)
+    for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(told), strict=True):
+        unit = 10.0 ** -len(theirs.partition(".")[2])
+        assert float(ours) == pytest.approx(float(theirs), abs=1.01 * unit)
+
+
+def test_every_program_of_the_tour_is_tried():
+    assert PAGES["docs/TOUR.md"].count("```python") == len(snippets()) > 5

@@ -1,0 +1,111 @@
+"""Every preset is a whole params.yaml that loads, can be planned and starts."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lm import demo
+from lm.config import load_params, read_section
+from lm.errors import InputError
+from lm.evaluate import EvaluateConfig
+from lm.model import ModelConfig, TransformerLM
+from lm.plan import main, make_plan, table
+from lm.text import DataConfig, plan
+from lm.tokenizer import TokenizerConfig
+from lm.tokens import Split
+from lm.train import TrainConfig, new_state, train
+from tests.project import ROOT
+
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+# by hand: embedding and head, layers x (attention + feed-forward), norms (and of queries and keys)
+SIZES = {
+    "gpt2-124m": 50257 * 768 + 12 * (4 * 768**2 + 3 * 768 * 2048) + 25 * 768,
+    "grammar": 2 * 1024 * 128 + 3 * (4 * 128**2 + 3 * 128 * 344) + 7 * 128,
+    "seed-small": 2 * 257 * 128 + 2 * (4 * 128**2 + 3 * 128 * 256) + 5 * 128,
+    "shakespeare-char": 2 * 257 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344) + 9 * 128 + 8 * 32,
+    "smoke": 2 * 512 * 32 + 2 * (4 * 32**2 + 3 * 32 * 64) + 5 * 32,
+    "tinystories-17m": 2 * 10_000 * 512 + 4 * (4 * 512**2 + 3 * 512 * 1344) + 9 * 512,
+}
+TOKENS = {"gpt2-124m": 10e9, "tinystories-17m": 327_680_000}  # in all, as they say themselves
+
+
+def settings(preset):
+    """Its sections, checked, as the stages read them: data, model, train."""
+    params = load_params(preset)
+    tokenizer = read_section(TokenizerConfig, params, "tokenizer", str(preset))
+    read_section(EvaluateConfig, params, "evaluate", str(preset))
+    vocab_size = 257 if tokenizer.kind == "bytes" else tokenizer.vocab_size
+    model = read_section(ModelConfig, params, "model", str(preset), vocab_size=vocab_size)
+    data = read_section(DataConfig, params, "data", str(preset))
+    return data, model, read_section(TrainConfig, params, "train", str(preset))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)
+def test_a_preset_has_the_size_it_says_is_planned_and_starts(preset):
+    _, model, config = settings(preset)
+    with torch.device("meta"):
+        assert TransformerLM(model).num_parameters() == SIZES[preset.stem]
+    planned = make_plan(model, config, torch.device("cpu"))
+    page = table(planned, step_s=1.0, price=None)
+    assert f"| all | {SIZES[preset.stem]:,} |" in page
+    said = "".join(line for line in preset.read_text().split("\n") if line.startswith("#"))
+    if f"--params presets/{preset.name}" in said:
+        assert f"{planned.flops:.1e}".replace("e+", "e") in said
+    tokens = config.max_steps * config.batch_size * model.context_length
+    assert tokens == pytest.approx(TOKENS.get(preset.stem, tokens), rel=1e-4)
+    if SIZES[preset.stem] > 2_000_000:
+        return
+    short = {"max_steps": 2, "warmup_steps": 0, "schedule": "constant", "compile": False}
+    config = dataclasses.replace(config, **short)
+    state = new_state(model, config, torch.device("cpu"))
+    ids = np.arange(4 * model.context_length) % 251
+    first, second = train(state, Split("train", ids, 0, end_id=256), config)
+    # logits that start with a variance of one add half a nat
+    assert first["train_loss"] == pytest.approx(math.log(model.vocab_size), abs=0.7)
+    assert second["train_loss"] < first["train_loss"]
+
+
+def test_the_small_preset_is_the_model_of_the_walk():
+    _, model, _ = settings(ROOT / "presets" / "seed-small.yaml")
+    same = {"vocab_size": 256, "context_length": demo.CONTEXT}
+    assert dataclasses.replace(model, **same) == demo.MODEL
+
+
+@pytest.mark.parametrize("name", ["tinystories-17m", "gpt2-124m"])
+def test_a_preset_for_text_that_is_not_here_says_where_it_goes(name, tmp_path, monkeypatch):
+    preset = ROOT / "presets" / f"{name}.yaml"
+    data, _, _ = settings(preset)
+    assert f"Put the text into {data.path} first" in " ".join(preset.read_text().split("\n# "))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"data.path = {data.path}: no such file"):
+        plan(data)
+
+
+def test_a_preset_is_planned_as_it_stands_whatever_tokens_are_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "tokens").mkdir(parents=True)
+    (tmp_path / "data" / "tokens" / "tokens.json").write_text('{"vocab_size": 300}')
+    small = ["-S", "train.batch_size=4", "-S", "train.num_threads=1"]
+    main(["--params", str(ROOT / "presets" / "smoke.yaml"), *small])
+    assert f"| all | {SIZES['smoke']:,} |" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["--params", "no.yaml"])
+    assert stopped.value.code == 2
+    assert "no.yaml: no such file" in capsys.readouterr().err
+
+
+def test_a_long_step_is_reckoned_from_a_part_of_its_windows(monkeypatch):
+    """A step of so many windows that whole it would take the nominal rates a minute."""
+    from lm import plan as planning
+
+    _, model, config = settings(ROOT / "presets" / "smoke.yaml")
+    seconds = {}
+    for batch_size in (64, 20_000):
+        config = dataclasses.replace(config, batch_size=batch_size, compile=False)
+        planned = make_plan(model, config, torch.device("cpu"))
+        monkeypatch.setattr(planning, "CALIBRATION_S", 0.05)
+        seconds[batch_size] = planning.calibrate(planned)
+    assert seconds[20_000] / seconds[64] == pytest.approx(20_000 / 64, rel=0.7)
