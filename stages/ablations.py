@@ -46,7 +46,8 @@ def variants(model: Mapping[str, Any]) -> dict[str, Point]:
 
 def ablations(seeds: list[str]) -> None:
     """Run what is missing, and write the page. Raises InputError if an experiment failed."""
-    changes = variants(load_params(PARAMS)["model"])
+    params = load_params(PARAMS)
+    changes = variants(params["model"])
     grid = {(name, seed): (*changes[name], f"{SEED}={seed}") for seed in seeds for name in changes}
     after = run_all(list(grid.values()))
     results: dict[str, list[Experiment]] = {name: [] for name in changes}
@@ -65,7 +66,7 @@ def ablations(seeds: list[str]) -> None:
             f"{len(failed)} of {len(grid)} experiments failed: {'; '.join(failed)}; `dvc queue "
             "status` names them, `dvc queue logs NAME` shows why, `make ablations` runs them again"
         )
-    publish(*page(changes, results, diverged))
+    publish(*page(changes, results, diverged, budget(params)))
 
 
 def reason(words: str) -> str:
@@ -78,6 +79,7 @@ def page(
     changes: Mapping[str, Point],
     results: Mapping[str, Sequence[Experiment]],
     diverged: Mapping[str, Mapping[str, str]],
+    trained_for: str,
 ) -> tuple[str, dict[str, Any]]:
     """What is written to docs/ (Markdown) and the plot (Vega-Lite)."""
     named = [
@@ -96,7 +98,14 @@ def page(
         sizes = [f"{e.metrics[PARAMETERS]:,.0f}" for e in results[name][:1]]
         shown = ", ".join(f"`{setting}`" for setting in settings) or "as in `params.yaml`"
         what.append(f"| {name} | {shown} | {''.join(sizes)} |")
-    return PROSE.format(what="\n".join(what), table="\n".join(table), plot=PLOT.name), plot
+    parts = {"budget": trained_for, "what": "\n".join(what), "table": "\n".join(table)}
+    return PROSE.format(**parts, plot=PLOT.name), plot
+
+
+def budget(params: Mapping[str, Any]) -> str:
+    """How long each variant is trained, in words."""
+    train, context = params["train"], params["model"]["context_length"]
+    return f"{train['max_steps']:,} steps of {train['batch_size']} x {context} tokens"
 
 
 def identity(name: str, experiment: Experiment) -> dict[str, Any]:
@@ -117,9 +126,11 @@ def publish(text: str, spec: dict[str, Any]) -> None:
 PROSE = """# Ablations: what each part of the model is worth
 
 Written by `make ablations`, which trains each variant of the settings in `params.yaml` with several
-seeds. One part of the model is taken away or moved at a time; all else stays: text, tokenizer,
-batches, steps, optimizer and learning rate, which were chosen for the default. A variant might do
-better with a rate of its own: what is compared is parts under one recipe, not the best of each.
+seeds, here for {budget}.
+
+One part of the model is taken away or moved at a time; all else stays: text, tokenizer, batches, steps,
+optimizer and learning rate, which were chosen for the default. A variant might do better with a rate of
+its own: what is compared is parts under one recipe, not the best of each.
 
 {what}
 

@@ -45,7 +45,8 @@ def test_the_page_names_each_variant_and_tells_a_divergence_as_a_result():
         for name, several in losses.items()
     }
     diverged = {"no norm": {"1": "loss is nan at step 7", "2": "loss is nan at step 7"}}
-    text, plot = page(changes, results, diverged)
+    text, plot = page(changes, results, diverged, "3 steps of 2 x 8 tokens")
+    assert "seeds, here for 3 steps of 2 x 8 tokens.\n" in text
     what, table = (cells_of(part) for part in text.split("**Validation loss"))
     assert what == [
         ["default", "as in `params.yaml`", "1,000"],
