@@ -128,9 +128,9 @@ PROSE = """# Ablations: what each part of the model is worth
 Written by `make ablations`, which trains each variant of the settings in `params.yaml` with several
 seeds, here for {budget}.
 
-One part of the model is taken away or moved at a time; all else stays: text, tokenizer, batches, steps,
-optimizer and learning rate, which were chosen for the default. A variant might do better with a rate of
-its own: what is compared is parts under one recipe, not the best of each.
+One part of the model is taken away or moved at a time; all else stays: text, tokenizer, batches,
+steps, optimizer and learning rate, which were chosen for the default. A variant might do better
+with a rate of its own: what is compared is parts under one recipe, not the best of each.
 
 {what}
 
