@@ -39,7 +39,8 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
         ("dvc.yaml", files["dvc.yaml"].replace("stages:\n", f"stages:\n{NEW_STAGE}"),
          "stage new: never ran"),
         ("dvc.lock", lock.replace(model, "0" * 32, 1),
-         "stage evaluate: recorded with another models/model than was made"),
+         "; ".join(f"stage {stage}: recorded with another models/model than was made"
+                   for stage in ("evaluate", "export"))),
     ]:  # fmt: skip
         (clone.folder / name).write_text(changed)
         assert check(clone) == (
