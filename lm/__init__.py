@@ -2,7 +2,7 @@
 
 Modules stand on floors and import only downwards (tests/test_house.py holds them to it):
 
-    run   verify   demo   serve                 a run; is it all true?; a walk; what it says
+    run  verify  demo  serve, on completions    a run; is it all true?; a walk; what it says
     train  evaluate  excerpt  generate  export  gguf     joins: data meets model
             and of data preparation:        publish  sample, on prepare
     checkpoint, on it resume  huggingface   training state and models as files

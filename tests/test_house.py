@@ -25,7 +25,7 @@ FLOORS = [
     {"prepare", "resume", "huggingface"},
     {"publish", "sample", "train", "evaluate", "excerpt", "generate", "export", "gguf"},
     {"footprint"},
-    {"plan"},
+    {"plan", "completions"},
     {"run", "verify", "demo", "serve"},
 ]
 BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}
