@@ -36,6 +36,7 @@ from lm.errors import InputError, one_line_errors
 from lm.files import read_json
 from lm.footprint import flops_per_token, parameters, peak_memory
 from lm.model import ModelConfig
+from lm.tokenizer import byte_tokenizer
 from lm.tokens import Split
 from lm.train import Record, TrainConfig, TrainState, new_state, train
 
@@ -258,8 +259,10 @@ def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
     Tokens say nothing of other settings than those that they were made with.
     """
     tokenizer = params.get("tokenizer", {})
-    if tokenizer.get("kind") in ("bpe", "bytes"):
-        return 257 if tokenizer["kind"] == "bytes" else int(tokenizer["vocab_size"])
+    if tokenizer.get("kind") == "bytes":
+        return byte_tokenizer().vocab_size
+    if tokenizer.get("kind") == "bpe":
+        return int(tokenizer["vocab_size"])
     manifest = Path("data/tokens/tokens.json")
     if not manifest.is_file():
         raise InputError(f"{manifest}: no such file; the vocabulary is known from the stage tokens")

@@ -14,7 +14,7 @@ from lm.evaluate import EvaluateConfig
 from lm.model import ModelConfig, TransformerLM
 from lm.plan import main, make_plan, table
 from lm.text import DataConfig, plan
-from lm.tokenizer import TokenizerConfig
+from lm.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.tokens import Split
 from lm.train import TrainConfig, new_state, train
 from tests.project import ROOT
@@ -24,8 +24,8 @@ PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 SIZES = {
     "gpt2-124m": 50257 * 768 + 12 * (4 * 768**2 + 3 * 768 * 2048) + 25 * 768,
     "grammar": 2 * 1024 * 128 + 3 * (4 * 128**2 + 3 * 128 * 344) + 7 * 128,
-    "seed-small": 2 * 257 * 128 + 2 * (4 * 128**2 + 3 * 128 * 256) + 5 * 128,
-    "shakespeare-char": 2 * 257 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344) + 9 * 128 + 8 * 32,
+    "seed-small": 2 * 256 * 128 + 2 * (4 * 128**2 + 3 * 128 * 256) + 5 * 128,
+    "shakespeare-char": 2 * 256 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344) + 9 * 128 + 8 * 32,
     "smoke": 2 * 512 * 32 + 2 * (4 * 32**2 + 3 * 32 * 64) + 5 * 32,
     "tinystories-17m": 2 * 10_000 * 512 + 4 * (4 * 512**2 + 3 * 512 * 1344) + 9 * 512,
 }
@@ -37,7 +37,7 @@ def settings(preset):
     params = load_params(preset)
     tokenizer = read_section(TokenizerConfig, params, "tokenizer", str(preset))
     read_section(EvaluateConfig, params, "evaluate", str(preset))
-    vocab_size = 257 if tokenizer.kind == "bytes" else tokenizer.vocab_size
+    vocab_size = byte_tokenizer().vocab_size if tokenizer.kind == "bytes" else tokenizer.vocab_size
     model = read_section(ModelConfig, params, "model", str(preset), vocab_size=vocab_size)
     data = read_section(DataConfig, params, "data", str(preset))
     return data, model, read_section(TrainConfig, params, "train", str(preset))
@@ -62,7 +62,7 @@ def test_a_preset_has_the_size_it_says_is_planned_and_starts(preset):
     config = dataclasses.replace(config, **short)
     state = new_state(model, config, torch.device("cpu"))
     ids = np.arange(4 * model.context_length) % 251
-    first, second = train(state, Split("train", ids, 0, end_id=256), config)
+    first, second = train(state, Split("train", ids, 0, end_id=255), config)
     # logits that start with a variance of one add half a nat
     assert first["train_loss"] == pytest.approx(math.log(model.vocab_size), abs=0.7)
     assert second["train_loss"] < first["train_loss"]
@@ -70,8 +70,7 @@ def test_a_preset_has_the_size_it_says_is_planned_and_starts(preset):
 
 def test_the_small_preset_is_the_model_of_the_walk():
     _, model, _ = settings(ROOT / "presets" / "seed-small.yaml")
-    same = {"vocab_size": 256, "context_length": demo.CONTEXT}
-    assert dataclasses.replace(model, **same) == demo.MODEL
+    assert dataclasses.replace(model, context_length=demo.CONTEXT) == demo.MODEL
 
 
 @pytest.mark.parametrize("name", ["tinystories-17m", "gpt2-124m"])
