@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm.config import load_params, read_section
 from lm.device import describe
 from lm.errors import one_line_errors
 from lm.generate import generate
+from lm.huggingface import stock_config, stock_weights
 from lm.model import ModelConfig, TransformerLM
 
 PROMPT = 8  # ids
@@ -55,47 +56,10 @@ def theirs(model: Any, n_tokens: int) -> Side:
 
 
 def as_llama(model: TransformerLM) -> Any:
-    """The same weights; transformers pairs feature i with i + D / 2, we pair 2i with 2i + 1."""
-    config = model.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            max_position_embeddings=config.context_length,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
-
-    def halves(weight: torch.Tensor) -> torch.Tensor:
-        pairs = weight.view(config.num_heads, config.head_dim // 2, 2, config.d_model)
-        return pairs.transpose(1, 2).reshape(weight.shape)
-
-    own = model.state_dict()
-    weights = {
-        "model.embed_tokens": own["token_embeddings.weight"],
-        "model.norm": own["ln_final.weight"],
-        "lm_head": own["lm_head.weight"],
-    }
-    for i in range(config.num_layers):
-        layer, block = f"model.layers.{i}", f"layers.{i}"
-        weights |= {
-            f"{layer}.input_layernorm": own[f"{block}.ln1.weight"],
-            f"{layer}.post_attention_layernorm": own[f"{block}.ln2.weight"],
-            f"{layer}.self_attn.q_proj": halves(own[f"{block}.attn.q_proj.weight"]),
-            f"{layer}.self_attn.k_proj": halves(own[f"{block}.attn.k_proj.weight"]),
-            f"{layer}.self_attn.v_proj": own[f"{block}.attn.v_proj.weight"],
-            f"{layer}.self_attn.o_proj": own[f"{block}.attn.output_proj.weight"],
-            f"{layer}.mlp.gate_proj": own[f"{block}.ffn.w1.weight"],
-            f"{layer}.mlp.down_proj": own[f"{block}.ffn.w2.weight"],
-            f"{layer}.mlp.up_proj": own[f"{block}.ffn.w3.weight"],
-        }
-    llama.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()})
+    """The same weights in transformers; no token ends a text."""
+    settings = stock_config(model.config, 0) | {"bos_token_id": None, "eos_token_id": None}
+    llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+    llama.load_state_dict(stock_weights(model))
     return llama
 
 

@@ -16,6 +16,7 @@ from playwright.sync_api import sync_playwright
 
 from lm.checkpoint import read_extra
 from lm.history import COLUMNS
+from tests.browser import BROWSER, needs_browser
 from tests.kill import (
     Victim,
     commit,
@@ -37,7 +38,6 @@ STEPS, INTERVAL = 200, 20  # of validations and checkpoints
 LINES = {"loss": 4, "loss by wall-clock": 4, "loss by tokens": 4,
          "learning rate": 2, "gradient norm": 2, "loss by position": 2}  # fmt: skip
 SVG = "{http://www.w3.org/2000/svg}"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def draw(project, *revisions, code=0):
@@ -259,7 +259,7 @@ def test_the_pages_hold_vega_and_load_nothing(pages):
             assert outside not in text
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@needs_browser
 def test_a_browser_draws_the_pages_and_asks_for_nothing_else(pages):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
+from tests.browser import BROWSER, needs_browser
 from tests.kill import run
 from tests.project import Project
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 ATTACK = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>"
 PAGE = "metrics/report.html"
 

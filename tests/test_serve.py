@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,10 +24,10 @@ from lm.config import load_params, read_section
 from lm.model import ModelConfig, TransformerLM
 from lm.serve import main
 from lm.tokenizer import byte_tokenizer
+from tests.browser import BROWSER
 from tests.project import ROOT, SMOKE
 from tests.servers import HOST, free_port
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 MARKUP = "<b id=x>"  # after each character comes the next one, and after the last the first
 LIKELY, SECOND, OTHER = log(0.6), log(0.3), log(0.1 / 254)
 END = "<|endoftext|>"
