@@ -66,6 +66,8 @@ class RuntimeConfig:
     checkpoint_interval: Count  # steps between two checkpoints
     keep_checkpoints: Annotated[int, Bound(lambda x: x >= 2, "must be >= 2")]
     num_workers: Annotated[int, Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")] | None
+    num_processes: Annotated[int, Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")]
+    process_timeout_s: Count  # a process that the others await for longer counts as hung
 
 
 MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds

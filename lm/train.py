@@ -47,6 +47,8 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
     )  # of a CPU; null: as many as torch takes, often one a core
     batch_size: Count  # windows per update
     micro_batch_size: Count | None  # windows per backward pass; null: as many as fit
+    parallel: Literal["none", "ddp", "fsdp"]  # how several processes share the work
+    reduction: Literal["sum", "tree"]  # of gradients: in any order, or always in the same one
     max_grad_norm: Annotated[float, POSITIVE] | None
     on_nonfinite: Literal["stop", "skip"]  # a step whose loss or gradient norm is nan or infinite
     max_skipped_steps: Count  # in a row, before "skip" stops too
