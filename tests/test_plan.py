@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm import plan as planning
 from lm.device import autocast, free_memory_bytes
-from lm.errors import EnvironmentFault
-from lm.footprint import activations, flops_per_token, parameters, peak_memory
+from lm.errors import EnvironmentFault, InputError
+from lm.footprint import activations, flops_per_token, parameters, peak_memory, share_of_batch
 from lm.model import TransformerLM
 from lm.plan import Plan, calibrate, compiling, largest_micro_batch
 from lm.resume import run_folder
@@ -284,3 +284,40 @@ def test_the_command_tells_memory_time_and_cost(project):
     done = project.run(sys.executable, "-m", "lm.plan", "-S", "train.compile=maybe")
     assert done.returncode == 2
     assert "train.compile = maybe: must be one of auto, true, false" in done.stderr
+
+
+def test_processes_share_the_batch_evenly(train_config):
+    config = replace(train_config, batch_size=96, parallel="ddp")
+    assert [share_of_batch(config, n) for n in (1, 2, 96)] == [96, 48, 1]
+    assert share_of_batch(replace(config, micro_batch_size=12), 8) == 12
+    tree = replace(config, batch_size=128, micro_batch_size=8, reduction="tree")
+    assert share_of_batch(tree, 16) == 8
+    assert share_of_batch(replace(config, parallel="none"), 1) == 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_processes", "message"),
+    [
+        ({"parallel": "none"}, 2, "train.parallel = none, but there are 2 processes; use ddp or"),
+        ({}, 5, "train.batch_size = 96 is not a multiple of 5 processes"),
+        (
+            {"micro_batch_size": 8},
+            5,
+            "= 96 is not a multiple of train.micro_batch_size = 8 times 5",
+        ),
+        ({"parallel": "fsdp", "dtype": "float16"}, 1, "train.dtype = float16; use bfloat16"),
+        ({"reduction": "tree"}, 1, "train.reduction = tree needs train.micro_batch_size"),
+        ({"reduction": "tree", "micro_batch_size": 8}, 4, "batch_size = 96 is not 1, 2, 4, 8, ..."),
+        (
+            {"reduction": "tree", "micro_batch_size": 12},
+            3,
+            "train.micro_batch_size = 12 times 3 pr",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_shared_are_refused(train_config, changes, num_processes, message):
+    config = replace(train_config, **{"batch_size": 96, "parallel": "ddp"} | changes)
+    with pytest.raises(InputError) as refused:
+        share_of_batch(config, num_processes)
+    assert message in str(refused.value)
