@@ -1,12 +1,16 @@
-"""What a training holds and computes, by arithmetic on its settings.
+"""What a training holds, computes and sends, by arithmetic on its settings.
 
     parameters, flops_per_token     numbers and products by part of the model
     activations                     bytes that the backward pass needs, by part
     peak_memory                     bytes by part at the fullest moment of a step
     share_of_batch                  windows of an update that each of several processes computes
+    communication                   bytes that each of them sends for an update, by part
 
 Letters in shapes as in lm.model, and N = B T tokens at once.
 """
+
+import math
+from collections import Counter
 
 import torch
 
@@ -188,16 +192,35 @@ def _through_a_block(model: ModelConfig, config: TrainConfig, windows: int) -> f
     return 8.0 * N * model.d_model + _matrices(model) * N * model.d_ff * a
 
 
-def optimizer_bytes(model: ModelConfig, config: TrainConfig) -> tuple[int, int]:
-    """(state, scratch of an update): AdamW keeps two numbers a weight, Muon one a matrix."""
+def optimizer_bytes(
+    model: ModelConfig, config: TrainConfig, shards: int = 1
+) -> tuple[float, float]:
+    """(state, scratch of an update): AdamW keeps two numbers a weight, Muon one a matrix.
+
+    Of one of so many processes, where each holds a share of the state.
+    """
     sizes = parameters(model)
     total = sum(sizes.values())
     if config.optimizer == "adamw":
-        return 8 * total, 0
+        return 8 * total / shards, 0
     matrices = sizes["attention"] + sizes["feed-forward"]
     # every matrix's direction; the largest stack of equal ones in float32, and thrice in bfloat16
     stack = max(sizes["attention"], sizes["feed-forward"])
-    return 8 * total - 4 * matrices, 4 * matrices + 10 * stack
+    if shards > 1:  # a process has one whole matrix of a stack at a time
+        stack = max(rows * columns for rows, columns in _shapes(model))
+    received = 4 * stack * (shards > 1)
+    return (8 * total - 4 * matrices) / shards, 4 * matrices / shards + received + 10 * stack
+
+
+def _shapes(model: ModelConfig) -> Counter[tuple[int, int]]:
+    """How many matrices of each shape (rows, columns) the blocks have."""
+    C, F, layers = model.d_model, model.d_ff, model.num_layers
+    count: Counter[tuple[int, int]] = Counter()
+    count[C, C] += 2 * layers
+    count[model.kv_heads * model.head_dim, C] += 2 * layers
+    count[F, C] += (_matrices(model) - 1) * layers
+    count[C, F] += layers
+    return count
 
 
 def peak_memory(
@@ -206,35 +229,57 @@ def peak_memory(
     device: torch.device,
     windows: int,
     base_bytes: int,
+    num_processes: int = 1,
 ) -> dict[str, float]:
-    """Bytes by part at the fullest moment: of torch on a GPU, of the process on a CPU.
+    """Bytes by part at the fullest moment: of torch on a GPU, of one process on a CPU.
 
     The moments: at the head, when all activations are kept; at the end of the backward pass; in
     the update; in a validation. A process on a CPU also holds the copy from which checkpoints are
     written, what its heap cannot use again, `base_bytes` and, if it compiles, the compiler.
+
+    Of several processes under fsdp each holds a share of weights and optimizer state, and, one
+    after the other, whole blocks: see _gathered. The first one also puts the state together in the
+    end, in the memory of its host. Rows that do not divide are not shared evenly: where there are
+    few to a process, the first ones hold up to a row of each matrix more than is told here.
     """
-    weights = 4.0 * sum(parameters(model).values())
-    state, scratch = optimizer_bytes(model, config)
-    summed = weights * (windows < config.batch_size)  # gradients of the micro-batches before
+    at_once = share_of_batch(config, num_processes) // windows
+    shards = num_processes if config.parallel == "fsdp" else 1
+    whole = 4.0 * sum(parameters(model).values())
+    weights = whole / shards
+    state, scratch = optimizer_bytes(model, config, shards)
+    gathered, sent = _gathered(model, shards)
+    before, after, reduced = _gradients(model, config, num_processes, at_once)
     logits = float(windows * model.context_length * model.vocab_size)
     copies = 8 if config.dtype == "float32" else 10  # logits, in float32, log-softmax
     kept = activations(model, config, windows)
     again = kept.pop("one block again", 0.0)
     vocabulary = 4.0 * model.vocab_size * model.d_model
     moments: list[dict[str, float]] = [
-        {"activations": sum(kept.values()), **_head(model, config, windows), "gradients": summed},
+        {
+            "activations": sum(kept.values()),
+            **_head(model, config, windows),
+            "gradients": before,
+            "gathered weights": gathered,
+        },
         {
             "activations": sum(kept.values()) + again,
-            "gradients": summed + vocabulary,
+            "gradients": before + vocabulary + sent,
+            "gathered weights": gathered,
             "gradients by activations": _through_a_block(model, config, windows),
             "heap, lost between blocks": HOLES * model.num_layers * again * (device.type == "cpu"),
         },
-        {"gradients": weights + summed},
-        {"gradients": weights, "update": float(scratch)},
-        {"gradients": weights, "validation's logits": logits * copies},
+        {"gradients": after, "gathered weights": gathered},
+        {"gradients": reduced, "update": scratch},
+        {
+            "gradients": reduced,
+            "gathered weights": gathered,
+            "validation's logits": logits * copies,
+        },
     ]
+    if shards > 1 and device.type == "cpu":
+        moments.append({"state put together": whole + state * shards})
     fullest = max(moments, key=lambda moment: sum(moment.values()))
-    parts = {"weights": weights, "optimizer state": float(state)} | fullest
+    parts = {"weights": weights, "optimizer state": state} | fullest
     if device.type == "cpu":
         if config.eval_interval < config.max_steps:  # a first best is saved before the end
             parts["checkpoint's copy"] = weights + state
@@ -242,3 +287,83 @@ def peak_memory(
         parts["interpreter and torch"] = base_bytes + KERNEL_BYTES
         parts["compiler"] = COMPILER_BYTES * (config.compile is True)
     return {part: size for part, size in parts.items() if size}
+
+
+def _root_and_block(model: ModelConfig) -> tuple[float, float]:
+    """Bytes in float32 of what fully_shard gathers at once: the root's own weights, a block's."""
+    total = sum(parameters(model).values())
+    in_root = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
+    in_root += model.d_model * (model.norm == "rmsnorm" and model.norm_position == "pre")
+    return 4.0 * in_root, 4.0 * (total - in_root) / model.num_layers
+
+
+def _gathered(model: ModelConfig, shards: int) -> tuple[float, float]:
+    """Bytes under fsdp of whole weights, and of whole gradients that are on their way.
+
+    Weights: the root's throughout, a block's while it computes and the next one's. Gradients: a
+    block's, and the copy of it that is being sent.
+    """
+    if shards == 1:
+        return 0.0, 0.0
+    root, block = _root_and_block(model)
+    return root + 2 * block, 2 * block
+
+
+def _gradients(
+    model: ModelConfig, config: TrainConfig, num_processes: int, micro_batches: int
+) -> tuple[float, float, float]:
+    """Bytes of gradients before the last micro-batch of a process, after it and in the update.
+
+    A sum over a tree holds one part for each of its levels. DDP's gradients lie in its buckets at
+    all times. FSDP sends them at the last micro-batch, and until then holds whole ones, or over
+    a tree at every one, and holds shares.
+    """
+    whole = 4.0 * sum(parameters(model).values())
+    tree = config.reduction == "tree"
+    levels = math.log2(micro_batches)
+    before = levels if tree else float(micro_batches > 1)
+    if num_processes == 1 or config.parallel == "none":
+        return before * whole, (1 + before) * whole, whole
+    if config.parallel == "ddp":
+        in_buckets = whole * (1 + levels * tree)
+        return in_buckets, in_buckets, whole
+    share, (root, _) = whole / num_processes, _root_and_block(model)
+    after = (1 + levels * tree) * share + 2 * root  # the root's are sent last
+    return before * (share if tree else whole), after, share
+
+
+def communication(
+    model: ModelConfig, config: TrainConfig, num_processes: int, micro_batches: int
+) -> dict[str, float]:
+    """Bytes that a process sends for an update, by part; it receives as many.
+
+    Of B bytes a ring sends (N - 1) / N B in a reduce-scatter or an all-gather and, as nothing can
+    do with less, twice that in an all-reduce, which is both (Patarasuk and Yuan 2009). So DDP sends
+    2 (N - 1) / N B; gathering each block in the forward and the backward pass makes it three
+    halves of that (Rajbhandari et al. 2020, section 7.2), less what the root keeps, and is done
+    for each micro-batch. All is float32, 4 bytes a number. Over a tree each process adds up a
+    share of the gradients that an all-to-all has brought: as many bytes as a reduce-scatter, but
+    under fsdp for each micro-batch. Muon's matrices go to one process each, N at a time, and come
+    back as rows: told is the process that has the most of them. Norms of gradients, losses and
+    validations are left out.
+    """
+    others = (num_processes - 1) / num_processes
+    whole = others * 4.0 * sum(parameters(model).values())
+    tree = config.reduction == "tree"
+    if config.parallel != "fsdp":
+        if not tree:
+            return {"all-reduce of gradients": 2 * whole}
+        return {"all-to-all of gradients": whole, "all-gather of gradients": whole}
+    root, block = _root_and_block(model)
+    gathered = others * (root + 2 * model.num_layers * block)
+    sent = {"all-gather of weights": micro_batches * gathered}
+    sent["all-to-all of gradients" if tree else "reduce-scatter of gradients"] = whole * (
+        micro_batches if tree else 1
+    )
+    if config.optimizer == "muon":
+        own = sum(
+            rows * columns * (count / num_processes + -(-count // num_processes))
+            for (rows, columns), count in _shapes(model).items()
+        )
+        sent["all-to-all of Muon"] = others * 4.0 * own
+    return sent

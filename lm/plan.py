@@ -1,15 +1,18 @@
 """Plan before running: what a training holds, computes, takes and costs.
 
     python -m lm.plan [--params presets/NAME.yaml] [-S section.key=value ...] [--price EUR_PER_HOUR]
+    python -m lm.plan -S train.parallel=fsdp -S runtime.num_processes=64 [--bandwidth GB_PER_S]
 
     settings -> parameters, FLOPs per token, memory by moment -> micro-batch size, compile or not
     a few steps, of this training or of a calibration -> time
 
-All but the time is arithmetic on the settings (lm.footprint).
+All but the time is arithmetic on the settings (lm.footprint). Of several processes the memory and
+the time are those of each: they compute side by side.
 """
 
 import argparse
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -34,7 +37,13 @@ from lm.device import (
 )
 from lm.errors import InputError, one_line_errors
 from lm.files import read_json
-from lm.footprint import flops_per_token, parameters, peak_memory
+from lm.footprint import (
+    communication,
+    flops_per_token,
+    parameters,
+    peak_memory,
+    share_of_batch,
+)
 from lm.model import ModelConfig
 from lm.tokenizer import byte_tokenizer
 from lm.tokens import Split
@@ -46,46 +55,79 @@ NATIVE_RATE = 120e9  # of one thread of a CPU that multiplies in bfloat16
 REPAYS = 2.0  # times its cost is what compiling must save: a nominal rate is no measurement
 FORECAST_STEPS = 3  # of which the first, which warms up, does not count
 CALIBRATION_S = 10.0  # of a step, by the nominal rates: more of the batch is not measured
+LONGEST_WINDOW_S = 300.0  # likewise: of a window that takes longer nothing is measured
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training of these settings will hold and compute on a device."""
+    """What a training of these settings will hold and compute on a device, or on several."""
 
     model: ModelConfig
     config: TrainConfig
     device: torch.device
     windows: int  # at once
     base_bytes: int  # of a process on a CPU before there is a model: interpreter and torch
+    num_processes: int = 1  # each with a device of its own, or on a CPU with a share of it
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes by part at the fullest moment."""
-        return peak_memory(self.model, self.config, self.device, self.windows, self.base_bytes)
+        """Bytes by part at the fullest moment, of one process."""
+        return peak_memory(
+            self.model,
+            self.config,
+            self.device,
+            self.windows,
+            self.base_bytes,
+            self.num_processes,
+        )
+
+    @property
+    def share(self) -> int:
+        """Windows of an update that a process computes."""
+        return share_of_batch(self.config, self.num_processes)
+
+    @property
+    def communication(self) -> dict[str, float]:
+        """Bytes that a process sends for an update, by part."""
+        micro_batches = self.share // self.windows
+        return communication(self.model, self.config, self.num_processes, micro_batches)
 
     @property
     def flops(self) -> float:
-        """Of the whole training, validations left out."""
+        """Of the whole training and all processes, validations left out."""
         by_part = flops_per_token(self.model, self.config, self.device)
         tokens = self.config.max_steps * self.config.batch_size * self.model.context_length
         return tokens * sum(map(sum, by_part.values()))
 
 
 def largest_micro_batch(
-    model: ModelConfig, config: TrainConfig, device: torch.device, free_bytes: int | None
+    model: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    free_bytes: int | None,
+    num_processes: int = 1,
 ) -> int:
-    """The most windows at once that divide the batch and fit into the free memory; 1 if none do."""
-    if config.micro_batch_size is not None or free_bytes is None:
-        return config.windows_at_once
-    for windows in range(config.batch_size, 1, -1):
-        if config.batch_size % windows == 0:
-            needed = sum(peak_memory(model, config, device, windows, 0).values())
+    """The most windows at once that divide a process's share of the batch and fit; 1 if none do.
+
+    `free_bytes` is the memory that is free for one process.
+    """
+    share = share_of_batch(config, num_processes)
+    if config.micro_batch_size is not None:
+        return config.micro_batch_size
+    if free_bytes is None:
+        return share
+    for windows in range(share, 1, -1):
+        if share % windows == 0:
+            memory = peak_memory(model, config, device, windows, 0, num_processes)
+            needed = sum(memory.values())
             if needed <= MARGIN * free_bytes:
                 return windows
     return 1
 
 
-def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+def compiling(
+    model: ModelConfig, config: TrainConfig, device: torch.device, num_processes: int = 1
+) -> tuple[bool, str]:
     """Whether compiling repays, and why: a function of settings, device kind and threads alone.
 
     A clock must not decide: another machine state would give other bits.
@@ -99,7 +141,8 @@ def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> 
     native = multiplies_natively(device, config.dtype)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     plan = Plan(model, dataclasses.replace(config, compile=False), device, config.batch_size, 0)
-    saved_s = plan.flops / nominal_rate(config, device) * (0.5 if native else 0.25)
+    saved_s = plan.flops / num_processes / nominal_rate(config, device)
+    saved_s *= 0.5 if native else 0.25
     cost_s = (6 + 6 * model.num_layers) * (2 / 3 + 2 / 3 / threads)
     repays = saved_s >= REPAYS * cost_s
     return repays, (
@@ -116,29 +159,46 @@ def nominal_rate(config: TrainConfig, device: torch.device) -> float:
     return (NATIVE_RATE if native else RATES["cpu"]) * torch.get_num_threads()
 
 
-def make_plan(model: ModelConfig, config: TrainConfig, device: torch.device) -> Plan:
-    """The plan with `compile` and the micro-batch size decided; before the model is made."""
+def make_plan(
+    model: ModelConfig, config: TrainConfig, device: torch.device, num_processes: int = 1
+) -> Plan:
+    """The plan with `compile` and the micro-batch size decided; before the model is made.
+
+    Raises InputError where so many processes cannot share the batch.
+    """
     base = resident_memory_bytes()
-    config = dataclasses.replace(config, compile=compiling(model, config, device)[0])
-    windows = largest_micro_batch(model, config, device, free_memory_bytes(device))
-    return Plan(model, config, device, windows, base)
+    compiles, _ = compiling(model, config, device, num_processes)
+    config = dataclasses.replace(config, compile=compiles)
+    free = _free_for_one(device, num_processes)
+    windows = largest_micro_batch(model, config, device, free, num_processes)
+    return Plan(model, config, device, windows, base, num_processes)
+
+
+def _free_for_one(device: torch.device, num_processes: int) -> int | None:
+    """The free memory of a device; on a CPU its share of one of the processes of this machine."""
+    free = free_memory_bytes(device)
+    if free is None or device.type != "cpu":
+        return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))  # torchrun sets it
 
 
 def tell(plan: Plan, asked: TrainConfig) -> None:
     """Say the plan in a few lines, at the head of a training."""
     per_step = plan.flops / plan.config.max_steps
-    memory = sum(plan.memory.values())
+    memory, processes = sum(plan.memory.values()), plan.num_processes
     say(
         f"Plan: {plan.config.max_steps:,} steps of {per_step / 1e9:,.1f} GFLOP, "
         f"{plan.flops:.2e} FLOP in all; memory at most {memory / 1e6:,.0f} MB"
+        + f" in each of {processes} processes ({plan.config.parallel})"
+        * (processes > 1)
     )
     if asked.compile == "auto":
         done = "compiled" if plan.config.compile else "not compiled"
-        say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
-    if plan.windows < asked.windows_at_once:
+        say(f"Plan: {done}: {compiling(plan.model, asked, plan.device, processes)[1]}")
+    if plan.windows < (asked.micro_batch_size or plan.share):
         say(
-            f"Plan: {plan.windows} windows at a time: all {asked.batch_size} do not fit into "
-            f"{(free_memory_bytes(plan.device) or 0) / 1e6:,.0f} MB of free memory"
+            f"Plan: {plan.windows} windows at a time: all {plan.share} do not fit into "
+            f"{(_free_for_one(plan.device, processes) or 0) / 1e6:,.0f} MB of free memory"
         )
 
 
@@ -194,39 +254,52 @@ def seconds_for(plan: Plan, steps: int, step_s: float) -> float:
     return step_s * (steps + validations * plan.config.eval_batches * forward)
 
 
-def calibrate(plan: Plan) -> float:
+def calibrate(plan: Plan) -> float | None:
     """Seconds of a step here, from two steps after a warm-up, on random tokens and a state apart.
 
     Where a step would take long, a part of its windows is measured and the rest reckoned with.
-    Torch's random generators are left as they were.
+    Of several processes one computes its share of the windows, alone, with the whole model and
+    nobody to send to. Torch's random generators are left as they were. None where the whole model
+    does not fit here, or a single window would take minutes: such a plan is for other machines.
     """
-    batch_size = plan.config.batch_size
-    batch_s = plan.flops / plan.config.max_steps / nominal_rate(plan.config, plan.device)
-    measured = max(1, min(batch_size, int(batch_size * CALIBRATION_S / batch_s)))
+    flops = plan.flops / plan.config.max_steps / plan.num_processes
+    share_s = flops / nominal_rate(plan.config, plan.device)
+    measured = max(1, min(plan.share, int(plan.share * CALIBRATION_S / share_s)))
     config = dataclasses.replace(
         plan.config,
         batch_size=measured,
         micro_batch_size=None,
+        parallel="none",
+        reduction="sum",
         max_steps=FORECAST_STEPS,
         warmup_steps=0,
         schedule="constant",
         on_nonfinite="skip",
     )
+    windows, free = min(plan.windows, measured), free_memory_bytes(plan.device)
+    needed = sum(peak_memory(plan.model, config, plan.device, windows, 0).values())
+    if share_s / plan.share > LONGEST_WINDOW_S or (free is not None and needed > free):
+        return None
     ids = np.random.default_rng(0).integers(plan.model.vocab_size, size=1 << 16, dtype=np.uint32)
     tokens = np.resize(ids, max(len(ids), 2 * plan.model.context_length))
     with torch.random.fork_rng():
         state = new_state(plan.model, config, plan.device)
-        state.windows_at_once = min(plan.windows, measured)
+        state.windows_at_once = windows
         steps = train(state, Split("random", tokens, 0, end_id=0), config)
         seconds = [record["step_s"] for record in steps]
-    return statistics.mean(seconds[1:]) * batch_size / measured
+    return statistics.mean(seconds[1:]) * plan.share / measured
 
 
-def table(plan: Plan, step_s: float, price: float | None) -> str:
-    """The plan as a page of tables (Markdown)."""
+def table(
+    plan: Plan, step_s: float | None, price: float | None, bandwidth: float | None = None
+) -> str:
+    """The plan as a page of tables (Markdown); without the seconds of a step it tells no time.
+
+    The price is that of all processes for an hour, the bandwidth bytes per second that each sends.
+    """
     model, config = plan.model, plan.config
     sizes, by_part = parameters(model), flops_per_token(model, config, plan.device)
-    seconds = seconds_for(plan, config.max_steps, step_s)
+    alone = plan.num_processes == 1
     lines = ["| part | parameters |", "|------|-----------:|"]
     lines += [f"| {part} | {count:,} |" for part, count in sizes.items()]
     lines += [f"| all | {sum(sizes.values()):,} |", ""]
@@ -237,20 +310,38 @@ def table(plan: Plan, step_s: float, price: float | None) -> str:
     lines += [f"| {part} | {f:,.0f} | {b:,.0f} |" for part, (f, b) in by_part.items()]
     lines += [f"| all | {sum(f for f, _ in by_part.values()):,.0f} "
               f"| {sum(b for _, b in by_part.values()):,.0f} |", ""]  # fmt: skip
-    lines += [f"| memory, {config.dtype}, {plan.windows} windows at once | MB |", "|---|---:|"]
-    lines += [f"| {part} | {size / 1e6:,.1f} |" for part, size in plan.memory.items()]
-    lines += [f"| all | {sum(plan.memory.values()) / 1e6:,.1f} |", ""]
+    each = "" if alone else f" of each of {plan.num_processes} processes, {config.parallel}"
+    lines += _megabytes(
+        f"memory{each}, {config.dtype}, {plan.windows} windows at once", plan.memory
+    )
+    if not alone:
+        lines += _megabytes("a process sends for an update", plan.communication)
     other = dataclasses.replace(config, gradient_checkpointing=not config.gradient_checkpointing)
     instead = dataclasses.replace(plan, config=other)
     lines += [
         f"With train.gradient_checkpointing: {str(other.gradient_checkpointing).lower()} "
         f"{sum(instead.memory.values()) / 1e6:,.1f} MB",
-        f"{config.max_steps:,} steps, {plan.flops:.3e} FLOP, {step_s:.3f} s a step: "
-        f"{duration(seconds)}",
     ]
+    steps = f"{config.max_steps:,} steps, {plan.flops:.3e} FLOP"
+    sending_s = 0.0
+    if bandwidth is not None:
+        sending_s = sum(plan.communication.values()) / bandwidth
+        lines += [f"Sending takes {sending_s:.3f} s an update at {bandwidth / 1e9:g} GB/s"]
+    if step_s is None:
+        return "\n".join([*lines, f"{steps}; not timed: a step is too large for this machine"])
+    # computing and sending overlap, but for the first and the last part of a model
+    seconds = seconds_for(plan, config.max_steps, max(step_s, sending_s))
+    note = "" if alone else ", timed on one process alone with its share of the windows"
+    lines += [f"{steps}, {step_s:.3f} s a step: {duration(seconds)}{note}"]
     if price is not None:
         lines += [f"{seconds / 3600 * price:,.2f} EUR at {price:g} EUR an hour"]
     return "\n".join(lines)
+
+
+def _megabytes(title: str, parts: dict[str, float]) -> list[str]:
+    lines = [f"| {title} | MB |", "|---|---:|"]
+    lines += [f"| {part} | {size / 1e6:,.1f} |" for part, size in parts.items()]
+    return [*lines, f"| all | {sum(parts.values()) / 1e6:,.1f} |", ""]
 
 
 def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
@@ -275,11 +366,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = Path("params.yaml")
     parser.add_argument("--params", type=Path, default=default, metavar="FILE", help="a preset")
     add_overrides(parser)
-    parser.add_argument("--price", type=float, metavar="EUR_PER_HOUR", help="of the machine")
+    parser.add_argument("--price", type=float, metavar="EUR_PER_HOUR", help="of all machines")
+    sends = "that each of several processes can send"
+    parser.add_argument("--bandwidth", type=float, metavar="GB_PER_S", help=sends)
     options = parser.parse_args(arguments)
     with one_line_errors():
         if options.price is not None and not 0 <= options.price < float("inf"):
             raise InputError(f"--price {options.price}: must be >= 0")
+        if options.bandwidth is not None and not 0 < options.bandwidth < float("inf"):
+            raise InputError(f"--bandwidth {options.bandwidth}: must be > 0")
         where = str(options.params)
         params = load_params(options.params, options.overrides)
         config = read_section(TrainConfig, params, "train", where)
@@ -289,9 +384,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device = choose_device(runtime.device)
         prepare(device, config.num_threads)
         say(f"Device: {describe(device)}")
-        plan = make_plan(model, config, device)
+        plan = make_plan(model, config, device, runtime.num_processes)
         tell(plan, config)
-        say(f"\n{table(plan, calibrate(plan), options.price)}")
+        bandwidth = options.bandwidth and options.bandwidth * 1e9
+        say(f"\n{table(plan, calibrate(plan), options.price, bandwidth)}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm import plan as planning
 from lm.device import autocast, free_memory_bytes
 from lm.errors import EnvironmentFault, InputError
-from lm.footprint import activations, flops_per_token, parameters, peak_memory, share_of_batch
+from lm.footprint import (
+    activations,
+    communication,
+    flops_per_token,
+    parameters,
+    peak_memory,
+    share_of_batch,
+)
 from lm.model import TransformerLM
-from lm.plan import Plan, calibrate, compiling, largest_micro_batch
+from lm.plan import Plan, calibrate, compiling, largest_micro_batch, make_plan, table
 from lm.resume import run_folder
 from lm.train import new_state, train
 from tests import test_run
@@ -321,3 +332,165 @@ def test_settings_that_cannot_be_shared_are_refused(train_config, changes, num_p
     with pytest.raises(InputError) as refused:
         share_of_batch(config, num_processes)
     assert message in str(refused.value)
+
+
+@pytest.fixture
+def one_of_four():
+    """The first of four processes, whose messages go nowhere."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    distributed.destroy_process_group()
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that a ring of four processes would send for what torch hands over."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
+            share = min(argument.nbytes for argument in args[:2])
+            self.bytes[name] = self.bytes.get(name, 0) + 3 * share
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fsdp_holds_and_sends_what_is_planned(
+    model_config, train_config, one_of_four, checkpointing, tied, micro_batches
+):
+    model_config = replace(model_config, tie_embeddings=tied)
+    model = TransformerLM(model_config, checkpointing)
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "loss")
+    ids = torch.zeros(1, 16, dtype=torch.int64)
+    with Sent() as sent:
+        for left in reversed(range(micro_batches)):
+            model.set_requires_gradient_sync(left == 0)
+            model.loss(ids, ids).backward()
+    config = replace(train_config, parallel="fsdp", optimizer="adamw")
+    assert communication(model_config, config, 4, micro_batches) == {
+        "all-gather of weights": sent.bytes["c10d::_allgather_base_"],
+        "reduce-scatter of gradients": sent.bytes["c10d::_reduce_scatter_base_"],
+    }
+    held = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    assert peak_memory(model_config, config, CUDA, 1, 0, 4)["weights"] == held
+
+
+def test_what_ddp_a_tree_and_muon_send_by_hand(model_config, train_config):
+    model = replace(model_config, d_model=8, d_ff=24, num_heads=2, num_layers=3, vocab_size=50)
+    numbers = 2 * 50 * 8 + 3 * (4 * 8 * 8 + 3 * 8 * 24 + 2 * 8) + 8
+
+    def sent(processes, micro_batches=1, **changes):
+        return communication(model, replace(train_config, **changes), processes, micro_batches)
+
+    assert sent(1, parallel="ddp") == {"all-reduce of gradients": 0}
+    # four times a fifth of the numbers, first as sums on their way and then as results
+    once = pytest.approx(4 * 4 * numbers / 5)
+    assert sent(5, parallel="ddp") == pytest.approx(
+        {"all-reduce of gradients": 2 * 4 * 4 * numbers / 5}
+    )
+    tree = sent(5, micro_batches=4, parallel="ddp", reduction="tree")
+    assert tree == {"all-to-all of gradients": once, "all-gather of gradients": once}
+    tree = sent(5, micro_batches=4, parallel="fsdp", reduction="tree", optimizer="muon")
+    assert tree["all-to-all of gradients"] == pytest.approx(4 * 4 * 4 * numbers / 5)
+    # a process has a fifth of the rows of 12 + 6 + 3 matrices, and 3 + 2 + 1 whole ones to return;
+    # a fifth of both it sends to itself
+    rows = (12 * 64 + 9 * 192) / 5
+    assert tree["all-to-all of Muon"] == pytest.approx(
+        4 * 4 / 5 * (rows + 3 * 64 + 2 * 192 + 1 * 192)
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_shares_of_all_processes_are_the_whole(model_config, train_config, optimizer):
+    def held(parallel, processes):
+        config = replace(train_config, batch_size=64, optimizer=optimizer, parallel=parallel)
+        return peak_memory(model_config, config, CUDA, 1, 0, processes)
+
+    whole = held("none", 1)
+    for part in ("weights", "optimizer state"):
+        assert held("ddp", 16)[part] == whole[part]
+        assert 16 * held("fsdp", 16)[part] == whole[part]
+    assert sum(held("fsdp", 16).values()) < sum(held("ddp", 16).values())
+
+
+def test_gradients_of_several_micro_batches_are_held_whole_in_buckets_or_in_shares(
+    model_config, train_config
+):
+    config = replace(train_config, batch_size=64, optimizer="adamw")
+    model = replace(model_config, num_layers=20, vocab_size=32, context_length=64)
+    sizes = parameters(model)
+    whole, vocabulary = 4 * sum(sizes.values()), 4 * sizes["head"]
+    block = (whole - 2 * vocabulary - 4 * model.d_model) / 20
+
+    def held(windows, **changes):
+        return peak_memory(model, replace(config, **changes), CUDA, windows, 0, 8)["gradients"]
+
+    # at the start of the backward pass: what was before, and the head's
+    assert held(8, parallel="ddp") == held(1, parallel="ddp") == whole + vocabulary
+    tree = {"reduction": "tree", "micro_batch_size": 2}  # four micro-batches: two levels
+    assert held(2, parallel="ddp", **tree) == 3 * whole + vocabulary
+    # under fsdp also a block's, and those being sent
+    sent = vocabulary + 2 * block
+    assert held(1, parallel="fsdp") == pytest.approx(whole + sent)
+    assert held(2, parallel="fsdp", **tree) == pytest.approx(2 * whole / 8 + sent)
+
+
+def test_a_process_plans_with_its_share_of_batch_and_memory(
+    model_config, train_config, monkeypatch
+):
+    model_config = replace(model_config, context_length=4096)
+    config = replace(train_config, batch_size=24, parallel="ddp", compile=False)
+    needed = sum(peak_memory(model_config, config, CPU, 6, 0, 4).values())
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda device: round(4 * needed / 0.9) + 4)
+    plan = make_plan(model_config, config, CPU, 4)
+    assert (plan.share, plan.windows) == (6, 6)
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda device: round(4 * needed))
+    assert make_plan(model_config, config, CPU, 4).windows == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the two others are on another machine
+    assert make_plan(model_config, config, CPU, 4).windows == 6
+    with pytest.raises(InputError, match="24 is not a multiple of 5 processes"):
+        make_plan(model_config, config, CPU, 5)
+
+
+def test_processes_divide_the_time_and_a_network_may_take_it_back(model_config, train_config):
+    config = replace(train_config, batch_size=8, max_steps=100, parallel="ddp", eval_interval=100)
+    plan = Plan(model_config, config, CPU, 2, 0, 4)
+    page = table(plan, 0.5, None, bandwidth=sum(plan.communication.values()))
+    assert "memory of each of 4 processes, ddp, float32, 2 windows at once" in page
+    assert "Sending takes 1.000 s an update" in page
+    assert "0.500 s a step: 1:4" in page  # as long as sending takes, and a validation
+    assert plan.flops == replace(plan, num_processes=1).flops
+    assert "not timed" in table(plan, None, None)
+
+
+def test_a_step_too_large_for_this_machine_is_not_tried(model_config, train_config, monkeypatch):
+    plan = Plan(model_config, train_config, CPU, 1, 0)
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda device: 1000)
+    assert calibrate(plan) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "LONGEST_WINDOW_S", 0.0)
+    assert calibrate(plan) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-S", "runtime.num_processes=2"], "train.parallel = none, but there are 2 processes"),
+        (["-S", "train.parallel=ddp", "-S", "runtime.num_processes=3"], "multiple of 3 processes"),
+        (["--bandwidth", "0"], "--bandwidth 0.0: must be > 0"),
+    ],
+    ids=str,
+)
+def test_the_command_refuses_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        planning.main(["--params", str(ROOT / "presets" / "smoke.yaml"), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
