@@ -21,7 +21,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -192,7 +191,7 @@ def _read_folder(
             like = parameters[index]
             same = shape == tuple(like.shape)
             tensors[key] = torch.empty_like(like) if same else torch.empty(shape)
-    dcp.read_tensors(tensors, folder, alone=not dist.is_initialized())
+    dcp.read_tensors(tensors, folder)
     return tensors, header
 
 
@@ -375,7 +374,8 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(whole(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy())
+        data: Any = whole(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(data)
     return digest.hexdigest()
 
 

@@ -24,7 +24,8 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, writers: Processes) 
     Of a tensor that all have, one writes it. Raises EnvironmentFault, in every process, if the
     disk of one is full.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _told_in_one_line(folder):
@@ -38,26 +39,27 @@ def own_files(folder: Path, rank: int) -> list[Path]:
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor there, whole."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     with _told_in_one_line(folder):
         stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in stored.items()}  # type: ignore[union-attr]
 
 
-def read_tensors(targets: dict[str, Tensor], folder: Path, alone: bool = False) -> None:
-    """Fill tensors, whole ones or shares, in place; `alone` or all processes together."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
+    """Fill tensors in place, of shared ones the rows of this process; nobody waits for anybody."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with _told_in_one_line(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 def assemble(folder: Path) -> dict[str, Tensor]:
     """Every tensor there, whole, in this process's memory."""
     tensors = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
-    read_tensors(tensors, folder, alone=True)
+    read_tensors(tensors, folder)
     return tensors
 
 

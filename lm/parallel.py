@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 
 from lm.model import TransformerLM
 from lm.processes import Processes
@@ -128,7 +129,7 @@ class Replicated(Backward):
         self.parameters, self.processes = tuple(model.parameters()), processes
         self.before: list[dict[Tensor, Tensor]] = []  # to which the last gradients are added
         self.ddp = nn.parallel.DistributedDataParallel(
-            _Loss(model, loss_of), gradient_as_bucket_view=True, broadcast_buffers=False
+            _Loss(model, loss_of), gradient_as_bucket_view=True, forward_sync_buffers=False
         )
         self.ddp.register_comm_hook(None, self._reduced)
 
@@ -147,7 +148,7 @@ class Replicated(Backward):
             self.sums.add(_taken(self.parameters))
         return loss.detach()
 
-    def _reduced(self, _: object, bucket: dist.GradBucket) -> "torch.futures.Future[Tensor]":
+    def _reduced(self, _: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """The gradients of a bucket, summed over micro-batches and processes."""
         flat, size = bucket.buffer(), self.processes.size
         for sums in self.before:

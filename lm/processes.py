@@ -3,8 +3,8 @@
     torchrun or stages.launch -- RANK, WORLD_SIZE, MASTER_ADDR --> joined --> Processes
 
 Each runs the same program on its share of every batch. What one of them learns and all must act on
-(a signal, a fault, a file that has changed) is exchanged, so that all leave at the same step. Rank 0
-alone speaks and writes. A rank that dies or hangs is named by those that waited for it.
+(a signal, a fault, a file that has changed) is exchanged, so that all leave at the same step. Only
+rank 0 speaks and writes. A rank that dies or hangs is named by those that waited for it.
 """
 
 import os
@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from lm import console
 from lm.errors import (
@@ -35,9 +37,9 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """This process among its equals; alone, nothing is sent and nothing waited for."""
+    """A process among its equals; alone, nothing is sent and nothing waited for."""
 
-    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
+    def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None):
         """With a store, a group for messages is made, which is not that of the gradients."""
         self.rank, self.size, self.store = rank, size, store
         self.messages = dist.new_group(backend="gloo") if store is not None else None
@@ -76,7 +78,7 @@ class Processes:
         for rank, theirs in enumerate(self.gather(fault)):
             if theirs is not None:
                 raise _common(theirs, f"rank {rank}: ")
-        return result  # type: ignore[return-value]
+        return cast(Result, result)
 
     def lead(self, action: Callable[[], Result]) -> Result:
         """Do it on rank 0 alone; what it gives, or raises, all get."""
@@ -85,10 +87,10 @@ class Processes:
         result, fault = self.gather(_outcome(action) if self.leads else None)[0]
         if fault is not None:
             raise _common(fault)
-        return result  # type: ignore[no-any-return]
+        return cast(Result, result)
 
     def require_same(self, parts: dict[str, dict[str, Any]]) -> None:
-        """Raise InputError naming the rank and the part unless all have passed the same as rank 0."""
+        """Raise InputError naming rank and part unless all have passed the same as rank 0."""
         first, *others = self.gather(parts)
         for rank, theirs in enumerate(others, start=1):
             for part in first:
@@ -200,13 +202,11 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
-        store: dist.Store = dist.HashStore()
+        store: Store = HashStore()
         if "RANK" in os.environ:
-            store = next(dist.rendezvous("env://", timeout=timeout))[0]
-        store = dist.PrefixStore(f"lm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timeout
-        )
+            store = next(rendezvous("env://", timeout=timeout))[0]
+        store = PrefixStore(f"lm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         return Processes(rank, size, store)
     except (dist.DistError, RuntimeError) as error:
         said = str(error).splitlines()[0]

@@ -6,8 +6,8 @@ save      a checkpoint, in the background; a caught signal then ends the process
 publish   models and metrics appear; the resume directory keeps the last state, because a kill
           before DVC has recorded the outputs would otherwise lose the training
 
-Of several processes each has its Run, and all decide alike: what could differ (signals, faults) they
-exchange at each step. The first alone writes and speaks; a checkpoint each writes a share of.
+Of several processes each has its Run, and all decide alike: what could differ (signals, faults)
+they exchange at each step. Rank 0 alone writes and speaks; of a checkpoint each writes a share.
 """
 
 import json
@@ -289,7 +289,9 @@ class Run:
                 self.best["misses"] += 1
         if failed.any():
             self.directory.wait()
-        if self.live is not None and ("valid_loss" in record or elapsed_s - self.refreshed_s >= REFRESH_S):
+        if self.live is not None and (
+            "valid_loss" in record or elapsed_s - self.refreshed_s >= REFRESH_S
+        ):
             with suppress(EnvironmentFault):  # only to be watched: no reason to stop
                 self._write_metrics(self.live, durable=False)
             self.refreshed_s = elapsed_s

@@ -2,8 +2,9 @@
 
     Split.batch(step) -> x, y -> model -> cross_entropy -> backward -> clip -> optimizer
 
-Of several processes each takes its windows of the batch; lm.parallel adds up their gradients. State is the model, the optimizer, the step and, for float16, the loss scaler. Batch, learning
-rate and dropout are pure functions of (seed, step), so nothing else has to be saved.
+State is the model, the optimizer, the step and, for float16, the loss scaler. Batch, learning
+rate and dropout are pure functions of (seed, step), so nothing else has to be saved. Of several
+processes each takes its windows of the batch, and lm.parallel adds up the gradients of all.
 """
 
 import math
@@ -100,7 +101,7 @@ def new_state(
     config: TrainConfig,
     device: torch.device,
     processes: Processes = ALONE,
-    initialise: Callable[[TransformerLM], None] = lambda model: None,
+    initialise: Callable[[TransformerLM], None] | None = None,
 ) -> TrainState:
     """The state before the first step: a function of the settings and the seed.
 
@@ -108,11 +109,12 @@ def new_state(
     """
     torch.manual_seed(rng.seed(config.seed, "init"))
     model = TransformerLM(model_config, config.gradient_checkpointing)
-    initialise(model)
+    if initialise is not None:
+        initialise(model)
     model.to(device)
     if config.compile is True and config.parallel != "none":
         for layer in model.layers:  # one compilation serves them all
-            layer.forward = compiled(layer.forward, device)  # type: ignore[method-assign]
+            layer.forward = compiled(layer.forward, device)
     if config.parallel == "fsdp":
         shard(model, processes, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
@@ -207,7 +209,7 @@ def _own_micro_batches(state: TrainState, config: TrainConfig) -> range:
 
 
 def _alternating(config: TrainConfig) -> bool:
-    """Whether processes take micro-batches in turn: sharded gradients are added among neighbours."""
+    """Whether processes take micro-batches in turn: neighbours are added as they come."""
     return config.parallel == "fsdp" and config.reduction == "tree"
 
 
@@ -307,13 +309,14 @@ def _nonfinite(state: TrainState) -> str:
         for i, group in enumerate(state.optimizer.param_groups)
         for p in group["params"]
     }
-    found = {
+    found: dict[str, str] = {
         name: groups[id(p)]
         for name, p in state.model.named_parameters()
         if p.grad is not None and not local(p.grad).isfinite().all()
     }
     if state.processes.size > 1:
-        found = {name: group for part in state.processes.gather(found) for name, group in part.items()}
+        for theirs in state.processes.gather(found):
+            found |= theirs
     if not found:
         return "every single gradient is finite"
     where = f"in parameter group {', '.join(sorted(set(found.values())))}"

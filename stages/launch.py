@@ -30,7 +30,7 @@ def launch(module: str, num_processes: int) -> None:
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
@@ -59,11 +59,11 @@ def launch(module: str, num_processes: int) -> None:
 
 def _leave_with(codes: dict[int, int]) -> BaseException:
     """What the exit codes of failed processes, by rank, come to; those of signals are negative."""
-    for rank, code in codes.items():
-        if code < 0:
-            return EnvironmentFault(
-                f"rank {rank} was ended by {signal.Signals(-code).name}; what was saved is intact: "
-                "run again to go on"
-            )
-    # who only lost another process leaves with this code: the other's says more
-    return SystemExit(next((c for c in codes.values() if c != EnvironmentFault.exit_code), 3))
+    told = [code for code in codes.values() if code > 0]
+    if told:  # who only lost another process leaves with this code: the other's says more
+        return SystemExit(next((c for c in told if c != EnvironmentFault.exit_code), told[0]))
+    rank, code = next(iter(codes.items()))
+    return EnvironmentFault(
+        f"rank {rank} was ended by {signal.Signals(-code).name}; what was saved is intact: run "
+        "again to go on"
+    )

@@ -43,7 +43,8 @@ def train_stage(inputs: Inputs) -> None:
     with joined(asked.parallel, device, runtime.process_timeout_s) as processes:
         prepare(device, asked.num_threads)
         say(f"Device: {describe(device)}{f', {processes.size} processes' * (processes.size > 1)}")
-        plan, tokens, tokenizer = processes.together(lambda: _read(inputs, asked, device, processes))
+        read = partial(_read, inputs, asked, device, processes)
+        plan, tokens, tokenizer = processes.together(read)
         made_of = {
             "inputs": {file.as_posix(): sha256 for file, sha256 in inputs.files.items()},
             "code": inputs.code,
