@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 
 from lm.model import TransformerLM
 from lm.processes import Processes
@@ -148,7 +147,11 @@ class Replicated(Backward):
             self.sums.add(_taken(self.parameters))
         return loss.detach()
 
-    def _reduced(self, _: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def _reduced(
+        self,
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         """The gradients of a bucket, summed over micro-batches and processes."""
         flat, size = bucket.buffer(), self.processes.size
         for sums in self.before:
