@@ -172,13 +172,15 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
     Within, faults that all ranks raise are told by rank 0 alone.
     """
     rank, size = (int(os.environ.get(name, default)) for name, default in _PLACE)
-    if parallel == "none":
-        if size > 1:
-            raise InputError(
-                f"train.parallel = none: is for one process, here are {size}; set ddp or fsdp"
-            )
+    if parallel == "none" and size == 1:
         yield ALONE
         return
+    if parallel == "none":
+        if rank > 0:
+            raise SystemExit(InputError.exit_code)  # rank 0 says it
+        raise InputError(
+            f"train.parallel = none is for one process, here are {size}; set ddp or fsdp"
+        )
     if device.type not in ("cpu", "cuda"):
         raise EnvironmentFault(f"train.parallel = {parallel}: works on cpu and cuda, not {device}")
     if rank > 0:
