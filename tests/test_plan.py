@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import scale
 from lm import plan as planning
 from lm.device import autocast, free_memory_bytes
 from lm.errors import EnvironmentFault, InputError
@@ -494,3 +495,17 @@ def test_the_command_refuses_in_one_line(arguments, message, capsys):
         planning.main(["--params", str(ROOT / "presets" / "smoke.yaml"), *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_tables_of_the_page_are_what_the_benchmark_prints(capsys):
+    page = (ROOT / "docs" / "SCALE.md").read_text()
+    scale.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) > 40
+    assert not [line for line in printed if line not in page]
+
+
+def test_the_slurm_script_parses_and_starts_the_stage():
+    script = ROOT / "docs" / "slurm" / "train.sbatch"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert " -m stages.train\n" in script.read_text()
