@@ -5,6 +5,8 @@ its metadata; opening it runs no code. Beside it stands a manifest with its size
 
     last.safetensors   written first
     last.json          its rename is the commit: without it there is no checkpoint
+
+One that several processes write is a folder: the tensors by lm.dcp, the rest in header.json.
 """
 
 import hashlib
@@ -12,6 +14,7 @@ import io
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lm import dcp
 from lm.config import read_section
 from lm.errors import InputError
-from lm.files import read_json, sha256_file, sync_directory, write_json, writing
+from lm.files import (
+    atomic_write,
+    read_json,
+    sha256_file,
+    sync_directory,
+    write_json,
+    writing,
+)
 from lm.model import ModelConfig, TransformerLM
+from lm.processes import ALONE, Processes
+from lm.shares import cut_like, whole
 from lm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
+HEADER = "header.json"
 PROVENANCE = ("model", "train", "inputs", "code", "environment")
 BinaryFile = io.BufferedIOBase | io.RawIOBase
 Extra = dict[str, Any]
@@ -86,15 +100,21 @@ def load_checkpoint(
     model; then neither model nor optimizer has changed. A flipped bit among the weights is seen
     by `verify` alone.
     """
-    tensors, header = _read(src)
+    if isinstance(src, str | os.PathLike) and Path(src).is_dir():
+        tensors, header = _read_folder(Path(src), model, optimizer)
+    else:
+        tensors, header = _read(src)
     _restore(_name(src), tensors, header, model, optimizer)
     return int(header["iteration"])
 
 
 def read_extra(path: Path) -> Extra:
     """What was saved beside model and optimizer, with the "iteration". Reads the header only."""
-    with open_safetensors(path) as file:
-        header = _header(str(path), file.metadata())
+    if path.is_dir():
+        header = _folder_header(path)
+    else:
+        with open_safetensors(path) as file:
+            header = _header(str(path), file.metadata())
     return {**header["extra"], "iteration": header["iteration"]}
 
 
@@ -111,23 +131,68 @@ def _restore(
 ) -> None:
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     own = model.state_dict()
-    for key in sorted(own.keys() | weights.keys()):
-        expected = tuple(own[key].shape) if key in own else "nothing"
-        found = tuple(weights[key].shape) if key in weights else "nothing"
-        if expected != found:
-            raise InputError(f"{name}: another model: {key} is {found}, expected {expected}")
+    _require_same_shapes(name, own, {key: tuple(weights[key].shape) for key in weights})
     if optimizer is not None:
-        saved = header["optimizer"]
+        saved, parameters = header["optimizer"], _parameters(optimizer)
         state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in saved["values"].items()}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
-                _, index, entry = key.split(".", 2)
-                state.setdefault(int(index), {})[entry] = tensor
+                index, entry = _place(key)
+                if index < len(parameters) and tensor.shape == parameters[index].shape:
+                    tensor = cut_like(tensor, parameters[index])
+                state.setdefault(index, {})[entry] = tensor
         try:
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
         except ValueError as error:
             raise InputError(f"{name}: another optimizer: {error}") from None
-    model.load_state_dict(weights)
+    model.load_state_dict({key: cut_like(weights[key], own[key]) for key in own})
+
+
+def _require_same_shapes(
+    name: str, own: dict[str, Tensor], found: dict[str, tuple[int, ...]]
+) -> None:
+    for key in sorted(own.keys() | found.keys()):
+        here = tuple(own[key].shape) if key in own else "nothing"
+        there = found.get(key, "nothing")
+        if here != there:
+            raise InputError(f"{name}: another model: {key} is {there}, expected {here}")
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters by the numbers that the optimizer's state gives them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _place(key: str) -> tuple[int, str]:
+    """Of "optimizer.3.exp_avg": the number of the parameter and the entry of its state."""
+    _, index, entry = key.split(".", 2)
+    return int(index), entry
+
+
+def _folder_header(folder: Path) -> dict[str, Any]:
+    file = folder / HEADER
+    if not file.is_file():
+        raise InputError(f"{folder}: no {HEADER} in it: no checkpoint of this project")
+    return _header(str(file), {"checkpoint": file.read_text(encoding="utf-8")})
+
+
+def _read_folder(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What this process keeps of the tensors there, each cut as its parameter is."""
+    header, stored = _folder_header(folder), dcp.shapes(folder)
+    own = model.state_dict()
+    found = {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
+    _require_same_shapes(str(folder), own, found)
+    tensors = {f"model.{key}": torch.empty_like(tensor) for key, tensor in own.items()}
+    parameters = [] if optimizer is None else _parameters(optimizer)
+    for key, shape in stored.items():
+        if key.startswith("optimizer.") and (index := _place(key)[0]) < len(parameters):
+            like = parameters[index]
+            same = shape == tuple(like.shape)
+            tensors[key] = torch.empty_like(like) if same else torch.empty(shape)
+    dcp.read_tensors(tensors, folder)
+    return tensors, header
 
 
 def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -215,14 +280,62 @@ def _os_error(error: SafetensorError) -> Exception:
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
 
 
+def write_folder(
+    tensors: dict[str, Tensor], metadata: dict[str, str], folder: Path, writers: Processes
+) -> None:
+    """Write and commit a checkpoint that several processes hold, all of them together.
+
+    What the commit leaves is whole: neither a process that dies nor a full disk tears it. Raises
+    EnvironmentFault, in all of them, if the disk of one is full.
+    """
+    scratch = folder.with_name(folder.name + ".tmp")
+
+    def begin() -> None:
+        with writing(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            atomic_write(scratch / HEADER, metadata["checkpoint"].encode())
+
+    writers.lead(begin)
+    dcp.write_tensors(tensors, scratch, writers)
+    own = dcp.own_files(scratch, writers.rank)
+    hashed = writers.together(lambda: {file.name: _described(file) for file in own})
+    files = {name: entry for part in writers.gather(hashed) for name, entry in part.items()}
+
+    def finish() -> None:
+        with writing(folder):
+            files[HEADER] = _described(scratch / HEADER)
+            sync_directory(scratch)
+            scratch.replace(folder)
+            sync_directory(folder.parent)
+            write_json(folder.with_suffix(".json"), {"files": dict(sorted(files.items()))})
+
+    writers.lead(finish)
+
+
+def as_one_file(folder: Path, path: Path) -> None:
+    """Write a checkpoint that is a folder as the file that one process would have written."""
+    metadata = {"checkpoint": (folder / HEADER).read_text(encoding="utf-8")}
+    write_checkpoint(dcp.assemble(folder), metadata, path)
+
+
 def commit(path: Path) -> None:
     """Write the manifest of a checkpoint that is on disk; from now on it counts."""
-    manifest = {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    write_json(path.with_suffix(".json"), manifest)
+    write_json(path.with_suffix(".json"), _described(path))
 
 
-def verify(path: Path) -> None:
-    """Raises InputError unless a checkpoint is the file that its manifest describes."""
+def _described(file: Path) -> dict[str, Any]:
+    return {"size_bytes": file.stat().st_size, "sha256": sha256_file(file)}
+
+
+def verify(path: Path, processes: Processes = ALONE) -> None:
+    """Raises InputError unless a checkpoint is what its manifest describes, a file or a folder.
+
+    Of a folder's files each of several processes hashes some: all are sound if none raises.
+    """
+    if path.is_dir():
+        _verify_folder(path, processes)
+        return
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if not path.with_suffix(".json").is_file():
@@ -230,6 +343,24 @@ def verify(path: Path) -> None:
     manifest = read_json(path.with_suffix(".json"))
     if not (isinstance(manifest, dict) and manifest.keys() >= {"size_bytes", "sha256"}):
         raise InputError(f"{path.with_suffix('.json')}: not the manifest of a checkpoint")
+    _verify_file(path, manifest)
+
+
+def _verify_folder(folder: Path, processes: Processes) -> None:
+    file = folder.with_suffix(".json")
+    if not file.is_file():
+        raise InputError(f"{folder}: no manifest {file.name} beside it")
+    manifest = read_json(file)
+    if not (isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)):
+        raise InputError(f"{file}: not the manifest of a checkpoint in a folder")
+    names = sorted(manifest["files"])
+    if found := sorted({path.name for path in folder.iterdir()} ^ set(names)):
+        raise InputError(f"{folder / found[0]}: missing, or not in the manifest")
+    for name in names[processes.rank :: processes.size]:
+        _verify_file(folder / name, manifest["files"][name])
+
+
+def _verify_file(path: Path, manifest: dict[str, Any]) -> None:
     if path.stat().st_size != manifest["size_bytes"]:
         raise InputError(
             f"{path}: {path.stat().st_size} bytes, its manifest says {manifest['size_bytes']}"
@@ -243,7 +374,8 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        data: Any = whole(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(data)
     return digest.hexdigest()
 
 

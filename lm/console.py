@@ -9,10 +9,20 @@ from tqdm import tqdm
 tqdm.monitor_interval = 0  # its thread would stand in the way of processes that fork
 
 
+_muted = False
+
+
+def mute() -> None:
+    """Say nothing from here on: of several processes that work together, one speaks."""
+    global _muted
+    _muted = True
+
+
 def say(text: str) -> None:
     """One line now, above the progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    if not _muted:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class Progress:
@@ -23,7 +33,11 @@ class Progress:
         self.tokens_per_step = tokens_per_step
         self.start = time.perf_counter()
         self.bar = tqdm(
-            total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False
+            total=max_steps,
+            initial=step,
+            unit="step",
+            disable=_muted or not sys.stderr.isatty(),
+            leave=False,
         )
 
     def show(self, record: dict[str, Any], average_loss: float) -> None:

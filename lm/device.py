@@ -341,10 +341,12 @@ def performance(
     step_seconds: list[float],
     tokens_per_step: int,
     flops_per_token: float,
+    num_devices: int = 1,
 ) -> dict[str, Any]:
     """Speed and memory of a finished run.
 
-    MFU is the share of the data sheet's peak, or where none is known of a measured product's rate.
+    MFU is the share of the data sheet's peak, or where none is known of a measured product's rate,
+    of all devices; memory and these rates are of one.
     """
     step_s = statistics.median(step_seconds) if step_seconds else float("nan")
     measured = matmul_flops_per_second(device, dtype)
@@ -353,6 +355,7 @@ def performance(
     tokens_per_second = tokens_per_step / step_s
     return {
         "device": describe(device),
+        "num_devices": num_devices,
         "dtype": dtype,
         "tokens_per_second": round(tokens_per_second, 1),
         "step_seconds_median": round(step_s, 6),
@@ -363,5 +366,5 @@ def performance(
         "mfu_is_of": "matmul_flops_per_second"
         if promised is None
         else "data_sheet_flops_per_second",
-        "mfu": round(tokens_per_second * flops_per_token / peak, 4),
+        "mfu": round(tokens_per_second * flops_per_token / (peak * num_devices), 4),
     }

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lm.config import ABOVE_ZERO_UP_TO_ONE, NOT_EMPTY, NOT_NEGATIVE, SEED, Count
 from lm.device import Dtype, autocast, to_device
 from lm.model import TransformerLM
+from lm.processes import ALONE, Processes
 from lm.tokens import Split, windows
 
 
@@ -44,6 +45,14 @@ class Sums:
     # (3, 15), of the most probable tokens by their probability: how many, its sum, how many came
     first_guesses: NDArray[np.float64]
 
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(
+            self.nats + other.nats,
+            self.counts + other.counts,
+            self.n_bytes + other.n_bytes,
+            self.first_guesses + other.first_guesses,
+        )
+
 
 @torch.no_grad()
 def evaluate(
@@ -55,46 +64,67 @@ def evaluate(
     stride: int | None = None,
     max_batches: int | None = None,
     dtype: Dtype = "float32",
+    processes: Processes = ALONE,
 ) -> Sums:
     """Sum the loss of every token but the first; each is a target exactly once.
 
     Windows start every `stride` tokens and only their new targets count, so a smaller stride
     gives each target more context. The last window is moved back to fit. With `max_batches`,
     as many batches of windows, evenly spread over the split, are taken. `byte_lengths` (V,) says
-    how many bytes each id stands for.
+    how many bytes each id stands for. Several processes take the batches in turn, and each gets the
+    sums of all, which are added in the same order however many there are.
     """
     length = model.config.context_length
     split.require(length)
-    device, was_training = next(model.parameters()).device, model.training
+    was_training = model.training
     model.eval()
-    nats, counts, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), 0
-    first_guesses = np.zeros((3, len(CONFIDENCE_EDGES) - 1))
+    total = Sums(
+        np.zeros(length), np.zeros(length, dtype=np.int64), 0,
+        np.zeros((3, len(CONFIDENCE_EDGES) - 1)),
+    )  # fmt: skip
     table = _windows(len(split.tokens), length, stride or length)
     if max_batches is not None and len(table) > max_batches * batch_size:
         table = table[
             np.arange(max_batches * batch_size) * len(table) // (max_batches * batch_size)
         ]
-    for rows in np.split(table, range(batch_size, len(table), batch_size)):
-        starts, first_new = rows[:, 0], rows[:, 1]
-        x, y = windows(split.tokens, starts, length)  # (B, T)
-        ids = to_device(x, device)
-        documents = model.documents(ids, split.end_id)
-        with autocast(device, dtype):
-            logits = model(ids, documents=documents)
-        flat, targets = logits.float().flatten(0, 1), to_device(y, device).flatten()
-        losses = F.cross_entropy(flat, targets, reduction="none")
-        top, guesses = flat.max(dim=1)
-        # p = e^(top - logsumexp), and the loss is logsumexp - the target's logit
-        confidence = (top - flat.gather(1, targets[:, None]).squeeze(1) - losses).exp()
-        new = np.arange(length) >= first_new[:, None]  # (B, T)
-        nats += np.where(new, losses.view(y.shape).cpu().double().numpy(), 0).sum(axis=0)
-        counts += new.sum(axis=0)
-        if byte_lengths is not None:
-            n_bytes += int(byte_lengths[y[new]].sum())
-        right = (guesses == targets).cpu().numpy()[new.ravel()]
-        first_guesses += _by_confidence(confidence.cpu().double().numpy()[new.ravel()], right)
+    batches = np.split(table, range(batch_size, len(table), batch_size))
+    for first in range(0, len(batches), processes.size):
+        mine = min(first + processes.rank, len(batches) - 1)  # nobody may stay away
+        sums = _sums_of(model, split, batches[mine], byte_lengths, dtype)
+        for part in processes.gather(sums)[: len(batches) - first]:
+            total = total + part
     model.train(was_training)
-    return Sums(nats, counts, n_bytes, first_guesses)
+    return total
+
+
+def _sums_of(
+    model: TransformerLM,
+    split: Split,
+    rows: NDArray[np.int64],
+    byte_lengths: NDArray[np.int64] | None,
+    dtype: Dtype,
+) -> Sums:
+    """The sums of a batch of windows, given as rows of `_windows`."""
+    starts, first_new = rows[:, 0], rows[:, 1]
+    length, device = model.config.context_length, model.head.device
+    x, y = windows(split.tokens, starts, length)  # (B, T)
+    ids = to_device(x, device)
+    documents = model.documents(ids, split.end_id)
+    with autocast(device, dtype):
+        logits = model(ids, documents=documents)
+    flat, targets = logits.float().flatten(0, 1), to_device(y, device).flatten()
+    losses = F.cross_entropy(flat, targets, reduction="none")
+    top, guesses = flat.max(dim=1)
+    # p = e^(top - logsumexp), and the loss is logsumexp - the target's logit
+    confidence = (top - flat.gather(1, targets[:, None]).squeeze(1) - losses).exp()
+    new = np.arange(length) >= first_new[:, None]  # (B, T)
+    right = (guesses == targets).cpu().numpy()[new.ravel()]
+    return Sums(
+        nats=np.where(new, losses.view(y.shape).cpu().double().numpy(), 0).sum(axis=0),
+        counts=new.sum(axis=0),
+        n_bytes=0 if byte_lengths is None else int(byte_lengths[y[new]].sum()),
+        first_guesses=_by_confidence(confidence.cpu().double().numpy()[new.ravel()], right),
+    )
 
 
 def _by_confidence(

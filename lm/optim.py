@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lm.config import BELOW_ONE, NOT_NEGATIVE, POSITIVE
+from lm.shares import collect, group_of, hand_out, is_shared, local, sums_of_squares
 
 # Newton-Schulz coefficients of Jordan et al. 2024, chosen for a steep slope at zero
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -120,14 +121,20 @@ class Muon(AdamW):
             if p.grad is not None:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                stacks.setdefault(p.shape, []).append((p, p.grad.lerp(buffer, momentum)))
-        for (rows, columns), stack in stacks.items():
-            scale = max(1.0, rows / columns) ** 0.5
-            directions = orthogonalise(torch.stack([u for _, u in stack]))
+                gradient = local(p.grad)
+                buffer = local(self.state[p]["momentum_buffer"]).lerp_(gradient, 1 - momentum)
+                stacks.setdefault(p.shape, []).append((p, gradient.lerp(buffer, momentum)))
+        for shape, stack in stacks.items():
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            updates = [u for _, u in stack]
+            if is_shared(stack[0][0]):
+                directions = _orthogonalise_shared(updates, shape, stack[0][0])
+            else:
+                directions = list(orthogonalise(torch.stack(updates)))
             for (p, _), direction in zip(stack, directions, strict=True):
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(direction.to(p.dtype), alpha=-lr * scale)
+                rows = local(p)
+                rows.mul_(1 - lr * group["weight_decay"])
+                rows.add_(direction.to(p.dtype), alpha=-lr * scale)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -142,6 +149,17 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if transposed else x
+
+
+def _orthogonalise_shared(updates: list[Tensor], shape: torch.Size, like: Tensor) -> list[Tensor]:
+    """The same for matrices of which each process has rows: N at a time, a whole one in each."""
+    group, directions = group_of(like), []
+    for first in range(0, len(updates), group.size()):
+        some = updates[first : first + group.size()]
+        matrix = collect(some, shape[0], group)
+        direction = None if matrix is None else orthogonalise(matrix[None])[0]
+        directions += hand_out(direction, len(some), shape, torch.bfloat16, like)
+    return directions
 
 
 def parameter_groups(
@@ -203,13 +221,21 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig], AdamW]] = {
 }
 
 
-def gradient_clipping(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
+def gradient_clipping(
+    parameters: Iterable[Tensor], max_l2_norm: float, by_rows: bool = False
+) -> Tensor:
     """Scale all gradients by min(1, max / (norm + 1e-6)), norm being their joint L2 norm.
 
-    Parameters without gradient are skipped. Returns the norm before clipping, a scalar.
+    Parameters without gradient are skipped. `by_rows` adds the squares row by row in float64, so
+    that the norm is the same for any number of processes that share the rows. Returns the norm
+    before clipping, a scalar.
     """
-    parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if by_rows:
+        norm = sums_of_squares(gradients).sum().sqrt().float()
+    else:
+        norm = nn.utils.get_total_norm(gradients)
     if not norm + 1e-6 <= max_l2_norm:  # nan, too: it shall reach the gradients
-        nn.utils.clip_grads_with_norm_(parameters, max_l2_norm, norm)
+        scale = torch.clamp(max_l2_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm

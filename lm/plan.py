@@ -15,7 +15,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ from lm.footprint import (
     peak_memory,
     share_of_batch,
 )
-from lm.model import ModelConfig
+from lm.model import ModelConfig, TransformerLM
+from lm.processes import ALONE, Processes
 from lm.tokenizer import byte_tokenizer
 from lm.tokens import Split
 from lm.train import Record, TrainConfig, TrainState, new_state, train
@@ -125,12 +126,11 @@ def largest_micro_batch(
     return 1
 
 
-def compiling(
-    model: ModelConfig, config: TrainConfig, device: torch.device, num_processes: int = 1
-) -> tuple[bool, str]:
+def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> tuple[bool, str]:
     """Whether compiling repays, and why: a function of settings, device kind and threads alone.
 
-    A clock must not decide: another machine state would give other bits.
+    A clock must not decide: another machine state would give other bits. Nor must the number of
+    processes, for one: a run may go on with another.
     """
     if config.compile != "auto":
         return config.compile, f"train.compile is {str(config.compile).lower()}"
@@ -141,8 +141,7 @@ def compiling(
     native = multiplies_natively(device, config.dtype)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     plan = Plan(model, dataclasses.replace(config, compile=False), device, config.batch_size, 0)
-    saved_s = plan.flops / num_processes / nominal_rate(config, device)
-    saved_s *= 0.5 if native else 0.25
+    saved_s = plan.flops / nominal_rate(config, device) * (0.5 if native else 0.25)
     cost_s = (6 + 6 * model.num_layers) * (2 / 3 + 2 / 3 / threads)
     repays = saved_s >= REPAYS * cost_s
     return repays, (
@@ -167,7 +166,7 @@ def make_plan(
     Raises InputError where so many processes cannot share the batch.
     """
     base = resident_memory_bytes()
-    compiles, _ = compiling(model, config, device, num_processes)
+    compiles, _ = compiling(model, config, device)
     config = dataclasses.replace(config, compile=compiles)
     free = _free_for_one(device, num_processes)
     windows = largest_micro_batch(model, config, device, free, num_processes)
@@ -194,7 +193,7 @@ def tell(plan: Plan, asked: TrainConfig) -> None:
     )
     if asked.compile == "auto":
         done = "compiled" if plan.config.compile else "not compiled"
-        say(f"Plan: {done}: {compiling(plan.model, asked, plan.device, processes)[1]}")
+        say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
     if plan.windows < (asked.micro_batch_size or plan.share):
         say(
             f"Plan: {plan.windows} windows at a time: all {plan.share} do not fit into "
@@ -202,10 +201,18 @@ def tell(plan: Plan, asked: TrainConfig) -> None:
         )
 
 
-def begin(plan: Plan, asked: TrainConfig) -> TrainState:
-    """The state before the first step, with the plan said aloud."""
-    state = new_state(plan.model, plan.config, plan.device)
-    state.windows_at_once = plan.windows
+def begin(
+    plan: Plan,
+    asked: TrainConfig,
+    processes: Processes = ALONE,
+    initialise: Callable[[TransformerLM], None] | None = None,
+) -> TrainState:
+    """The state before the first step, with the plan said aloud; see lm.train.new_state.
+
+    Of several processes all take as many windows at once as fit into the memory of each.
+    """
+    state = new_state(plan.model, plan.config, plan.device, processes, initialise)
+    state.windows_at_once = min(processes.gather(plan.windows))
     say(f"Model has {state.model.num_parameters():,} parameters")
     tell(plan, asked)
     return state

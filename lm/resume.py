@@ -4,6 +4,8 @@
     step-00000500.json          its manifest: the rename of this file is the commit
     lock                        held as long as a process trains this run
 
+Several processes write a folder step-00000500 in its place, each its share, by a thread in each.
+
 The folder lies outside of every DVC output, because DVC deletes those before it starts a stage.
 """
 
@@ -21,32 +23,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm.checkpoint import Extra, commit, contents, read_extra, verify, write_checkpoint
+from lm.checkpoint import (
+    Extra,
+    commit,
+    contents,
+    read_extra,
+    verify,
+    write_checkpoint,
+    write_folder,
+)
 from lm.errors import Busy, EnvironmentFault, InputError
 from lm.files import sha256_json, writing
+from lm.processes import ALONE, Processes
+from lm.shares import local, staged
 
-MICRO_BATCH_SIZES = "micro_batch_sizes"  # in a run's identity: the first step of each size
+# in a run's identity, but no part of what decides it: each value by the first step that had it
+MICRO_BATCH_SIZES, NUM_PROCESSES = "micro_batch_sizes", "num_processes"
 
 
 class ResumeDirectory:
     """The newest checkpoints of one run, and those that one of them calls the best so far.
 
     A checkpoint's extra["best"]["step"] names the best one that belongs to it. Only one process
-    may use a folder at a time.
+    may use a folder at a time, or those that train together.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        """Lock the folder, making it first. Raises Busy if another process holds it."""
-        self.folder, self.keep = folder, keep
-        self._lock = _locked(folder)
+    def __init__(self, folder: Path, keep: int, processes: Processes = ALONE):
+        """Lock the folder, making it first. Raises Busy if another run holds it."""
+        self.folder, self.keep, self.processes = folder, keep, processes
+        self.sharded = processes.store is not None
+        self._writers = processes.again() if self.sharded else ALONE
         self._writer = ThreadPoolExecutor(max_workers=1, initializer=_step_back)
         self._pending: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
-        for litter in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):  # ours and safetensors'
-            litter.unlink()
-        for path in _newest_first(folder):  # a kill came before the commit: it would count as kept
+        self._lock: Any = None
+        processes.lead(self._open)
+
+    def _open(self) -> None:
+        self._lock = _locked(self.folder)
+        for litter in (*self.folder.glob("*.tmp"), *self.folder.glob(".tmp*")):  # and safetensors'
+            _delete(litter)
+        for path in _newest_first(self.folder):  # a kill came before the commit: it would be kept
             if not path.with_suffix(".json").exists():
-                path.unlink()
+                _delete(path)
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
@@ -58,22 +77,30 @@ class ResumeDirectory:
         """
         self.wait()
         tensors, metadata = contents(model, optimizer, step, extra)
+        copies = {}
         for name, tensor in tensors.items():
+            rows = local(tensor)
             if name not in self._buffers:
                 self._buffers[name] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                    rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda
                 )
-            self._buffers[name].copy_(tensor)
-        buffers = {name: self._buffers[name] for name in tensors}
-        self._pending = self._writer.submit(self._write, step, buffers, metadata)
+            self._buffers[name].copy_(rows)
+            copies[name] = staged(self._buffers[name], tensor, self._writers.messages)
+        self._pending = self._writer.submit(self._write, step, copies, metadata)
 
     def _write(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        write_checkpoint(tensors, metadata, self.path(step))
-        with writing(self.path(step)):
-            commit(self.path(step))
-            kept = {self.path(step), *_newest_first(self.folder)[: self.keep]}
-            for path in set(_newest_first(self.folder)) - kept - self._bests_of(kept):
-                _discard(path)
+        path = self.path(step)
+        if self.sharded:
+            write_folder(tensors, metadata, path, self._writers)
+        else:
+            write_checkpoint(tensors, metadata, path)
+            with writing(path):
+                commit(path)
+        if self.processes.leads:
+            with writing(path):
+                kept = {path, *_newest_first(self.folder)[: self.keep]}
+                for old in set(_newest_first(self.folder)) - kept - self._bests_of(kept):
+                    _discard(old)
 
     def _bests_of(self, paths: set[Path]) -> set[Path]:
         """The checkpoints that these call the best."""
@@ -83,9 +110,15 @@ class ResumeDirectory:
                 steps.add(read_extra(path)["best"]["step"])
         return {self.path(step) for step in steps if step is not None}
 
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed, as far as is known."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
     def check(self) -> None:
         """Raise EnvironmentFault if the last save has failed; does not wait for it."""
-        if self._pending is not None and self._pending.done():
+        if self.failed:
             self.wait()
 
     def wait(self) -> None:
@@ -95,8 +128,9 @@ class ResumeDirectory:
             pending.result()
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
-        return self.folder / f"step-{step:08d}.safetensors"
+        """Where the checkpoint of a step is; one that was copied from elsewhere is a file."""
+        file = self.folder / f"step-{step:08d}.safetensors"
+        return file.with_suffix("") if self.sharded and not file.exists() else file
 
     def remove(self) -> None:
         """Delete the folder and let go of it."""
@@ -106,25 +140,30 @@ class ResumeDirectory:
     def unlock(self) -> None:
         """Finish a save in flight, whether or not it succeeds, and let others use the folder."""
         try:
-            with suppress(EnvironmentFault):
+            with suppress(EnvironmentFault, RuntimeError):  # another process may be lost
                 self.wait()
         finally:
             self._writer.shutdown()
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
 
 
-def kept_checkpoints(folder: Path) -> Iterator[tuple[Path, str | None]]:
+def kept_checkpoints(
+    folder: Path, processes: Processes = ALONE
+) -> Iterator[tuple[Path, str | None]]:
     """The checkpoints of a run, newest first, each with what is wrong with it, or None."""
-    for path in _newest_first(folder):
+    for path in processes.lead(lambda: _newest_first(folder)):
+        fault = None
         try:
-            verify(path)
-            yield path, None
+            verify(path, processes)
         except (InputError, FileNotFoundError) as error:  # its trainer may drop it meanwhile
-            yield path, str(error)
+            fault = str(error)
+        yield path, next(filter(None, processes.gather(fault)), None)
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+    found = (path for path in folder.glob("step-*") if path.suffix in ("", ".safetensors"))
+    return sorted(found, key=lambda path: path.stem, reverse=True)
 
 
 def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:
@@ -133,8 +172,9 @@ def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:
 
 
 def decided(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a run but for the sizes of its micro-batches, which memory decided."""
-    return {part: value for part, value in identity.items() if part != MICRO_BATCH_SIZES}
+    """The identity of a run but for what may change on its way."""
+    may_change = (MICRO_BATCH_SIZES, NUM_PROCESSES)
+    return {part: value for part, value in identity.items() if part not in may_change}
 
 
 def clock_file(unfinished: Path, identity: dict[str, Any]) -> Path:
@@ -187,4 +227,11 @@ def _step_back() -> None:
 def _discard(path: Path) -> None:
     """Delete a checkpoint; without its manifest, which goes first, it does not count."""
     path.with_suffix(".json").unlink(missing_ok=True)
-    path.unlink()
+    _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -5,11 +5,14 @@ log       history, console, metrics that can be watched, whether a checkpoint is
 save      a checkpoint, in the background; a caught signal then ends the process
 publish   models and metrics appear; the resume directory keeps the last state, because a kill
           before DVC has recorded the outputs would otherwise lose the training
+
+Of several processes each has its Run, and all decide alike: what could differ (signals, faults)
+they exchange at each step. Rank 0 alone writes and speaks; of a checkpoint each writes a share.
 """
 
-import copy
 import json
 import math
+import statistics
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -18,16 +21,26 @@ from typing import Any
 
 import torch
 
-from lm.checkpoint import commit, load_checkpoint, read_extra, save_model, verify, weights_sha256
+from lm.checkpoint import (
+    as_one_file,
+    commit,
+    load_checkpoint,
+    read_extra,
+    save_model,
+    verify,
+    weights_sha256,
+)
 from lm.config import RuntimeConfig
 from lm.console import Progress, duration, say
 from lm.device import performance
 from lm.errors import Diverged, EnvironmentFault, InputError
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
 from lm.history import Clock, History
+from lm.model import TransformerLM
 from lm.plan import Forecast
 from lm.resume import (
     MICRO_BATCH_SIZES,
+    NUM_PROCESSES,
     ResumeDirectory,
     clock_file,
     decided,
@@ -60,31 +73,35 @@ class Run:
         `made_of` (inputs, code, environment), with the settings of model and training, is all that
         decides the result: it is recorded as the model's provenance, and only a run that agrees
         in every part of it is resumed. It holds no clock, no path and no commit, or the outputs
-        would not reproduce. What memory decided is recorded beside it: the sizes of micro-batches.
+        would not reproduce. Recorded beside it are the sizes of micro-batches, which memory
+        decided, and where it moves the last bits the number of processes: they may change.
         A resumed run keeps the size it had, unless that exceeds state.windows_at_once. With `live`
         the metrics can be watched in that folder during training.
         Raises Busy if another process trains this run, InputError for a checkpoint to continue
         that does not fit.
         """
-        self.state, self.config, self.runtime, self.live = state, config, runtime, live
+        self.state, self.config, self.runtime = state, config, runtime
+        self.processes, self.live = state.processes, live if state.processes.leads else None
         self.identity = {"model": asdict(state.model.config), "train": asdict(config), **made_of}
         if resume_from is not None:
             self._check_continuation(resume_from)
             self.identity["resume_from"] = sha256_file(resume_from)
         folder = run_folder(unfinished, self.identity)
-        self.directory = ResumeDirectory(folder, runtime.keep_checkpoints)
-        _report_others(folder)
+        self.directory = ResumeDirectory(folder, runtime.keep_checkpoints, self.processes)
+        if self.processes.leads:
+            _report_others(folder)
         self.history, self.clock = History(), Clock()
         self.clock_file = clock_file(unfinished, self.identity)
-        self.identity[MICRO_BATCH_SIZES] = {str(state.step + 1): state.windows_at_once}
+        self._begin_notes()
         self.best: dict[str, Any] = {"valid_loss": None, "step": None, "misses": 0}
         self.valid_loss: float | None = None
         self.weights: dict[str, str] = {}  # their hash at each validation, by step
         self.step_seconds: list[float] = []
+        self.forward_seconds: list[list[float]] = []  # of each step, by rank
         self.refreshed_s = -math.inf
         if not self._resume() and resume_from is not None:
             self._continue(resume_from)
-            self.identity[MICRO_BATCH_SIZES] = {str(state.step + 1): state.windows_at_once}
+            self._begin_notes()
         tokens = config.batch_size * state.model.config.context_length
         self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
         self.signals = CatchSignals()
@@ -108,15 +125,31 @@ class Run:
             last = "no checkpoint yet" if good is None else f"step {good}"
             error.args = (f"{error}; last good checkpoint: {last}",)
 
+    def _begin_notes(self) -> None:
+        """Note what a run may change on its way, as of the first step."""
+        first = str(self.state.step + 1)
+        self.identity[MICRO_BATCH_SIZES] = {first: self.state.windows_at_once}
+        if self.config.parallel != "none" and self.config.reduction == "sum":
+            self.identity[NUM_PROCESSES] = {first: self.processes.size}
+
+    def _note(self, what: str, value: int, step: int) -> None:
+        """Note that from a step on it is another."""
+        notes = self.identity.get(what, {})
+        if notes and notes[max(notes, key=int)] != value:
+            notes[str(step)] = value
+
     def _resume(self) -> bool:
         """Restore the newest checkpoint of this very run that is intact; False if there is none."""
-        for path, fault in kept_checkpoints(self.directory.folder):
+        for path, fault in kept_checkpoints(self.directory.folder, self.processes):
             fault = fault or self._fault(path)
             if fault is not None:
                 say(f"warning: {fault}; passed over")
                 continue
             self._restore(path)
-            self._keep_windows_at_once(read_extra(path)["identity"][MICRO_BATCH_SIZES])
+            theirs = read_extra(path)["identity"]
+            self._keep_windows_at_once(theirs[MICRO_BATCH_SIZES])
+            if NUM_PROCESSES in theirs:
+                self.identity[NUM_PROCESSES] = dict(theirs[NUM_PROCESSES])
             finished = f"; it is finished: delete {path.parent} to train anew"
             say(f"Resumed at step {self.state.step}{finished if self.finished() else ''}")
             return True
@@ -125,17 +158,15 @@ class Run:
     def _keep_windows_at_once(self, sizes: dict[str, int]) -> None:
         """Go on with the micro-batches that the run had, or with what fits if that is less."""
         before, fitting = sizes[max(sizes, key=int)], self.state.windows_at_once
+        share = self.config.batch_size // self.processes.size
+        if share % before:
+            fitting = max(n for n in range(1, min(before, fitting) + 1) if share % n == 0)
         self.identity[MICRO_BATCH_SIZES] = dict(sizes)
         self.state.windows_at_once = before
         if fitting < before and not self.finished():
             self.state.windows_at_once = fitting
             say(f"{before} windows at a time no longer fit: from here on {fitting}")
-            self._note_windows_at_once(self.state.step + 1)
-
-    def _note_windows_at_once(self, step: int) -> None:
-        sizes, size = self.identity[MICRO_BATCH_SIZES], self.state.windows_at_once
-        if sizes[max(sizes, key=int)] != size:
-            sizes[str(step)] = size
+            self._note(MICRO_BATCH_SIZES, fitting, self.state.step + 1)
 
     def _fault(self, path: Path) -> str | None:
         """Why an undamaged checkpoint must not be resumed."""
@@ -146,7 +177,8 @@ class Run:
                 return f"{path}: of another run: {part} differs"
         if extra["best"]["step"] is not None:
             try:
-                verify(self.directory.path(extra["best"]["step"]))
+                best = self.directory.path(extra["best"]["step"])
+                self.processes.together(lambda: verify(best, self.processes))
             except InputError as error:
                 return str(error)
         return None
@@ -180,10 +212,14 @@ class Run:
             group.update(ours)
         self.best["misses"] = 0
         if self.best["step"] is not None:
-            target = self.directory.path(self.best["step"])
-            atomic_copy(_best_beside(path), target)
-            commit(target)
+            self.processes.lead(lambda: self._adopt(_best_beside(path)))
         say(f"Continuing {path} from step {self.state.step}")
+
+    def _adopt(self, best: Path) -> None:
+        """Keep another run's best checkpoint, a file, as one of this run's."""
+        file = self.directory.folder / f"step-{self.best['step']:08d}.safetensors"
+        atomic_copy(best, file)
+        commit(file)
 
     def _restore(self, path: Path) -> None:
         self.state.step = load_checkpoint(path, self.state.model, self.state.optimizer)
@@ -220,8 +256,18 @@ class Run:
         return patience is not None and bool(self.best["misses"] >= patience)
 
     def log(self, record: Record) -> None:
-        """Take in a finished step, with "valid_loss" if it was validated."""
-        self._note_windows_at_once(record["step"])
+        """Take in a finished step, with "valid_loss" if it was validated.
+
+        Of several processes, whichever caught a signal or failed to save, all learn it here.
+        """
+        self._note(MICRO_BATCH_SIZES, self.state.windows_at_once, record["step"])
+        self._note(NUM_PROCESSES, self.processes.size, record["step"])
+        signal_number = self.signals.caught or 0
+        forward_s, signals, failed = self.processes.gather_numbers(
+            [record["forward_s"], signal_number, self.directory.failed]
+        ).T
+        self.signals.caught = int(signals.max()) or None
+        self.forward_seconds.append(forward_s.tolist())
         self.history.add(record)
         self.step_seconds.append(record["step_s"])
         elapsed_s = self.progress.elapsed_s()
@@ -241,11 +287,14 @@ class Run:
                 self.best = {"valid_loss": self.valid_loss, "step": self.state.step, "misses": 0}
             else:
                 self.best["misses"] += 1
-        if self.live and ("valid_loss" in record or elapsed_s - self.refreshed_s >= REFRESH_S):
+        if failed.any():
+            self.directory.wait()
+        if self.live is not None and (
+            "valid_loss" in record or elapsed_s - self.refreshed_s >= REFRESH_S
+        ):
             with suppress(EnvironmentFault):  # only to be watched: no reason to stop
                 self._write_metrics(self.live, durable=False)
             self.refreshed_s = elapsed_s
-        self.directory.check()
 
     @property
     def save_due(self) -> bool:
@@ -257,8 +306,9 @@ class Run:
 
     def save(self) -> None:
         """Start writing a checkpoint; after a signal wait for it and leave."""
-        with suppress(EnvironmentFault):  # nobody's result depends on the times
-            atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
+        if self.processes.leads:
+            with suppress(EnvironmentFault):  # nobody's result depends on the times
+                atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
         self.directory.save(self.state.model, self.state.optimizer, self.state.step, self._extra())
         if self.signals.caught is not None:
             self.directory.wait()
@@ -270,27 +320,28 @@ class Run:
         It can be repeated: the resume directory still holds the state of the last step.
         """
         self.directory.wait()
-        with publishing(self.directory.folder.parent):
-            self._publish(tokenizer, models, metrics)
+        self.processes.lead(lambda: self._publish(tokenizer, models, metrics))
 
     def _publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
+        with publishing(self.directory.folder.parent):
+            self._write_outputs(tokenizer, models, metrics)
+
+    def _write_outputs(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
+        """From checkpoints alone: of the model this process may hold a share."""
         state, checkpoints = self.state, models / "checkpoints"
         last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
         assert self.best["step"] is not None  # the last step is always validated
         for step in (self.best["step"], state.step):
             verify(self.directory.path(step))
-        atomic_copy(self.directory.path(self.best["step"]), best)
-        commit(best)
+        _copy_as_file(self.directory.path(self.best["step"]), best)
         self._write_metrics(metrics)
-        chosen = state.model
-        if self.config.early_stopping is not None:
-            chosen = copy.deepcopy(state.model)
-            load_checkpoint(best, chosen)
+        step = state.step if self.config.early_stopping is None else self.best["step"]
+        chosen = TransformerLM(state.model.config)
+        load_checkpoint(self.directory.path(step), chosen)
         save_model(chosen, tokenizer, models / "model")
         write_json(models / "model" / "provenance.json", self.identity)
         # at the end: a continued run that is killed before still finds what it continues
-        atomic_copy(self.directory.path(state.step), last)
-        commit(last)
+        _copy_as_file(self.directory.path(state.step), last)
         say(
             f"Final loss {self.history.average_loss:.4f}, validation {self.valid_loss:.4f}, "
             f"in {duration(self.progress.elapsed_s())}; model in {models / 'model'}, "
@@ -317,10 +368,15 @@ class Run:
 
     def write_performance(self, device: torch.device, metrics: Path, forecast: Forecast) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
+        if not self.processes.leads:
+            return
         tokens = self.config.batch_size * self.state.model.config.context_length
         flops = self.state.model.flops_per_token()
-        speed = performance(device, self.config.dtype, self.step_seconds, tokens, flops)
+        size = self.processes.size
+        speed = performance(device, self.config.dtype, self.step_seconds, tokens, flops, size)
+        by_rank = zip(*self.forward_seconds, strict=True)
         chosen = {
+            "forward_seconds_median_by_rank": [round(statistics.median(s), 6) for s in by_rank],
             "micro_batch_size": self.state.windows_at_once,
             "compiled": self.config.compile is True,
         }
@@ -332,11 +388,21 @@ def due(step: int, interval: int) -> bool:
     return step % interval == 0
 
 
+def _copy_as_file(checkpoint: Path, target: Path) -> None:
+    """Publish a checkpoint, which several processes have written as a folder."""
+    if checkpoint.is_dir():
+        as_one_file(checkpoint, target)
+    else:
+        atomic_copy(checkpoint, target)
+    commit(target)
+
+
 def _report_others(folder: Path) -> None:
     """Say how much unfinished runs with other settings, data or code keep on disk."""
     others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir()]
     if others:
-        size = sum(_size_bytes(file) for path in others for file in path.glob("*"))
+        files = (f for path in others for f in path.rglob("*") if f.is_file())
+        size = sum(map(_size_bytes, files))
         say(f"{len(others)} other runs keep {size / 1e6:.0f} MB in {folder.parent}")
 
 

@@ -77,5 +77,7 @@ def end_with_parent() -> None:
     """Ask Linux for a signal when the parent dies: a killed dvc leaves no orphan training."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _PARENT_DIED)
-        if os.getsid(os.getppid()) != os.getsid(0):  # it died before we asked: init adopted us
+        # had it died before we asked, init had adopted us; torchrun gives each a session of its own
+        apart = os.getsid(os.getppid()) != os.getsid(0)
+        if apart and os.getsid(0) != os.getpid():
             os.kill(os.getpid(), _PARENT_DIED)

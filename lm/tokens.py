@@ -168,11 +168,20 @@ class Split:
                 )
 
     def batch(
-        self, step: int, batch_size: int, context_length: int, seed: int, sampling: Sampling
+        self,
+        step: int,
+        batch_size: int,
+        context_length: int,
+        seed: int,
+        sampling: Sampling,
+        rows: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Batch number `step` (from 0): x and the targets y, both (batch_size, context_length)."""
+        """Batch number `step` (from 0): x and the targets y, both (batch_size, context_length).
+
+        With `rows` only those windows of it.
+        """
         starts = self.starts(step, batch_size, context_length, seed, sampling)
-        return windows(self.tokens, starts, context_length)
+        return windows(self.tokens, starts if rows is None else starts[rows], context_length)
 
     def starts(
         self, step: int, batch_size: int, context_length: int, seed: int, sampling: Sampling

@@ -3,7 +3,8 @@
     Split.batch(step) -> x, y -> model -> cross_entropy -> backward -> clip -> optimizer
 
 State is the model, the optimizer, the step and, for float16, the loss scaler. Batch, learning
-rate and dropout are pure functions of (seed, step), so nothing else has to be saved.
+rate and dropout are pure functions of (seed, step), so nothing else has to be saved. Of several
+processes each takes its windows of the batch, and lm.parallel adds up the gradients of all.
 """
 
 import math
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
@@ -26,13 +28,14 @@ from lm.device import Dtype, autocast, compiled, to_device
 from lm.errors import Diverged, EnvironmentFault, InputError, is_out_of_memory
 from lm.model import ModelConfig, TransformerLM
 from lm.optim import OPTIMIZERS, AdamW, OptimizerConfig, gradient_clipping
+from lm.parallel import Alone, Backward, Replicated, Sharded, own_micro_batches, shard
+from lm.processes import ALONE, Processes
 from lm.sampling import Sampling
 from lm.schedule import ScheduleConfig, learning_rate_fraction
+from lm.shares import local
 from lm.tokens import Split, TokenStream
 
 Record = dict[str, Any]
-# model, x, y, weight of the loss -> loss, gradients of weight x loss by each parameter
-Gradients = Callable[[TransformerLM, Tensor, Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
 
 
@@ -87,18 +90,39 @@ class TrainState:
     optimizer: AdamW
     scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
     windows_at_once: int  # per backward pass; fewer after running out of memory
+    processes: Processes = ALONE  # that train this model together
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
 
 
-def new_state(model_config: ModelConfig, config: TrainConfig, device: torch.device) -> TrainState:
-    """The state before the first step: a function of the settings and the seed."""
+def new_state(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes = ALONE,
+    initialise: Callable[[TransformerLM], None] | None = None,
+) -> TrainState:
+    """The state before the first step: a function of the settings and the seed.
+
+    `initialise` may give the model other weights, before processes share them.
+    """
     torch.manual_seed(rng.seed(config.seed, "init"))
-    model = TransformerLM(model_config, config.gradient_checkpointing).to(device)
+    model = TransformerLM(model_config, config.gradient_checkpointing)
+    if initialise is not None:
+        initialise(model)
+    model.to(device)
+    if config.compile is True and config.parallel != "none":
+        for layer in model.layers:  # one compilation serves them all
+            layer.forward = compiled(layer.forward, device)
+    if config.parallel == "fsdp":
+        shard(model, processes, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     optimizer = OPTIMIZERS[config.optimizer](model, config)
-    return TrainState(model, optimizer, scaler, config.windows_at_once)
+    windows = config.windows_at_once
+    if config.micro_batch_size is None:
+        windows //= processes.size
+    return TrainState(model, optimizer, scaler, windows, processes)
 
 
 def get_batch(
@@ -129,8 +153,33 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
     loss or gradient norm is not finite raises Diverged, or is skipped: parameters and optimizer
     stay as they are, and its record says why under "skipped".
     """
-    device = next(state.model.parameters()).device
-    end_id = split.end_id
+    device = state.model.head.device
+    backward = _backward_of(state, config, split.end_id)
+    windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling
+    tokens_per_step = config.batch_size * state.model.config.context_length
+    while state.step < config.max_steps:
+        start = time.perf_counter()
+        state.processes.at(state.step + 1)
+        state.model.train()
+        mine = _own_windows(state, config)
+        x, y = (to_device(ids, device) for ids in split.batch(state.step, *windows, mine))
+        try:
+            record = train_step(state, x, y, config, backward)
+            state.skipped_in_a_row = 0
+        except Diverged as error:
+            places = split.starts(state.step, *windows)
+            few = f"{', '.join(map(str, places[:8]))}{', ...' * (len(places) > 8)}"
+            record = _skip(state, config, f"{error}; windows at {split.name} tokens {few}")
+        yield record | {
+            "tokens": state.step * tokens_per_step,
+            "step_s": time.perf_counter() - start,
+            "forward_s": backward.forward_s,
+        }
+
+
+def _backward_of(state: TrainState, config: TrainConfig, end_id: int | None) -> Backward:
+    """How the gradients of a micro-batch are made, and added to those of others."""
+    device, tree = state.model.head.device, config.reduction == "tree"
 
     def loss_of(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
         with autocast(device, config.dtype):
@@ -142,27 +191,32 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
         loss = loss_of(model, x, y)
         return loss.detach(), torch.autograd.grad(loss * weight, tuple(model.parameters()))
 
+    if config.parallel == "ddp":
+        return Replicated(state.model, loss_of, state.processes, tree)
+    if config.parallel == "fsdp":
+        return Sharded(state.model, loss_of, tree)
     if config.compile is True and config.gradient_checkpointing:
         loss_of = compiled(loss_of, device)  # one graph of both cannot compute anything again
     elif config.compile is True:
         gradients_of = compiled(gradients_of, device)
-    windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling
-    tokens_per_step = config.batch_size * state.model.config.context_length
-    while state.step < config.max_steps:
-        start = time.perf_counter()
-        state.model.train()
-        x, y = (to_device(ids, device) for ids in split.batch(state.step, *windows))
-        try:
-            record = train_step(state, x, y, config, gradients_of)
-            state.skipped_in_a_row = 0
-        except Diverged as error:
-            places = ", ".join(map(str, split.starts(state.step, *windows)[:8]))
-            where = f"windows at {split.name} tokens {places}{', ...' * (len(x) > 8)}"
-            record = _skip(state, config, f"{error}; {where}")
-        yield record | {
-            "tokens": state.step * tokens_per_step,
-            "step_s": time.perf_counter() - start,
-        }
+    return Alone(state.model, gradients_of, tree)
+
+
+def _own_micro_batches(state: TrainState, config: TrainConfig) -> range:
+    """The numbers of the micro-batches of a batch that this process computes."""
+    alternating = _alternating(config)
+    return own_micro_batches(config.batch_size, state.windows_at_once, state.processes, alternating)
+
+
+def _alternating(config: TrainConfig) -> bool:
+    """Whether processes take micro-batches in turn: neighbours are added as they come."""
+    return config.parallel == "fsdp" and config.reduction == "tree"
+
+
+def _own_windows(state: TrainState, config: TrainConfig) -> NDArray[np.int64]:
+    """Which windows of a batch this process computes, micro-batch by micro-batch."""
+    numbers, size = np.array(_own_micro_batches(state, config)), state.windows_at_once
+    return (numbers[:, None] * size + np.arange(size)).ravel()
 
 
 def _skip(state: TrainState, config: TrainConfig, reason: str) -> Record:
@@ -193,26 +247,32 @@ def train_step(
     x: Int[Tensor, "B T"],
     y: Int[Tensor, "B T"],
     config: TrainConfig,
-    gradients_of: Gradients,
+    backward: Backward,
 ) -> Record:
-    """One update: schedule, forward, loss, backward, clip, step.
+    """One update: schedule, forward, loss, backward, clip, step; x and y are this process's.
 
     Raises Diverged, and changes neither parameters nor optimizer, if loss or norm is not finite.
     """
     fraction = learning_rate_fraction(state.step + 1, config)
     for group in state.optimizer.param_groups:
         group["lr"] = fraction * group["initial_lr"]
-    accumulate = partial(_accumulated, state, x, y, config, gradients_of)
-    loss, grad_norm = _clipped_gradients(state, config, accumulate)
+    accumulate = partial(_accumulated, state, x, y, config, backward)
+    losses, grad_norm = _clipped_gradients(state, config, accumulate)
+    loss = _mean(losses.T if _alternating(config) else losses)
     while math.isfinite(loss) and not math.isfinite(grad_norm) and state.scaler.get_scale() > 1:
         state.scaler.update()  # the scale was too large for float16: lower it, and again
-        loss, grad_norm = _clipped_gradients(state, config, accumulate)
+        losses, grad_norm = _clipped_gradients(state, config, accumulate)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         state.scaler.update()
+        backward.watching, backward.spoilt = True, False
         _backward(state, config, accumulate)  # clipping by nan has made nan of all
+        backward.watching = False
         state.scaler.update()
         name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
-        raise Diverged(f"{name} is {value} at step {state.step + 1}; {_nonfinite(state)}")
+        raise Diverged(
+            f"{name} is {value} at step {state.step + 1}{_origin(state, losses, backward)}; "
+            f"{_nonfinite(state)}"
+        )
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
@@ -224,6 +284,24 @@ def train_step(
     }
 
 
+def _mean(losses: NDArray[np.float32]) -> float:
+    """Of the micro-batches of a batch, in nats, added one by one in float32 as they stand."""
+    total = np.float32(0)
+    for loss in losses.ravel():
+        total += loss / np.float32(losses.size)
+    return float(total)
+
+
+def _origin(state: TrainState, losses: NDArray[np.float32], backward: Backward) -> str:
+    """On which of several processes something is not finite, in words."""
+    if state.processes.size == 1:
+        return ""
+    spoilt = [not np.isfinite(row).all() for row in losses]
+    gathered = state.processes.gather(backward.spoilt)
+    ranks = [str(r) for r, both in enumerate(zip(spoilt, gathered, strict=True)) if any(both)]
+    return f", first on rank {', '.join(ranks)}" if ranks else ""
+
+
 def _nonfinite(state: TrainState) -> str:
     """Which parameters have gradients that are not finite, in words."""
     groups = {
@@ -231,11 +309,14 @@ def _nonfinite(state: TrainState) -> str:
         for i, group in enumerate(state.optimizer.param_groups)
         for p in group["params"]
     }
-    found = {
+    found: dict[str, str] = {
         name: groups[id(p)]
         for name, p in state.model.named_parameters()
-        if p.grad is not None and not p.grad.isfinite().all()
+        if p.grad is not None and not local(p.grad).isfinite().all()
     }
+    if state.processes.size > 1:
+        for theirs in state.processes.gather(found):
+            found |= theirs
     if not found:
         return "every single gradient is finite"
     where = f"in parameter group {', '.join(sorted(set(found.values())))}"
@@ -245,15 +326,20 @@ def _nonfinite(state: TrainState) -> str:
 
 def _clipped_gradients(
     state: TrainState, config: TrainConfig, accumulate: Callable[[], Tensor]
-) -> tuple[float, float]:
-    """Fill the clipped gradients of the whole batch; returns its loss in nats and their norm."""
-    loss = _backward(state, config, accumulate)
+) -> tuple[NDArray[np.float32], float]:
+    """Fill the clipped gradients of the whole batch; returns the losses by rank, and their norm.
+
+    The losses (N, n), in nats, are of the n micro-batches that each of the N processes took.
+    """
+    losses = _backward(state, config, accumulate)
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    return loss.item(), gradient_clipping(state.model.parameters(), limit).item()
+    by_rows = config.parallel == "fsdp" or config.reduction == "tree"
+    grad_norm = gradient_clipping(state.model.parameters(), limit, by_rows).item()
+    return state.processes.gather_numbers(losses.tolist()).astype(np.float32), grad_norm
 
 
 def _backward(state: TrainState, config: TrainConfig, accumulate: Callable[[], Tensor]) -> Tensor:
-    """Fill the gradients of the whole batch; returns its loss.
+    """Fill the gradients of the whole batch; returns the losses of this process's micro-batches.
 
     Out of memory, it begins again with smaller micro-batches, unless their size is set.
     """
@@ -271,11 +357,11 @@ def _backward(state: TrainState, config: TrainConfig, accumulate: Callable[[], T
 def _take_fewer_windows(state: TrainState, config: TrainConfig, device: torch.device) -> None:
     """Lower state.windows_at_once to the next divisor of the batch, at most half of it.
 
-    Raises EnvironmentFault if the size is set, or is one window already.
+    Raises EnvironmentFault if the size is set, is one window already, or others compute with it.
     """
     before = state.windows_at_once
     fewer = next((n for n in range(before // 2, 0, -1) if config.batch_size % n == 0), None)
-    if config.micro_batch_size is not None or fewer is None:
+    if config.micro_batch_size is not None or fewer is None or config.parallel != "none":
         smaller = f"train.micro_batch_size: {fewer}" if fewer else "a smaller model"
         raise EnvironmentFault(
             f"out of memory on {device} with {before} windows at a time; try {smaller} "
@@ -292,26 +378,18 @@ def _take_fewer_windows(state: TrainState, config: TrainConfig, device: torch.de
 
 
 def _accumulated(
-    state: TrainState,
-    x: Tensor,
-    y: Tensor,
-    config: TrainConfig,
-    gradients_of: Gradients,
+    state: TrainState, x: Tensor, y: Tensor, config: TrainConfig, backward: Backward
 ) -> Tensor:
-    """Sum the gradients, micro-batch by micro-batch; returns the loss."""
+    """Sum the gradients of all processes' micro-batches; returns the losses of mine, (n,)."""
     state.optimizer.zero_grad(set_to_none=True)
-    parameters = tuple(state.model.parameters())
-    size = state.windows_at_once
-    micro_batches = list(zip(x.split(size), y.split(size), strict=True))
-    total = torch.zeros((), device=x.device)
-    weight = state.scaler.scale(torch.ones((), device=x.device)) / len(micro_batches)
-    for number, (micro_x, micro_y) in enumerate(micro_batches):
+    numbers, size = _own_micro_batches(state, config), state.windows_at_once
+    count = config.batch_size // size
+    weight = state.scaler.scale(torch.ones((), device=x.device)) / count
+    losses = []
+    for number, micro_x, micro_y in zip(numbers, x.split(size), y.split(size), strict=True):
         if state.model.config.dropout:
             torch.manual_seed(rng.seed(config.seed, "dropout", state.step, number))
-        loss, gradients = gradients_of(state.model, micro_x, micro_y, weight)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        del gradient, gradients  # or the next forward pass would stand beside them
-        total += loss / len(micro_batches)
+        first, last = number == numbers[0], number == numbers[-1]
+        losses.append(backward(micro_x, micro_y, weight, first, last))
     state.scaler.unscale_(state.optimizer)
-    return total
+    return torch.stack(losses)

@@ -59,5 +59,6 @@ if absent or sys.version_info < (3, 11):
 
 from lm.signals import end_with_parent  # noqa: E402 - from source
 
-if "DVC_ROOT" in os.environ:  # dvc may die while torch is being imported
+# dvc, or the launcher of several processes, may die while torch is being imported
+if "DVC_ROOT" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
     end_with_parent()

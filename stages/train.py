@@ -1,20 +1,27 @@
 """Stage train: the tokens to models/ and metrics/; goes on by itself where it was stopped."""
 
 import os
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from lm.config import RuntimeConfig
 from lm.console import say
 from lm.device import choose_device, describe, environment, prepare
 from lm.evaluate import evaluate, loss_nats
 from lm.files import sha256_file
+from lm.footprint import share_of_batch
 from lm.huggingface import start_from
-from lm.model import ModelConfig
+from lm.model import ModelConfig, TransformerLM
 from lm.plan import Forecast, Plan, begin, make_plan
+from lm.processes import Processes, joined
 from lm.run import Run, due
 from lm.tokenizer import Tokenizer, load_tokenizer
-from lm.tokens import Split, open_tokens
+from lm.tokens import Split, Tokens, open_tokens
 from lm.train import TrainConfig, TrainState, train
+from stages.launch import launch, launched
 from stages.run import UNFINISHED, Inputs, run
 
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
@@ -22,63 +29,86 @@ MODELS, METRICS, PRETRAINED = Path("models"), Path("metrics"), Path("models/pret
 
 
 def train_stage(inputs: Inputs) -> None:
-    """Write models/model, models/checkpoints and metrics/.
+    """Write models/model, models/checkpoints and metrics/; by several processes, if so set.
 
     Under DVC, which has deleted them by now, curves.csv and train.json can be watched meanwhile.
     """
     asked = inputs.section(TrainConfig, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
+    if runtime.num_processes > 1 and not launched():
+        share_of_batch(asked, runtime.num_processes)
+        launch("stages.train", runtime.num_processes)
+        return
     device = choose_device(runtime.device)
-    prepare(device, asked.num_threads)
-    say(f"Device: {describe(device)}")
+    with joined(asked.parallel, device, runtime.process_timeout_s) as processes:
+        prepare(device, asked.num_threads)
+        say(f"Device: {describe(device)}{f', {processes.size} processes' * (processes.size > 1)}")
+        read = partial(_read, inputs, asked, device, processes)
+        plan, tokens, tokenizer = processes.together(read)
+        made_of = {
+            "inputs": {file.as_posix(): sha256 for file, sha256 in inputs.files.items()},
+            "code": inputs.code,
+            "environment": environment(device, plan.config.compile is True),
+        }
+        settings = {"model": asdict(plan.model), "train": asdict(plan.config)}
+        processes.require_same(settings | made_of)
+        initialise = partial(_initialise, asked, tokenizer)
+        state = begin(plan, asked, processes, initialise)
+        resume_from = inputs.arguments.resume_from
+        live = METRICS if "DVC_ROOT" in os.environ else None
+        with Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live) as this_run:
+            _train(inputs, this_run, tokens, Forecast(plan, state.step))
+            this_run.publish(tokenizer, MODELS, METRICS)
+
+
+def _read(
+    inputs: Inputs, asked: TrainConfig, device: torch.device, processes: Processes
+) -> tuple[Plan, Tokens, Tokenizer]:
+    """What the stage depends on, verified; and the plan made of it."""
     inputs.watch(TOKENIZER, TOKENS)
+    if asked.init_from is not None:
+        inputs.watch(PRETRAINED / asked.init_from)
     tokenizer = load_tokenizer(TOKENIZER)
     tokens = open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json"))
     model_config = inputs.section(ModelConfig, "model", vocab_size=tokens.vocab_size)
     for split in (tokens.train, tokens.valid):
         split.require(model_config.context_length)
     say(f"Loaded dataset with {len(tokens.train.tokens):,} tokens")
-    plan = make_plan(model_config, asked, device)
-    config, state = plan.config, _begin(inputs, plan, asked, tokenizer)
-    made_of = {
-        "inputs": {file.as_posix(): sha256 for file, sha256 in inputs.files.items()},
-        "code": inputs.code,
-        "environment": environment(device, config.compile is True),
-    }
-    resume_from = inputs.arguments.resume_from
-    live = METRICS if "DVC_ROOT" in os.environ else None
-    with Run(state, config, runtime, made_of, UNFINISHED, resume_from, live) as this_run:
-        steps, forecast = train(state, tokens.train, config), Forecast(plan, state.step)
-        while not this_run.finished():
-            record = next(steps)
-            if due(state.step, config.eval_interval) or state.step == config.max_steps:
-                record["valid_loss"] = validation_loss(state, tokens.valid, config)
-            this_run.log(forecast.heard(record))
-            if this_run.finished():  # before the last save, or a kill could leave it half written
-                this_run.write_performance(device, METRICS, forecast)
-            if this_run.save_due:
-                inputs.check_files()
-                this_run.save()
-        inputs.check()
-        this_run.publish(tokenizer, MODELS, METRICS)
+    return make_plan(model_config, asked, device, processes.size), tokens, tokenizer
 
 
-def _begin(inputs: Inputs, plan: Plan, asked: TrainConfig, tokenizer: Tokenizer) -> TrainState:
-    """The state before the first step, with the weights that train.init_from names."""
-    state = begin(plan, asked)
+def _initialise(asked: TrainConfig, tokenizer: Tokenizer, model: TransformerLM) -> None:
+    """Give the model the weights that train.init_from names."""
     if asked.init_from is not None:
-        folder = PRETRAINED / asked.init_from
-        inputs.watch(folder)
-        start_from(folder, state.model, tokenizer)
-        say(f"Starting from the weights in {folder}")
-    return state
+        start_from(PRETRAINED / asked.init_from, model, tokenizer)
+        say(f"Starting from the weights in {PRETRAINED / asked.init_from}")
+
+
+def _train(inputs: Inputs, this_run: Run, tokens: Tokens, forecast: Forecast) -> None:
+    """Train to the end of the run."""
+    state, config = this_run.state, this_run.config
+    steps = train(state, tokens.train, config)
+    while not this_run.finished():
+        record = next(steps)
+        if due(state.step, config.eval_interval) or state.step == config.max_steps:
+            record["valid_loss"] = validation_loss(state, tokens.valid, config)
+        this_run.log(forecast.heard(record))
+        if this_run.finished():  # before the last save, or a kill could leave it half written
+            this_run.write_performance(state.model.head.device, METRICS, forecast)
+        if this_run.save_due:
+            state.processes.together(inputs.check_files)
+            this_run.save()
+    state.processes.together(inputs.check)
 
 
 def validation_loss(state: TrainState, valid: Split, config: TrainConfig) -> float:
     """Loss in nats on the batches that every validation of the run looks at."""
     at_once, dtype = state.windows_at_once, config.dtype
     batches = config.eval_batches * config.batch_size // at_once
-    return loss_nats(evaluate(state.model, valid, at_once, max_batches=batches, dtype=dtype))
+    sums = evaluate(
+        state.model, valid, at_once, max_batches=batches, dtype=dtype, processes=state.processes
+    )
+    return loss_nats(sums)
 
 
 if __name__ == "__main__":

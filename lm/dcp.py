@@ -1,0 +1,86 @@
+"""Tensors in a folder that several processes write and any number reads.
+
+By torch.distributed.checkpoint, which plans who writes and who reads what, in its safetensors
+format: opening a folder runs no code, where that library's own format is a pickle.
+
+    shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote, and so on
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lm.errors import EnvironmentFault, InputError
+from lm.processes import Processes
+
+
+def write_tensors(tensors: dict[str, Tensor], folder: Path, writers: Processes) -> None:
+    """Write what each process keeps of some tensors, all processes together.
+
+    Of a tensor that all have, one writes it. Raises EnvironmentFault, in every process, if the
+    disk of one is full.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _told_in_one_line(folder):
+        save(tensors, storage_writer=storage, process_group=writers.messages)
+
+
+def own_files(folder: Path, rank: int) -> list[Path]:
+    """What a rank has written there."""
+    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor there, whole."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    with _told_in_one_line(folder):
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in stored.items()}  # type: ignore[union-attr]
+
+
+def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
+    """Fill tensors in place, of shared ones the rows of this process; nobody waits for anybody."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with _told_in_one_line(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def assemble(folder: Path) -> dict[str, Tensor]:
+    """Every tensor there, whole, in this process's memory."""
+    tensors = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
+    read_tensors(tensors, folder)
+    return tensors
+
+
+@contextmanager
+def _told_in_one_line(folder: Path) -> Iterator[None]:
+    """Turn what the library raises, a BaseException with a traceback of each rank, into faults."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = min(error.failures.items())
+        if not isinstance(reason, OSError):
+            raise InputError(f"{folder}: rank {rank}: {_first_line(reason)}") from None
+        fault = EnvironmentFault(
+            f"{folder}: rank {rank}: {reason.strerror or reason}; what was finished before is "
+            "intact: mend it and run again"
+        )
+        fault.common = True  # type: ignore[attr-defined]
+        raise fault from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,69 @@
+"""Several processes of a stage on this machine, by torch's elastic launcher, as torchrun does it.
+
+    python -m stages.train, runtime.num_processes: N -> launcher -> N x python -m stages.train
+
+A process that fails ends the others; this one then leaves with the exit code of the failure.
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from uuid import uuid4
+
+from lm.errors import EnvironmentFault, Interrupted
+
+SHUTDOWN_S = 600  # to finish a step and save it: beyond that a process is killed
+
+
+def launched() -> bool:
+    """Whether a launcher, this or torchrun, has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launch(module: str, num_processes: int) -> None:
+    """Run `python -m module` with these arguments that often; returns when all have succeeded.
+
+    Raises SystemExit with the code of the process that failed first, Interrupted for a signal,
+    which is passed on.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    # as torchrun does; the number of threads is a part of a run's environment
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id=uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            shutdown_timeout=SHUTDOWN_S,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *sys.argv[1:])
+        except SignalException as caught:
+            raise Interrupted(caught.sigval, "stopped; run again to go on") from None
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            raise _leave_with(codes) from None
+
+
+def _leave_with(codes: dict[int, int]) -> BaseException:
+    """What the exit codes of failed processes, by rank, come to; those of signals are negative."""
+    told = [code for code in codes.values() if code > 0]
+    if told:  # who only lost another process leaves with this code: the other's says more
+        return SystemExit(next((c for c in told if c != EnvironmentFault.exit_code), told[0]))
+    rank, code = next(iter(codes.items()))
+    return EnvironmentFault(
+        f"rank {rank} was ended by {signal.Signals(-code).name}; what was saved is intact: run "
+        "again to go on"
+    )
