@@ -1,5 +1,6 @@
 """The plan against independent counts: torch's own of products, parameters and saved tensors."""
 
+import itertools
 import json
 import platform
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import distributed
+from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -404,6 +406,53 @@ def test_processes_hold_and_send_what_is_planned(
         state.optimizer.step()
     planned = communication(model_config, config, 4, micro_batches)
     assert sorted(planned.values()) == sorted(sent.bytes.values())
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "changes"),
+    [
+        (1, {}),
+        (4, {}),
+        (4, {"reduction": "tree"}),
+        (1, {"gradient_checkpointing": True}),
+        (1, {"dtype": "bfloat16"}),
+        (1, {"optimizer": "muon"}),
+    ],
+    ids=str,
+)
+def test_planned_memory_of_fsdp_is_what_torch_holds_at_once(
+    model_config, train_config, one_of_four, micro_batches, changes
+):
+    """Of the tensors that are alive, whatever a heap makes of it: so on a GPU."""
+    sizes = {"d_model": 256, "d_ff": 688, "num_layers": 4, "context_length": 64}
+    model_config = replace(model_config, **sizes)
+    fixed = {"optimizer": "adamw", "compile": False, "parallel": "fsdp", "micro_batch_size": 2}
+    config = replace(train_config, batch_size=8 * micro_batches, **(fixed | changes))
+    state = new_state(model_config, config, CPU, Processes(0, 4))
+
+    def loss_of(model, x, y):
+        with autocast(CPU, config.dtype):
+            return model.loss(x, y)
+
+    backward = Sharded(state.model, loss_of, config.reduction == "tree")
+    ids, one = torch.zeros(2, 64, dtype=torch.int64), torch.ones(())
+
+    def update():
+        state.optimizer.zero_grad(set_to_none=True)
+        for number in range(micro_batches):
+            backward(ids, ids, one, number == 0, number == micro_batches - 1)
+        state.optimizer.step()
+
+    update()  # makes the optimizer's state
+    state.optimizer.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        update()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes_of_size = [event.nbytes() for event in events if event.name() == "[memory]"]
+    planned = peak_memory(model_config, config, CUDA, 2, 0, 4)
+    held = planned["weights"] + planned["optimizer state"]
+    most = held + max(itertools.accumulate(changes_of_size))
+    assert 0.8 < most / sum(planned.values()) < 1.02
 
 
 def test_what_ddp_a_tree_and_muon_send_by_hand(model_config, train_config):
