@@ -23,6 +23,9 @@ from lm.train import TrainConfig
 # glibc 2.36, which asks for more in order to align: a hole is too small for what has left it)
 HEAP = 1.45
 HOLES = 0.55  # of each block that is computed again, as its input stays between
+# of each block whose weights came and went, with gloo: ten shapes were within -8 and +18 %, but for
+# a tree over several micro-batches, which took 40 % more than is planned
+GATHERED_HOLES = 2.0
 KERNEL_BYTES = 20e6  # of torch's libraries, in memory once they have been used
 COMPILER_BYTES = 120e6  # torch's compiler in the process, once it has been used
 
@@ -175,7 +178,7 @@ def _head(model: ModelConfig, config: TrainConfig, windows: int) -> dict[str, fl
     a = 4 if config.dtype == "float32" else 2
     rows = rows_at_once(N, V)
     chunks, logits = -(-N // rows), rows * V
-    if config.compile is True:
+    if config.compile is True and config.parallel == "none":  # else blocks alone are compiled
         copies = 2 * a  # the pointwise operations are one loop
     else:
         copies = a + 4 + 4 + a * (chunks > 1) + (4 if a == 2 else 0)
@@ -192,12 +195,10 @@ def _through_a_block(model: ModelConfig, config: TrainConfig, windows: int) -> f
     return 8.0 * N * model.d_model + _matrices(model) * N * model.d_ff * a
 
 
-def optimizer_bytes(
-    model: ModelConfig, config: TrainConfig, shards: int = 1
-) -> tuple[float, float]:
+def optimizer_bytes(model: ModelConfig, config: TrainConfig, shards: int) -> tuple[float, float]:
     """(state, scratch of an update): AdamW keeps two numbers a weight, Muon one a matrix.
 
-    Of one of so many processes, where each holds a share of the state.
+    Of one of so many processes that hold a share of the state each.
     """
     sizes = parameters(model)
     total = sum(sizes.values())
@@ -205,11 +206,11 @@ def optimizer_bytes(
         return 8 * total / shards, 0
     matrices = sizes["attention"] + sizes["feed-forward"]
     # every matrix's direction; the largest stack of equal ones in float32, and thrice in bfloat16
-    stack = max(sizes["attention"], sizes["feed-forward"])
-    if shards > 1:  # a process has one whole matrix of a stack at a time
-        stack = max(rows * columns for rows, columns in _shapes(model))
-    received = 4 * stack * (shards > 1)
-    return (8 * total - 4 * matrices) / shards, 4 * matrices / shards + received + 10 * stack
+    scratch = 4.0 * matrices + 10 * max(sizes["attention"], sizes["feed-forward"])
+    if config.parallel == "fsdp":  # one whole matrix at a time, and what is sent and received of it
+        largest = max(rows * columns for rows, columns in _shapes(model))
+        scratch = 4 * matrices / shards + (10 + 4 + 4) * largest
+    return (8 * total - 4 * matrices) / shards, scratch
 
 
 def _shapes(model: ModelConfig) -> Counter[tuple[int, int]]:
@@ -247,26 +248,30 @@ def peak_memory(
     whole = 4.0 * sum(parameters(model).values())
     weights = whole / shards
     state, scratch = optimizer_bytes(model, config, shards)
-    gathered, sent = _gathered(model, shards)
-    before, after, reduced = _gradients(model, config, num_processes, at_once)
+    gathered, sent = _gathered(model, config)
+    before, after, reduced = _gradients(model, config, shards, at_once)
     logits = float(windows * model.context_length * model.vocab_size)
     copies = 8 if config.dtype == "float32" else 10  # logits, in float32, log-softmax
     kept = activations(model, config, windows)
     again = kept.pop("one block again", 0.0)
     vocabulary = 4.0 * model.vocab_size * model.d_model
+    lost = GATHERED_HOLES * (gathered > 0) * model.num_layers * _root_and_block(model)[1]
+    lost *= device.type == "cpu"
     moments: list[dict[str, float]] = [
         {
             "activations": sum(kept.values()),
             **_head(model, config, windows),
             "gradients": before,
             "gathered weights": gathered,
+            "heap, lost between blocks": lost,
         },
         {
             "activations": sum(kept.values()) + again,
             "gradients": before + vocabulary + sent,
             "gathered weights": gathered,
             "gradients by activations": _through_a_block(model, config, windows),
-            "heap, lost between blocks": HOLES * model.num_layers * again * (device.type == "cpu"),
+            "heap, lost between blocks": lost
+            + HOLES * model.num_layers * again * (device.type == "cpu"),
         },
         {"gradients": after, "gathered weights": gathered},
         {"gradients": reduced, "update": scratch},
@@ -276,7 +281,7 @@ def peak_memory(
             "validation's logits": logits * copies,
         },
     ]
-    if shards > 1 and device.type == "cpu":
+    if config.parallel == "fsdp" and device.type == "cpu":
         moments.append({"state put together": whole + state * shards})
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     parts = {"weights": weights, "optimizer state": state} | fullest
@@ -297,20 +302,20 @@ def _root_and_block(model: ModelConfig) -> tuple[float, float]:
     return 4.0 * in_root, 4.0 * (total - in_root) / model.num_layers
 
 
-def _gathered(model: ModelConfig, shards: int) -> tuple[float, float]:
+def _gathered(model: ModelConfig, config: TrainConfig) -> tuple[float, float]:
     """Bytes under fsdp of whole weights, and of whole gradients that are on their way.
 
     Weights: the root's throughout, a block's while it computes and the next one's. Gradients: a
     block's, and the copy of it that is being sent.
     """
-    if shards == 1:
+    if config.parallel != "fsdp":
         return 0.0, 0.0
     root, block = _root_and_block(model)
     return root + 2 * block, 2 * block
 
 
 def _gradients(
-    model: ModelConfig, config: TrainConfig, num_processes: int, micro_batches: int
+    model: ModelConfig, config: TrainConfig, shards: int, micro_batches: int
 ) -> tuple[float, float, float]:
     """Bytes of gradients before the last micro-batch of a process, after it and in the update.
 
@@ -322,12 +327,12 @@ def _gradients(
     tree = config.reduction == "tree"
     levels = math.log2(micro_batches)
     before = levels if tree else float(micro_batches > 1)
-    if num_processes == 1 or config.parallel == "none":
+    if config.parallel == "none":
         return before * whole, (1 + before) * whole, whole
     if config.parallel == "ddp":
         in_buckets = whole * (1 + levels * tree)
         return in_buckets, in_buckets, whole
-    share, (root, _) = whole / num_processes, _root_and_block(model)
+    share, (root, _) = whole / shards, _root_and_block(model)
     after = (1 + levels * tree) * share + 2 * root  # the root's are sent last
     return before * (share if tree else whole), after, share
 
@@ -343,9 +348,9 @@ def communication(
     halves of that (Rajbhandari et al. 2020, section 7.2), less what the root keeps, and is done
     for each micro-batch. All is float32, 4 bytes a number. Over a tree each process adds up a
     share of the gradients that an all-to-all has brought: as many bytes as a reduce-scatter, but
-    under fsdp for each micro-batch. Muon's matrices go to one process each, N at a time, and come
-    back as rows: told is the process that has the most of them. Norms of gradients, losses and
-    validations are left out.
+    under fsdp for each micro-batch. Muon's matrices go to one process each, N of a shape at a time,
+    and come back as rows in bfloat16; where there are fewer, places stay empty but are sent. Norms
+    of gradients, losses and validations are left out.
     """
     others = (num_processes - 1) / num_processes
     whole = others * 4.0 * sum(parameters(model).values())
@@ -361,9 +366,9 @@ def communication(
         micro_batches if tree else 1
     )
     if config.optimizer == "muon":
-        own = sum(
-            rows * columns * (count / num_processes + -(-count // num_processes))
+        numbers = sum(
+            rows * columns * -(-count // num_processes)
             for (rows, columns), count in _shapes(model).items()
         )
-        sent["all-to-all of Muon"] = others * 4.0 * own
+        sent["all-to-all of Muon"] = others * (4.0 + 2.0) * numbers
     return sent

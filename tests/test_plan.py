@@ -1,5 +1,6 @@
 """The plan against independent counts: torch's own of products, parameters and saved tensors."""
 
+import itertools
 import json
 import platform
 import subprocess
@@ -9,11 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import distributed
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import scale
 from lm import plan as planning
 from lm.device import autocast, free_memory_bytes
 from lm.errors import EnvironmentFault, InputError
@@ -26,8 +29,11 @@ from lm.footprint import (
     share_of_batch,
 )
 from lm.model import TransformerLM
+from lm.parallel import Replicated, Sharded
 from lm.plan import Plan, calibrate, compiling, largest_micro_batch, make_plan, table
+from lm.processes import Processes
 from lm.resume import run_folder
+from lm.shares import local
 from lm.train import new_state, train
 from tests import test_run
 from tests.project import ROOT
@@ -342,45 +348,111 @@ def one_of_four():
     distributed.destroy_process_group()
 
 
+# of a share, or of four parts: how much goes to other processes
+SENT = {"_allgather_base_": 3, "_reduce_scatter_base_": 3, "alltoall_base_": 3 / 4}
+
+
 class Sent(TorchDispatchMode):
-    """Counts the bytes that a ring of four processes would send for what torch hands over."""
+    """Counts the bytes that one of four processes would send of what torch is given to send."""
 
     def __init__(self):
         super().__init__()
         self.bytes = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name
-        if name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
-            share = min(argument.nbytes for argument in args[:2])
-            self.bytes[name] = self.bytes.get(name, 0) + 3 * share
+        library, name = function._schema.name.split("::")
+        if library == "c10d":
+            tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            size = min(tensor.nbytes for tensor in tensors)
+            self.bytes[name] = self.bytes.get(name, 0) + SENT[name] * size
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel": "fsdp"},
+        {"parallel": "fsdp", "gradient_checkpointing": True},
+        {"parallel": "fsdp", "reduction": "tree"},
+        {"parallel": "fsdp", "optimizer": "muon"},
+        {"parallel": "ddp", "reduction": "tree"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_fsdp_holds_and_sends_what_is_planned(
-    model_config, train_config, one_of_four, checkpointing, tied, micro_batches
+def test_processes_hold_and_send_what_is_planned(
+    model_config, train_config, one_of_four, changes, tied, micro_batches
 ):
     model_config = replace(model_config, tie_embeddings=tied)
-    model = TransformerLM(model_config, checkpointing)
-    for layer in model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    register_fsdp_forward_method(model, "loss")
-    ids = torch.zeros(1, 16, dtype=torch.int64)
-    with Sent() as sent:
-        for left in reversed(range(micro_batches)):
-            model.set_requires_gradient_sync(left == 0)
-            model.loss(ids, ids).backward()
-    config = replace(train_config, parallel="fsdp", optimizer="adamw")
-    assert communication(model_config, config, 4, micro_batches) == {
-        "all-gather of weights": sent.bytes["c10d::_allgather_base_"],
-        "reduce-scatter of gradients": sent.bytes["c10d::_reduce_scatter_base_"],
-    }
-    held = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    sizes = {"batch_size": 4 * micro_batches, "micro_batch_size": 1}
+    config = replace(train_config, **{"optimizer": "adamw", "compile": False} | sizes | changes)
+    state = new_state(model_config, config, CPU, Processes(0, 4))
+    held = sum(local(parameter).nbytes for parameter in state.model.parameters())
     assert peak_memory(model_config, config, CUDA, 1, 0, 4)["weights"] == held
+    tree = config.reduction == "tree"
+
+    def loss_of(model, x, y):
+        return model.loss(x, y)
+
+    if config.parallel == "ddp":
+        backward = Replicated(state.model, loss_of, state.processes, tree)
+    else:
+        backward = Sharded(state.model, loss_of, tree)
+    ids, one = torch.zeros(1, 16, dtype=torch.int64), torch.ones(())
+    with Sent() as sent:
+        for number in range(micro_batches):
+            backward(ids, ids, one, number == 0, number == micro_batches - 1)
+        state.optimizer.step()
+    planned = communication(model_config, config, 4, micro_batches)
+    assert sorted(planned.values()) == sorted(sent.bytes.values())
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "changes"),
+    [
+        (1, {}),
+        (4, {}),
+        (4, {"reduction": "tree"}),
+        (1, {"gradient_checkpointing": True}),
+        (1, {"dtype": "bfloat16"}),
+        (1, {"optimizer": "muon"}),
+    ],
+    ids=str,
+)
+def test_planned_memory_of_fsdp_is_what_torch_holds_at_once(
+    model_config, train_config, one_of_four, micro_batches, changes
+):
+    """Of the tensors that are alive, whatever a heap makes of it: so on a GPU."""
+    sizes = {"d_model": 256, "d_ff": 688, "num_layers": 4, "context_length": 64}
+    model_config = replace(model_config, **sizes)
+    fixed = {"optimizer": "adamw", "compile": False, "parallel": "fsdp", "micro_batch_size": 2}
+    config = replace(train_config, batch_size=8 * micro_batches, **(fixed | changes))
+    state = new_state(model_config, config, CPU, Processes(0, 4))
+
+    def loss_of(model, x, y):
+        with autocast(CPU, config.dtype):
+            return model.loss(x, y)
+
+    backward = Sharded(state.model, loss_of, config.reduction == "tree")
+    ids, one = torch.zeros(2, 64, dtype=torch.int64), torch.ones(())
+
+    def update():
+        state.optimizer.zero_grad(set_to_none=True)
+        for number in range(micro_batches):
+            backward(ids, ids, one, number == 0, number == micro_batches - 1)
+        state.optimizer.step()
+
+    update()  # makes the optimizer's state
+    state.optimizer.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        update()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes_of_size = [event.nbytes() for event in events if event.name() == "[memory]"]
+    planned = peak_memory(model_config, config, CUDA, 2, 0, 4)
+    held = planned["weights"] + planned["optimizer state"]
+    most = held + max(itertools.accumulate(changes_of_size))
+    assert 0.8 < most / sum(planned.values()) < 1.02
 
 
 def test_what_ddp_a_tree_and_muon_send_by_hand(model_config, train_config):
@@ -400,12 +472,10 @@ def test_what_ddp_a_tree_and_muon_send_by_hand(model_config, train_config):
     assert tree == {"all-to-all of gradients": once, "all-gather of gradients": once}
     tree = sent(5, micro_batches=4, parallel="fsdp", reduction="tree", optimizer="muon")
     assert tree["all-to-all of gradients"] == pytest.approx(4 * 4 * 4 * numbers / 5)
-    # a process has a fifth of the rows of 12 + 6 + 3 matrices, and 3 + 2 + 1 whole ones to return;
-    # a fifth of both it sends to itself
-    rows = (12 * 64 + 9 * 192) / 5
-    assert tree["all-to-all of Muon"] == pytest.approx(
-        4 * 4 / 5 * (rows + 3 * 64 + 2 * 192 + 1 * 192)
-    )
+    # 12, 6 and 3 matrices of a shape are 3, 2 and 1 rounds, in each of which a process sends four
+    # fifths of a matrix, in float32 as rows of all and in bfloat16 of the one that it has had
+    numbers = 3 * 64 + 2 * 192 + 1 * 192
+    assert tree["all-to-all of Muon"] == pytest.approx(4 / 5 * (4 + 2) * numbers)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -494,3 +564,17 @@ def test_the_command_refuses_in_one_line(arguments, message, capsys):
         planning.main(["--params", str(ROOT / "presets" / "smoke.yaml"), *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_tables_of_the_page_are_what_the_benchmark_prints(capsys):
+    page = (ROOT / "docs" / "SCALE.md").read_text()
+    scale.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) > 40
+    assert not [line for line in printed if line not in page]
+
+
+def test_the_slurm_script_parses_and_starts_the_stage():
+    script = ROOT / "docs" / "slurm" / "train.sbatch"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert " -m stages.train\n" in script.read_text()
