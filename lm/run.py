@@ -121,7 +121,7 @@ class Run:
         self.progress.close()
         self.directory.unlock()
         self.signals.__exit__(kind, error, traceback)
-        if isinstance(error, Diverged):
+        if isinstance(error, Diverged) and self.processes.leads:
             kept = kept_checkpoints(self.directory.folder)
             good = next((read_extra(path)["iteration"] for path, fault in kept if not fault), None)
             last = "no checkpoint yet" if good is None else f"step {good}"
@@ -323,13 +323,11 @@ class Run:
         It can be repeated: the resume directory still holds the state of the last step.
         """
         self.directory.wait()
-        self.processes.lead(lambda: self._publish(tokenizer, models, metrics))
+        if self.processes.leads:  # the others have nothing to wait for
+            with publishing(self.directory.folder.parent):
+                self._publish(tokenizer, models, metrics)
 
     def _publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
-        with publishing(self.directory.folder.parent):
-            self._write_outputs(tokenizer, models, metrics)
-
-    def _write_outputs(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
         """From checkpoints alone: of the model this process may hold a share."""
         state, checkpoints = self.state, models / "checkpoints"
         last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"

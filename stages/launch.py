@@ -31,8 +31,9 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # the processes say themselves what is the matter
-    # as torchrun does; the number of threads is a part of a run's environment
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    # within one machine: no name to be resolved, no port that others reach
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -41,6 +42,7 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
             run_id=uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
+            local_addr="localhost",
             max_restarts=0,
             shutdown_timeout=timeout_s,
             logs_specs=DefaultLogsSpecs(log_dir=logs),

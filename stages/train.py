@@ -52,7 +52,7 @@ def train_stage(inputs: Inputs) -> None:
         }
         settings = {"model": asdict(plan.model), "train": asdict(plan.config)}
         processes.require_same(settings | made_of)
-        initialise = partial(_initialise, asked, tokenizer)
+        initialise = partial(_initialise, asked, tokenizer, processes)
         state = begin(plan, asked, processes, initialise)
         resume_from = inputs.arguments.resume_from
         live = METRICS if "DVC_ROOT" in os.environ else None
@@ -77,11 +77,14 @@ def _read(
     return make_plan(model_config, asked, device, processes.size), tokens, tokenizer
 
 
-def _initialise(asked: TrainConfig, tokenizer: Tokenizer, model: TransformerLM) -> None:
+def _initialise(
+    asked: TrainConfig, tokenizer: Tokenizer, processes: Processes, model: TransformerLM
+) -> None:
     """Give the model the weights that train.init_from names."""
     if asked.init_from is not None:
-        start_from(PRETRAINED / asked.init_from, model, tokenizer)
-        say(f"Starting from the weights in {PRETRAINED / asked.init_from}")
+        folder = PRETRAINED / asked.init_from
+        processes.together(lambda: start_from(folder, model, tokenizer))
+        say(f"Starting from the weights in {folder}")
 
 
 def _train(inputs: Inputs, this_run: Run, tokens: Tokens, forecast: Forecast) -> None:
