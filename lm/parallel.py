@@ -132,9 +132,23 @@ class Replicated(Backward):
             _Loss(model, loss_of), gradient_as_bucket_view=True, forward_sync_buffers=False
         )
         self.ddp.register_comm_hook(None, self._reduced)
+        self.settled = tree or processes.size <= 2  # a + b needs no order
+
+    def _settle(self, x: Tensor, y: Tensor) -> None:
+        """Let DDP see a backward pass, after which it lays its buckets out anew.
+
+        The order in which a ring adds depends on a number's place in its bucket: in a resumed run
+        the first step would else be added otherwise than in one that was never stopped.
+        """
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            self.ddp(x, y).backward()
+        _taken(self.parameters)
+        self.settled = True
 
     def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """See Backward."""
+        if not self.settled:
+            self._settle(x, y)
         if last:
             sums = self.sums.take()
             self.before = [dict(zip(self.parameters, part, strict=True)) for part in sums]
