@@ -40,8 +40,8 @@ class Progress:
             leave=False,
         )
 
-    def show(self, record: dict[str, Any], average_loss: float) -> None:
-        """Report one finished step."""
+    def show(self, record: dict[str, Any], average_loss: float, remark: str = "") -> None:
+        """Report one finished step, with a remark behind its figures."""
         self.bar.update(1)
         step = record["step"]
         if step % self.interval == 0 or step == self.max_steps:
@@ -51,7 +51,7 @@ class Progress:
                 f"  loss {record['train_loss']:.4f}  average {average_loss:.4f}"
                 f"  lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}"
                 f"  {done * self.tokens_per_step / elapsed:,.0f} tokens/s"
-                f"  ETA {duration((self.max_steps - step) * elapsed / done)}"
+                f"  ETA {duration((self.max_steps - step) * elapsed / done)}{remark}"
             )
         if record.get("valid_loss") is not None:
             say(f"step {step}: validation loss {record['valid_loss']:.4f}")

@@ -10,8 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -333,6 +333,35 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+class Stopwatch:
+    """Seconds that a device has worked, without waiting for it; a GPU is asked when it is done."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.seconds = device.type == "cuda", 0.0
+        self.laps: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def lap(self) -> Iterator[None]:
+        """Add the time of what is done within."""
+        if self.on_gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self.laps.append((start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - began
+
+    def take(self) -> float:
+        """The seconds since the last time it was asked; of a GPU that has been waited for."""
+        laps, self.laps = self.laps, []
+        seconds = self.seconds + sum(start.elapsed_time(end) / 1000 for start, end in laps)
+        self.seconds = 0.0
+        return seconds
 
 
 def performance(

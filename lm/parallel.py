@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 
+from lm.device import Stopwatch
 from lm.model import TransformerLM
 from lm.processes import Processes
 
@@ -32,12 +32,12 @@ Gradients = Callable[[TransformerLM, Tensor, Tensor, Tensor], tuple[Tensor, tupl
 class Backward:
     """Takes the micro-batches of a batch one by one; after the last, every .grad is the batch's."""
 
-    def __init__(self, tree: bool) -> None:
-        self.tree, self.sums = tree, PairwiseSum()
+    def __init__(self, model: TransformerLM, tree: bool) -> None:
+        self.model, self.tree, self.sums = model, tree, PairwiseSum()
+        self.forward = Stopwatch(model.head.device)  # of several processes shows which is slow
         self.watching, self.spoilt = False, False
-        self.forward_s = 0.0  # seconds of the last batch's forward passes, waiting left out
 
-    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, first: bool, last: bool) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """The loss of a micro-batch of windows (B, T), in nats."""
         raise NotImplementedError
 
@@ -95,11 +95,11 @@ class Alone(Backward):
     """One process."""
 
     def __init__(self, model: TransformerLM, gradients_of: Gradients, tree: bool):
-        super().__init__(tree)
-        self.model, self.gradients_of = model, gradients_of
+        super().__init__(model, tree)
+        self.gradients_of = gradients_of
         self.parameters = tuple(model.parameters())
 
-    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, first: bool, last: bool) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """See Backward."""
         loss, gradients = self.gradients_of(self.model, x, y, weight)
         if self.tree:
@@ -125,7 +125,7 @@ class Replicated(Backward):
     """Every process holds the whole model; gradients are reduced during the last backward pass."""
 
     def __init__(self, model: TransformerLM, loss_of: LossOf, processes: Processes, tree: bool):
-        super().__init__(tree)
+        super().__init__(model, tree)
         self.parameters, self.processes = tuple(model.parameters()), processes
         self.before: list[dict[Tensor, Tensor]] = []  # to which the last gradients are added
         self.ddp = nn.parallel.DistributedDataParallel(
@@ -133,22 +133,25 @@ class Replicated(Backward):
         )
         self.ddp.register_comm_hook(None, self._reduced)
 
-    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, first: bool, last: bool) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """See Backward."""
         if last:
             sums = self.sums.take()
             self.before = [dict(zip(self.parameters, part, strict=True)) for part in sums]
         with nullcontext() if last else self.ddp.no_sync():
-            start = time.perf_counter()
-            loss = self.ddp(x, y)
-            self.forward_s = (not first) * self.forward_s + time.perf_counter() - start
+            with self.forward.lap():
+                loss = self.ddp(x, y)
             (loss * weight).backward()
         self.before = []
         if self.tree and not last:
             self.sums.add(_taken(self.parameters))
         return loss.detach()
 
-    def _reduced(self, _: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def _reduced(
+        self,
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         """The gradients of a bucket, summed over micro-batches and processes."""
         flat, size = bucket.buffer(), self.processes.size
         for sums in self.before:
@@ -175,8 +178,8 @@ class Sharded(Backward):
     """Every process keeps its rows of each parameter; `shard` has made the model so."""
 
     def __init__(self, model: TransformerLM, loss_of: LossOf, tree: bool):
-        super().__init__(tree)
-        self.model, self.loss_of = model, loss_of
+        super().__init__(model, tree)
+        self.loss_of = loss_of
         self.gather, self.reduce = _AllGather(), _ReduceScatter(self)
         for module in (*model.layers, model):
             fsdp: Any = module
@@ -185,14 +188,14 @@ class Sharded(Backward):
             fsdp.set_force_sum_reduction_for_comms(True)
             fsdp.set_gradient_divide_factor(1.0)
 
-    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, first: bool, last: bool) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """See Backward."""
         fsdp: Any = self.model
         fsdp.set_requires_gradient_sync(last or self.tree)
-        start, self.gather.waited_s = time.perf_counter(), 0.0
-        loss = self.loss_of(self.model, x, y)
-        passed_s = time.perf_counter() - start - self.gather.waited_s
-        self.forward_s = (not first) * self.forward_s + passed_s
+        self.gather.waited_s = 0.0
+        with self.forward.lap():
+            loss = self.loss_of(self.model, x, y)
+        self.forward.seconds -= self.gather.waited_s
         (loss * weight).backward()
         if self.tree:
             parameters = tuple(self.model.parameters())  # the sharded ones, now
@@ -204,7 +207,7 @@ class Sharded(Backward):
 
 
 class _AllGather:
-    """FSDP's own, with the time that a CPU waits in it."""
+    """FSDP's own, with the time that a CPU waits in it; on a GPU nobody waits."""
 
     waited_s = 0.0
 

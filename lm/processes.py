@@ -17,7 +17,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -39,14 +38,22 @@ Result = TypeVar("Result")
 class Processes:
     """A process among its equals; alone, nothing is sent and nothing waited for."""
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None):
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        store: Store | None = None,
+        timeout: timedelta | None = None,
+    ):
         """With a store, a group for messages is made, which is not that of the gradients."""
-        self.rank, self.size, self.store = rank, size, store
-        self.messages = dist.new_group(backend="gloo") if store is not None else None
+        self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
+        self.messages = None
+        if store is not None:
+            self.messages = dist.new_group(backend="gloo", timeout=timeout)
 
     def again(self) -> "Processes":
         """The same once more, so that a thread of each may speak with those of the others."""
-        return Processes(self.rank, self.size, self.store)
+        return Processes(self.rank, self.size, self.store, self.timeout)
 
     @property
     def leads(self) -> bool:
@@ -165,13 +172,15 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
     Within, faults that all ranks raise are told by rank 0 alone.
     """
     rank, size = (int(os.environ.get(name, default)) for name, default in _PLACE)
-    if parallel == "none":
-        if size > 1:
-            raise InputError(
-                f"train.parallel = none: is for one process, here are {size}; set ddp or fsdp"
-            )
+    if parallel == "none" and size == 1:
         yield ALONE
         return
+    if parallel == "none":
+        if rank > 0:
+            raise SystemExit(InputError.exit_code)  # rank 0 says it
+        raise InputError(
+            f"train.parallel = none is for one process, here are {size}; set ddp or fsdp"
+        )
     if device.type not in ("cpu", "cuda"):
         raise EnvironmentFault(f"train.parallel = {parallel}: works on cpu and cuda, not {device}")
     if rank > 0:
@@ -202,12 +211,12 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
-        store: Store = HashStore()
+        store: Store = dist.HashStore()  # type: ignore[attr-defined]
         if "RANK" in os.environ:
             store = next(rendezvous("env://", timeout=timeout))[0]
         store = PrefixStore(f"lm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        return Processes(rank, size, store)
+        return Processes(rank, size, store, timeout)
     except (dist.DistError, RuntimeError) as error:
         said = str(error).splitlines()[0]
         raise EnvironmentFault(f"rank {rank}: the {size} processes do not meet: {said}") from None

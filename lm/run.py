@@ -13,6 +13,7 @@ they exchange at each step. Rank 0 alone writes and speaks; of a checkpoint each
 import json
 import math
 import statistics
+from collections import deque
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +54,7 @@ from lm.tokenizer import Tokenizer
 from lm.train import Record, TrainConfig, TrainState
 
 REFRESH_S = 2.0  # between two refreshes of the metrics that can be watched
+SLOW = 1.5  # times what the others need is worth a remark
 
 
 class Run:
@@ -97,7 +99,7 @@ class Run:
         self.valid_loss: float | None = None
         self.weights: dict[str, str] = {}  # their hash at each validation, by step
         self.step_seconds: list[float] = []
-        self.forward_seconds: list[list[float]] = []  # of each step, by rank
+        self.forward_seconds: deque[list[float]] = deque(maxlen=1000)  # of each step, by rank
         self.refreshed_s = -math.inf
         if not self._resume() and resume_from is not None:
             self._continue(resume_from)
@@ -272,7 +274,8 @@ class Run:
         self.step_seconds.append(record["step_s"])
         elapsed_s = self.progress.elapsed_s()
         self.clock.tick(record["step"], elapsed_s, self.history)
-        self.progress.show(record, self.history.average_loss)
+        latest = list(self.forward_seconds)[-self.runtime.log_interval :]
+        self.progress.show(record, self.history.average_loss, _slow_rank(latest))
         if "skipped" in record:
             say(f"warning: step {record['step']} skipped: {record['skipped']}")
         if "valid_loss" in record:
@@ -374,9 +377,12 @@ class Run:
         flops = self.state.model.flops_per_token()
         size = self.processes.size
         speed = performance(device, self.config.dtype, self.step_seconds, tokens, flops, size)
-        by_rank = zip(*self.forward_seconds, strict=True)
+        if size > 1:
+            by_rank = zip(*self.forward_seconds, strict=True)
+            speed["forward_seconds_median_by_rank"] = [
+                round(statistics.median(seconds), 6) for seconds in by_rank
+            ]
         chosen = {
-            "forward_seconds_median_by_rank": [round(statistics.median(s), 6) for s in by_rank],
             "micro_batch_size": self.state.windows_at_once,
             "compiled": self.config.compile is True,
         }
@@ -386,6 +392,17 @@ class Run:
 def due(step: int, interval: int) -> bool:
     """Whether something done every `interval` steps is done after this one."""
     return step % interval == 0
+
+
+def _slow_rank(forward_seconds: list[list[float]]) -> str:
+    """Which rank holds the others up, of seconds (steps, ranks), in words; nothing if none does."""
+    medians = [statistics.median(of_rank) for of_rank in zip(*forward_seconds, strict=True)]
+    slowest = max(range(len(medians)), key=medians.__getitem__)
+    others = medians[:slowest] + medians[slowest + 1 :]
+    if not others or medians[slowest] < SLOW * statistics.median(others):
+        return ""
+    times = medians[slowest] / statistics.median(others)
+    return f"  rank {slowest} is slow: {times:.1f} times the others' forward pass"
 
 
 def _copy_as_file(checkpoint: Path, target: Path) -> None:

@@ -173,7 +173,7 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
         yield record | {
             "tokens": state.step * tokens_per_step,
             "step_s": time.perf_counter() - start,
-            "forward_s": backward.forward_s,
+            "forward_s": backward.forward.take(),
         }
 
 
@@ -389,7 +389,6 @@ def _accumulated(
     for number, micro_x, micro_y in zip(numbers, x.split(size), y.split(size), strict=True):
         if state.model.config.dropout:
             torch.manual_seed(rng.seed(config.seed, "dropout", state.step, number))
-        first, last = number == numbers[0], number == numbers[-1]
-        losses.append(backward(micro_x, micro_y, weight, first, last))
+        losses.append(backward(micro_x, micro_y, weight, last=number == numbers[-1]))
     state.scaler.unscale_(state.optimizer)
     return torch.stack(losses)

@@ -33,8 +33,9 @@ from lm.device import choose_device, environment, make_deterministic
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
 from lm.huggingface import start_from
-from lm.model import ModelConfig
-from lm.resume import MICRO_BATCH_SIZES, kept_checkpoints
+from lm.model import ModelConfig, TransformerLM
+from lm.processes import Processes, joined
+from lm.resume import MICRO_BATCH_SIZES, NUM_PROCESSES, kept_checkpoints
 from lm.tokenizer import load_tokenizer
 from lm.tokens import open_tokens
 from lm.train import TrainConfig, TrainState, new_state, train
@@ -211,9 +212,30 @@ def replay(steps: int, device: torch.device) -> str:
             f"{LAST}: trained where {_words(there)}; here {_words({k: here.get(k) for k in there})}"
             ": other bits are to be expected"
         )
-    state = new_state(read_section(ModelConfig, identity, "model", str(LAST)), config, device)
-    if config.init_from is not None:
-        start_from(PRETRAINED / config.init_from, state.model, load_tokenizer(TOKENIZER))
+    if any(size > 1 for size in identity.get(NUM_PROCESSES, {}).values()):
+        raise InputError(
+            f"{LAST}: gradients of several processes were summed in any order, which one process "
+            "does not repeat; train.reduction: tree can be replayed"
+        )
+    with joined(config.parallel, device, timeout_s=60) as processes:  # nobody else
+        return _replayed(steps, config, device, processes, recorded)
+
+
+def _replayed(
+    steps: int,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+    recorded: dict[str, Any],
+) -> str:
+    identity = recorded["identity"]
+
+    def initialise(model: TransformerLM) -> None:
+        if config.init_from is not None:
+            start_from(PRETRAINED / config.init_from, model, load_tokenizer(TOKENIZER))
+
+    model_config = read_section(ModelConfig, identity, "model", str(LAST))
+    state = new_state(model_config, config, device, processes, initialise)
     start = _restore_start(state, steps, recorded)
     known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
     sizes = {int(step): size for step, size in identity[MICRO_BATCH_SIZES].items()}

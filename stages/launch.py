@@ -12,9 +12,7 @@ import sys
 import tempfile
 from uuid import uuid4
 
-from lm.errors import EnvironmentFault, Interrupted
-
-SHUTDOWN_S = 600  # to finish a step and save it: beyond that a process is killed
+from lm.errors import EnvironmentFault
 
 
 def launched() -> bool:
@@ -22,18 +20,17 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def launch(module: str, num_processes: int) -> None:
+def launch(module: str, num_processes: int, timeout_s: int) -> None:
     """Run `python -m module` with these arguments that often; returns when all have succeeded.
 
-    Raises SystemExit with the code of the process that failed first, Interrupted for a signal,
-    which is passed on.
+    After a signal they have `timeout_s` seconds to finish a step and save it.
+    Raises SystemExit with the code of the process that failed first; a signal is passed on.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # the processes say themselves what is the matter
     # as torchrun does; the number of threads is a part of a run's environment
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     with tempfile.TemporaryDirectory() as logs:
@@ -45,13 +42,13 @@ def launch(module: str, num_processes: int) -> None:
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
-            shutdown_timeout=SHUTDOWN_S,
+            shutdown_timeout=timeout_s,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
             elastic_launch(config, sys.executable)("-m", module, *sys.argv[1:])
         except SignalException as caught:
-            raise Interrupted(caught.sigval, "stopped; run again to go on") from None
+            raise SystemExit(128 + caught.sigval) from None
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             raise _leave_with(codes) from None

@@ -37,7 +37,7 @@ def train_stage(inputs: Inputs) -> None:
     runtime = inputs.section(RuntimeConfig, "runtime")
     if runtime.num_processes > 1 and not launched():
         share_of_batch(asked, runtime.num_processes)
-        launch("stages.train", runtime.num_processes)
+        launch("stages.train", runtime.num_processes, runtime.process_timeout_s)
         return
     device = choose_device(runtime.device)
     with joined(asked.parallel, device, runtime.process_timeout_s) as processes:

@@ -18,19 +18,24 @@ from tests.project import ROOT, SMOKE
 FLOORS = [
     {"errors"},
     {"config", "rng", "files", "history", "console", "signals", "report", "compare"},
-    {"functional", "card"},
+    {"functional", "card", "processes", "shares"},
     {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
-    | {"workers", "model", "optim", "schedule", "device"},
-    {"text", "encoder", "tokens", "checkpoint", "decoder"},
+    | {"workers", "model", "optim", "schedule", "device", "dcp"},
+    {"text", "encoder", "tokens", "checkpoint", "decoder", "parallel"},
     {"prepare", "resume", "huggingface"},
     {"publish", "sample", "train", "evaluate", "excerpt", "generate", "export", "gguf"},
     {"footprint"},
     {"plan", "completions"},
     {"run", "verify", "demo", "serve"},
 ]
-BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device"}) | {"text", "encoder", "tokens"}
+BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device", "dcp"}) | {
+    "text",
+    "encoder",
+    "tokens",
+}
 BYTES_SIDE |= {"prepare", "publish", "sample"}
-TORCH_SIDE = {"functional", "model", "decoder", "optim", "schedule", "device"}
+TORCH_SIDE = {"functional", "model", "decoder", "optim", "schedule", "device", "dcp"}
+TORCH_SIDE |= {"processes", "shares", "parallel"}
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODEL = load_params(SMOKE)["model"]
 MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")
