@@ -111,12 +111,13 @@ def new_state(
     model = TransformerLM(model_config, config.gradient_checkpointing)
     if initialise is not None:
         initialise(model)
-    model.to(device)
     if config.compile is True and config.parallel != "none":
         for layer in model.layers:  # one compilation serves them all
             layer.forward = compiled(layer.forward, device)
     if config.parallel == "fsdp":
-        shard(model, processes, device)
+        shard(model, processes, device)  # which takes block by block to the device
+    else:
+        model.to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     optimizer = OPTIMIZERS[config.optimizer](model, config)
     windows = config.windows_at_once
