@@ -468,13 +468,19 @@ def plan(runs: list[Run]) -> Section | None:
         ("Utilisation (MFU)", f"{of['mfu']:.1%} of {PEAKS[of['mfu_is_of']]}"),
         ("Micro-batch", f"{of['micro_batch_size']:,} windows"),
         ("Compiled", "yes" if of["compiled"] else "no"),
-        ("Device", text(of["device"])),
+        ("Device", text(_devices(of))),
         ("Precision", text(of["dtype"])),
     ]
     body = table("Predicted before the training, and measured", head, rows, "figures") + table(
         "Speed", ["What", "Measured"], speed, "facts"
     )
     return Section("plan", "Plan and measured", body)
+
+
+def _devices(of: dict[str, Any]) -> str:
+    """The device, and how many of them trained."""
+    several = of.get("num_devices", 1) > 1  # absent from before there could be several
+    return f"{of['num_devices']} processes, each on {of['device']}" if several else of["device"]
 
 
 def settings(runs: list[Run]) -> Section:
