@@ -15,7 +15,6 @@ import torch
 from lm.errors import EnvironmentFault
 from lm.processes import joined
 
-LIMIT_S = 60.0
 # not a fork of the process of the tests, which has threads by now
 _FORKS = get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -44,10 +43,11 @@ def outcomes(
     *arguments: Any,
     parallel: str = "ddp",
     timeout_s: int = 30,
+    limit_s: float = 60,
 ) -> list[Any]:
-    """The same, but what a rank has raised stands in its place, or None if it was killed.
+    """The same, but what a rank has raised stands in its place, or None if it just ended.
 
-    `timeout_s` is runtime.process_timeout_s. Ranks that have not ended after a minute are killed.
+    `timeout_s` is runtime.process_timeout_s. After `limit_s` seconds ranks are killed.
     """
     place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     ranks = []
@@ -58,13 +58,13 @@ def outcomes(
         process.start()
         there.close()
         ranks.append((process, here))
-    end, results = time.monotonic() + LIMIT_S, []
+    end, results = time.monotonic() + limit_s, []
     for process, here in ranks:
         result = None
         try:
             if here.poll(max(0, end - time.monotonic())):
                 result = pickle.loads(here.recv_bytes())
-        except EOFError:  # killed
+        except EOFError:  # it has ended
             pass
         process.join(max(0, end - time.monotonic()))
         process.kill()
