@@ -173,7 +173,11 @@ def _folder_header(folder: Path) -> dict[str, Any]:
     file = folder / HEADER
     if not file.is_file():
         raise InputError(f"{folder}: no {HEADER} in it: no checkpoint of this project")
-    return _header(str(file), {"checkpoint": file.read_text(encoding="utf-8")})
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: damaged header ({error})") from None
+    return _header(str(file), {"checkpoint": text})
 
 
 def _read_folder(

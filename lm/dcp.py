@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lm.errors import EnvironmentFault, InputError
@@ -70,6 +71,8 @@ def _told_in_one_line(folder: Path) -> Iterator[None]:
 
     try:
         yield
+    except SafetensorError as error:
+        raise InputError(f"{folder}: not safetensors files ({error})") from None
     except CheckpointException as error:
         rank, (reason, _) = min(error.failures.items())
         if not isinstance(reason, OSError):

@@ -119,19 +119,23 @@ class Processes:
     def lost(self, reason: str) -> EnvironmentFault | SystemExit:
         """What to leave with after a connection broke: the fault, or if another tells it, its code.
 
-        Every rank that notices says so in the store and hangs up, so that the next one notices.
+        Every rank that notices says so in the store and hangs up, so that the next one notices. The
+        store is a launcher's; without one it is rank 0's, and gone with that.
         """
         assert self.store is not None
-        self.store.set(f"leaves/{self.rank}", "")
-        if torch.distributed.get_backend() == "gloo":
-            dist.destroy_process_group()
-        end, left = time.monotonic() + GRACE_S, {self.rank}
-        while time.monotonic() < end and len(left) < self.size:
-            time.sleep(0.05)
-            left = {r for r in range(self.size) if self.store.check([f"leaves/{r}"])}
+        end, left, store_is_gone = time.monotonic() + GRACE_S, {self.rank}, False
+        try:
+            self.store.set(f"leaves/{self.rank}", "")
+            if torch.distributed.get_backend() == "gloo":
+                dist.destroy_process_group()
+            while time.monotonic() < end and len(left) < self.size:
+                time.sleep(0.05)
+                left = {r for r in range(self.size) if self.store.check([f"leaves/{r}"])}
+        except dist.DistError:
+            store_is_gone = True
         if self.rank != min(left):
             return SystemExit(EnvironmentFault.exit_code)
-        missing = [rank for rank in range(self.size) if rank not in left]
+        missing = [0] if store_is_gone else [rank for rank in range(self.size) if rank not in left]
         hangs = "imed out" in reason
         return EnvironmentFault(
             f"lost {', '.join(map(self._whereabouts, missing)) or 'a connection'}: "
@@ -140,9 +144,10 @@ class Processes:
         )
 
     def _whereabouts(self, rank: int) -> str:
-        if self.store is None or not self.store.check([f"at/{rank}"]):
-            return f"rank {rank}"
-        return f"rank {rank} in step {self.store.get(f'at/{rank}').decode()}"
+        with suppress(dist.DistError):
+            if self.store is not None and self.store.check([f"at/{rank}"]):
+                return f"rank {rank} in step {self.store.get(f'at/{rank}').decode()}"
+        return f"rank {rank}"
 
 
 ALONE = Processes()

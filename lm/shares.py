@@ -122,7 +122,7 @@ def sums_of_squares(tensors: list[Tensor]) -> Tensor:
         for t in tensors
         if local(t).numel()
     ]
-    mine = torch.cat(parts) if parts else tensors[0].new_zeros(0, dtype=torch.float64)
+    mine = torch.cat(parts) if parts else local(tensors[0]).new_zeros(0, dtype=torch.float64)
     first_shared = next((t for t in tensors if is_shared(t)), None)
     if first_shared is None:
         return mine

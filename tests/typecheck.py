@@ -4,9 +4,12 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
-from beartype import BeartypeConf, beartype
+import torch
+from beartype import BeartypeConf, FrozenDict, beartype
 
-_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+# of futures only those that Python made are of the class that users know
+_FUTURES = FrozenDict({torch.futures.Future[torch.Tensor]: torch._C.Future})
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=_FUTURES))
 _seen: set[CodeType] = set()
 
 

@@ -1,0 +1,180 @@
+"""What processes tell each other: faults of one reach all, and who is lost is named."""
+
+import os
+import time
+from dataclasses import replace
+
+import pytest
+
+from lm.errors import Diverged, EnvironmentFault, InputError
+from lm.shares import whole
+from lm.train import new_state, train
+from tests.ranks import outcomes, together
+from tests.test_train import CPU, SPLIT
+
+BOTH = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+
+
+def exchanged(processes):
+    """A word of each; then what rank 0 alone has done, and what each has."""
+    alone = []
+    led = processes.lead(lambda: alone.append("here") or f"of rank {processes.rank}")
+    own = processes.together(lambda: processes.rank)
+    return processes.gather(f"word {processes.rank}"), led, own, len(alone)
+
+
+def test_all_hear_all_and_one_leads():
+    for rank, heard in enumerate(together(3, exchanged)):
+        assert heard == (["word 0", "word 1", "word 2"], "of rank 0", rank, int(rank == 0))
+
+
+def faulty(processes, rank, leading):
+    def read():
+        if processes.rank == rank:
+            raise InputError("text.txt: no such file")
+
+    (processes.lead if leading else processes.together)(read)
+    return "went on"
+
+
+@pytest.mark.parametrize(
+    ("rank", "leading", "said"),
+    [
+        (1, False, "rank 1: text.txt: no such file"),
+        (0, False, "rank 0: text.txt: no such file"),
+        (0, True, "text.txt: no such file"),
+    ],
+)
+def test_a_fault_of_one_stops_all_and_is_told_once(rank, leading, said):
+    told, left = outcomes(2, faulty, rank, leading)
+    assert isinstance(told, InputError)
+    assert str(told) == said
+    assert isinstance(left, SystemExit)  # one of them speaks
+    assert left.code == InputError.exit_code
+
+
+def comparing(processes, parts):
+    processes.require_same(parts[processes.rank])
+    return "went on"
+
+
+def test_processes_that_differ_are_named_with_what_differs():
+    parts = {"code": {"lm/model.py": "a", "lm/run.py": "b"}, "inputs": {"tokens": "c"}}
+    assert together(2, comparing, [parts, parts]) == ["went on"] * 2
+    for changed, said in (
+        ({"code": parts["code"] | {"lm/model.py": "z"}}, "rank 2: code: lm/model.py not as"),
+        ({"code": {"lm/model.py": "a"}}, "rank 2: code: lm/run.py not as"),
+        ({"inputs": {"tokens": "z"}}, "rank 2: inputs: tokens not as on rank 0"),
+        ({"inputs": {f"text{i}": "z" for i in range(5)} | parts["inputs"]},
+         "rank 2: inputs: text0, text1, text2 and 2 more not as on rank 0"),
+    ):  # fmt: skip
+        told, *others = outcomes(3, comparing, [parts, parts, parts | changed])
+        assert isinstance(told, InputError)
+        assert said in str(told)
+        assert [type(other) for other in others] == [SystemExit, SystemExit]
+
+
+def in_backward(module, action):
+    """Call action(gradient) whenever the gradient by what a module gives is known.
+
+    Not a hook of a weight: under fsdp that which computes is another tensor.
+    """
+    module.register_forward_hook(lambda module, given, output: hooked(output, action))
+
+
+def hooked(output, action):
+    if output.requires_grad:
+        output.register_hook(action)
+
+
+def lost(processes, model_config, config, hangs, rank=1):
+    """Training, which a rank leaves in the middle of the third step."""
+    state = new_state(model_config, config, CPU, processes)
+
+    def leave(gradient):
+        if processes.rank == rank and state.step == 2:
+            if hangs:
+                time.sleep(600)
+            os._exit(0)
+
+    in_backward(state.model.layers[0], leave)
+    for _ in train(state, SPLIT, config):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("parallel", "hangs"),
+    [
+        ("ddp", False),
+        ("fsdp", False),
+        ("fsdp", True),
+        pytest.param("ddp", True, marks=pytest.mark.soak),
+    ],
+)
+def test_a_lost_rank_is_named_in_bounded_time_by_one_of_the_others(
+    model_config, train_config, parallel, hangs
+):
+    config = replace(train_config, parallel=parallel, batch_size=6, micro_batch_size=1)
+    given = (model_config, config, hangs)
+    told, gone, quiet = outcomes(3, lost, *given, parallel=parallel, timeout_s=3, limit_s=15)
+    assert gone is None
+    assert isinstance(told, EnvironmentFault)
+    why = "no answer within runtime.process_timeout_s" if hangs else "it has ended"
+    assert f"lost rank 1 in step 3: {why}; what was saved is intact: run again" in str(told)
+    assert isinstance(quiet, SystemExit)
+    assert quiet.code == EnvironmentFault.exit_code
+
+
+def test_rank_0_is_named_though_it_keeps_what_the_others_meet_in(model_config, train_config):
+    config = replace(train_config, parallel="ddp", micro_batch_size=1)
+    gone, told = outcomes(2, lost, model_config, config, False, 0)
+    assert gone is None
+    assert isinstance(told, EnvironmentFault)
+    assert "lost rank 0: it has ended; what was saved is intact: run again" in str(told)
+
+
+def spoilt(processes, model_config, config, what):
+    """Training in which the last rank has something that is not a number in step 3."""
+    state = new_state(model_config, config, CPU, processes)
+
+    def spoil(tensor):
+        return tensor * float("nan" if state.step == 2 else "1")
+
+    last, layer = processes.rank == processes.size - 1, state.model.layers[1]
+    if last and what == "gradient":
+        in_backward(layer, spoil)
+    elif last:
+        layer.register_forward_hook(lambda module, given, output: spoil(output))
+    records = list(train(state, SPLIT, config))
+    return [r.get("skipped") for r in records], whole(state.model.lm_head.weight)
+
+
+@BOTH
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("reduction", ["sum", "tree"])
+def test_not_a_number_on_one_rank_stops_all_and_names_it(
+    model_config, train_config, parallel, what, reduction
+):
+    config = replace(train_config, parallel=parallel, micro_batch_size=1, reduction=reduction)
+    told, left = outcomes(2, spoilt, model_config, config, what, parallel=parallel)
+    assert isinstance(told, Diverged)
+    kind = "gradient norm" if what == "gradient" else "loss"
+    assert f"{kind} is nan at step 3, first on rank 1; gradients not finite" in str(told)
+    assert "in parameter group 0 (weight decay 0.1)" in str(told)
+    assert isinstance(left, SystemExit)
+    assert left.code == Diverged.exit_code
+
+
+@BOTH
+def test_a_step_that_is_bad_on_one_rank_is_skipped_by_all(model_config, train_config, parallel):
+    config = replace(
+        train_config, parallel=parallel, micro_batch_size=1, max_steps=5, on_nonfinite="skip"
+    )
+    (skipped, weights), theirs = together(
+        2, spoilt, model_config, config, "gradient", parallel=parallel
+    )
+    assert [reason is not None for reason in skipped] == [False, False, True, False, False]
+    assert theirs[0] == skipped
+    assert "first on rank 1" in skipped[2]
+    assert weights.isfinite().all()
+    assert (weights == theirs[1]).all()
