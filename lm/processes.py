@@ -228,7 +228,7 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:
-    texts = ("gloo", "NCCL", "onnection", "imed out", "Broken pipe")
+    texts = ("Connection", "Broken pipe", "imed out", "timeout", "NCCL")
     return not is_out_of_memory(error) and (
         isinstance(error, dist.DistError) or any(text in str(error) for text in texts)
     )
