@@ -300,21 +300,34 @@ def write_folder(
             scratch.mkdir(parents=True)
             atomic_write(scratch / HEADER, metadata["checkpoint"].encode())
 
-    writers.lead(begin)
-    dcp.write_tensors(tensors, scratch, writers)
-    own = dcp.own_files(scratch, writers.rank)
-    hashed = writers.together(lambda: {file.name: _described(file) for file in own})
-    files = {name: entry for part in writers.gather(hashed) for name, entry in part.items()}
-
     def finish() -> None:
         with writing(folder):
             files[HEADER] = _described(scratch / HEADER)
             sync_directory(scratch)
+            discard(folder)  # a damaged one, which was passed over
             scratch.replace(folder)
             sync_directory(folder.parent)
             write_json(folder.with_suffix(".json"), {"files": dict(sorted(files.items()))})
 
-    writers.lead(finish)
+    try:
+        writers.lead(begin)
+        dcp.write_tensors(tensors, scratch, writers)
+        own = dcp.own_files(scratch, writers.rank)
+        hashed = writers.together(lambda: {file.name: _described(file, sync=True) for file in own})
+        files = {name: entry for part in writers.gather(hashed) for name, entry in part.items()}
+        writers.lead(finish)
+    finally:
+        if writers.leads:  # after a failure, what it left on a full disk
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint, if there is one; first its manifest, without which it does not count."""
+    path.with_suffix(".json").unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def as_one_file(folder: Path, path: Path) -> None:
@@ -328,7 +341,10 @@ def commit(path: Path) -> None:
     write_json(path.with_suffix(".json"), _described(path))
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _described(file: Path, sync: bool = False) -> dict[str, Any]:
+    if sync:
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
     return {"size_bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 

@@ -104,8 +104,10 @@ class Alone(Backward):
         loss, gradients = self.gradients_of(self.model, x, y, weight)
         if self.tree:
             self.sums.add(list(gradients))
-            gradients = tuple(self.sums.take()[0]) if last else ()
-        for parameter, gradient in zip(self.parameters, gradients, strict=not self.tree):
+            if not last:
+                return loss
+            gradients = tuple(self.sums.take()[0])
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return loss
 
@@ -132,9 +134,9 @@ class Replicated(Backward):
             _Loss(model, loss_of), gradient_as_bucket_view=True, forward_sync_buffers=False
         )
         self.ddp.register_comm_hook(None, self._reduced)
-        self.settled = tree or processes.size <= 2  # a + b needs no order
+        self.laid_out = tree or processes.size <= 2  # a + b needs no order
 
-    def _settle(self, x: Tensor, y: Tensor) -> None:
+    def _lay_out(self, x: Tensor, y: Tensor) -> None:
         """Let DDP see a backward pass, after which it lays its buckets out anew.
 
         The order in which a ring adds depends on a number's place in its bucket: in a resumed run
@@ -143,12 +145,12 @@ class Replicated(Backward):
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             self.ddp(x, y).backward()
         _taken(self.parameters)
-        self.settled = True
+        self.laid_out = True
 
     def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """See Backward."""
-        if not self.settled:
-            self._settle(x, y)
+        if not self.laid_out:
+            self._lay_out(x, y)
         if last:
             sums = self.sums.take()
             self.before = [dict(zip(self.parameters, part, strict=True)) for part in sums]
@@ -209,7 +211,8 @@ class Sharded(Backward):
         self.gather.waited_s = 0.0
         with self.forward.lap():
             loss = self.loss_of(self.model, x, y)
-        self.forward.seconds -= self.gather.waited_s
+        if not self.forward.on_gpu:
+            self.forward.seconds -= self.gather.waited_s
         (loss * weight).backward()
         if self.tree:
             parameters = tuple(self.model.parameters())  # the sharded ones, now
@@ -221,7 +224,7 @@ class Sharded(Backward):
 
 
 class _AllGather:
-    """FSDP's own, with the time that a CPU waits in it; on a GPU nobody waits."""
+    """FSDP's own, with the time that a CPU waits in it; a GPU's is in its forward pass."""
 
     waited_s = 0.0
 
@@ -278,12 +281,13 @@ def _taken(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return gradients
 
 
-def shard(model: TransformerLM, processes: Processes, device: torch.device) -> None:
+def shard(model: TransformerLM, device: torch.device) -> None:
     """Leave each process its rows of each parameter; a block at a time is gathered when used."""
-    from torch.distributed.device_mesh import init_device_mesh  # half a second: who shards pays
+    from torch.distributed.device_mesh import DeviceMesh  # half a second: who shards pays
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device.type, (processes.size,))
+    assert dist.group.WORLD is not None
+    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

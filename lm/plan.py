@@ -389,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vocab_size = _vocab_size(params)
         model = read_section(ModelConfig, params, "model", where, vocab_size=vocab_size)
         device = choose_device(runtime.device)
-        prepare(device, config.num_threads)
+        prepare(device, config.threads)
         say(f"Device: {describe(device)}")
         plan = make_plan(model, config, device, runtime.num_processes)
         tell(plan, config)

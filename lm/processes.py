@@ -31,7 +31,7 @@ from lm.errors import (
 )
 
 FAULTS = (InputError, EnvironmentFault, Busy, OSError)
-GRACE_S = 5.0  # for the others to notice, too, that a rank is lost
+GRACE_S = 20.0  # for the others to notice, too; torch's launcher kills after 30
 Result = TypeVar("Result")
 
 
@@ -51,8 +51,8 @@ class Processes:
         if store is not None:
             self.messages = dist.new_group(backend="gloo", timeout=timeout)
 
-    def again(self) -> "Processes":
-        """The same once more, so that a thread of each may speak with those of the others."""
+    def with_own_group(self) -> "Processes":
+        """The same in another group, so that a thread of each may speak with the others'."""
         return Processes(self.rank, self.size, self.store, self.timeout)
 
     @property
@@ -84,14 +84,16 @@ class Processes:
         result, fault = _outcome(action)
         for rank, theirs in enumerate(self.gather(fault)):
             if theirs is not None:
-                raise _common(theirs, f"rank {rank}: ")
+                raise _common(_of_rank(rank, theirs))
         return cast(Result, result)
 
     def lead(self, action: Callable[[], Result]) -> Result:
         """Do it on rank 0 alone; what it gives, or raises, all get."""
         if self.size == 1:
             return action()
-        result, fault = self.gather(_outcome(action) if self.leads else None)[0]
+        box = [_outcome(action) if self.leads else (None, None)]
+        dist.broadcast_object_list(box, group=self.messages, group_src=0)
+        result, fault = box[0]
         if fault is not None:
             raise _common(fault)
         return cast(Result, result)
@@ -123,25 +125,32 @@ class Processes:
         store is a launcher's; without one it is rank 0's, and gone with that.
         """
         assert self.store is not None
-        end, left, store_is_gone = time.monotonic() + GRACE_S, {self.rank}, False
+        hangs = "imed out" in reason
+        end, left = time.monotonic() + GRACE_S, {self.rank}
         try:
             self.store.set(f"leaves/{self.rank}", "")
-            if torch.distributed.get_backend() == "gloo":
-                dist.destroy_process_group()
-            while time.monotonic() < end and len(left) < self.size:
+            _hang_up()
+            while time.monotonic() < end and len(left) < self.size - 1:
                 time.sleep(0.05)
-                left = {r for r in range(self.size) if self.store.check([f"leaves/{r}"])}
+                left = self._left()
+            time.sleep(1)  # the last, too, may be alive
+            missing = sorted(set(range(self.size)) - self._left())
+            if self.store.add("told", 1) > 1:
+                return SystemExit(EnvironmentFault.exit_code)
         except dist.DistError:
-            store_is_gone = True
-        if self.rank != min(left):
-            return SystemExit(EnvironmentFault.exit_code)
-        missing = [0] if store_is_gone else [rank for rank in range(self.size) if rank not in left]
-        hangs = "imed out" in reason
+            if "TORCHELASTIC_RUN_ID" in os.environ and not self.leads:
+                return SystemExit(EnvironmentFault.exit_code)
+            missing = [] if "TORCHELASTIC_RUN_ID" in os.environ else [0]
         return EnvironmentFault(
             f"lost {', '.join(map(self._whereabouts, missing)) or 'a connection'}: "
             f"{'no answer within runtime.process_timeout_s' if hangs else 'it has ended'}; "
             "what was saved is intact: run again to go on"
         )
+
+    def _left(self) -> set[int]:
+        """Those that have said that they leave."""
+        assert self.store is not None
+        return {rank for rank in range(self.size) if self.store.check([f"leaves/{rank}"])}
 
     def _whereabouts(self, rank: int) -> str:
         with suppress(dist.DistError):
@@ -160,11 +169,18 @@ def _outcome(action: Callable[[], Result]) -> tuple[Result | None, Exception | N
         return None, fault
 
 
-def _common(fault: Exception, prefix: str = "") -> Exception:
+def _common(fault: Exception) -> Exception:
     """The fault, to be raised by all and told by rank 0."""
-    if prefix:
-        fault.args = (f"{prefix}{fault}",)
     fault.common = True  # type: ignore[attr-defined]
+    return fault
+
+
+def _of_rank(rank: int, fault: Exception) -> Exception:
+    """The fault with the rank's name before it."""
+    if isinstance(fault, OSError):
+        where = f"{fault.filename}: " if fault.filename else ""
+        return EnvironmentFault(f"rank {rank}: {where}{fault.strerror or fault}")
+    fault.args = (f"rank {rank}: {fault}",)
     return fault
 
 
@@ -194,26 +210,39 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
     try:
         yield processes
     except (*FAULTS, Diverged, Interrupted) as fault:
-        if getattr(fault, "common", False) or isinstance(fault, Diverged | Interrupted):
-            if not processes.leads:
-                raise SystemExit(fault.exit_code if hasattr(fault, "exit_code") else 3) from None
-        elif size > 1:
-            fault.args = (f"rank {rank}: {fault}",)
-        raise
+        _hang_up()
+        common = getattr(fault, "common", False) or isinstance(fault, Diverged | Interrupted)
+        if common and not processes.leads:
+            raise SystemExit(getattr(fault, "exit_code", EnvironmentFault.exit_code)) from None
+        if common or size == 1:
+            raise
+        raise _of_rank(rank, fault) from None
     except RuntimeError as error:
         if not _is_of_a_connection(error):
             raise
         raise processes.lost(str(error)) from None
-    with suppress(RuntimeError):  # another may have left before
-        dist.destroy_process_group()
+    _hang_up()
 
 
 _PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"))
 
 
+def _hang_up() -> None:
+    """Close the connections; those of a GPU would be waited for if another is lost."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        with suppress(RuntimeError):  # another may have left before
+            dist.destroy_process_group()
+
+
 def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Processes:
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= found:
+            raise EnvironmentFault(
+                f"rank {rank}: number {local_rank + 1} on a host that has {found} GPUs; start one "
+                "process for each"
+            )
+        torch.cuda.set_device(local_rank)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         store: Store = dist.HashStore()  # type: ignore[attr-defined]
@@ -222,7 +251,7 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         store = PrefixStore(f"lm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         return Processes(rank, size, store, timeout)
-    except (dist.DistError, RuntimeError) as error:
+    except (dist.DistError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise EnvironmentFault(f"rank {rank}: the {size} processes do not meet: {said}") from None
 

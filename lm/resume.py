@@ -27,12 +27,13 @@ from lm.checkpoint import (
     Extra,
     commit,
     contents,
+    discard,
     read_extra,
     verify,
     write_checkpoint,
     write_folder,
 )
-from lm.errors import Busy, EnvironmentFault, InputError
+from lm.errors import Busy, InputError
 from lm.files import sha256_json, writing
 from lm.processes import ALONE, Processes
 from lm.shares import local, staged
@@ -52,7 +53,7 @@ class ResumeDirectory:
         """Lock the folder, making it first. Raises Busy if another run holds it."""
         self.folder, self.keep, self.processes = folder, keep, processes
         self.sharded = processes.store is not None
-        self._writers = processes.again() if self.sharded else ALONE
+        self._writers = processes.with_own_group() if self.sharded else ALONE
         self._writer = ThreadPoolExecutor(max_workers=1, initializer=_step_back)
         self._pending: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -62,10 +63,10 @@ class ResumeDirectory:
     def _open(self) -> None:
         self._lock = _locked(self.folder)
         for litter in (*self.folder.glob("*.tmp"), *self.folder.glob(".tmp*")):  # and safetensors'
-            _delete(litter)
+            shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
         for path in _newest_first(self.folder):  # a kill came before the commit: it would be kept
             if not path.with_suffix(".json").exists():
-                _delete(path)
+                discard(path)
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
@@ -100,7 +101,7 @@ class ResumeDirectory:
             with writing(path):
                 kept = {path, *_newest_first(self.folder)[: self.keep]}
                 for old in set(_newest_first(self.folder)) - kept - self._bests_of(kept):
-                    _discard(old)
+                    discard(old)
 
     def _bests_of(self, paths: set[Path]) -> set[Path]:
         """The checkpoints that these call the best."""
@@ -140,7 +141,7 @@ class ResumeDirectory:
     def unlock(self) -> None:
         """Finish a save in flight, whether or not it succeeds, and let others use the folder."""
         try:
-            with suppress(EnvironmentFault, RuntimeError):  # another process may be lost
+            with suppress(Exception):  # what ends the run is told already
                 self.wait()
         finally:
             self._writer.shutdown()
@@ -222,16 +223,3 @@ def _step_back() -> None:
     """Let training's threads go first: a core that is shared makes the others wait for it."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-def _discard(path: Path) -> None:
-    """Delete a checkpoint; without its manifest, which goes first, it does not count."""
-    path.with_suffix(".json").unlink(missing_ok=True)
-    _delete(path)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -34,7 +34,7 @@ from lm.checkpoint import (
 from lm.config import RuntimeConfig
 from lm.console import Progress, duration, say
 from lm.device import performance
-from lm.errors import Diverged, EnvironmentFault, InputError
+from lm.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
 from lm.history import Clock, History
 from lm.model import TransformerLM
@@ -54,7 +54,7 @@ from lm.tokenizer import Tokenizer
 from lm.train import Record, TrainConfig, TrainState
 
 REFRESH_S = 2.0  # between two refreshes of the metrics that can be watched
-SLOW = 1.5  # times what the others need is worth a remark
+WATCHED, SLOW = 20, 0.5  # steps; a rank is slow if its forward pass takes so much longer
 
 
 class Run:
@@ -86,7 +86,7 @@ class Run:
         self.processes, self.live = state.processes, live if state.processes.leads else None
         self.identity = {"model": asdict(state.model.config), "train": asdict(config), **made_of}
         if resume_from is not None:
-            self._check_continuation(resume_from)
+            self.processes.lead(lambda: self._check_continuation(resume_from))
             self.identity["resume_from"] = sha256_file(resume_from)
         folder = run_folder(unfinished, self.identity)
         self.directory = ResumeDirectory(folder, runtime.keep_checkpoints, self.processes)
@@ -101,6 +101,7 @@ class Run:
         self.step_seconds: list[float] = []
         self.forward_seconds: deque[list[float]] = deque(maxlen=1000)  # of each step, by rank
         self.refreshed_s = -math.inf
+        self.leaving: int | None = None  # the signal that all have agreed to leave for
         if not self._resume() and resume_from is not None:
             self._continue(resume_from)
             self._begin_notes()
@@ -160,14 +161,14 @@ class Run:
     def _keep_windows_at_once(self, sizes: dict[str, int]) -> None:
         """Go on with the micro-batches that the run had, or with what fits if that is less."""
         before, fitting = sizes[max(sizes, key=int)], self.state.windows_at_once
-        share = self.config.batch_size // self.processes.size
-        if share % before:
-            fitting = max(n for n in range(1, min(before, fitting) + 1) if share % n == 0)
+        share = self.config.batch_size // self.processes.size  # another number may not divide it
+        fitting = max(n for n in range(1, min(before, fitting) + 1) if share % n == 0)
         self.identity[MICRO_BATCH_SIZES] = dict(sizes)
         self.state.windows_at_once = before
         if fitting < before and not self.finished():
             self.state.windows_at_once = fitting
-            say(f"{before} windows at a time no longer fit: from here on {fitting}")
+            why = "no longer fit" if share % before == 0 else f"are no part of {share}"
+            say(f"{before} windows at a time {why}: from here on {fitting}")
             self._note(MICRO_BATCH_SIZES, fitting, self.state.step + 1)
 
     def _fault(self, path: Path) -> str | None:
@@ -268,14 +269,16 @@ class Run:
         forward_s, signals, failed = self.processes.gather_numbers(
             [record["forward_s"], signal_number, self.directory.failed]
         ).T
-        self.signals.caught = int(signals.max()) or None
+        self.leaving = int(signals.max()) or None
         self.forward_seconds.append(forward_s.tolist())
         self.history.add(record)
         self.step_seconds.append(record["step_s"])
         elapsed_s = self.progress.elapsed_s()
         self.clock.tick(record["step"], elapsed_s, self.history)
-        latest = list(self.forward_seconds)[-self.runtime.log_interval :]
-        self.progress.show(record, self.history.average_loss, _slow_rank(latest))
+        remark = ""
+        if due(record["step"], self.runtime.log_interval):
+            remark = _slow_rank(list(self.forward_seconds), self.step_seconds)
+        self.progress.show(record, self.history.average_loss, remark)
         if "skipped" in record:
             say(f"warning: step {record['step']} skipped: {record['skipped']}")
         if "valid_loss" in record:
@@ -305,7 +308,7 @@ class Run:
         step = self.state.step
         at_interval = due(step, self.runtime.checkpoint_interval)
         new_best = self.best["step"] == step
-        return at_interval or new_best or self.finished() or self.signals.caught is not None
+        return at_interval or new_best or self.finished() or self.leaving is not None
 
     def save(self) -> None:
         """Start writing a checkpoint; after a signal wait for it and leave."""
@@ -313,9 +316,10 @@ class Run:
             with suppress(EnvironmentFault):  # nobody's result depends on the times
                 atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
         self.directory.save(self.state.model, self.state.optimizer, self.state.step, self._extra())
-        if self.signals.caught is not None:
+        if self.leaving is not None:
             self.directory.wait()
-        self.signals.leave(f"stopped, saved at step {self.state.step}; run again to go on")
+            saved = f"stopped, saved at step {self.state.step}; run again to go on"
+            raise Interrupted(self.leaving, saved)
 
     def publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
         """Write the outputs. models/model holds the last weights, or with early stopping the best.
@@ -392,14 +396,18 @@ def due(step: int, interval: int) -> bool:
     return step % interval == 0
 
 
-def _slow_rank(forward_seconds: list[list[float]]) -> str:
+def _slow_rank(forward_seconds: list[list[float]], step_seconds: list[float]) -> str:
     """Which rank holds the others up, of seconds (steps, ranks), in words; nothing if none does."""
-    medians = [statistics.median(of_rank) for of_rank in zip(*forward_seconds, strict=True)]
-    slowest = max(range(len(medians)), key=medians.__getitem__)
-    others = medians[:slowest] + medians[slowest + 1 :]
-    if not others or medians[slowest] < SLOW * statistics.median(others):
+    latest = forward_seconds[-WATCHED:]
+    if len(latest) < WATCHED or len(latest[0]) == 1:
         return ""
-    times = medians[slowest] / statistics.median(others)
+    medians = [statistics.median(of_rank) for of_rank in zip(*latest, strict=True)]
+    slowest = max(range(len(medians)), key=medians.__getitem__)
+    others_s = statistics.median(medians[:slowest] + medians[slowest + 1 :])
+    held_up_s = medians[slowest] - others_s
+    if held_up_s < SLOW * max(others_s, statistics.median(step_seconds[-WATCHED:]) / 2):
+        return ""
+    times = medians[slowest] / others_s
     return f"  rank {slowest} is slow: {times:.1f} times the others' forward pass"
 
 

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -13,17 +14,21 @@ from lm.errors import Interrupted
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # not SIGTERM: a kill of the whole group sends that as well, and a second one ends without saving
 _PARENT_DIED = signal.SIGUSR2
+_REPEATED_S = 5
 _ORPHAN_SECONDS = 4  # a step may take longer, and nobody waits for an orphan
 
 
 class CatchSignals:
     """Within this context the first SIGINT or SIGTERM is noted, a second one ends the process.
 
-    The parent's death is noted as a SIGTERM, and ends the process some seconds later.
+    A launcher hands on what its processes may have got themselves, and torch's sends it twice: of
+    a launched process repetitions within some seconds are one signal. The parent's death is noted
+    as a SIGTERM, and ends the process some seconds later.
     """
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self._since, self._launched = 0.0, "TORCHELASTIC_RUN_ID" in os.environ
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "CatchSignals":
@@ -33,8 +38,13 @@ class CatchSignals:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.caught = number
-        self._restore()
+        now = time.monotonic()
+        if self.caught is None:
+            self.caught, self._since = number, now
+        if not self._launched or now - self._since > _REPEATED_S:
+            self._restore()
+            if self._launched:
+                signal.raise_signal(number)
 
     def _note_orphan(self, number: int, frame: FrameType | None) -> None:
         self.caught = self.caught or signal.SIGTERM

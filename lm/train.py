@@ -8,6 +8,7 @@ processes each takes its windows of the batch, and lm.parallel adds up the gradi
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,16 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
             )
 
     @property
+    def threads(self) -> int | None:
+        """Of a CPU; None: torch's choice.
+
+        Of several processes each takes one unless told otherwise: were it a share of the cores, a
+        run could not go on with another number of processes in the same environment.
+        """
+        chosen = self.num_threads is not None or "OMP_NUM_THREADS" in os.environ
+        return self.num_threads if chosen or self.parallel == "none" else 1
+
+    @property
     def windows_at_once(self) -> int:
         """Windows per backward pass, where memory does not decide: see TrainState."""
         return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
@@ -115,7 +126,7 @@ def new_state(
         for layer in model.layers:  # one compilation serves them all
             layer.forward = compiled(layer.forward, device)
     if config.parallel == "fsdp":
-        shard(model, processes, device)  # which takes block by block to the device
+        shard(model, device)  # which takes block by block to the device
     else:
         model.to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")

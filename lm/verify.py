@@ -200,7 +200,7 @@ def replay(steps: int, device: torch.device) -> str:
     recorded = read_extra(LAST)
     identity = recorded["identity"]
     config = read_section(TrainConfig, identity, "train", str(LAST))
-    make_deterministic(device, config.num_threads)
+    make_deterministic(device, config.threads)
     here = environment(device, config.compile is True)
     if differing := sorted(
         key

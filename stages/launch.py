@@ -17,7 +17,7 @@ from lm.errors import EnvironmentFault
 
 def launched() -> bool:
     """Whether a launcher, this or torchrun, has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return "RANK" in os.environ
 
 
 def launch(module: str, num_processes: int, timeout_s: int) -> None:
@@ -31,8 +31,8 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # the processes say themselves what is the matter
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    # within one machine: no name to be resolved, no port that others reach
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # between processes of one machine: no name of it to be resolved
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
@@ -52,12 +52,12 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
         except SignalException as caught:
             raise SystemExit(128 + caught.sigval) from None
         except ChildFailedError as error:
-            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            raise _leave_with(codes) from None
+            in_order = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+            raise _leave_with({rank: failure.exitcode for rank, failure in in_order}) from None
 
 
 def _leave_with(codes: dict[int, int]) -> BaseException:
-    """What the exit codes of failed processes, by rank, come to; those of signals are negative."""
+    """What the exit codes of failed processes come to, the first first; signals' are negative."""
     told = [code for code in codes.values() if code > 0]
     if told:  # who only lost another process leaves with this code: the other's says more
         return SystemExit(next((c for c in told if c != EnvironmentFault.exit_code), told[0]))

@@ -41,7 +41,7 @@ def train_stage(inputs: Inputs) -> None:
         return
     device = choose_device(runtime.device)
     with joined(asked.parallel, device, runtime.process_timeout_s) as processes:
-        prepare(device, asked.num_threads)
+        prepare(device, asked.threads)
         say(f"Device: {describe(device)}{f', {processes.size} processes' * (processes.size > 1)}")
         read = partial(_read, inputs, asked, device, processes)
         plan, tokens, tokenizer = processes.together(read)
