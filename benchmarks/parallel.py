@@ -8,8 +8,8 @@ checkpoint  one process saves a file, two save a folder; 272 MB, whatever --shap
 
 Every process is a worker of its own, with one thread unless the row says otherwise. All are there
 at once and take turns in slices of a few steps. The batch is the same in every row, shared by its
-processes; "each for itself" are trainings of half a batch that do not know each other: the
-machine's ceiling. Ratios are of slices of the same round: median (smallest-largest).
+processes; "each for itself" are trainings of half a batch that do not know each other: the ceiling.
+Ratios are of slices of the same round: median (smallest-largest).
 """
 
 import argparse
@@ -48,9 +48,14 @@ class Way:
     settings: dict[str, Any] = field(default_factory=dict)
     beside: str = ""  # the row that it is compared with besides the first
 
+    @property
+    def together(self) -> bool:
+        """Whether the processes train one model, not each its own."""
+        return "parallel" in self.settings
+
     def places(self) -> list[Place]:
-        """What a launcher tells each process; nothing to those that train each for itself."""
-        if self.processes == 1 or "parallel" not in self.settings:
+        """What a launcher tells each process; nothing to one that trains for itself."""
+        if self.processes == 1 or not self.together:
             return [{}] * self.processes
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
@@ -98,10 +103,9 @@ def measure(
 
     def worker(name: str, place: Place) -> Worker:
         way = ways[name]
-        share = shape  # which those of one training cut themselves
-        if "parallel" not in way.settings:
-            share = shape._replace(batch_size=shape.batch_size // way.processes)
-        return Worker(contestant, share, file, "cpu", way.threads, place, **way.settings)
+        share = shape._replace(batch_size=shape.batch_size // way.processes)
+        told = shape if way.together else share  # those together share it out themselves
+        return Worker(contestant, told, file, "cpu", way.threads, place, **way.settings)
 
     with token_file(shape.vocab_size) as file, started(ways, worker) as (teams, _):
         for _ in range(rounds):
@@ -218,9 +222,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    large = [name for name, shape in SHAPES.items() if shape.batch_size >= 4]
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
-    parser.add_argument("--shapes", nargs="+", default=["S", "M"], choices=large)
+    parser.add_argument("--shapes", nargs="+", default=["S", "M"], choices=["S", "S10k", "M"])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=8, help="of a slice")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written")
