@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -298,11 +298,25 @@ def _flops(weights: int, shape: Shape) -> float:
 
 
 def ours(shape: Shape, file: Path, device: torch.device, **train_settings: Any) -> Contest:
-    """lm.train.train as stage train calls it, with the settings of params.yaml but for these."""
+    """`training`, watched for its losses alone."""
+    state, records = training(shape, file, device, **train_settings)
+    steps = (record["train_loss"] for record in records)
+    return Contest(state.model.num_parameters(), state.model.flops_per_token(), steps)
+
+
+def training(
+    shape: Shape, file: Path, device: torch.device, **train_settings: Any
+) -> tuple[Any, Iterator[dict[str, Any]]]:
+    """The TrainState and lm.train.train as stage train has them.
+
+    The settings are those of params.yaml but for these. With parallel = ddp or fsdp the process is
+    joined to those that RANK and the like name.
+    """
     from lm.config import load_params, read_section
     from lm.device import prepare
     from lm.files import sha256_file
     from lm.model import ModelConfig
+    from lm.processes import joined
     from lm.tokens import Split, TokenStream
     from lm.train import TrainConfig, new_state, train
 
@@ -317,9 +331,15 @@ def ours(shape: Shape, file: Path, device: torch.device, **train_settings: Any) 
     entry = {"file": file.name, "tokens": size, "sha256": sha256_file(file)}
     split = Split("train", TokenStream([file], [entry], np.dtype("<u2")), 0)
     model_config = read_section(ModelConfig, params, "model", vocab_size=shape.vocab_size)
-    state = new_state(model_config, config, device)
-    steps = (record["train_loss"] for record in train(state, split, config))
-    return Contest(state.model.num_parameters(), state.model.flops_per_token(), steps)
+    membership = ExitStack()
+    processes = membership.enter_context(joined(config.parallel, device, timeout_s=600))
+    state = new_state(model_config, config, device, processes)
+
+    def records() -> Iterator[dict[str, Any]]:
+        with membership:
+            yield from train(state, split, config)
+
+    return state, records()
 
 
 OURS: dict[str, Callable[..., Contest]] = {
@@ -332,7 +352,8 @@ OURS: dict[str, Callable[..., Contest]] = {
     ),
 }
 CHECKPOINTING = ", checkpointing"  # behind a name of ours
-CONTESTANTS: dict[str, Callable[[Shape, Path, torch.device], Contest]] = {
+PARALLEL = "ddp", "fsdp"  # likewise: of one process, if no launcher says more
+CONTESTANTS: dict[str, Callable[..., Contest]] = {
     "nanoGPT": nanogpt,
     "nanoGPT, compiled": partial(nanogpt, compile=True),
     "nanoGPT, bfloat16, compiled": partial(nanogpt, dtype="bfloat16", compile=True),
@@ -340,6 +361,9 @@ CONTESTANTS: dict[str, Callable[[Shape, Path, torch.device], Contest]] = {
     "by the book": textbook,
     **OURS,
     **{name + CHECKPOINTING: partial(it, gradient_checkpointing=True) for name, it in OURS.items()},
+    **{
+        f"{name}, {way}": partial(it, parallel=way) for name, it in OURS.items() for way in PARALLEL
+    },
     "floor, float32": partial(floor, dtype=torch.float32),
     "floor, bfloat16": partial(floor, dtype=torch.bfloat16),
 }

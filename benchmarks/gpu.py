@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --device cpu --seconds 2            (does it run? tiny numbers)
 
 Each contestant is a process of its own, alone on the device. The batch grows until nothing fits
-any more. nanoGPT is as it stands: bfloat16, its flash attention, torch.compile.
+any more. nanoGPT is as it stands: bfloat16, its flash attention, torch.compile. ddp and fsdp are
+of one process: what they cost before a second one gains anything.
 MFU is the share of the rate of a large bfloat16 product, measured here and now.
 """
 
@@ -24,6 +25,8 @@ NAMES = (
     "ours, bfloat16, compiled",
     "ours, bfloat16, compiled, Muon",
     "ours, bfloat16, compiled, checkpointing",
+    "ours, bfloat16, compiled, ddp",
+    "ours, bfloat16, compiled, fsdp",
 )
 STORIES = Shape(10_000, 512, 4, 16, 1344, 256, 128)  # 17M parameters on TinyStories
 STORY_TOKENS = 327_680_000

@@ -38,9 +38,17 @@ class Child:
     It compiles as the first time: its compile cache is empty.
     """
 
-    def __init__(self, module: str, job: Any, threads: int | None = None):
+    def __init__(
+        self,
+        module: str,
+        job: Any,
+        threads: int | None = None,
+        environment: dict[str, str] | None = None,
+    ):
         self.command = [sys.executable, "-m", module, json.dumps(job)]
-        self.threads = threads
+        self.environment = environment or {}
+        if threads is not None:
+            self.environment = self.environment | {"OMP_NUM_THREADS": str(threads)}
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Any:
@@ -49,10 +57,14 @@ class Child:
 
     def start(self) -> dict[str, Any]:
         """What it says first, and how long after its start: first_s."""
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": self.folder.name}
-        if self.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self.threads)
         start = time.perf_counter()
+        self.spawn()
+        said = self.answer()
+        return {"first_s": time.perf_counter() - start} | said
+
+    def spawn(self) -> None:
+        """Start it, without waiting for what it says first."""
+        own_cache = {"TORCHINDUCTOR_CACHE_DIR": self.folder.name}
         with open(self._errors, "w") as errors:
             self.process = subprocess.Popen(
                 self.command,
@@ -61,11 +73,9 @@ class Child:
                 stderr=errors,
                 text=True,
                 cwd=ROOT,
-                env=environment,
+                env=os.environ | own_cache | self.environment,
                 process_group=0,  # Ctrl-C is for the parent, which ends the group
             )
-        said = self.answer()
-        return {"first_s": time.perf_counter() - start} | said
 
     @property
     def _errors(self) -> Path:
@@ -73,11 +83,15 @@ class Child:
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answer to a line of JSON. Raises Failed if there is none."""
+        self.request(**question)
+        return self.answer()
+
+    def request(self, **question: Any) -> None:
+        """Send a line of JSON, without waiting for the answer."""
         assert self.process is not None
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it ended; why, the answer tells
             print(json.dumps(question), file=self.process.stdin, flush=True)
-        return self.answer()
 
     def answer(self) -> dict[str, Any]:
         """The next line that it says. Raises Failed if it ended instead."""
@@ -103,7 +117,10 @@ class Child:
 
 
 class Worker(Child):
-    """A contestant by its name in benchmarks.contestants; `start` takes its first step."""
+    """A contestant by its name in benchmarks.contestants; `start` takes its first step.
+
+    `settings` are further ones of section train, of a contestant that is ours.
+    """
 
     def __init__(
         self,
@@ -112,8 +129,11 @@ class Worker(Child):
         file: Path,
         device: str = "cpu",
         threads: int | None = None,
+        environment: dict[str, str] | None = None,
+        **settings: Any,
     ):
-        super().__init__("benchmarks.worker", [contestant, shape, str(file), device], threads)
+        job = [contestant, shape, str(file), device, settings]
+        super().__init__("benchmarks.worker", job, threads, environment)
 
     def run(self, steps: int) -> list[float]:
         """The seconds of each of some steps; one before them is not counted."""
@@ -165,7 +185,7 @@ def peak_resident_bytes() -> int:
 
 def main() -> None:
     """Build, take a step, then answer questions until nobody asks any more."""
-    (name, sizes, file, device_name), tell = begin()
+    (name, sizes, file, device_name, settings), tell = begin()
     start = time.perf_counter()
     import torch
 
@@ -174,7 +194,7 @@ def main() -> None:
 
     device = torch.device(device_name)
     try:
-        contest = CONTESTANTS[name](Shape(*sizes), Path(file), device)
+        contest = CONTESTANTS[name](Shape(*sizes), Path(file), device, **settings)
     except Missing as missing:
         sys.exit(str(missing))
     loss = next(contest.steps)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,16 +17,19 @@ import pytest
 import torch
 
 from benchmarks import textbook
-from benchmarks.contestants import CONTESTANTS, SHAPES, Missing, products
+from benchmarks.contestants import CONTESTANTS, PARALLEL, SHAPES, Missing, products
+from benchmarks.parallel import Way, measure_saving, started, table
 from benchmarks.race import Curve, Point, report, validation_loss
 from benchmarks.scaling import scaled
+from benchmarks.worker import Worker
 from lm.functional import cross_entropy
 from lm.model import TransformerLM
 from lm.optim import AdamW, gradient_clipping
 from tests.project import ROOT
 
 TINY = SHAPES["XS"]
-EAGER = [name for name in CONTESTANTS if "compiled" not in name and not name.startswith("floor")]
+ELSEWHERE = "compiled", "floor", *PARALLEL  # the last join a group, which is for a process's life
+EAGER = [name for name in CONTESTANTS if not any(word in name for word in ELSEWHERE)]
 
 
 @pytest.fixture
@@ -141,6 +145,45 @@ def test_scaling_keeps_the_proportions_of_a_model():
     wide = scaled(SHAPES["M"], "d_model", 2)
     assert (wide.d_model, wide.num_heads, wide.d_ff) == (256, 8, 688)
     assert scaled(SHAPES["M"], "batch_size", 0.5) == SHAPES["M"]._replace(batch_size=6)
+
+
+def test_processes_that_train_one_model_share_the_batch_of_one(repeating):
+    together = {"parallel": "ddp", "reduction": "tree", "micro_batch_size": 1}
+    ways = {"none": Way(), "ddp": Way(2, 1, together)}
+
+    def worker(name, place):
+        way = ways[name]
+        return Worker("ours, float32", TINY, repeating, "cpu", 1, place, **way.settings)
+
+    with started(ways, worker) as (teams, said):
+        assert [len(team) for team in teams.values()] == [1, 2]
+        assert said["ddp"]["first_loss"] == pytest.approx(said["none"]["first_loss"], abs=1e-5)
+        first, second = teams["ddp"]
+        first.request(steps=3)
+        ready, _, _ = select.select([first.process.stdout], [], [], 0.5)
+        assert not ready  # alone it gets nowhere
+        assert len(second.run(3)) == len(first.answer()["seconds"]) == 3
+
+
+def test_a_speed_is_compared_with_the_first_row_and_with_another_in_the_same_round():
+    ways = {"none": Way(), "two": Way(2), "tree": Way(2, beside="two")}
+    taken = {"none": [0.1, 0.2, 0.4], "two": [0.05, 0.1, 0.1], "tree": [0.1, 0.1, 0.2]}
+    rows = table("XS", TINY, ways, taken).splitlines()[3:]
+    assert rows == [
+        "| none | 200.0 | 160 | 1.00 (1.00-1.00) |  |  |",
+        "| two | 100.0 | 320 | 2.00 (2.00-4.00) |  |  |",
+        "| tree | 100.0 | 320 | 2.00 (1.00-2.00) | 0.50 (0.50-1.00) | two |",
+    ]
+
+
+def test_two_processes_save_as_much_as_one():
+    ways = {"fsdp": Way(2, 1, {"parallel": "fsdp"})}
+    size, plain, found = measure_saving(TINY, ways, None, rounds=1)
+    parameters = 2 * 64 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    assert parameters * 12 < size < parameters * 12 * 1.2  # weights, two moments, headers
+    assert len(plain) == 1
+    (times,) = found["fsdp"]
+    assert min(*times["alone_s"], times["wait_s"], times["held_s"]) > 0
 
 
 def throughput(*arguments, **environment):

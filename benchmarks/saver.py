@@ -1,0 +1,84 @@
+"""A training in a process of its own, alone or one of several, that saves when it is told so.
+
+    with Saver(shape, file, folder, parallel="none") as saver:
+        size_bytes = saver.start()["size_bytes"]
+        times = saver.ask(steps=4)
+
+alone_s       of each of some steps
+wait_s        a save of which the end is waited for
+held_s        a save in the background: the next step waits so long
+meanwhile_s   of each step until that save is on disk
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.worker import Child, begin
+
+
+class Saver(Child):
+    """`start` trains a step and saves once, unmeasured: that makes the buffers."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        file: Path,
+        folder: Path,
+        threads: int | None = None,
+        environment: dict[str, str] | None = None,
+        **settings: Any,
+    ):
+        job = [shape, str(file), str(folder), settings]
+        super().__init__("benchmarks.saver", job, threads, environment)
+
+
+def main() -> None:
+    """Train, save, then answer questions until nobody asks any more."""
+    (sizes, file, folder, settings), tell = begin()
+    import torch
+
+    from benchmarks.contestants import Shape, training
+    from lm.resume import ResumeDirectory
+
+    state, records = training(Shape(*sizes), Path(file), torch.device("cpu"), **settings)
+    processes = state.processes
+    directory = ResumeDirectory(Path(folder), keep=2, processes=processes)
+
+    def step() -> float:
+        return seconds(lambda: next(records))
+
+    def save() -> None:
+        directory.save(state.model, state.optimizer, state.step, {"best": {"step": None}})
+
+    def save_and_wait() -> None:
+        save()
+        directory.wait()
+
+    step()
+    save_and_wait()
+    files = [path for path in Path(folder).rglob("*") if path.suffix == ".safetensors"]
+    tell(size_bytes=sum(path.stat().st_size for path in files))
+    for question in map(json.loads, sys.stdin):
+        alone_s = [step() for _ in range(question["steps"])]
+        wait_s = seconds(save_and_wait)
+        step()
+        held_s, meanwhile_s = seconds(save), []
+        committed = directory.path(state.step).with_suffix(".json")
+        while not processes.lead(committed.exists):  # all take equally many steps
+            meanwhile_s.append(step())
+        directory.wait()
+        tell(alone_s=alone_s, wait_s=wait_s, held_s=held_s, meanwhile_s=meanwhile_s)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
