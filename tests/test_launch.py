@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.kill import copied, living, outputs, survivors
+from tests.kill import copied, living_ranks, outputs, share_out, survivors
 from tests.project import one_line, wait_for
 from tests.ranks import free_port
 
@@ -21,9 +21,7 @@ def shared_run(long_run, made_once):
 
     def make(folder):
         project = copied(long_run[0], folder / "project")
-        project.set("train.parallel", "fsdp")
-        project.set("train.reduction", "tree")
-        project.set("train.micro_batch_size", 1)
+        share_out(project, 1)
         project.set("runtime.log_interval", 1)
         whole = copied(project, folder / "whole")
         whole.prepare("train")
@@ -39,16 +37,6 @@ def shared(shared_run, tmp_path):
     yield project, straight
     project.close()
     survivors(project, 0)
-
-
-def ranks(project):
-    """The processes that train, by their rank."""
-    found = {}
-    for process in living(project):
-        environment = process.environ()
-        if "RANK" in environment and "stages.train" in process.cmdline():
-            found[int(environment["RANK"])] = process
-    return found
 
 
 def assert_goes_on(project, straight, *overrides):
@@ -84,7 +72,7 @@ def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(shared, number, 
     project, straight = shared
     process = project.train_until("step  40/", TWO)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code
     assert err.startswith("error: stopped, saved at step ")
     assert err.count("\n") == 1
@@ -96,8 +84,8 @@ def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(shared, number, 
 def test_a_killed_rank_is_named_and_the_run_goes_on(shared, rank):
     project, straight = shared
     process = project.train_until("step  40/", TWO)
-    ranks(project)[rank].kill()
-    _, err = process.communicate(timeout=60)
+    living_ranks(project)[rank].kill()
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 3
     # whichever notices first, the launcher or another rank
     assert re.search(rf"rank {rank} (was ended by SIGKILL|in step \d+: it has ended); what", err)
@@ -111,8 +99,8 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(shared, rank):
 def test_a_hung_rank_is_named_and_ended(shared, rank):
     project, straight = shared
     process = project.train_until("step  40/", TWO, "runtime.process_timeout_s=4")
-    ranks(project)[rank].suspend()
-    _, err = process.communicate(timeout=60)
+    living_ranks(project)[rank].suspend()
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 3
     assert f"lost rank {rank} in step " in err
     assert "no answer within runtime.process_timeout_s" in err
@@ -127,7 +115,7 @@ def test_torchrun_restarts_what_a_killed_rank_has_ended(shared):
     torchrun = ("torchrun", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "stages.train")
     process = project.start(*torchrun)
     wait_for(process, "step  40/")
-    ranks(project)[1].kill()
+    living_ranks(project)[1].kill()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "Resumed at step" in out
@@ -139,7 +127,7 @@ def test_four_processes_end_in_the_bytes_of_one_and_so_do_two_after_them(shared)
     project, straight = shared
     process = project.train_until("step  60/", FOUR)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 143
     assert_goes_on(project, straight, TWO)
     shutil.rmtree(project.folder / "models" / "model")
@@ -200,7 +188,7 @@ def test_a_rank_with_other_code_or_data_stops_all(shared, tmp_path, change, said
         project.start("python", "-m", "stages.train", RANK=str(rank), **place)
         for rank, project in enumerate(projects)
     ]
-    said_by = [process.communicate(timeout=60)[1] for process in both]
+    said_by = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], said_by
     assert said_by[0].startswith(f"error: {said}")
     assert said_by[0].count("\n") == 1
