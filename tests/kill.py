@@ -36,6 +36,14 @@ def versioned(
     return project
 
 
+def share_out(project: Project, num_processes: int) -> None:
+    """Let several processes train it, to the bytes that any number of them gives."""
+    project.set("train.parallel", "fsdp")
+    project.set("train.reduction", "tree")
+    project.set("train.micro_batch_size", 1)
+    project.set("runtime.num_processes", num_processes)
+
+
 def git(project: Project, *arguments: str) -> str:
     who = ("-c", "user.name=test", "-c", "user.email=test@example.org")  # a clone has none
     done = run(project, "git", *who, *arguments)
@@ -127,9 +135,11 @@ class Victim:
 
     def kill(self, target: str, number: signal.Signals) -> str | None:
         """Send a signal; returns the stage that was running."""
-        stage = running_stage(self.project)
+        stage, ranks = running_stage(self.project), living_ranks(self.project)
         if target == "group":
             os.killpg(self.process.pid, number)
+        elif target == "rank" and ranks:  # the last of the processes that train together
+            ranks[max(ranks)].send_signal(number)
         elif target == "dvc" or stage is None:
             os.kill(self.process.pid, number)
         else:
@@ -174,6 +184,17 @@ def stage_name(process: psutil.Process) -> str | None:
         return None
     found = [w.removeprefix("stages.") for w in words if w.startswith("stages.")]
     return found[0] if found and words[-2:-1] == ["-m"] and found[0] != "heal" else None
+
+
+def living_ranks(project: Project) -> dict[int, psutil.Process]:
+    """The processes that train together, by their rank."""
+    found = {}
+    for process in living(project):
+        with suppress(psutil.Error):
+            environment = process.environ()
+            if "RANK" in environment and "stages.train" in process.cmdline():
+                found[int(environment["RANK"])] = process
+    return found
 
 
 def running_stage(project: Project) -> psutil.Process | None:

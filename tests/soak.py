@@ -1,8 +1,9 @@
 """Kill `dvc repro` at random moments, go on, and compare: `python -m tests.soak --seconds 600`.
 
-A round starts from a fresh project and kills until the pipeline is done: a random signal to the
-stage, to dvc or to the whole group, after a random time; half of the kills wait until DVC writes
-one of its files in place. It must end in the bytes of an undisturbed run.
+A round starts from a fresh project, every other one of two processes, and kills until the pipeline
+is done: a random signal to the stage, to a rank, to dvc or to the whole group, after a random time;
+half of the kills wait until DVC writes one of its files in place. It must end in the bytes of an
+undisturbed run.
 `--break heal` or `--break resume` leaves out what this rests on and must therefore end red.
 """
 
@@ -20,6 +21,7 @@ from tests.kill import (
     SIGNALS,
     TARGETS,
     Victim,
+    commit,
     copied,
     heal,
     last_step,
@@ -27,6 +29,7 @@ from tests.kill import (
     outputs,
     resumed_at,
     run,
+    share_out,
     survivors,
     versioned,
 )
@@ -35,6 +38,7 @@ from tests.project import Project
 STEPS, INTERVAL = 600, 3
 KILLS_A_ROUND = 12  # then the round may finish
 LONGEST_S = 12
+NUM_PROCESSES = (1, 2)  # of trainings, in turn
 
 
 class Soak:
@@ -47,16 +51,22 @@ class Soak:
         self.heals: Counter[str] = Counter()
         self.resumes = self.repeated = self.rounds = 0
         self.faults: list[str] = []
-        self.fresh = versioned(folder / "fresh", STEPS, INTERVAL)
-        whole = copied(self.fresh, folder / "undisturbed")
-        done = run(whole, "dvc", "repro", timeout=600)
-        assert done.returncode == 0, done.stdout
-        self.expected = outputs(whole)
+        self.fresh = [versioned(folder / f"fresh{n}", STEPS, INTERVAL) for n in NUM_PROCESSES]
+        self.expected = []
+        for num_processes, fresh in zip(NUM_PROCESSES, self.fresh, strict=True):
+            if num_processes > 1:
+                share_out(fresh, num_processes)
+                commit(fresh)
+            whole = copied(fresh, folder / f"undisturbed{num_processes}")
+            done = run(whole, "dvc", "repro", timeout=600)
+            assert done.returncode == 0, done.stdout
+            self.expected.append(outputs(whole))
 
     def round(self, end: float) -> None:
         """Kill one pipeline again and again until it is done, and compare."""
+        kind = self.rounds % len(NUM_PROCESSES)
         self.rounds += 1
-        project = copied(self.fresh, self.folder / f"round{self.rounds}")
+        project = copied(self.fresh[kind], self.folder / f"round{self.rounds}")
         reached, kills, failures = 0, 0, 0
         while True:
             self.heal(project)
@@ -85,7 +95,7 @@ class Soak:
                 self.fault(project, f"exit code {code} without a kill: {output[-300:]}")
                 if failures == 2:
                     return
-        different = {n for n, _ in outputs(project).items() ^ self.expected.items()}
+        different = {n for n, _ in outputs(project).items() ^ self.expected[kind].items()}
         if different:
             self.fault(project, f"exit code 0, but different: {', '.join(sorted(different))}")
         self.heal(project)
@@ -100,7 +110,8 @@ class Soak:
             if victim.process.poll() is not None:
                 return False
             time.sleep(0.005)
-        target, number = self.random.choice(TARGETS), self.random.choice(SIGNALS)
+        target = self.random.choice([*TARGETS, "rank"])
+        number = self.random.choice(SIGNALS)
         if self.random.random() < 0.5:
             target, number = "group", SIGNALS[2]
             while victim.process.poll() is None and not self.is_being_written(project):

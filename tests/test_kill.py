@@ -24,6 +24,7 @@ from tests.kill import (
     resumed_at,
     run,
     running_stage,
+    share_out,
     survivors,
     versioned,
 )
@@ -38,8 +39,11 @@ INT, TERM, KILL = SIGNALS
 class Undisturbed:
     """A project whose data is prepared, and what its run and its experiment end in."""
 
-    def __init__(self, shared):
+    def __init__(self, shared, num_processes=1):
         self.fresh = versioned(shared / "fresh", STEPS, INTERVAL)
+        if num_processes > 1:
+            share_out(self.fresh, num_processes)
+            commit(self.fresh)
         self.prepared = copied(self.fresh, shared / "prepared")
         done = run(self.prepared, "dvc", "repro", "corpus", "tokens")
         assert done.returncode == 0, done.stdout
@@ -120,6 +124,29 @@ def test_a_killed_repro_goes_on_where_it_was(project, undisturbed, target, numbe
         repeated = last_step(before) - resumed_at(go_on(project, *TRAIN))
         assert repeated <= (UNSAVED if number == KILL and target != "dvc" else 0)
     assert outputs(project) == undisturbed.outputs
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pair(made_once):
+    return made_once("kill-pair", lambda folder: Undisturbed(folder, num_processes=2))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("target", [*TARGETS, "rank"])
+def test_a_killed_repro_of_two_processes_goes_on_where_it_was(
+    undisturbed_pair, tmp_path, target, number
+):
+    project = copied(undisturbed_pair.prepared, tmp_path / "project")
+    code, before = killed(project, TRAIN, MIDDLE, target, number)
+    if (target, number) == ("dvc", INT):
+        assert code == 0
+    else:
+        assert code != 0
+        assert "train" not in yaml.safe_load(project.read("dvc.lock"))["stages"]
+        repeated = last_step(before) - resumed_at(go_on(project, *TRAIN))
+        assert repeated <= (UNSAVED if number == KILL and target != "dvc" else 0)
+    assert outputs(project) == undisturbed_pair.outputs
 
 
 @pytest.mark.parametrize("moment", ["publishing", "before the first step", "saving"])

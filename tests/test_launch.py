@@ -1,0 +1,225 @@
+"""Stage train by several processes, as a user runs it: the same bytes, and orderly ends."""
+
+import json
+import re
+import shutil
+import signal
+
+import pytest
+
+from tests.kill import copied, living_ranks, outputs, share_out, survivors
+from tests.project import one_line, wait_for
+from tests.ranks import free_port
+
+TWO = "runtime.num_processes=2"
+FOUR = "runtime.num_processes=4"
+
+
+@pytest.fixture(scope="session")
+def shared_run(long_run, made_once):
+    """A run to be shared out: its project before it, and what it ends in by one process."""
+
+    def make(folder):
+        project = copied(long_run[0], folder / "project")
+        share_out(project, 1)
+        project.set("runtime.log_interval", 1)
+        whole = copied(project, folder / "whole")
+        whole.prepare("train")
+        return project, outputs(whole)
+
+    return made_once("shared", make)
+
+
+@pytest.fixture
+def shared(shared_run, tmp_path):
+    project, straight = shared_run
+    project = copied(project, tmp_path / "project")
+    yield project, straight
+    project.close()
+    survivors(project, 0)
+
+
+def assert_goes_on(project, straight, *overrides):
+    """By one process, or as many as set, to the bytes of a run that nobody disturbed."""
+    again = project.stage("train", *overrides)
+    assert again.returncode == 0, again.stderr
+    assert "Resumed at step" in again.stdout
+    assert outputs(project) == straight
+
+
+def test_dvc_repro_with_two_processes_ends_in_the_bytes_of_one(shared):
+    project, straight = shared
+    project.set("runtime.num_processes", 2)
+    assert project.run("git", "init", "-q").returncode == 0
+    done = project.run("dvc", "repro", "--single-item", "train")
+    assert done.returncode == 0, done.stderr
+    assert ", 2 processes\n" in done.stdout
+    assert done.stdout.count("Model has") == 1  # rank 0 alone speaks
+    assert done.stdout.count("step 160/160") == 1
+    found = outputs(project)
+    assert found.pop("dvc.lock")
+    assert found == straight
+    performance = json.loads(project.read("metrics/performance.json"))
+    assert performance["num_devices"] == 2
+    assert len(performance["forward_seconds_median_by_rank"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak)],
+)
+def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(shared, number, code):
+    project, straight = shared
+    process = project.train_until("step  40/", TWO)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert err.startswith("error: stopped, saved at step ")
+    assert err.count("\n") == 1
+    assert survivors(project) == []
+    assert_goes_on(project, straight)
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.soak)])
+def test_a_killed_rank_is_named_and_the_run_goes_on(shared, rank):
+    project, straight = shared
+    process = project.train_until("step  40/", TWO)
+    living_ranks(project)[rank].kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3
+    # whichever notices first, the launcher or another rank
+    assert re.search(rf"rank {rank} (was ended by SIGKILL|in step \d+: it has ended); what", err)
+    assert err.count("\n") == 1
+    assert survivors(project) == []
+    assert_goes_on(project, straight)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_hung_rank_is_named_and_ended(shared, rank):
+    project, straight = shared
+    process = project.train_until("step  40/", TWO, "runtime.process_timeout_s=4")
+    living_ranks(project)[rank].suspend()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert f"lost rank {rank} in step " in err
+    assert "no answer within runtime.process_timeout_s" in err
+    assert err.count("\n") == 1
+    assert survivors(project) == []
+    assert_goes_on(project, straight)
+
+
+@pytest.mark.soak
+def test_torchrun_restarts_what_a_killed_rank_has_ended(shared):
+    project, straight = shared
+    torchrun = ("torchrun", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "stages.train")
+    process = project.start(*torchrun)
+    wait_for(process, "step  40/")
+    living_ranks(project)[1].kill()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Resumed at step" in out
+    assert outputs(project) == straight
+
+
+@pytest.mark.soak
+def test_four_processes_end_in_the_bytes_of_one_and_so_do_two_after_them(shared):
+    project, straight = shared
+    process = project.train_until("step  60/", FOUR)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert_goes_on(project, straight, TWO)
+    shutil.rmtree(project.folder / "models" / "model")
+    project.forget_runs()
+    straight_on = project.run("python", "-m", "stages.train", "-S", FOUR)
+    assert straight_on.returncode == 0
+    assert "Resumed" not in straight_on.stdout
+    assert outputs(project) == straight
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.parallel=none"], "train.parallel = none, but there are 2 processes; use ddp or"),
+        (["train.reduction=sum", "train.batch_size=5"], "train.batch_size = 5 is not a multiple"),
+        (["train.batch_size=12"], "train.batch_size = 12 is not 1, 2, 4, 8, ... times"),
+        (["train.micro_batch_size=null"], "train.reduction = tree needs train.micro_batch_size"),
+        (["train.dtype=float16"], "does not scale the loss of train.dtype = float16"),
+    ],
+    ids=str,
+)
+def test_settings_that_several_processes_cannot_share_are_refused(shared, overrides, said):
+    refused = shared[0].stage("train", TWO, *overrides)
+    assert refused.returncode == 2
+    assert said in one_line(refused)
+
+
+def test_torchrun_with_settings_for_one_process_is_refused(shared):
+    place = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2"}
+    refused = shared[0].stage("train", "train.parallel=none", **place)
+    assert refused.returncode == 2
+    assert "train.parallel = none: is for one process, here are 2" in one_line(refused)
+
+
+def other_code(project):
+    with open(project.folder / "lm" / "schedule.py", "a") as file:
+        file.write("# another version\n")
+
+
+def other_data(project):
+    (project.folder / "text" / "00.txt").unlink()
+    project.prepare("tokenizer", "tokens")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_code, "rank 1: code: lm/schedule.py not as on rank 0"),
+        (other_data, "rank 1: inputs: data/token"),
+    ],
+)
+def test_a_rank_with_other_code_or_data_stops_all(shared, tmp_path, change, said):
+    """As on two machines: each has a folder of its own, and nobody launches both."""
+    projects = [shared[0], copied(shared[0], tmp_path / "other")]
+    change(projects[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    both = [
+        project.start("python", "-m", "stages.train", RANK=str(rank), **place)
+        for rank, project in enumerate(projects)
+    ]
+    said_by = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said_by
+    assert said_by[0].startswith(f"error: {said}")
+    assert said_by[0].count("\n") == 1
+    assert said_by[1] == ""
+    projects[1].close()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "more"),
+    [
+        ("fsdp", []),
+        pytest.param("ddp", [], marks=pytest.mark.soak),
+        pytest.param(
+            "fsdp",
+            ["train.gradient_checkpointing=true", "train.dtype=bfloat16"],
+            marks=pytest.mark.soak,
+        ),
+        pytest.param("ddp", ["train.gradient_checkpointing=true"], marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
+def test_compiled_blocks_train_as_one_process_does(shared, parallel, more):
+    project, _ = shared
+    short = [f"train.parallel={parallel}", "train.max_steps=4", "train.warmup_steps=1", *more]
+    assert project.stage("train", *short).returncode == 0
+    eager = json.loads(project.read("metrics/train.json"))
+    overrides = [word for o in (TWO, "train.compile=true", *short) for word in ("-S", o)]
+    done = project.run("python", "-m", "stages.train", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "Plan: compiled" not in done.stdout  # that is for auto
+    assert json.loads(project.read("metrics/performance.json"))["compiled"] is True
+    both = json.loads(project.read("metrics/train.json"))
+    for key in ("train_loss", "valid_loss"):
+        assert both[key] == pytest.approx(eager[key], rel=2e-2 if "dtype" in str(more) else 1e-4)
