@@ -126,6 +126,7 @@ class Processes:
         """
         assert self.store is not None
         hangs = "imed out" in reason
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
         end, left = time.monotonic() + GRACE_S, {self.rank}
         try:
             self.store.set(f"leaves/{self.rank}", "")
@@ -134,13 +135,13 @@ class Processes:
                 time.sleep(0.05)
                 left = self._left()
             time.sleep(1)  # the last, too, may be alive
-            missing = sorted(set(range(self.size)) - self._left())
-            if self.store.add("told", 1) > 1:
-                return SystemExit(EnvironmentFault.exit_code)
+            left = self._left()
+            missing = sorted(set(range(self.size)) - left)
         except dist.DistError:
-            if "TORCHELASTIC_RUN_ID" in os.environ and not self.leads:
-                return SystemExit(EnvironmentFault.exit_code)
-            missing = [] if "TORCHELASTIC_RUN_ID" in os.environ else [0]
+            missing = [] if launched else [0]
+            left |= {0} if launched else set()
+        if self.rank != min(left):
+            return SystemExit(EnvironmentFault.exit_code)
         return EnvironmentFault(
             f"lost {', '.join(map(self._whereabouts, missing)) or 'a connection'}: "
             f"{'no answer within runtime.process_timeout_s' if hangs else 'it has ended'}; "

@@ -59,6 +59,9 @@ if absent or sys.version_info < (3, 11):
 
 from lm.signals import end_with_parent  # noqa: E402 - from source
 
+if "RANK" in os.environ:  # one of several processes: torch's C++ warnings come with a traceback
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 # dvc, or the launcher of several processes, may die while torch is being imported
 if "DVC_ROOT" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
     end_with_parent()

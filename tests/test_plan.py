@@ -402,7 +402,7 @@ def test_processes_hold_and_send_what_is_planned(
     ids, one = torch.zeros(1, 16, dtype=torch.int64), torch.ones(())
     with Sent() as sent:
         for number in range(micro_batches):
-            backward(ids, ids, one, number == 0, number == micro_batches - 1)
+            backward(ids, ids, one, number == micro_batches - 1)
         state.optimizer.step()
     planned = communication(model_config, config, 4, micro_batches)
     assert sorted(planned.values()) == sorted(sent.bytes.values())
@@ -440,7 +440,7 @@ def test_planned_memory_of_fsdp_is_what_torch_holds_at_once(
     def update():
         state.optimizer.zero_grad(set_to_none=True)
         for number in range(micro_batches):
-            backward(ids, ids, one, number == 0, number == micro_batches - 1)
+            backward(ids, ids, one, number == micro_batches - 1)
         state.optimizer.step()
 
     update()  # makes the optimizer's state
