@@ -113,6 +113,11 @@ class Processes:
                         )
                     )
 
+    def part(self) -> None:
+        """Wait until all are about to leave: who hangs up first breaks what others still read."""
+        with suppress(RuntimeError):
+            self.gather(None)
+
     def at(self, step: int) -> None:
         """Note where this rank is, for those who might wait for it in vain."""
         if self.size > 1 and self.store is not None:
@@ -211,8 +216,10 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
     try:
         yield processes
     except (*FAULTS, Diverged, Interrupted) as fault:
-        _hang_up()
         common = getattr(fault, "common", False) or isinstance(fault, Diverged | Interrupted)
+        if common:
+            processes.part()
+        _hang_up()
         if common and not processes.leads:
             raise SystemExit(getattr(fault, "exit_code", EnvironmentFault.exit_code)) from None
         if common or size == 1:
@@ -222,6 +229,7 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
         if not _is_of_a_connection(error):
             raise
         raise processes.lost(str(error)) from None
+    processes.part()
     _hang_up()
 
 
