@@ -29,7 +29,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, writers: Processes) 
     from torch.distributed.checkpoint.state_dict_saver import save
 
     storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _told_in_one_line(folder):
+    with _told_in_one_line(folder, by_all=True):
         save(tensors, storage_writer=storage, process_group=writers.messages)
 
 
@@ -65,8 +65,11 @@ def assemble(folder: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _told_in_one_line(folder: Path) -> Iterator[None]:
-    """Turn what the library raises, a BaseException with a traceback of each rank, into faults."""
+def _told_in_one_line(folder: Path, by_all: bool = False) -> Iterator[None]:
+    """Turn what the library raises, a BaseException with a traceback of each rank, into faults.
+
+    What processes do together, by_all, is raised by all and names the rank whose fault it is.
+    """
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -75,13 +78,14 @@ def _told_in_one_line(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder}: not safetensors files ({error})") from None
     except CheckpointException as error:
         rank, (reason, _) = min(error.failures.items())
+        where = f"{folder}: rank {rank}" if by_all else folder
         if not isinstance(reason, OSError):
-            raise InputError(f"{folder}: rank {rank}: {_first_line(reason)}") from None
+            raise InputError(f"{where}: {_first_line(reason)}") from None
         fault = EnvironmentFault(
-            f"{folder}: rank {rank}: {reason.strerror or reason}; what was finished before is "
+            f"{where}: {reason.strerror or reason}; what was finished before is "
             "intact: mend it and run again"
         )
-        fault.common = True  # type: ignore[attr-defined]
+        fault.common = by_all  # type: ignore[attr-defined]
         raise fault from None
 
 

@@ -111,6 +111,11 @@ class Processes:
                         )
                     )
 
+    def part(self) -> None:
+        """Wait until all are about to leave: who hangs up first breaks what others still read."""
+        with suppress(RuntimeError):
+            self.gather(None)
+
     def at(self, step: int) -> None:
         """Note where this rank is, for those who might wait for it in vain."""
         if self.size > 1 and self.store is not None:
@@ -193,6 +198,7 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
         yield processes
     except (*FAULTS, Diverged, Interrupted) as fault:
         if getattr(fault, "common", False) or isinstance(fault, Diverged | Interrupted):
+            processes.part()
             if not processes.leads:
                 raise SystemExit(fault.exit_code if hasattr(fault, "exit_code") else 3) from None
         elif size > 1:
@@ -202,8 +208,8 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
         if not _is_of_a_connection(error):
             raise
         raise processes.lost(str(error)) from None
-    with suppress(RuntimeError):  # another may have left before
-        dist.destroy_process_group()
+    processes.part()
+    dist.destroy_process_group()
 
 
 _PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"))
