@@ -101,13 +101,13 @@ class Run:
         self.step_seconds: list[float] = []
         self.forward_seconds: deque[list[float]] = deque(maxlen=1000)  # of each step, by rank
         self.refreshed_s = -math.inf
-        self.leaving: int | None = None  # the signal that all have agreed to leave for
         if not self._resume() and resume_from is not None:
             self._continue(resume_from)
             self._begin_notes()
         tokens = config.batch_size * state.model.config.context_length
         self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
         self.signals = CatchSignals()
+        self.agreed_signal: int | None = None  # caught by one of the processes, and known to all
 
     def __enter__(self) -> "Run":
         self.signals.__enter__()
@@ -265,11 +265,11 @@ class Run:
         """
         self._note(MICRO_BATCH_SIZES, self.state.windows_at_once, record["step"])
         self._note(NUM_PROCESSES, self.processes.size, record["step"])
-        signal_number = self.signals.caught or 0
         forward_s, signals, failed = self.processes.gather_numbers(
-            [record["forward_s"], signal_number, self.directory.failed]
+            [record["forward_s"], self.signals.caught or 0, self.directory.failed]
         ).T
-        self.leaving = int(signals.max()) or None
+        # one that comes from here on waits for the next step: all must leave at the same
+        self.agreed_signal = int(signals.max()) or None
         self.forward_seconds.append(forward_s.tolist())
         self.history.add(record)
         self.step_seconds.append(record["step_s"])
@@ -308,7 +308,7 @@ class Run:
         step = self.state.step
         at_interval = due(step, self.runtime.checkpoint_interval)
         new_best = self.best["step"] == step
-        return at_interval or new_best or self.finished() or self.leaving is not None
+        return at_interval or new_best or self.finished() or self.agreed_signal is not None
 
     def save(self) -> None:
         """Start writing a checkpoint; after a signal wait for it and leave."""
@@ -316,10 +316,10 @@ class Run:
             with suppress(EnvironmentFault):  # nobody's result depends on the times
                 atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
         self.directory.save(self.state.model, self.state.optimizer, self.state.step, self._extra())
-        if self.leaving is not None:
+        if self.agreed_signal is not None:
             self.directory.wait()
-            saved = f"stopped, saved at step {self.state.step}; run again to go on"
-            raise Interrupted(self.leaving, saved)
+            message = f"stopped, saved at step {self.state.step}; run again to go on"
+            raise Interrupted(self.agreed_signal, message)
 
     def publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
         """Write the outputs. models/model holds the last weights, or with early stopping the best.

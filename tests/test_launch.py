@@ -177,7 +177,7 @@ def other_data(project):
     ("change", "said"),
     [
         (other_code, "rank 1: code: lm/schedule.py not as on rank 0"),
-        (other_data, "rank 1: inputs: data/token"),
+        pytest.param(other_data, "rank 1: inputs: data/token", marks=pytest.mark.soak),
     ],
 )
 def test_a_rank_with_other_code_or_data_stops_all(shared, tmp_path, change, said):

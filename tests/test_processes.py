@@ -1,15 +1,20 @@
 """What processes tell each other: faults of one reach all, and who is lost is named."""
 
 import os
+import signal
 import time
 from dataclasses import replace
 
 import pytest
 
-from lm.errors import Diverged, EnvironmentFault, InputError
+from lm.checkpoint import verify
+from lm.config import RuntimeConfig, read_section
+from lm.errors import Diverged, EnvironmentFault, InputError, Interrupted
+from lm.run import Run
 from lm.shares import whole
 from lm.train import new_state, train
 from tests.ranks import outcomes, together
+from tests.test_run import MADE_OF
 from tests.test_train import CPU, SPLIT
 
 BOTH = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -179,3 +184,33 @@ def test_a_step_that_is_bad_on_one_rank_is_skipped_by_all(model_config, train_co
     assert "first on rank 1" in skipped[2]
     assert weights.isfinite().all()
     assert (weights == theirs[1]).all()
+
+
+def stopped(processes, model_config, config, runtime, folder):
+    """A run of which one rank is told to stop when the others have just heard that nobody is."""
+    state = new_state(model_config, config, CPU, processes)
+    try:
+        with Run(state, config, runtime, MADE_OF, folder) as run:
+            for record in train(state, SPLIT, config):
+                run.log(record)
+                if processes.rank == 1 and record["step"] == 5:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if run.save_due:
+                    run.save()
+    except Interrupted as left:
+        return str(left), left.exit_code
+
+
+@BOTH
+@pytest.mark.parametrize("interval", [4, 5])  # without and with a save that is due anyway
+def test_after_a_signal_to_one_rank_all_leave_at_the_same_step(
+    model_config, train_config, smoke_params, tmp_path, parallel, interval
+):
+    config = replace(train_config, parallel=parallel, micro_batch_size=1)
+    runtime = read_section(RuntimeConfig, smoke_params, "runtime")
+    runtime = replace(runtime, checkpoint_interval=interval)
+    given = (model_config, config, runtime, tmp_path)
+    left = together(2, stopped, *given, parallel=parallel)
+    assert left == [("stopped, saved at step 6; run again to go on", 128 + signal.SIGTERM)] * 2
+    (newest,) = tmp_path.glob("*/step-00000006.json")
+    verify(newest.with_suffix(""))
