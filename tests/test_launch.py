@@ -95,6 +95,41 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(shared, rank):
     assert_goes_on(project, straight)
 
 
+def test_a_damaged_checkpoint_is_made_again(shared):
+    project, straight = shared
+    process = project.train_until("step  20/", TWO)
+    living_ranks(project)[1].kill()
+    process.communicate(timeout=120)
+    newest = max(project.folder.glob(".dvc/tmp/lm-resume/*/step-*.json")).with_suffix("")
+    shard = max(newest.glob("shard-*"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    again = project.run("python", "-m", "stages.train", "-S", TWO)
+    assert again.returncode == 0, again.stderr
+    assert f"{newest.name}/{shard.name}: content differs from the hash" in again.stdout
+    assert "Resumed at step" in again.stdout
+    assert outputs(project) == straight
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_four_processes_that_sum_in_any_order_resume_to_their_own_bytes(shared, parallel):
+    project, _ = shared
+    project.set("train.parallel", parallel)
+    project.set("train.reduction", "sum")
+    project.set("train.max_steps", 40)
+    straight = project.run("python", "-m", "stages.train", "-S", FOUR)
+    assert straight.returncode == 0, straight.stderr
+    expected = outputs(project)
+    project.forget_runs()
+    process = project.train_until("step 20/", FOUR)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    again = project.run("python", "-m", "stages.train", "-S", FOUR)
+    assert "Resumed at step" in again.stdout
+    assert outputs(project) == expected
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_hung_rank_is_named_and_ended(shared, rank):
