@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lm.errors import EnvironmentFault, InputError
-from lm.processes import Processes
+from lm.files import writing
+from lm.processes import Processes, common, of_rank
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, writers: Processes) -> None:
@@ -78,15 +79,13 @@ def _told_in_one_line(folder: Path, by_all: bool = False) -> Iterator[None]:
         raise InputError(f"{folder}: not safetensors files ({error})") from None
     except CheckpointException as error:
         rank, (reason, _) = min(error.failures.items())
-        where = f"{folder}: rank {rank}" if by_all else folder
-        if not isinstance(reason, OSError):
-            raise InputError(f"{where}: {_first_line(reason)}") from None
-        fault = EnvironmentFault(
-            f"{where}: {reason.strerror or reason}; what was finished before is "
-            "intact: mend it and run again"
-        )
-        fault.common = by_all  # type: ignore[attr-defined]
-        raise fault from None
+        try:
+            if not isinstance(reason, OSError):
+                raise InputError(f"{folder}: {_first_line(reason)}") from None
+            with writing(folder):
+                raise reason
+        except (InputError, EnvironmentFault) as fault:
+            raise common(of_rank(rank, fault)) if by_all else fault from None
 
 
 def _first_line(error: BaseException) -> str:

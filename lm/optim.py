@@ -230,12 +230,12 @@ def gradient_clipping(
     that the norm is the same for any number of processes that share the rows. Returns the norm
     before clipping, a scalar.
     """
+    parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
     if by_rows:
         norm = sums_of_squares(gradients).sum().sqrt().float()
     else:
         norm = nn.utils.get_total_norm(gradients)
     if not norm + 1e-6 <= max_l2_norm:  # nan, too: it shall reach the gradients
-        scale = torch.clamp(max_l2_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+        nn.utils.clip_grads_with_norm_(parameters, max_l2_norm, norm)
     return norm

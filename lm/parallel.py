@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lm.device import Stopwatch
 from lm.model import TransformerLM
 from lm.processes import Processes
+from lm.shares import mesh_of
 
 LossOf = Callable[[TransformerLM, Tensor, Tensor], Tensor]
 # model, x, y, weight of the loss -> loss, gradients of weight x loss by each parameter
@@ -283,11 +284,9 @@ def _taken(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 def shard(model: TransformerLM, device: torch.device) -> None:
     """Leave each process its rows of each parameter; a block at a time is gathered when used."""
-    from torch.distributed.device_mesh import DeviceMesh  # half a second: who shards pays
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    assert dist.group.WORLD is not None
-    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
+    mesh = mesh_of(dist.group.WORLD, device.type)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

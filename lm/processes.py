@@ -84,7 +84,7 @@ class Processes:
         result, fault = _outcome(action)
         for rank, theirs in enumerate(self.gather(fault)):
             if theirs is not None:
-                raise _common(_of_rank(rank, theirs))
+                raise common(of_rank(rank, theirs))
         return cast(Result, result)
 
     def lead(self, action: Callable[[], Result]) -> Result:
@@ -95,7 +95,7 @@ class Processes:
         dist.broadcast_object_list(box, group=self.messages, group_src=0)
         result, fault = box[0]
         if fault is not None:
-            raise _common(fault)
+            raise common(fault)
         return cast(Result, result)
 
     def require_same(self, parts: dict[str, dict[str, Any]]) -> None:
@@ -106,7 +106,7 @@ class Processes:
                 keys = first[part].keys() | theirs[part].keys()
                 if odd := sorted(k for k in keys if first[part].get(k) != theirs[part].get(k)):
                     more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-                    raise _common(
+                    raise common(
                         InputError(
                             f"rank {rank}: {part}: {', '.join(odd[:3])}{more} not as on rank 0; "
                             "every process needs the same code, data, settings and environment"
@@ -175,13 +175,13 @@ def _outcome(action: Callable[[], Result]) -> tuple[Result | None, Exception | N
         return None, fault
 
 
-def _common(fault: Exception) -> Exception:
+def common(fault: Exception) -> Exception:
     """The fault, to be raised by all and told by rank 0."""
     fault.common = True  # type: ignore[attr-defined]
     return fault
 
 
-def _of_rank(rank: int, fault: Exception) -> Exception:
+def of_rank(rank: int, fault: Exception) -> Exception:
     """The fault with the rank's name before it."""
     if isinstance(fault, OSError):
         where = f"{fault.filename}: " if fault.filename else ""
@@ -198,7 +198,7 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
     processes nevertheless, EnvironmentFault if they do not find each other in `timeout_s` seconds.
     Within, faults that all ranks raise are told by rank 0 alone.
     """
-    rank, size = (int(os.environ.get(name, default)) for name, default in _PLACE)
+    rank, size = (int(os.environ.get(*given)) for given in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if parallel == "none" and size == 1:
         yield ALONE
         return
@@ -216,24 +216,21 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
     try:
         yield processes
     except (*FAULTS, Diverged, Interrupted) as fault:
-        common = getattr(fault, "common", False) or isinstance(fault, Diverged | Interrupted)
-        if common:
+        of_all = getattr(fault, "common", False) or isinstance(fault, Diverged | Interrupted)
+        if of_all:
             processes.part()
         _hang_up()
-        if common and not processes.leads:
+        if of_all and not processes.leads:
             raise SystemExit(getattr(fault, "exit_code", EnvironmentFault.exit_code)) from None
-        if common or size == 1:
+        if of_all or size == 1:
             raise
-        raise _of_rank(rank, fault) from None
+        raise of_rank(rank, fault) from None
     except RuntimeError as error:
         if not _is_of_a_connection(error):
             raise
         raise processes.lost(str(error)) from None
     processes.part()
     _hang_up()
-
-
-_PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def _hang_up() -> None:

@@ -117,11 +117,6 @@ class ResumeDirectory:
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
-    def check(self) -> None:
-        """Raise EnvironmentFault if the last save has failed; does not wait for it."""
-        if self.failed:
-            self.wait()
-
     def wait(self) -> None:
         """Wait until the last save is on disk. Raises EnvironmentFault if it failed."""
         pending, self._pending = self._pending, None

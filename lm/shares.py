@@ -51,17 +51,18 @@ def staged(rows: Tensor, pattern: Tensor, group: dist.ProcessGroup | None) -> Te
         return rows
     from torch.distributed.tensor import DTensor
 
-    assert group is not None
-    mesh, placements = _mesh_of(group), pattern.placements  # type: ignore[attr-defined]
+    mesh, placements = mesh_of(group, "cpu"), pattern.placements  # type: ignore[attr-defined]
     shape, stride = pattern.shape, pattern.stride()
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 @functools.cache
-def _mesh_of(group: dist.ProcessGroup) -> Any:
-    from torch.distributed.device_mesh import DeviceMesh
+def mesh_of(group: dist.ProcessGroup | None, device_type: str) -> Any:
+    """Processes as the mesh that DTensor wants, one of their devices each."""
+    from torch.distributed.device_mesh import DeviceMesh  # half a second: who shards pays
 
-    return DeviceMesh.from_group(group, "cpu")
+    assert group is not None
+    return DeviceMesh.from_group(group, device_type)
 
 
 def group_of(tensor: Tensor) -> dist.ProcessGroup:
@@ -115,27 +116,18 @@ def sums_of_squares(tensors: list[Tensor]) -> Tensor:
 
     It does not depend on how many share them, which their norm in float32 does.
     """
-    parts = [
-        torch.linalg.vector_norm(
-            local(t).reshape(len(local(t)), -1), dim=1, dtype=torch.float64
-        ).square()
-        for t in tensors
-        if local(t).numel()
-    ]
-    mine = torch.cat(parts) if parts else local(tensors[0]).new_zeros(0, dtype=torch.float64)
-    first_shared = next((t for t in tensors if is_shared(t)), None)
-    if first_shared is None:
+    first = next((t for t in tensors if is_shared(t)), None)
+    size = 1 if first is None else group_of(first).size()
+    rows = [-(-len(t) // size) for t in tensors]  # of a process at most
+    mine = torch.zeros(sum(rows), dtype=torch.float64, device=local(tensors[0]).device)
+    for tensor, place in zip(map(local, tensors), mine.split(rows), strict=True):
+        if len(tensor):
+            flat = tensor.reshape(len(tensor), -1)
+            norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
+            place[: len(tensor)] = norms.square()
+    if first is None:
         return mine
-    group = group_of(first_shared)
-    size = group.size()
-    cuts = [[bounds(len(t), size, rank) for t in tensors] for rank in range(size)]
-    lengths = [sum(last - first for first, last in of_rank) for of_rank in cuts]
-    padded = torch.zeros(max(lengths), dtype=torch.float64, device=mine.device)
-    padded[: len(mine)] = mine
-    everyones = torch.empty(size * len(padded), dtype=torch.float64, device=mine.device)
-    dist.all_gather_single(everyones, padded, group=group)
-    of_ranks = [
-        list(row[:length].split([last - first for first, last in of_rank]))
-        for row, length, of_rank in zip(everyones.view(size, -1), lengths, cuts, strict=True)
-    ]
-    return torch.cat([part for parts in zip(*of_ranks, strict=True) for part in parts])
+    everyones = torch.empty(size, len(mine), dtype=torch.float64, device=mine.device)
+    dist.all_gather_single(everyones.view(-1), mine, group=group_of(first))
+    parts = zip(everyones.split(rows, dim=1), tensors, strict=True)
+    return torch.cat([part.flatten()[: len(tensor)] for part, tensor in parts])

@@ -28,7 +28,7 @@ from lm.config import load_params, read_section
 from lm.model import ModelConfig, TransformerLM
 from lm.text import DataConfig
 from lm.train import TrainConfig
-from tests.kill import commit, copied, dvc, outputs, survivors, versioned
+from tests.kill import commit, copied, dvc, lent, outputs, versioned
 from tests.project import SMOKE, Project
 
 torch.set_num_threads(1)
@@ -116,10 +116,8 @@ def baseline(made_once) -> Project:
 @pytest.fixture
 def finished(baseline, tmp_path) -> Iterator[Project]:
     """A copy of the baseline."""
-    project = copied(baseline, tmp_path / "project")
-    yield project
-    project.close()
-    survivors(project, 0)
+    with lent(baseline, tmp_path / "project") as project:
+        yield project
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -62,6 +63,15 @@ def copied(project: Project, folder: Path) -> Project:
     other.folder = folder
     shutil.copytree(project.folder, folder, symlinks=True)
     return other
+
+
+@contextmanager
+def lent(project: Project, folder: Path) -> Iterator[Project]:
+    """A copy for one test, of whose processes none is left behind."""
+    project = copied(project, folder)
+    yield project
+    project.close()
+    survivors(project, 0)
 
 
 def cloned(project: Project, folder: Path) -> Project:

@@ -18,6 +18,7 @@ from tests.kill import (
     git,
     heal,
     last_step,
+    lent,
     litter,
     living,
     outputs,
@@ -63,9 +64,8 @@ def undisturbed(made_once):
 
 @pytest.fixture
 def project(undisturbed, tmp_path):
-    project = copied(undisturbed.prepared, tmp_path / "project")
-    yield project
-    survivors(project, 0)
+    with lent(undisturbed.prepared, tmp_path / "project") as project:
+        yield project
 
 
 def experiment(project):

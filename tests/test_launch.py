@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.kill import copied, living_ranks, outputs, share_out, survivors
+from tests.kill import copied, lent, living_ranks, outputs, share_out, survivors
 from tests.project import one_line, wait_for
 from tests.ranks import free_port
 
@@ -33,11 +33,8 @@ def shared_run(long_run, made_once):
 
 @pytest.fixture
 def shared(shared_run, tmp_path):
-    project, straight = shared_run
-    project = copied(project, tmp_path / "project")
-    yield project, straight
-    project.close()
-    survivors(project, 0)
+    with lent(shared_run[0], tmp_path / "project") as project:
+        yield project, shared_run[1]
 
 
 def assert_goes_on(project, straight, *overrides):

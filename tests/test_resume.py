@@ -75,7 +75,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(trainee, tmp_path):
         for parameter in trainee[0].parameters():
             parameter.add_(1.0)
     time.sleep(0.3)
-    directory.check()
+    assert not directory.failed
     assert not (tmp_path / "run" / "step-00000005.json").exists()
     reader = threading.Thread(target=manifest.read_bytes)
     reader.start()
@@ -114,9 +114,9 @@ def test_a_save_that_fails_is_told_at_the_next_step_and_the_one_before_stays(tra
 
 
 def wait_for_failure(directory):
-    while True:
-        directory.check()
+    while not directory.failed:
         time.sleep(0.01)
+    directory.wait()
 
 
 def test_a_checkpoint_written_behind_restores_every_bit(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from lm.config import read_section
 from lm.text import DataConfig, split_documents
 from lm.tokenizer import train_bpe
-from tests.kill import copied, outputs
+from tests.kill import copied, lent, outputs
 from tests.project import ROOT, one_line, wait_for
 from tests.test_baselines import by_hand
 
@@ -30,20 +30,17 @@ LAST = "models/checkpoints/last.safetensors"
 @pytest.fixture
 def prepared(long_run, tmp_path):
     """A project whose tokens are made."""
-    project = copied(long_run[0], tmp_path / "project")
-    project.set("train.max_steps", 20)
-    project.set("train.eval_interval", 10)
-    yield project
-    project.close()
+    with lent(long_run[0], tmp_path / "project") as project:
+        project.set("train.max_steps", 20)
+        project.set("train.eval_interval", 10)
+        yield project
 
 
 @pytest.fixture
 def long(long_run, tmp_path):
     """A project whose run is long enough to be caught, and its outputs when left alone."""
-    project, straight = long_run
-    project = copied(project, tmp_path / "project")
-    yield project, straight
-    project.close()
+    with lent(long_run[0], tmp_path / "project") as project:
+        yield project, long_run[1]
 
 
 @pytest.fixture
@@ -57,9 +54,8 @@ def killed(long_run, made_once, tmp_path):
         project.processes.clear()
         return project
 
-    project = copied(made_once("killed", make), tmp_path / "project")
-    yield project, long_run[1]
-    project.close()
+    with lent(made_once("killed", make), tmp_path / "project") as project:
+        yield project, long_run[1]
 
 
 def newest_checkpoint(project):
