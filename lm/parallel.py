@@ -37,6 +37,7 @@ class Backward:
         self.model, self.tree, self.sums = model, tree, PairwiseSum()
         self.forward = Stopwatch(model.head.device)  # of several processes shows which is slow
         self.watching, self.spoilt = False, False
+        self.alternating = False  # whether processes take micro-batches in turn
 
     def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """The loss of a micro-batch of windows (B, T), in nats."""
@@ -77,15 +78,12 @@ def pairwise(terms: Tensor) -> Tensor:
     return terms[0]
 
 
-def own_micro_batches(
-    batch_size: int, windows_at_once: int, processes: Processes, alternating: bool
-) -> range:
-    """The numbers of the micro-batches of a batch that this process computes.
+def own_micro_batches(count: int, processes: Processes, alternating: bool) -> range:
+    """The numbers of those of `count` micro-batches of a batch that this process computes.
 
     Neighbours, so that a process can add up its own; or, `alternating`, every N-th, so that those
     which all processes compute at the same time are neighbours.
     """
-    count = batch_size // windows_at_once
     if alternating:
         return range(processes.rank, count, processes.size)
     share = count // processes.size
@@ -197,6 +195,7 @@ class Sharded(Backward):
     def __init__(self, model: TransformerLM, loss_of: LossOf, tree: bool):
         super().__init__(model, tree)
         self.loss_of = loss_of
+        self.alternating = tree  # neighbours are added as they come
         self.gather, self.reduce = _AllGather(), _ReduceScatter(self)
         for module in (*model.layers, model):
             fsdp: Any = module

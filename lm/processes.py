@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -82,9 +83,11 @@ class Processes:
         if self.size == 1:
             return action()
         result, fault = _outcome(action)
-        for rank, theirs in enumerate(self.gather(fault)):
+        faults = self.gather(fault)
+        for rank, theirs in enumerate(faults):
             if theirs is not None:
-                raise common(of_rank(rank, theirs))
+                of_all = len({str(other) for other in faults}) == 1
+                raise common(theirs if of_all else of_rank(rank, theirs))
         return cast(Result, result)
 
     def lead(self, action: Callable[[], Result]) -> Result:
@@ -118,6 +121,12 @@ class Processes:
         with suppress(RuntimeError):
             self.gather(None)
 
+    def tells(self) -> None:
+        """Note that this rank says why it leaves, so that those who lose it need not."""
+        if self.store is not None:
+            with suppress(dist.DistError):
+                self.store.set("told", "")
+
     def at(self, step: int) -> None:
         """Note where this rank is, for those who might wait for it in vain."""
         if self.size > 1 and self.store is not None:
@@ -140,6 +149,8 @@ class Processes:
                 time.sleep(0.05)
                 left = self._left()
             time.sleep(1)  # the last, too, may be alive
+            if self.store.check(["told"]):
+                return SystemExit(EnvironmentFault.exit_code)
             left = self._left()
             missing = sorted(set(range(self.size)) - left)
         except dist.DistError:
@@ -219,6 +230,8 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
         of_all = getattr(fault, "common", False) or isinstance(fault, Diverged | Interrupted)
         if of_all:
             processes.part()
+        else:
+            processes.tells()
         _hang_up()
         if of_all and not processes.leads:
             raise SystemExit(getattr(fault, "exit_code", EnvironmentFault.exit_code)) from None
@@ -254,12 +267,36 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         store: Store = dist.HashStore()  # type: ignore[attr-defined]
         if "RANK" in os.environ:
             store = next(rendezvous("env://", timeout=timeout))[0]
-        store = PrefixStore(f"lm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(_meeting(store, rank, size, timeout), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         return Processes(rank, size, store, timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise EnvironmentFault(f"rank {rank}: the {size} processes do not meet: {said}") from None
+
+
+def _meeting(store: Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name on which exactly the processes that are there now agree.
+
+    A launcher keeps its store over restarts, with what ended processes have left in it, and hosts
+    count restarts differently. So rank 0 invites under a new name, the others answer with theirs,
+    and who is not on its list waits for the next invitation.
+    """
+    me, end = uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set("invitation", me)
+        names = [store.get(f"{me}/{other}").decode() for other in range(1, size)]
+        store.set(f"{me}/list", " ".join(names))
+        return me
+    while time.monotonic() < end:
+        name = store.get("invitation").decode()
+        store.set(f"{name}/{rank}", me)
+        with suppress(dist.DistStoreError):  # no list yet, perhaps never
+            store.wait([f"{name}/list"], timedelta(seconds=1))
+            if me in store.get(f"{name}/list").decode():
+                return name
+        time.sleep(0.1)
+    raise RuntimeError("rank 0 does not come")
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:

@@ -17,8 +17,10 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from lm.checkpoint import (
     write_checkpoint,
     write_folder,
 )
-from lm.errors import Busy, InputError
+from lm.errors import Busy, EnvironmentFault, InputError
 from lm.files import sha256_json, writing
 from lm.processes import ALONE, Processes
 from lm.shares import local, staged
@@ -50,15 +52,21 @@ class ResumeDirectory:
     """
 
     def __init__(self, folder: Path, keep: int, processes: Processes = ALONE):
-        """Lock the folder, making it first. Raises Busy if another run holds it."""
+        """Lock the folder, making it first.
+
+        Raises Busy if another run holds it, EnvironmentFault if it is not one folder for all.
+        """
         self.folder, self.keep, self.processes = folder, keep, processes
         self.sharded = processes.store is not None
         self._writers = processes.with_own_group() if self.sharded else ALONE
-        self._writer = ThreadPoolExecutor(max_workers=1, initializer=_step_back)
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._writer = ThreadPoolExecutor(max_workers=1, initializer=partial(_begin_thread, gpu))
         self._pending: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
         self._lock: Any = None
         processes.lead(self._open)
+        if processes.size > 1:
+            self._require_shared()
 
     def _open(self) -> None:
         self._lock = _locked(self.folder)
@@ -67,6 +75,25 @@ class ResumeDirectory:
         for path in _newest_first(self.folder):  # a kill came before the commit: it would be kept
             if not path.with_suffix(".json").exists():
                 discard(path)
+
+    def _probe(self) -> Path:
+        probe = self.folder / f".tmp-{uuid4().hex}"
+        with writing(probe):
+            probe.touch()
+        return probe
+
+    def _require_shared(self) -> None:
+        probe = self.processes.lead(self._probe)
+
+        def see() -> None:
+            if not probe.exists():
+                raise EnvironmentFault(
+                    f"{self.folder.resolve()}: not the folder in which rank 0 writes; start all "
+                    "processes in one folder that every host sees"
+                )
+
+        self.processes.together(see)
+        self.processes.lead(probe.unlink)
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
@@ -97,11 +124,14 @@ class ResumeDirectory:
             write_checkpoint(tensors, metadata, path)
             with writing(path):
                 commit(path)
-        if self.processes.leads:
-            with writing(path):
-                kept = {path, *_newest_first(self.folder)[: self.keep]}
-                for old in set(_newest_first(self.folder)) - kept - self._bests_of(kept):
-                    discard(old)
+        self._writers.lead(partial(self._drop_all_but, path))
+
+    def _drop_all_but(self, path: Path) -> None:
+        """Delete what is no longer needed when this checkpoint is there."""
+        with writing(path):
+            kept = {path, *_newest_first(self.folder)[: self.keep]}
+            for old in set(_newest_first(self.folder)) - kept - self._bests_of(kept):
+                discard(old)
 
     def _bests_of(self, paths: set[Path]) -> set[Path]:
         """The checkpoints that these call the best."""
@@ -214,7 +244,9 @@ def _locked(folder: Path) -> Any:
     return lock
 
 
-def _step_back() -> None:
-    """Let training's threads go first: a core that is shared makes the others wait for it."""
+def _begin_thread(gpu: int | None) -> None:
+    """Use the GPU of this process, not the first; let training's threads go first on the CPU."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     if sys.platform == "linux":  # where a thread has a priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -173,7 +173,7 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
         start = time.perf_counter()
         state.processes.at(state.step + 1)
         state.model.train()
-        mine = _own_windows(state, config)
+        mine = _own_windows(state, config, backward)
         x, y = (to_device(ids, device) for ids in split.batch(state.step, *windows, mine))
         try:
             record = train_step(state, x, y, config, backward)
@@ -214,20 +214,15 @@ def _backward_of(state: TrainState, config: TrainConfig, end_id: int | None) -> 
     return Alone(state.model, gradients_of, tree)
 
 
-def _own_micro_batches(state: TrainState, config: TrainConfig) -> range:
+def _own_micro_batches(state: TrainState, config: TrainConfig, backward: Backward) -> range:
     """The numbers of the micro-batches of a batch that this process computes."""
-    alternating = _alternating(config)
-    return own_micro_batches(config.batch_size, state.windows_at_once, state.processes, alternating)
+    count = config.batch_size // state.windows_at_once
+    return own_micro_batches(count, state.processes, backward.alternating)
 
 
-def _alternating(config: TrainConfig) -> bool:
-    """Whether processes take micro-batches in turn: neighbours are added as they come."""
-    return config.parallel == "fsdp" and config.reduction == "tree"
-
-
-def _own_windows(state: TrainState, config: TrainConfig) -> NDArray[np.int64]:
+def _own_windows(state: TrainState, config: TrainConfig, backward: Backward) -> NDArray[np.int64]:
     """Which windows of a batch this process computes, micro-batch by micro-batch."""
-    numbers, size = np.array(_own_micro_batches(state, config)), state.windows_at_once
+    numbers, size = np.array(_own_micro_batches(state, config, backward)), state.windows_at_once
     return (numbers[:, None] * size + np.arange(size)).ravel()
 
 
@@ -270,7 +265,7 @@ def train_step(
         group["lr"] = fraction * group["initial_lr"]
     accumulate = partial(_accumulated, state, x, y, config, backward)
     losses, grad_norm = _clipped_gradients(state, config, accumulate)
-    loss = _mean(losses.T if _alternating(config) else losses)
+    loss = _mean(losses.T if backward.alternating else losses)
     while math.isfinite(loss) and not math.isfinite(grad_norm) and state.scaler.get_scale() > 1:
         state.scaler.update()  # the scale was too large for float16: lower it, and again
         losses, grad_norm = _clipped_gradients(state, config, accumulate)
@@ -367,12 +362,13 @@ def _backward(state: TrainState, config: TrainConfig, accumulate: Callable[[], T
 
 
 def _take_fewer_windows(state: TrainState, config: TrainConfig, device: torch.device) -> None:
-    """Lower state.windows_at_once to the next divisor of the batch, at most half of it.
+    """Lower state.windows_at_once to the next divisor of this process's share, at most half of it.
 
     Raises EnvironmentFault if the size is set, is one window already, or others compute with it.
     """
     before = state.windows_at_once
-    fewer = next((n for n in range(before // 2, 0, -1) if config.batch_size % n == 0), None)
+    share = config.batch_size // state.processes.size
+    fewer = next((n for n in range(before // 2, 0, -1) if share % n == 0), None)
     if config.micro_batch_size is not None or fewer is None or config.parallel != "none":
         smaller = f"train.micro_batch_size: {fewer}" if fewer else "a smaller model"
         raise EnvironmentFault(
@@ -394,7 +390,7 @@ def _accumulated(
 ) -> Tensor:
     """Sum the gradients of all processes' micro-batches; returns the losses of mine, (n,)."""
     state.optimizer.zero_grad(set_to_none=True)
-    numbers, size = _own_micro_batches(state, config), state.windows_at_once
+    numbers, size = _own_micro_batches(state, config, backward), state.windows_at_once
     count = config.batch_size // size
     weight = state.scaler.scale(torch.ones((), device=x.device)) / count
     losses = []

@@ -50,8 +50,13 @@ def train_stage(inputs: Inputs) -> None:
             "code": inputs.code,
             "environment": environment(device, plan.config.compile is True),
         }
-        settings = {"model": asdict(plan.model), "train": asdict(plan.config)}
-        processes.require_same(settings | made_of)
+        told = {
+            "model": asdict(plan.model),
+            "train": asdict(plan.config),
+            "runtime": asdict(runtime),
+            "command line": {"--resume-from": inputs.arguments.resume_from},
+        }
+        processes.require_same(told | made_of)
         initialise = partial(_initialise, asked, tokenizer, processes)
         state = begin(plan, asked, processes, initialise)
         resume_from = inputs.arguments.resume_from

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import time
 
 import pytest
 
@@ -156,6 +157,29 @@ def test_torchrun_restarts_what_a_killed_rank_has_ended(shared):
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize(("rank", "early"), [(0, False), (1, False), (1, True)])
+def test_hosts_meet_again_after_a_restart(shared, rank, early):
+    """Two launchers: after a failure on one host each has another count of restarts."""
+    project, straight = shared
+    meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}")
+    here = ("--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "localhost")
+    torchrun = ("torchrun", *meet, *here, "--max-restarts", "1", "-m", "stages.train")
+    hosts = [project.start(*torchrun, GLOO_SOCKET_IFNAME="lo") for _ in range(2)]
+    while rank not in living_ranks(project) or not (early or saved(project)):
+        assert [host.poll() for host in hosts] == [None, None]
+        time.sleep(0.02)
+    living_ranks(project)[rank].kill()
+    told = [host.communicate(timeout=180) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], told
+    assert early or any("Resumed at step" in out for out, _ in told)
+    assert outputs(project) == straight
+
+
+def saved(project):
+    return list(project.folder.glob(".dvc/tmp/lm-resume/*/step-*.json"))
+
+
+@pytest.mark.soak
 def test_four_processes_end_in_the_bytes_of_one_and_so_do_two_after_them(shared):
     project, straight = shared
     process = project.train_until("step  40/", FOUR)
@@ -205,14 +229,31 @@ def other_data(project):
     project.prepare("tokenizer", "tokens")
 
 
+def other_settings(project):
+    project.set("runtime.checkpoint_interval", 7)
+
+
+def only_another_folder(project):
+    pass
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "code", "said"),
     [
-        (other_code, "rank 1: code: lm/schedule.py not as on rank 0"),
-        pytest.param(other_data, "rank 1: inputs: data/token", marks=pytest.mark.soak),
+        (other_code, 2, "rank 1: code: lm/schedule.py not as on rank 0"),
+        pytest.param(other_data, 2, "rank 1: inputs: data/token", marks=pytest.mark.soak),
+        pytest.param(
+            other_settings,
+            2,
+            "rank 1: runtime: checkpoint_interval not as on rank 0",
+            marks=pytest.mark.soak,
+        ),
+        (only_another_folder, 3, "rank 1: /.*: not the folder in which rank 0 writes"),
     ],
 )
-def test_a_rank_with_other_code_or_data_stops_all(shared, tmp_path, change, said):
+def test_hosts_with_other_code_data_settings_or_folders_stop_all(
+    shared, tmp_path, change, code, said
+):
     """As on two machines: each has a folder of its own, and nobody launches both."""
     projects = [shared[0], copied(shared[0], tmp_path / "other")]
     change(projects[1])
@@ -222,8 +263,8 @@ def test_a_rank_with_other_code_or_data_stops_all(shared, tmp_path, change, said
         for rank, project in enumerate(projects)
     ]
     said_by = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [2, 2], said_by
-    assert said_by[0].startswith(f"error: {said}")
+    assert [process.returncode for process in both] == [code, code], said_by
+    assert re.match(f"error: {said}", said_by[0])
     assert said_by[0].count("\n") == 1
     assert said_by[1] == ""
     projects[1].close()

@@ -58,6 +58,32 @@ def test_a_fault_of_one_stops_all_and_is_told_once(rank, leading, said):
     assert left.code == InputError.exit_code
 
 
+def alike(processes):
+    def read():
+        raise InputError("text.txt: no such file")
+
+    processes.together(read)
+
+
+def test_a_fault_of_all_is_no_ranks():
+    told, left = outcomes(2, alike)
+    assert str(told) == "text.txt: no such file"
+    assert isinstance(left, SystemExit)
+
+
+def failing_alone(processes):
+    if processes.rank == 1:
+        raise EnvironmentFault("out of memory")
+    processes.gather("word")
+
+
+def test_who_tells_why_it_leaves_is_not_called_lost():
+    left, told = outcomes(2, failing_alone)
+    assert str(told) == "rank 1: out of memory"
+    assert isinstance(left, SystemExit)
+    assert left.code == EnvironmentFault.exit_code
+
+
 def comparing(processes, parts):
     processes.require_same(parts[processes.rank])
     return "went on"
