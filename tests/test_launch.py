@@ -38,6 +38,11 @@ def shared(shared_run, tmp_path):
         yield project, shared_run[1]
 
 
+def saved(project):
+    """The manifests of the checkpoints of its unfinished runs."""
+    return list(project.folder.glob(".dvc/tmp/lm-resume/*/step-*.json"))
+
+
 def assert_goes_on(project, straight, *overrides):
     """By one process, or as many as set, to the bytes of a run that nobody disturbed."""
     again = project.stage("train", *overrides)
@@ -98,7 +103,7 @@ def test_a_damaged_checkpoint_is_made_again(shared):
     process = project.train_until("step  20/", TWO)
     living_ranks(project)[1].kill()
     process.communicate(timeout=120)
-    newest = max(project.folder.glob(".dvc/tmp/lm-resume/*/step-*.json")).with_suffix("")
+    newest = max(saved(project)).with_suffix("")
     shard = max(newest.glob("shard-*"))
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -173,10 +178,6 @@ def test_hosts_meet_again_after_a_restart(shared, rank, early):
     assert [host.returncode for host in hosts] == [0, 0], told
     assert early or any("Resumed at step" in out for out, _ in told)
     assert outputs(project) == straight
-
-
-def saved(project):
-    return list(project.folder.glob(".dvc/tmp/lm-resume/*/step-*.json"))
 
 
 @pytest.mark.soak

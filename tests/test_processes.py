@@ -35,7 +35,7 @@ def test_all_hear_all_and_one_leads():
 
 def faulty(processes, rank, leading):
     def read():
-        if processes.rank == rank:
+        if rank in (processes.rank, "every"):
             raise InputError("text.txt: no such file")
 
     (processes.lead if leading else processes.together)(read)
@@ -48,27 +48,15 @@ def faulty(processes, rank, leading):
         (1, False, "rank 1: text.txt: no such file"),
         (0, False, "rank 0: text.txt: no such file"),
         (0, True, "text.txt: no such file"),
+        ("every", False, "text.txt: no such file"),
     ],
 )
-def test_a_fault_of_one_stops_all_and_is_told_once(rank, leading, said):
+def test_a_fault_of_one_or_all_stops_all_and_is_told_once(rank, leading, said):
     told, left = outcomes(2, faulty, rank, leading)
     assert isinstance(told, InputError)
     assert str(told) == said
     assert isinstance(left, SystemExit)  # one of them speaks
     assert left.code == InputError.exit_code
-
-
-def alike(processes):
-    def read():
-        raise InputError("text.txt: no such file")
-
-    processes.together(read)
-
-
-def test_a_fault_of_all_is_no_ranks():
-    told, left = outcomes(2, alike)
-    assert str(told) == "text.txt: no such file"
-    assert isinstance(left, SystemExit)
 
 
 def failing_alone(processes):
@@ -163,6 +151,23 @@ def test_rank_0_is_named_though_it_keeps_what_the_others_meet_in(model_config, t
     assert gone is None
     assert isinstance(told, EnvironmentFault)
     assert "lost rank 0: it has ended; what was saved is intact: run again" in str(told)
+
+
+def exhausted(processes, model_config, config):
+    state = new_state(model_config, config, CPU, processes)
+
+    def loss(*batch):
+        raise MemoryError
+
+    state.model.loss = loss
+    next(train(state, SPLIT, config))
+
+
+def test_out_of_memory_each_says_what_its_share_can_be_cut_into(model_config, train_config):
+    config = replace(train_config, parallel="ddp", batch_size=10)
+    for rank, told in enumerate(outcomes(2, exhausted, model_config, config)):
+        assert f"rank {rank}: out of memory on cpu with 5 windows at a time" in str(told)
+        assert "try train.micro_batch_size: 1 or" in str(told)  # 2 does not divide 5
 
 
 def spoilt(processes, model_config, config, what):
