@@ -20,6 +20,7 @@ setup: .venv/.ready .dvc/plots-page.html
 	@dvc config --local plots.html_template plots-page.html
 
 repro: setup heal
+	@python -m lm.check
 	@dvc repro
 	@echo
 	@cat metrics/summary.md

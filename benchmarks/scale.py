@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lm.config import load_params, read_section
-from lm.footprint import communication, flops_per_token, parameters, peak_memory, share_of_batch
+from lm.footprint import communication, flops_per_token, parameters, peak_memory
 from lm.model import ModelConfig, TransformerLM
 from lm.plan import MARGIN, largest_micro_batch
+from lm.settings import share_of_batch
 from lm.train import TrainConfig
 
 PRESET = Path(__file__).parent.parent / "presets" / "gpt2-124m.yaml"

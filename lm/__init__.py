@@ -4,12 +4,13 @@ Modules stand on floors and import only downwards (tests/test_house.py holds the
 
     run  verify  demo  serve, on completions    a run; is it all true?; a walk; what it says
     train  evaluate  excerpt  generate  export  gguf     joins: data meets model
-            and of data preparation:        publish  sample, on prepare
+            and of data preparation:        publish  sample, on prepare  check
     checkpoint, on dcp, on it resume  huggingface   training state and models as files
     parallel, on processes  shares          several processes train one model
     model  optim  schedule  device  |  text  encoder  tokens, on formats  tokenizer  sampling
             (torch, no files)       |  shards  packages  grammar  listing  baselines  workers
-    errors  config  rng  files  history  console  signals  report  card  compare
+    settings  functional  card  processes  shares
+    errors  config  rng  files  history  console  signals  report  compare
 
 Above them stand the stages, which alone know paths and params.yaml.
 """

@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import vl_convert
 
+from lm.config import Bound
 from lm.report import data_table, loss_table
 
 # its presence allows lm.export to write the folder again
@@ -20,6 +21,15 @@ MARK = "<!-- Written by lm.export, which replaces it. To edit it, delete this li
 CURVE_POINTS = 100  # of the training loss, averaged
 VEGA_LITE = "6.4"
 BLUE, ORANGE = "#4c78a8", "#f58518"
+LICENSE = Bound(lambda x: x.replace("-", "").replace(".", "").isalnum() and x.isascii(),
+                "must be an identifier of the Hub, as apache-2.0, or null")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The section `export`."""
+
+    license: Annotated[str, LICENSE] | None  # for the model card
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.errors import EnvironmentFault
+from lm.settings import Dtype as Dtype
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 # variables that make the numeric libraries choose other instructions or cut sums otherwise
 _SWITCHES = (
     "ATEN_CPU_CAPABILITY",

@@ -4,33 +4,17 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from lm.config import ABOVE_ZERO_UP_TO_ONE, NOT_EMPTY, NOT_NEGATIVE, SEED, Count
 from lm.device import Dtype, autocast, to_device
 from lm.model import TransformerLM
 from lm.processes import ALONE, Processes
+from lm.settings import EvaluateConfig as EvaluateConfig
 from lm.tokens import Split, windows
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """The section `evaluate`."""
-
-    batch_size: Count  # windows at a time; changes memory and speed alone
-    stride: Count | None  # tokens a window advances; null: context_length, no overlap
-    prompts: Annotated[list[str], NOT_EMPTY]  # of the samples
-    max_new_tokens: Count
-    temperatures: Annotated[list[Annotated[float, NOT_NEGATIVE]], NOT_EMPTY]  # the first: summary
-    top_k: Count | None
-    top_p: Annotated[float, ABOVE_ZERO_UP_TO_ONE] | None
-    seed: Annotated[int, SEED]
-
 
 CONFIDENCE_EDGES = np.linspace(0, 1, 16)  # 15 equal bins, as Guo et al. 2017
 

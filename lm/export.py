@@ -11,15 +11,16 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lm.card import MARK, Results, card, loss_curve
+from lm.card import ExportConfig as ExportConfig
 from lm.checkpoint import load_model, read_provenance, write_checkpoint
-from lm.config import Bound, add_overrides, load_params, read_section
+from lm.config import add_overrides, load_params, read_section
 from lm.console import say
 from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write, read_json, sha256_file, to_json
@@ -36,15 +37,6 @@ WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json",
          "tokenizer_config.json", "loss.svg")  # fmt: skip
 TOLERANCE = 1e-4  # of logits
-LICENSE = Bound(lambda x: x.replace("-", "").replace(".", "").isalnum() and x.isascii(),
-                "must be an identifier of the Hub, as apache-2.0, or null")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """The section `export`."""
-
-    license: Annotated[str, LICENSE] | None  # for the model card
 
 
 def read_results(data_path: str) -> Results:

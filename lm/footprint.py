@@ -3,8 +3,7 @@
     parameters, flops_per_token     numbers and products by part of the model
     activations                     bytes that the backward pass needs, by part
     peak_memory                     bytes by part at the fullest moment of a step
-    share_of_batch                  windows of an update that each of several processes computes
-    communication                   bytes that each of them sends for an update, by part
+    communication                   bytes that a process sends for an update, by part
 
 Letters in shapes as in lm.model, and N = B T tokens at once.
 """
@@ -14,10 +13,8 @@ from collections import Counter
 
 import torch
 
-from lm.errors import InputError
 from lm.functional import attention_blocks, rows_at_once
-from lm.model import ModelConfig
-from lm.train import TrainConfig
+from lm.settings import ModelConfig, TrainConfig, share_of_batch
 
 # measured: the heap of a training grows to 1.3 to 1.7 times of what is alive at once (nine shapes,
 # glibc 2.36, which asks for more in order to align: a hole is too small for what has left it)
@@ -28,41 +25,6 @@ HOLES = 0.55  # of each block that is computed again, as its input stays between
 GATHERED_HOLES = 2.0
 KERNEL_BYTES = 20e6  # of torch's libraries, in memory once they have been used
 COMPILER_BYTES = 120e6  # torch's compiler in the process, once it has been used
-
-
-def share_of_batch(config: TrainConfig, num_processes: int) -> int:
-    """Windows of an update that each process computes: batch_size / num_processes.
-
-    Raises InputError where these settings and so many processes do not go together.
-    """
-    batch_size, micro = config.batch_size, config.micro_batch_size
-    if config.parallel == "none" and num_processes > 1:
-        raise InputError(
-            f"train.parallel = none, but there are {num_processes} processes; use ddp or fsdp, or "
-            "runtime.num_processes: 1"
-        )
-    if config.parallel == "fsdp" and config.dtype == "float16":
-        raise InputError(
-            "train.parallel = fsdp does not scale the loss of train.dtype = float16; use bfloat16"
-        )
-    if config.reduction == "tree":
-        if micro is None:
-            raise InputError(
-                "train.reduction = tree needs train.micro_batch_size, the leaves of the tree; "
-                "set it to a number of windows that fits"
-            )
-        leaves, rest = divmod(batch_size, micro)
-        if rest or leaves & (leaves - 1):
-            raise InputError(
-                f"train.reduction = tree: train.batch_size = {batch_size} is not 1, 2, 4, 8, ... "
-                f"times train.micro_batch_size = {micro}; use powers of two"
-            )
-    if batch_size % (num_processes * (micro or 1)):
-        each = "" if micro is None else f"train.micro_batch_size = {micro} times "
-        raise InputError(
-            f"train.batch_size = {batch_size} is not a multiple of {each}{num_processes} processes"
-        )
-    return batch_size // num_processes
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:

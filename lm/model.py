@@ -12,8 +12,6 @@ SwiGLU, no biases. Every deviation is one setting of ModelConfig.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,64 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lm.config import BELOW_ONE, POSITIVE, Count
-from lm.errors import InputError
 from lm.functional import causal_attention, linear_cross_entropy, rms_norm, swiglu
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The section `model`, and the vocabulary size, which the tokenizer decides."""
-
-    vocab_size: Count
-    context_length: Count
-    d_model: Count
-    num_layers: Count
-    num_heads: Count
-    num_kv_heads: Count | None  # null: as many as num_heads
-    d_ff: Count
-    rope_theta: Annotated[float, POSITIVE]
-    norm_eps: Annotated[float, POSITIVE]
-    dropout: Annotated[float, BELOW_ONE]
-    qk_norm: bool
-    tie_embeddings: bool
-    norm: Literal["rmsnorm", "none"]
-    norm_position: Literal["pre", "post"]
-    position_embedding: Literal["rope", "none"]
-    ffn: Literal["swiglu", "silu"]
-    intra_document_masking: bool
-    zero_init: bool  # of what each residual branch ends with
-
-    def __post_init__(self) -> None:
-        if self.d_model % self.num_heads:
-            raise InputError(
-                f"model.d_model = {self.d_model} is not divisible by "
-                f"model.num_heads = {self.num_heads}; use {_divisors(self.d_model)}"
-            )
-        if self.num_heads % self.kv_heads:
-            raise InputError(
-                f"model.num_heads = {self.num_heads} is not a multiple of "
-                f"model.num_kv_heads = {self.kv_heads}; use {_divisors(self.num_heads)}"
-            )
-        if self.position_embedding == "rope" and self.head_dim % 2:
-            raise InputError(
-                f"model.d_model / model.num_heads = {self.head_dim}: rotary positions need an even "
-                "head dimension; change model.num_heads or set model.position_embedding: none"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Features per attention head, D."""
-        return self.d_model // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values, G."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+from lm.settings import ModelConfig as ModelConfig
 
 
 class RMSNorm(nn.Module):

@@ -1,33 +1,17 @@
 """Optimizers, chosen by name, and gradient clipping."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from lm.config import BELOW_ONE, NOT_NEGATIVE, POSITIVE
+from lm.settings import OptimizerConfig
 from lm.shares import collect, group_of, hand_out, is_shared, local, sums_of_squares
 
 # Newton-Schulz coefficients of Jordan et al. 2024, chosen for a steep slope at zero
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimizer's part of the section `train`."""
-
-    optimizer: Literal["adamw", "muon"]
-    lr: Annotated[float, POSITIVE]  # at its peak; the schedule scales it
-    beta1: Annotated[float, BELOW_ONE]
-    beta2: Annotated[float, BELOW_ONE]
-    eps: Annotated[float, POSITIVE]
-    weight_decay: Annotated[float, NOT_NEGATIVE]
-    decay_embeddings: bool
-    muon_lr: Annotated[float, POSITIVE]  # of the matrices when optimizer is "muon"
-    muon_momentum: Annotated[float, BELOW_ONE]
 
 
 class AdamW(torch.optim.Optimizer):

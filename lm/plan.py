@@ -1,6 +1,7 @@
 """Plan before running: what a training holds, computes, takes and costs.
 
     python -m lm.plan [--params presets/NAME.yaml] [-S section.key=value ...] [--price EUR_PER_HOUR]
+    python -m lm.plan --check [--params ...] [-S ...]      is every setting right?
     python -m lm.plan -S train.parallel=fsdp -S runtime.num_processes=64 [--bandwidth GB_PER_S]
 
     settings -> parameters, FLOPs per token, memory by moment -> micro-batch size, compile or not
@@ -12,6 +13,7 @@ the time are those of each: they compute side by side.
 
 import argparse
 import dataclasses
+import importlib
 import os
 import statistics
 import time
@@ -376,6 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--price", type=float, metavar="EUR_PER_HOUR", help="of all machines")
     sends = "that each of several processes can send"
     parser.add_argument("--bandwidth", type=float, metavar="GB_PER_S", help=sends)
+    only = "check every setting, and run nothing"
+    parser.add_argument("--check", action="store_true", help=only)
     options = parser.parse_args(arguments)
     with one_line_errors():
         if options.price is not None and not 0 <= options.price < float("inf"):
@@ -384,6 +388,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError(f"--bandwidth {options.bandwidth}: must be > 0")
         where = str(options.params)
         params = load_params(options.params, options.overrides)
+        if options.check:
+            importlib.import_module("lm.check").check(params, where)  # no part of a training
+            say(f"{where}: ok")
+            return
         config = read_section(TrainConfig, params, "train", where)
         runtime = read_section(RuntimeConfig, params, "runtime", where)
         vocab_size = _vocab_size(params)

@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lm import rng
+from lm.settings import Sampling as Sampling
 
-Sampling = Literal["random", "epochs", "documents"]
 Numbers = NDArray[np.int64]
 GROUP = 64  # documents whose windows are counted anew for each look-up
 PART = 4096  # groups whose counts are held as 8-byte numbers at a time

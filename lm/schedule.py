@@ -2,36 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
-from lm.config import NOT_NEGATIVE, UP_TO_ONE, Count
-from lm.errors import InputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """The schedule's part of the section `train`."""
-
-    schedule: Literal["cosine", "wsd", "constant"]
-    max_steps: Count
-    warmup_steps: Annotated[int, NOT_NEGATIVE]
-    decay_steps: Annotated[int, NOT_NEGATIVE]  # of "wsd": the linear decay at the end
-    min_lr_ratio: Annotated[float, UP_TO_ONE]  # of the peak rate
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps > self.max_steps:
-            raise InputError(
-                f"train.warmup_steps = {self.warmup_steps} exceeds "
-                f"train.max_steps = {self.max_steps}"
-            )
-        if self.schedule == "wsd" and self.decay_steps == 0:
-            raise InputError("train.decay_steps = 0: train.schedule = wsd needs >= 1")
-        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.max_steps:
-            raise InputError(
-                f"train.warmup_steps + train.decay_steps = {self.warmup_steps + self.decay_steps} "
-                f"exceeds train.max_steps = {self.max_steps}"
-            )
+from lm.settings import ScheduleConfig
 
 
 def get_lr_cosine_schedule(

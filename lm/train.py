@@ -8,13 +8,11 @@ processes each takes its windows of the batch, and lm.parallel adds up the gradi
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,74 +21,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm import rng
-from lm.config import POSITIVE, SEED, Bound, Count
 from lm.console import say
-from lm.device import Dtype, autocast, compiled, to_device
-from lm.errors import Diverged, EnvironmentFault, InputError, is_out_of_memory
+from lm.device import autocast, compiled, to_device
+from lm.errors import Diverged, EnvironmentFault, is_out_of_memory
 from lm.model import ModelConfig, TransformerLM
-from lm.optim import OPTIMIZERS, AdamW, OptimizerConfig, gradient_clipping
+from lm.optim import OPTIMIZERS, AdamW, gradient_clipping
 from lm.parallel import Alone, Backward, Replicated, Sharded, own_micro_batches, shard
 from lm.processes import ALONE, Processes
-from lm.sampling import Sampling
-from lm.schedule import ScheduleConfig, learning_rate_fraction
+from lm.schedule import learning_rate_fraction
+from lm.settings import Sampling
+from lm.settings import TrainConfig as TrainConfig
 from lm.shares import local
 from lm.tokens import Split, TokenStream
 
 Record = dict[str, Any]
-THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(ScheduleConfig, OptimizerConfig):
-    """The section `train`."""
-
-    init_from: str | None  # a name in models/pretrained/; null: random weights
-    seed: Annotated[int, SEED]
-    num_threads: (
-        Annotated[int, THREADS] | None
-    )  # of a CPU; null: as many as torch takes, often one a core
-    batch_size: Count  # windows per update
-    micro_batch_size: Count | None  # windows per backward pass; null: as many as fit
-    parallel: Literal["none", "ddp", "fsdp"]  # how several processes share the work
-    reduction: Literal["sum", "tree"]  # of gradients: in any order, or always in the same one
-    max_grad_norm: Annotated[float, POSITIVE] | None
-    on_nonfinite: Literal["stop", "skip"]  # a step whose loss or gradient norm is nan or infinite
-    max_skipped_steps: Count  # in a row, before "skip" stops too
-    sampling: Sampling
-    dtype: Dtype
-    compile: Literal["auto", True, False]  # auto: lm.plan decides, before training
-    gradient_checkpointing: bool
-    eval_interval: Count  # steps between two validations
-    eval_batches: Count  # batches of a validation, spread over the split
-    early_stopping: Count | None  # validations without a new best before stopping
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_from is not None and Path(self.init_from).name != self.init_from:
-            raise InputError(
-                f"train.init_from = {self.init_from}: must be a folder's name in "
-                "models/pretrained/, which DVC watches; copy the folder there"
-            )
-        if self.batch_size % self.windows_at_once:
-            raise InputError(
-                f"train.batch_size = {self.batch_size} is not a multiple of "
-                f"train.micro_batch_size = {self.micro_batch_size}"
-            )
-
-    @property
-    def threads(self) -> int | None:
-        """Of a CPU; None: torch's choice.
-
-        Of several processes each takes one unless told otherwise: were it a share of the cores, a
-        run could not go on with another number of processes in the same environment.
-        """
-        chosen = self.num_threads is not None or "OMP_NUM_THREADS" in os.environ
-        return self.num_threads if chosen or self.parallel == "none" else 1
-
-    @property
-    def windows_at_once(self) -> int:
-        """Windows per backward pass, where memory does not decide: see TrainState."""
-        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
 
 @dataclass

@@ -4,7 +4,10 @@ A stage is started as `python -m stages.NAME [-S section.key=value ...]`.
 """
 
 import argparse
+import importlib
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +25,7 @@ PARAMS = Path("params.yaml")
 SCRATCH = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp")
 UNFINISHED = SCRATCH / "lm-resume"
 Config = TypeVar("Config")
+Params = dict[str, dict[str, Any]]
 Signature = tuple[int, int, int, int]
 Listing = Callable[[], list[Path]]
 
@@ -119,7 +123,29 @@ def run(
             if override.split(".")[0] not in sections:
                 known = ", ".join(sections)
                 raise InputError(f"-S {override}: this stage reads the sections {known} alone")
+        _check_all(inputs.params, stage.__name__.removesuffix("_stage"))
         stage(inputs)
+
+
+def _check_all(params: Params, stage: str) -> None:
+    """Exit with one line if any setting is wrong, also one that only a later stage reads.
+
+    In a process of its own: what the stage imports is what it depends on, and this decides no byte.
+    """
+    if "RANK" in os.environ:  # who launched this process has checked
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    process = context.Process(target=_check, args=(params, stage))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
+
+
+def _check(params: Params, stage: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the stage tells that it was interrupted
+    with one_line_errors():
+        importlib.import_module("lm.check").check(params, str(PARAMS), stage)
 
 
 def _files(path: Path) -> list[Path]:

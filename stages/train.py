@@ -12,12 +12,12 @@ from lm.console import say
 from lm.device import choose_device, describe, environment, prepare
 from lm.evaluate import evaluate, loss_nats
 from lm.files import sha256_file
-from lm.footprint import share_of_batch
 from lm.huggingface import start_from
 from lm.model import ModelConfig, TransformerLM
 from lm.plan import Forecast, Plan, begin, make_plan
 from lm.processes import Processes, joined
 from lm.run import Run, due
+from lm.settings import share_of_batch
 from lm.tokenizer import Tokenizer, load_tokenizer
 from lm.tokens import Split, Tokens, open_tokens
 from lm.train import TrainConfig, TrainState, train

@@ -18,12 +18,12 @@ from tests.project import ROOT, SMOKE
 FLOORS = [
     {"errors"},
     {"config", "rng", "files", "history", "console", "signals", "report", "compare"},
-    {"functional", "card", "processes", "shares"},
+    {"functional", "card", "processes", "shares", "settings"},
     {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
     | {"workers", "model", "optim", "schedule", "device", "dcp"},
     {"text", "encoder", "tokens", "checkpoint", "decoder", "parallel"},
     {"prepare", "resume", "huggingface"},
-    {"publish", "sample", "train", "evaluate", "excerpt", "generate", "export", "gguf"},
+    {"publish", "sample", "check", "train", "evaluate", "excerpt", "generate", "export", "gguf"},
     {"footprint"},
     {"plan", "completions"},
     {"run", "verify", "demo", "serve"},
@@ -33,7 +33,7 @@ BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device", "dcp"}) | {
     "encoder",
     "tokens",
 }
-BYTES_SIDE |= {"prepare", "publish", "sample"}
+BYTES_SIDE |= {"prepare", "publish", "sample", "check"}
 TORCH_SIDE = {"functional", "model", "decoder", "optim", "schedule", "device", "dcp"}
 TORCH_SIDE |= {"processes", "shares", "parallel"}
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -93,7 +93,7 @@ def test_bytes_and_torch_never_meet_below_the_joins():
 
 
 def test_preparing_data_loads_no_torch():
-    stages = "stages.corpus, stages.tokenizer, stages.tokens"
+    stages = "lm.check, stages.corpus, stages.tokenizer, stages.tokens"
     program = f"import sys, {stages}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
@@ -113,7 +113,7 @@ def test_each_stage_depends_on_the_settings_it_reads():
         "data.path",
     }  # DVC watches the path itself
     assert {name: set(stage["params"]) for name, stage in PIPELINE.items()} == {
-        "corpus": {"data.source", "data.packages", "data.grammar_bytes"},
+        "corpus": {"data.source", "data.packages", "data.grammar_bytes", "data.path"},
         "tokenizer": {"tokenizer", *reading},
         "tokens": reading,
         "train": {"model", "train"},

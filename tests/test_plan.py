@@ -26,13 +26,13 @@ from lm.footprint import (
     flops_per_token,
     parameters,
     peak_memory,
-    share_of_batch,
 )
 from lm.model import TransformerLM
 from lm.parallel import Replicated, Sharded
 from lm.plan import Plan, calibrate, compiling, largest_micro_batch, make_plan, table
 from lm.processes import Processes
 from lm.resume import run_folder
+from lm.settings import share_of_batch
 from lm.shares import local
 from lm.train import new_state, train
 from tests import test_run
