@@ -9,7 +9,7 @@ Modules stand on floors and import only downwards (tests/test_house.py holds the
     parallel, on processes  shares          several processes train one model
     model  optim  schedule  device  |  text  encoder  tokens, on formats  tokenizer  sampling
             (torch, no files)       |  shards  packages  grammar  listing  baselines  workers
-    settings  functional  card  processes  shares
+    settings  functional  card
     errors  config  rng  files  history  console  signals  report  compare
 
 Above them stand the stages, which alone know paths and params.yaml.

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 import zstandard
 
 from lm.tokenizer import END_TOKEN, train_bpe
@@ -129,6 +130,18 @@ def setting(key, value, line):
     section = key.split(".")[0]
     stage = {"data": "tokens", "tokenizer": "tokenizer", "evaluate": "evaluate"}.get(section)
     return Row("params", stage or "train", [f"{key}={value}"], 2, line)
+
+
+def written(stage, line, **sections):
+    """Settings in params.yaml that a stage is told of although only a later one reads them."""
+
+    def write(folder):
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        for section, keys in sections.items():
+            params[section] |= keys
+        (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+    return Row("check", stage, [write], 2, line)
 
 
 def settings(text, line):
@@ -309,6 +322,19 @@ ROWS = [
     setting("model.vocab_size", "7", "-S model.vocab_size=7: unknown key model.vocab_size…"),
     setting("train.init_from", "../model", "params.yaml: train.init_from = ../model: must be a folder's name in models/pretrained/, which DVC watches; copy the folder there"),
     setting("train.init_from", "mine", "models/pretrained/mine: no such folder; copy the model's there (train.init_from names it)"),
+    *(written(stage, "params.yaml: train.lr = 'fast' is text, wanted a number", train={"lr": "fast"}) for stage in ("corpus", "tokenizer", "tokens")),
+    *(written(stage, "params.yaml: evaluate.temperatures[0] = -1.0: must be >= 0", evaluate={"temperatures": [-1]}) for stage in ("corpus", "tokens", "train")),
+    written("corpus", "params.yaml: model.d_model = 32 is not divisible by model.num_heads = 3; use 1, 2, 4, 8, 16, 32", model={"num_heads": 3}),
+    written("tokens", "params.yaml: unknown key model.vocab_size: it is derived, not set; take it out", model={"vocab_size": 7}),
+    written("tokenizer", "params.yaml: export.license = MIT License: must be an identifier of the Hub, as apache-2.0, or null", export={"license": "MIT License"}),
+    written("evaluate", "params.yaml: train.warmup_steps = 500 exceeds train.max_steps = 20", train={"warmup_steps": 500}),
+    written("tokens", "train.parallel = none, but there are 2 processes; use ddp or fsdp, or runtime.num_processes: 1", runtime={"num_processes": 2}),
+    written("corpus", "train.batch_size = 4 is not a multiple of 3 processes", train={"parallel": "ddp"}, runtime={"num_processes": 3}),
+    written("corpus", "data.path = owner/dataset: no such file or folder", data={"path": "owner/dataset"}),
+    written("corpus", "data.path = text/*.txt: no such file or folder; a pattern goes into data.glob", data={"path": "text/*.txt"}),
+    written("corpus", "data/tokenizers/missing.json: no such file; copy it there (tokenizer.source names it)", tokenizer={"kind": "file", "source": "missing.json"}),
+    *(written(stage, "models/pretrained/missing: no such folder; copy the model's there (train.init_from names it)", train={"init_from": "missing"}) for stage in ("corpus", "tokens")),
+    written("corpus", "data.source = grammar: needs data.path: data/raw and data.split: hash, found text and hash; for text of your own set data.source: packages", data={"source": "grammar"}),
     Row("params", "train", ["evaluate.top_p=0.5"], 2, "-S evaluate.top_p=0.5: this stage reads the sections model, train, runtime alone"),
     Row("params", "tokenizer", ["tokenizer.kind=file", "tokenizer.source=../x"], 2,
         "params.yaml: tokenizer.source = ../x: must be a file's name in data/tokenizers/, which DVC watches; copy the file there"),
@@ -322,11 +348,11 @@ ROWS = [
     settings("", "holds no sections; expected data, tokenizer, model, train, evaluate, export, runtime"),
     settings("- 1", "holds no sections; expected data, tokenizer, model, train, evaluate, export, runtime"),
     settings("trian: {}", "unknown section trian (did you mean train?)"),
-    settings("model: {}", "missing section train"),
-    settings("train: {}", "missing key train.optimizer"),
+    settings("model: {}", "missing section data"),
+    settings("data: {}", "missing key data.source"),
     settings("train: 3", "section train holds no keys"),
-    settings("train: {<<: {lr: 1}}", "unknown key train.<< (did you mean train.lr?)"),
-    settings("train: {warmup_step: 1}", "unknown key train.warmup_step (did you mean train.warmup_steps?)"),
+    settings("data: {<<: {lr: 1}}", "unknown key data.<<…"),
+    settings("data: {pakages: []}", "unknown key data.pakages (did you mean data.packages?)"),
     settings("train: {lr: 1, lr: 2}", "not valid YAML: line 1: key lr stands twice"),
     settings("train: {1: 2}", "not valid YAML: line 1: key 1 is not text"),
     settings("train: {[a]: 2}", "not valid YAML: line 1: key ['a'] is not text"),
