@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lm.console import count
 from lm.errors import EnvironmentFault
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -92,7 +93,7 @@ def describe(device: torch.device) -> str:
         return f"cuda ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        return f"cpu ({torch.get_num_threads()} threads, {capability})"
+        return f"cpu ({count(torch.get_num_threads(), 'thread')}, {capability})"
     return device.type
 
 

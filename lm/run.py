@@ -32,7 +32,7 @@ from lm.checkpoint import (
     weights_sha256,
 )
 from lm.config import RuntimeConfig
-from lm.console import Progress, duration, say
+from lm.console import Progress, count, duration, say
 from lm.device import performance
 from lm.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
@@ -45,7 +45,10 @@ from lm.resume import (
     ResumeDirectory,
     clock_file,
     decided,
+    differences,
+    few,
     kept_checkpoints,
+    nearest,
     publishing,
     run_folder,
 )
@@ -54,6 +57,7 @@ from lm.tokenizer import Tokenizer
 from lm.train import Record, TrainConfig, TrainState
 
 REFRESH_S = 2.0  # between two refreshes of the metrics that can be watched
+DIVERGED = "diverged_at_step"  # in metrics/train.json, of a run that has no other results
 WATCHED, SLOW = 20, 0.5  # steps; a rank is slow if its forward pass takes so much longer
 
 
@@ -90,8 +94,6 @@ class Run:
             self.identity["resume_from"] = sha256_file(resume_from)
         folder = run_folder(unfinished, self.identity)
         self.directory = ResumeDirectory(folder, runtime.keep_checkpoints, self.processes)
-        if self.processes.leads:
-            _report_others(folder)
         self.history, self.clock = History(), Clock()
         self.clock_file = clock_file(unfinished, self.identity)
         self._begin_notes()
@@ -101,7 +103,10 @@ class Run:
         self.step_seconds: list[float] = []
         self.forward_seconds: deque[list[float]] = deque(maxlen=1000)  # of each step, by rank
         self.refreshed_s = -math.inf
-        if not self._resume() and resume_from is not None:
+        resumed = self._resume()
+        if self.processes.leads:
+            _report_others(folder, None if resumed else decided(self.identity))
+        if not resumed and resume_from is not None:
             self._continue(resume_from)
             self._begin_notes()
         tokens = config.batch_size * state.model.config.context_length
@@ -126,7 +131,22 @@ class Run:
             kept = kept_checkpoints(self.directory.folder)
             good = next((read_extra(path)["iteration"] for path, fault in kept if not fault), None)
             last = "no checkpoint yet" if good is None else f"step {good}"
-            error.args = (f"{error}; last good checkpoint: {last}",)
+            curves = self._keep_curves()
+            error.args = (f"{error}; last good checkpoint: {last}; curves up to there: {curves}",)
+
+    def _keep_curves(self) -> Path:
+        """Write the curves of a run that has diverged; returns where they are.
+
+        Its clock file is there in any case: DVC deletes the workspace of an experiment that fails.
+        """
+        self._write_times()
+        if self.live is None:
+            return self.clock_file
+        spoilt = self.valid_loss is not None and not math.isfinite(self.valid_loss)
+        with suppress(EnvironmentFault):
+            self._write_metrics(self.live, diverged_at=self.state.step + (0 if spoilt else 1))
+        here = self.clock_file.resolve().is_relative_to(Path.cwd())
+        return self.live / "curves.csv" if here else self.clock_file
 
     def _begin_notes(self) -> None:
         """Note what a run may change on its way, as of the first step."""
@@ -175,9 +195,8 @@ class Run:
         """Why an undamaged checkpoint must not be resumed."""
         extra = read_extra(path)
         ours, theirs = _as_json(decided(self.identity)), decided(extra["identity"])
-        for part in sorted(ours.keys() | theirs.keys()):
-            if ours.get(part) != theirs.get(part):
-                return f"{path}: of another run: {part} differs"
+        if ours != theirs:
+            return f"{path}: of another run: {few(differences(theirs, ours))}"
         if extra["best"]["step"] is not None:
             try:
                 best = self.directory.path(extra["best"]["step"])
@@ -313,8 +332,7 @@ class Run:
     def save(self) -> None:
         """Start writing a checkpoint; after a signal wait for it and leave."""
         if self.processes.leads:
-            with suppress(EnvironmentFault):  # nobody's result depends on the times
-                atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
+            self._write_times()
         self.directory.save(self.state.model, self.state.optimizer, self.state.step, self._extra())
         if self.agreed_signal is not None:
             self.directory.wait()
@@ -353,20 +371,28 @@ class Run:
             f"checkpoints in {checkpoints}, curves in {metrics / 'curves.csv'}"
         )
 
-    def _write_metrics(self, metrics: Path, durable: bool = True) -> None:
+    def _write_times(self) -> None:
+        with suppress(EnvironmentFault):  # nobody's result depends on the times
+            atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
+
+    def _write_metrics(
+        self, metrics: Path, durable: bool = True, diverged_at: int | None = None
+    ) -> None:
         """Write the curves, the last step's figures, and the times, which no stage declares."""
-        state, average = self.state, self.history.average_loss
+        state, average, valid_loss = self.state, self.history.average_loss, self.valid_loss
         figures = {
             "step": state.step,
             "tokens": state.step * self.config.batch_size * state.model.config.context_length,
             "parameters": state.model.num_parameters(),
             "micro_batch_size": state.windows_at_once,
             "train_loss": average if math.isfinite(average) else None,
-            "valid_loss": self.valid_loss,
+            "valid_loss": valid_loss if math.isfinite(valid_loss or 0.0) else None,
             "best_valid_loss": self.best["valid_loss"],
             "best_step": self.best["step"],
             "skipped_steps": state.skipped_steps,
         }
+        if diverged_at is not None:
+            figures[DIVERGED] = diverged_at
         atomic_write(metrics / "curves.csv", self.history.to_csv(), durable)
         write_json(metrics / "train.json", figures, durable)
         atomic_write(metrics / "wall_clock.csv", self.history.to_csv(self.clock), durable)
@@ -420,13 +446,21 @@ def _copy_as_file(checkpoint: Path, target: Path) -> None:
     commit(target)
 
 
-def _report_others(folder: Path) -> None:
-    """Say how much unfinished runs with other settings, data or code keep on disk."""
+def _report_others(folder: Path, identity: dict[str, Any] | None) -> None:
+    """Say how much unfinished runs with other settings, data or code keep on disk.
+
+    With the identity of a run that begins anew, say too why it does not go on with one of them.
+    """
     others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir()]
-    if others:
-        files = (f for path in others for f in path.rglob("*") if f.is_file())
-        size = sum(map(_size_bytes, files))
-        say(f"{len(others)} other runs keep {size / 1e6:.0f} MB in {folder.parent}")
+    if not others:
+        return
+    files = (f for path in others for f in path.rglob("*") if f.is_file())
+    size = sum(map(_size_bytes, files))
+    keep = "keeps" if len(others) == 1 else "keep"
+    line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {folder.parent}"
+    if identity is not None and (words := nearest(others, _as_json(identity))):
+        line += f"; {'that' if len(others) == 1 else 'the nearest'}, {words}"
+    say(line)
 
 
 def _size_bytes(file: Path) -> int:

@@ -73,7 +73,7 @@ def test_training_tells_what_it_does_in_order(prepared):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.strip().split("\n")
-    assert lines[0].startswith("Device: cpu (1 threads")
+    assert lines[0].startswith("Device: cpu (1 thread,")
     tokens = json.loads(prepared.read("data/tokens/tokens.json"))["train"]["tokens"]
     assert lines[1] == f"Loaded dataset with {tokens:,} tokens"
     parameters = json.loads(prepared.read("metrics/train.json"))["parameters"]
@@ -199,22 +199,26 @@ def change_code(project):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "differing"),
     [
-        change_text,
-        change_code,
-        change_tokenizer,
-        lambda project: project.set("train.lr", 9e-3),
-        lambda project: project.set("model.dropout", 0.1),
+        (change_text, "data/tokens/tokens.json, data/tokens/train/text-00000.bin"),
+        (change_code, "lm/model.py"),
+        (change_tokenizer, "model.vocab_size 300 -> 301, data/tokenizer/tokenizer.json, data/"),
+        (lambda project: project.set("train.lr", 9e-3), "train.lr 0.01 -> 0.009"),
+        (lambda project: project.set("model.dropout", 0.1), "model.dropout 0.0 -> 0.1"),
     ],
     ids=["text", "code", "tokenizer", "lr", "dropout"],
 )
-def test_nothing_of_a_run_is_reused_after_a_change(killed, change):
+def test_nothing_of_a_run_is_reused_after_a_change_and_it_says_why(killed, change, differing):
     project, _ = killed
     change(project)
     result = project.stage("train")
     assert result.returncode == 0, result.stderr
-    assert "1 other runs keep " in result.stdout  # in the folder of the unfinished one
+    line = re.search(r"^1 other run keeps .* MB in .*; that, at step (\d+), is another by (.*)$",
+                     result.stdout, re.M)  # fmt: skip
+    assert int(line[1]) >= 30
+    assert line[2].startswith(differing)
+    assert line[2] == differing or "data/" in differing
     assert len(resume_directories(project)) == 2
     assert "Resumed" not in result.stdout
 
@@ -224,6 +228,8 @@ def test_nothing_of_a_run_is_reused_with_another_number_of_threads(killed):
     after = project.start("python", "-m", "stages.train", OMP_NUM_THREADS="2")
     for line in after.stdout:
         assert "Resumed" not in line
+        if line.startswith("1 other run "):
+            assert re.search(r"environment.device cpu \(1 thread, .*\) -> cpu \(2 threads, ", line)
         if line.startswith("step "):
             break
     assert len(resume_directories(project)) == 2
@@ -297,7 +303,7 @@ def test_a_checkpoint_of_another_run_in_the_folder_is_not_resumed(killed):
     for file in killed_run.glob("step-*"):
         shutil.copy(file, other)
     result = project.stage("train")
-    assert "of another run: train differs" in result.stdout
+    assert "of another run: train.seed 1337 -> 2; passed over" in result.stdout
     assert "Resumed" not in result.stdout
     assert "step   5/" in result.stdout  # from the beginning
     assert outputs(project) == straight
