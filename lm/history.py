@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 MAX_ROWS = 1000
+DIVERGED = "diverged_at_step"  # in metrics/train.json of a run that has curves and no results
 COLUMNS = ("step", "tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm")
 _SMOOTHING = 0.95  # of the average loss: it looks back about 20 steps
 

@@ -36,7 +36,7 @@ from lm.console import Progress, count, duration, say
 from lm.device import performance
 from lm.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
-from lm.history import Clock, History
+from lm.history import DIVERGED, Clock, History
 from lm.model import TransformerLM
 from lm.plan import Forecast
 from lm.resume import (
@@ -57,7 +57,6 @@ from lm.tokenizer import Tokenizer
 from lm.train import Record, TrainConfig, TrainState
 
 REFRESH_S = 2.0  # between two refreshes of the metrics that can be watched
-DIVERGED = "diverged_at_step"  # in metrics/train.json, of a run that has no other results
 WATCHED, SLOW = 20, 0.5  # steps; a rank is slow if its forward pass takes so much longer
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.console import duration
+from lm.history import DIVERGED
 from lm.report import ROWS
 from stages.experiments import flat, show
 
@@ -55,21 +56,21 @@ Rows = list[dict[str, float]]
 
 @dataclass
 class Run:
-    """What is known of a run; each part as its file has it."""
+    """What is known of a run; each part as its file has it. One that diverged has no results."""
 
     name: str
     commit: str
     params: dict[str, Any]
-    provenance: dict[str, Any]
     data: dict[str, Any]
     train: dict[str, Any]
-    evaluation: dict[str, Any]
     curves: Rows
-    positions: Rows
-    calibration: Rows
-    samples: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
-    performance: dict[str, Any] | None  # the clocks; None if they are not of this run
+    provenance: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    positions: Rows = field(default_factory=list)
+    calibration: Rows = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    performance: dict[str, Any] | None = None  # the clocks; None if they are not of this run
     changed_code: list[str] = field(default_factory=list)  # files that are not what trained it
 
 
@@ -88,6 +89,8 @@ def page(runs: list[Run], vega: str) -> str:
     makers: list[Callable[[list[Run]], Section | None]] = [
         results, curves, positions, calibration, held_out, samples, data, plan, settings, provenance
     ]  # fmt: skip
+    if any(DIVERGED in run.train for run in runs):
+        makers = [curves, data, settings]
     sections = [section for make in makers if (section := make(runs))]
     program = (HERE / "page.js").read_text()
     hashes = " ".join(
@@ -155,12 +158,15 @@ def lead(runs: list[Run]) -> str:
     """What was trained on what, in a sentence; of two runs, in one each."""
     found = []
     for run in runs:
-        device = run.provenance["environment"].get("device", "an unknown device")
+        device = run.provenance.get("environment", {}).get("device", "an unknown device")
         name = f"<strong>{text(run.name)}</strong>: " if len(runs) > 1 else ""
+        end = f"on {text(device)}"
+        if DIVERGED in run.train:
+            end = f"then it diverged, at step {run.train[DIVERGED]:,}: there is no model"
         found.append(
             f'<p class="lead">{name}{run.train["parameters"]:,} parameters, '
             f"{run.train['tokens']:,} training tokens in {run.train['step']:,} steps, "
-            f"on {text(device)}.</p>"
+            f"{end}.</p>"
         )
     return "".join(found)
 
@@ -259,7 +265,7 @@ def curves(runs: list[Run]) -> Section:
     }  # fmt: skip
     told = [
         f"{text(run.name) + ' ends' if len(runs) > 1 else 'It ends'} at training loss "
-        f"{run.train['train_loss']:.4f} and validation loss {run.train['valid_loss']:.4f}"
+        f"{_loss(run.train['train_loss'])} and validation loss {_loss(run.train['valid_loss'])}"
         for run in runs
     ]
     body = (
@@ -281,6 +287,10 @@ def curves(runs: list[Run]) -> Section:
     head = ["Step", *(["Run"] if len(runs) > 1 else []), "Training loss", "Validation loss"]
     body += details("The validations as a table", table("Nats per token", head, rows, "figures"))
     return Section("curves", "Training", body, charts)
+
+
+def _loss(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
 
 
 def positions(runs: list[Run]) -> Section:
@@ -514,13 +524,16 @@ def settings(runs: list[Run]) -> Section:
     note = (
         '<p class="note">Model and training: what the model was trained with, as recorded '
         "beside it. The rest: params.yaml as it stands.</p>"
+        if run.provenance
+        else '<p class="note">params.yaml as it stands.</p>'
     )
     return Section("settings", "Settings", f'{note}<div class="columns">{"".join(parts)}</div>')
 
 
 def _settings(run: Run) -> dict[str, Any]:
     """By section.key, model and training as recorded with the model."""
-    return flat({**run.params, "model": run.provenance["model"], "train": run.provenance["train"]})
+    recorded = {name: run.provenance[name] for name in ("model", "train") if run.provenance}
+    return flat({**run.params, **recorded})
 
 
 def provenance(runs: list[Run]) -> Section:
