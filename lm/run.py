@@ -36,7 +36,7 @@ from lm.console import Progress, count, duration, say
 from lm.device import performance
 from lm.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
-from lm.history import DIVERGED, Clock, History
+from lm.history import DIVERGED, Clock, History, ended_worse
 from lm.model import TransformerLM
 from lm.plan import Forecast
 from lm.resume import (
@@ -356,7 +356,7 @@ class Run:
         for step in (self.best["step"], state.step):
             verify(self.directory.path(step))
         _copy_as_file(self.directory.path(self.best["step"]), best)
-        self._write_metrics(metrics)
+        figures = self._write_metrics(metrics)
         step = state.step if self.config.early_stopping is None else self.best["step"]
         chosen = TransformerLM(state.model.config)
         load_checkpoint(self.directory.path(step), chosen)
@@ -369,6 +369,8 @@ class Run:
             f"in {duration(self.progress.elapsed_s())}; model in {models / 'model'}, "
             f"checkpoints in {checkpoints}, curves in {metrics / 'curves.csv'}"
         )
+        if worse := ended_worse(figures, self.config.early_stopping):
+            say(f"warning: {worse}")
 
     def _write_times(self) -> None:
         with suppress(EnvironmentFault):  # nobody's result depends on the times
@@ -376,8 +378,11 @@ class Run:
 
     def _write_metrics(
         self, metrics: Path, durable: bool = True, diverged_at: int | None = None
-    ) -> None:
-        """Write the curves, the last step's figures, and the times, which no stage declares."""
+    ) -> dict[str, Any]:
+        """Write the curves, the last step's figures, and the times, which no stage declares.
+
+        Returns the figures.
+        """
         state, average, valid_loss = self.state, self.history.average_loss, self.valid_loss
         figures = {
             "step": state.step,
@@ -395,6 +400,7 @@ class Run:
         atomic_write(metrics / "curves.csv", self.history.to_csv(), durable)
         write_json(metrics / "train.json", figures, durable)
         atomic_write(metrics / "wall_clock.csv", self.history.to_csv(self.clock), durable)
+        return figures
 
     def write_performance(self, device: torch.device, metrics: Path, forecast: Forecast) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lm.console import duration
-from lm.history import DIVERGED
-from lm.report import ROWS
+from lm.history import DIVERGED, ended_worse
+from lm.report import ROWS, behind_bigram
 from stages.experiments import flat, show
 
 HERE = Path(__file__).parent
@@ -220,7 +220,13 @@ def results(runs: list[Run]) -> Section:
         f"On the {run.evaluation['tokens']:,} tokens ({run.evaluation['bytes']:,} bytes) of the "
         "validation split; lower is better"
     )
-    body = f'<dl class="tiles">{tiles}</dl>{table(caption, head, rows, "figures")}'
+    stopping = run.provenance["train"].get("early_stopping")
+    remarks = (
+        behind_bigram(run.evaluation, run.evaluation["baseline_loss_nats"]),
+        ended_worse(run.train, stopping),
+    )
+    told = "".join(f'<p class="note">Warning: {text(remark)}.</p>' for remark in remarks if remark)
+    body = f'<dl class="tiles">{tiles}</dl>{told}{table(caption, head, rows, "figures")}'
     return Section("results", "Results", body)
 
 

@@ -156,6 +156,25 @@ def test_a_run_that_diverges_keeps_its_curves_up_to_there(settings, tmp_path, mo
     assert figures["valid_loss"] == (1.0 if what == "gradients" else None)
 
 
+@pytest.mark.parametrize(
+    ("losses", "early_stopping", "told"),
+    [((4.85, 5.92), None, True), ((4.85, 4.87), None, False), ((4.85, 5.92), 9, False)],
+)
+def test_a_run_that_ends_worse_than_it_was_says_so(
+    settings, tmp_path, capsys, losses, early_stopping, told
+):
+    model, config, runtime = settings
+    settings = model, replace(config, early_stopping=early_stopping), runtime
+    go(settings, tmp_path, losses=losses)
+    line = (
+        "warning: best validation was step 6 (4.8500), published step 12 (5.9200): "
+        "set train.early_stopping"
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (last == line) is told
+    assert last.startswith("Final loss ") is not told
+
+
 def test_a_continued_run_takes_the_best_of_the_run_it_continues_and_no_other(settings, tmp_path):
     model, config, runtime = settings
     folders = [tmp_path / name for name in ("mine", "other")]

@@ -361,6 +361,22 @@ def test_early_stopping_keeps_the_best_model(prepared):
     assert continued["step"] >= metrics["step"] + 2  # its patience begins anew
 
 
+def test_a_model_worse_than_it_was_and_than_the_bigram_says_so_everywhere(prepared):
+    prepared.set("model.norm", "none")
+    for key, value in (("eval_interval", 1), ("lr", 0.2), ("warmup_steps", 3), ("max_steps", 5)):
+        prepared.set(f"train.{key}", value)
+    trained = prepared.stage("train").stdout.splitlines()[-1]
+    assert re.match(r"warning: best validation was step \d+ \(.*\), published step 5 \(", trained)
+    said = prepared.stage("evaluate").stdout.splitlines()
+    assert re.match(r"warning: the model \(.*\) is worse than the bigram baseline \(", said[-2])
+    assert said[-1] == trained
+    assert prepared.run("python", "-m", "stages.report").returncode == 0
+    report = prepared.read("metrics/report.html").decode()
+    for line in said[-2:]:
+        assert line.capitalize() in prepared.read("metrics/summary.md").decode()
+        assert f"{line.capitalize()}." in report
+
+
 @pytest.mark.parametrize("max_steps", [1, 20])
 def test_divergence_exits_4_and_publishes_nothing(prepared, max_steps):
     result = prepared.stage("train", "train.lr=1e30", "train.max_grad_norm=null",
