@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lm.config import RuntimeConfig, add_overrides, load_params, read_section
-from lm.console import duration, say
+from lm.console import count, duration, say
 from lm.device import (
     choose_device,
     describe,
@@ -186,7 +186,7 @@ def tell(plan: Plan, asked: TrainConfig) -> None:
     per_step = plan.flops / plan.config.max_steps
     memory, processes = sum(plan.memory.values()), plan.num_processes
     say(
-        f"Plan: {plan.config.max_steps:,} steps of {per_step / 1e9:,.1f} GFLOP, "
+        f"Plan: {count(plan.config.max_steps, 'step')} of {per_step / 1e9:,.1f} GFLOP, "
         f"{plan.flops:.2e} FLOP in all; memory at most {memory / 1e6:,.0f} MB"
         + f" in each of {processes} processes ({plan.config.parallel})"
         * (processes > 1)
@@ -196,7 +196,7 @@ def tell(plan: Plan, asked: TrainConfig) -> None:
         say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
     if plan.windows < (asked.micro_batch_size or plan.share):
         say(
-            f"Plan: {plan.windows} windows at a time: all {plan.share} do not fit into "
+            f"Plan: {count(plan.windows, 'window')} at a time: all {plan.share} do not fit into "
             f"{(_free_for_one(plan.device, processes) or 0) / 1e6:,.0f} MB of free memory"
         )
 
@@ -319,7 +319,7 @@ def table(
               f"| {sum(b for _, b in by_part.values()):,.0f} |", ""]  # fmt: skip
     each = "" if alone else f" of each of {plan.num_processes} processes, {config.parallel}"
     lines += _megabytes(
-        f"memory{each}, {config.dtype}, {plan.windows} windows at once", plan.memory
+        f"memory{each}, {config.dtype}, {count(plan.windows, 'window')} at once", plan.memory
     )
     if not alone:
         lines += _megabytes("a process sends for an update", plan.communication)
@@ -329,7 +329,7 @@ def table(
         f"With train.gradient_checkpointing: {str(other.gradient_checkpointing).lower()} "
         f"{sum(instead.memory.values()) / 1e6:,.1f} MB",
     ]
-    steps = f"{config.max_steps:,} steps, {plan.flops:.3e} FLOP"
+    steps = f"{count(config.max_steps, 'step')}, {plan.flops:.3e} FLOP"
     sending_s = 0.0
     if bandwidth is not None:
         sending_s = sum(plan.communication.values()) / bandwidth

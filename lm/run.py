@@ -187,7 +187,7 @@ class Run:
         if fitting < before and not self.finished():
             self.state.windows_at_once = fitting
             why = "no longer fit" if share % before == 0 else f"are no part of {share}"
-            say(f"{before} windows at a time {why}: from here on {fitting}")
+            say(f"{count(before, 'window')} at a time {why}: from here on {fitting}")
             self._note(MICRO_BATCH_SIZES, fitting, self.state.step + 1)
 
     def _fault(self, path: Path) -> str | None:

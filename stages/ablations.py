@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import load_params
-from lm.console import say
+from lm.console import count, say
 from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write
 from stages.compare import report
@@ -88,7 +88,7 @@ def page(
 def budget(params: Mapping[str, Any]) -> str:
     """How long each variant is trained, in words."""
     train, context = params["train"], params["model"]["context_length"]
-    return f"{train['max_steps']:,} steps of {train['batch_size']} x {context} tokens"
+    return f"{count(train['max_steps'], 'step')} of {train['batch_size']} x {context} tokens"
 
 
 def identified(name: str, experiment: Experiment) -> Experiment:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm.console import duration
+from lm.console import count, duration
 from lm.history import DIVERGED, ended_worse
 from lm.report import ROWS, behind_bigram
 from stages.experiments import flat, show
@@ -165,7 +165,7 @@ def lead(runs: list[Run]) -> str:
             end = f"then it diverged, at step {run.train[DIVERGED]:,}: there is no model"
         found.append(
             f'<p class="lead">{name}{run.train["parameters"]:,} parameters, '
-            f"{run.train['tokens']:,} training tokens in {run.train['step']:,} steps, "
+            f"{run.train['tokens']:,} training tokens in {count(run.train['step'], 'step')}, "
             f"{end}.</p>"
         )
     return "".join(found)
@@ -369,7 +369,7 @@ def held_out(runs: list[Run]) -> Section | None:
         end = "" if document["whole"] else '<p class="note">The document goes on.</p>'
         parts.append(f'<div class="document">{spans}</div>{end}')
     whole = all(document["whole"] for document in run.held_out)
-    what = f"{len(run.held_out)} whole document{'s' * (len(run.held_out) > 1)}"
+    what = count(len(run.held_out), "whole document")
     mean = sum(token["loss_nats"] for token in tokens) / max(1, len(tokens))
     legend = "".join(
         f'<span class="q{level}">{level}{"+" if level == LEVELS - 1 else ""}</span>'
@@ -482,7 +482,7 @@ def plan(runs: list[Run]) -> Section | None:
         ("Operations per token, forward and backward", f"{of['flops_per_token'] / 1e6:,.2f} MFLOP"),
         ("Matrix products alone", f"{of['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"),
         ("Utilisation (MFU)", f"{of['mfu']:.1%} of {PEAKS[of['mfu_is_of']]}"),
-        ("Micro-batch", f"{of['micro_batch_size']:,} windows"),
+        ("Micro-batch", f"{count(of['micro_batch_size'], 'window')}"),
         ("Compiled", "yes" if of["compiled"] else "no"),
         ("Device", text(_devices(of))),
         ("Precision", text(of["dtype"])),
@@ -558,11 +558,11 @@ def provenance(runs: list[Run]) -> Section:
         ]
         name = f": {text(run.name)}" if len(runs) > 1 else ""
         parts.append(table(f"Made of{name}", ["What", "Which"], facts, "facts"))
-        for kind, words in (("inputs", "inputs"), ("code", "code files")):
+        for kind, what in (("inputs", "input"), ("code", "code file")):
             rows = [
                 (f"<code>{text(file)}</code>", f"<code>{text(sha256)}</code>")
                 for file, sha256 in of[kind].items()
             ]
             hashes = table("SHA-256", ["File", "Hash"], rows, "facts hashes")
-            parts.append(details(f"{len(rows)} {words}{name}, by their hashes", hashes))
+            parts.append(details(f"{count(len(rows), what)}{name}, by hash", hashes))
     return Section("provenance", "Provenance", "".join(parts))

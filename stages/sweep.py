@@ -43,7 +43,7 @@ ENDED = (*DONE, "diverged")  # with a result: again it would end in the same way
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!docs", ":!*.md", ":!.dvc/tmp")
 STOP_SECONDS, MAX_STARTS = 30, 3
 # in its log: how an experiment ended
-LAST_WORDS = ("Validation loss", "Stage 'evaluate' is cached", "error:")
+LAST_WORDS = ("Validation loss", "Stage 'evaluate' is cached", "error:", "stopped")
 
 
 def sweep(axes: list[str]) -> None:

@@ -372,7 +372,7 @@ def test_a_stopped_sweep_goes_on_and_failures_are_named(project, how):
     assert victim.wait() != 0
     assert survivors(project) == []
     if how == "ctrl-c":
-        assert "error: stopped, training is saved; run the same command again" in victim.output()
+        assert "\nstopped, training is saved; run the same command again" in victim.output()
         assert "stopped, saved at step" in logs(project)
     done = run(project, *command, timeout=300)
     assert done.returncode != 0

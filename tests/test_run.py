@@ -128,7 +128,9 @@ def test_the_bound_on_skipped_steps_holds_across_a_stop(settings, tmp_path):
     settings = model, replace(config, max_skipped_steps=3), replace(runtime, checkpoint_interval=1)
     bad = [4, 5, 6, 7]
     assert go(settings, tmp_path, bad, until=5) is None
-    with pytest.raises(Diverged, match=r"at step 7; .*3 steps before .* last good .*: step 6"):
+    with pytest.raises(
+        Diverged, match=r"at step 7; .*skipping 3 steps in a row .* last good .*: step 6"
+    ):
         go(settings, tmp_path, bad)
     assert not (tmp_path / "models").exists()
 

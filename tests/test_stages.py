@@ -124,12 +124,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(long, number, code):
     process.send_signal(number)
     _, error = process.communicate(timeout=300)
     assert process.returncode == code
-    assert error.startswith("error: stopped, saved at step ")
+    assert error.startswith("stopped, saved at step ")
     step = int(error.split("saved at step ")[1].split(";")[0])
     result = project.stage("train")
     assert result.returncode == 0, result.stderr
     assert f"Resumed at step {step}\n" in result.stdout  # not one step is lost
     assert outputs(project) == straight
+
+
+@pytest.mark.parametrize("command", ["stages.train", "lm.plan"])
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(prepared, command):
+    (prepared.folder / "torch.py").write_text("raise KeyboardInterrupt\n")
+    result = prepared.run("python", "-m", command)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "stopped\n")
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(killed):
