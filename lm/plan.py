@@ -31,6 +31,7 @@ from lm.device import (
     free_memory_bytes,
     multiplies_natively,
     no_compiling,
+    no_loading,
     peak_memory_bytes,
     prepare,
     resident_memory_bytes,
@@ -144,6 +145,8 @@ def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> 
     saved_s = plan.flops / nominal_rate(config, device) * (0.5 if native else 0.25)
     cost_s = (6 + 6 * model.num_layers) * (2 / 3 + 2 / 3 / threads)
     repays = saved_s >= REPAYS * cost_s
+    if repays and (reason := no_loading(device)):
+        return False, f"{reason} to compile"
     return repays, (
         f"it would save about {duration(saved_s)} and cost about {duration(cost_s)}, "
         f"{'at least' if repays else 'not'} {REPAYS:g} times as much"

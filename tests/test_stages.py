@@ -441,9 +441,44 @@ def test_compiling_without_a_compiler_says_what_to_do(prepared, tmp_path):
     command = (sys.executable, "-m", "stages.train", "-S", "train.compile=true")
     result = prepared.run(*command, PATH=path, CXX=str(broken), TORCHINDUCTOR_CACHE_DIR=cache)
     assert result.returncode == 3
-    assert result.stderr.count("error: train.compile = true: ") == 1
+    assert result.stderr.count("error: torch.compile: ") == 1
     assert "or set train.compile: false" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(
+    not shutil.which("c++") or " " in torch.__file__, reason="torch.compile cannot work here"
+)
+@pytest.mark.parametrize("where", ["noexec", "with a space", "broken"])
+def test_auto_does_not_compile_where_the_result_cannot_be_loaded(prepared, tmp_path, where):
+    """An explicit train.compile: true ends with the cause instead."""
+    folder, because, program = tmp_path / where, r"its folder must have no space \(", "g++"
+    folder.mkdir()
+    start = "exec"
+    if where == "noexec":
+        start = f"mount -t tmpfs -o noexec x {folder} && exec"
+        because = r"it cannot build and load a library \(.*failed to map segment"
+        if prepared.run("unshare", "-m", "sh", "-c", f"{start} true").returncode != 0:
+            pytest.skip("needs the right to mount")
+    if where == "broken":
+        program, because = str(folder / "g++"), r".*g\+\+ "
+        Path(program).write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+        Path(program).chmod(0o755)
+    command = f"{start} python -m stages.train -S train.max_steps=3000000 -S train.compile="
+    unshare = ("unshare", "-m") if where == "noexec" else ()
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "CXX": program}
+    auto = prepared.start(*unshare, "sh", "-c", command + "auto", **places)
+    for line in auto.stdout:
+        if line.startswith("Plan: not compiled: "):
+            assert re.match(because, line.removeprefix("Plan: not compiled: ")), line
+        if line.startswith("step "):
+            break
+    else:
+        raise AssertionError(auto.stderr.read())
+    done = prepared.run(*unshare, "sh", "-c", command + "true", **places)
+    assert done.returncode == 3
+    assert re.match(f"error: torch.compile: {because}", one_line(done))
+    assert "or set train.compile: false" in one_line(done)
 
 
 def test_evaluation_reports_the_validation_split_beside_its_baselines(prepared):
