@@ -14,3 +14,18 @@ Modules stand on floors and import only downwards (tests/test_house.py holds the
 
 Above them stand the stages, which alone know paths and params.yaml.
 """
+
+import sys
+from types import TracebackType
+
+if sys.argv[:1] == ["-m"]:  # a command is starting: Ctrl-C while torch is imported is no fault
+
+    def _told(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write("stopped\n")
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = _told

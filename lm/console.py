@@ -1,7 +1,9 @@
 """What a long run says: plain lines in a log, a progress bar on a terminal."""
 
+import json
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -97,6 +99,22 @@ class ByteProgress:
         if elapsed >= 1:
             speed = self.done / elapsed / 1e6
             say(f"{self.what}: {self.done / 1e6:,.1f} MB in {duration(elapsed)}, {speed:,.1f} MB/s")
+
+
+def count(n: int, what: str) -> str:
+    """A number of things in words: "1 run", "2,000 runs"."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs between two mappings, by key, as "before -> now"."""
+    names = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+    return {name: f"{_short(before.get(name))} -> {_short(now.get(name))}" for name in names}
+
+
+def _short(value: Any) -> str:
+    shown = value if isinstance(value, str) else json.dumps(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lm.console import count
 from lm.errors import EnvironmentFault
 from lm.settings import Dtype as Dtype
 
@@ -92,7 +94,7 @@ def describe(device: torch.device) -> str:
         return f"cuda ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        return f"cpu ({torch.get_num_threads()} threads, {capability})"
+        return f"cpu ({count(torch.get_num_threads(), 'thread')}, {capability})"
     return device.type
 
 
@@ -195,8 +197,8 @@ def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
 def compiled(function: Function, device: torch.device) -> Function:
     """`function` by torch.compile. Raises EnvironmentFault, now or when called, where it fails."""
     otherwise = "or set train.compile: false"
-    if reason := no_compiling(device):
-        raise EnvironmentFault(f"train.compile = true: {reason} {otherwise}")
+    if reason := no_compiling(device) or no_loading(device):
+        raise EnvironmentFault(f"torch.compile: {reason} {otherwise}")
     from torch._dynamo import config  # costs 1.5 s: only who compiles pays
     from torch._dynamo.exc import BackendCompilerFailed
 
@@ -211,7 +213,7 @@ def compiled(function: Function, device: torch.device) -> Function:
         except BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(
-                f"train.compile = true: {reason}; mend the compiler {otherwise}"
+                f"torch.compile: {reason}; mend the compiler {otherwise}"
             ) from error
 
     return call  # type: ignore[return-value]
@@ -281,6 +283,37 @@ def no_compiling(device: torch.device) -> str | None:
         return (
             f"torch.compile fails where torch's path has a space ({Path(torch.__file__).parent}); "
             "move the project"
+        )
+    return None
+
+
+@functools.cache
+def no_loading(device: torch.device) -> str | None:
+    """Why nothing that torch.compile builds can be loaded, and what to do; None if it can.
+
+    It takes some tenths of a second: a library of a line is built, in torch's folder for such.
+    """
+    if device.type != "cpu":
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler  # costs seconds
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    elsewhere = "set TORCHINDUCTOR_CACHE_DIR to another folder"
+    try:
+        if " " in (folder := cache_dir()):
+            return f"its folder must have no space ({folder}); {elsewhere}"
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            source, library = Path(place, "probe.cpp"), Path(place, "probe.so")
+            source.write_text('extern "C" int probe() { return 0; }\n')
+            command = [get_cpp_compiler(), "-shared", "-fPIC", "-o", library, source]
+            built = subprocess.run(command, capture_output=True, text=True)
+            if built.returncode != 0:
+                said = built.stderr.strip().partition("\n")[0]
+                return f"{command[0]} fails ({said}); mend it"
+            ctypes.CDLL(str(library))  # not where the folder is mounted noexec
+    except (OSError, RuntimeError) as error:
+        return (
+            f"it cannot build and load a library ({str(error).partition(chr(10))[0]}); {elsewhere}"
         )
     return None
 

@@ -4,11 +4,14 @@ A message says where, what was expected, what was found and what to do. Everythi
 that is raised is a defect of ours and keeps its traceback.
 """
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+OUT_OF_MEMORY = "error: out of memory; make the model or the batch smaller"
 
 
 class InputError(ValueError):
@@ -48,30 +51,42 @@ def one_line_errors() -> Iterator[None]:
     """Turn the errors above, OS errors and Ctrl-C into one line on stderr and an exit code."""
     try:
         yield
-    except (InputError, EnvironmentFault, Diverged, Busy, Interrupted) as error:
-        _leave(str(error), error.exit_code)
+    except (InputError, EnvironmentFault, Diverged, Busy) as error:
+        _leave(f"error: {error}", error.exit_code)
+    except Interrupted as stop:
+        _leave(str(stop), stop.exit_code)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _leave(f"{where}{error.strerror or error}", EnvironmentFault.exit_code)
+        said = f"error: {where}{error.strerror or error}"
+        _leave(OUT_OF_MEMORY if is_out_of_memory(error) else said, EnvironmentFault.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _leave("out of memory; make the model or the batch smaller", EnvironmentFault.exit_code)
+        _leave(OUT_OF_MEMORY, EnvironmentFault.exit_code)
     except KeyboardInterrupt:
-        _leave("interrupted", 128 + signal.SIGINT)
+        _leave("stopped", 128 + signal.SIGINT)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether NumPy, torch on a CPU or torch on a GPU ran out of memory."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    """Whether NumPy, torch on a CPU or a GPU, a mapping or a new thread found no memory."""
+    texts = (
+        "out of memory",
+        "allocate memory",  # "can't" of torch, "Cannot" of the system
+        "not enough memory",
+        "bad_alloc",
+        "can't start new thread",
+        "failed to map segment",
+    )
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def _leave(message: str, code: int) -> None:
     # names come from strangers too: no line break or escape code of theirs reaches the terminal
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)
     sys.exit(code)

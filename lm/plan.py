@@ -26,13 +26,14 @@ import numpy as np
 import torch
 
 from lm.config import RuntimeConfig, add_overrides, load_params, read_section
-from lm.console import duration, say
+from lm.console import count, duration, say
 from lm.device import (
     choose_device,
     describe,
     free_memory_bytes,
     multiplies_natively,
     no_compiling,
+    no_loading,
     peak_memory_bytes,
     prepare,
     resident_memory_bytes,
@@ -146,6 +147,8 @@ def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> 
     saved_s = plan.flops / nominal_rate(config, device) * (0.5 if native else 0.25)
     cost_s = (6 + 6 * model.num_layers) * (2 / 3 + 2 / 3 / threads)
     repays = saved_s >= REPAYS * cost_s
+    if repays and (reason := no_loading(device)):
+        return False, f"{reason} to compile"
     return repays, (
         f"it would save about {duration(saved_s)} and cost about {duration(cost_s)}, "
         f"{'at least' if repays else 'not'} {REPAYS:g} times as much"
@@ -188,7 +191,7 @@ def tell(plan: Plan, asked: TrainConfig) -> None:
     per_step = plan.flops / plan.config.max_steps
     memory, processes = sum(plan.memory.values()), plan.num_processes
     say(
-        f"Plan: {plan.config.max_steps:,} steps of {per_step / 1e9:,.1f} GFLOP, "
+        f"Plan: {count(plan.config.max_steps, 'step')} of {per_step / 1e9:,.1f} GFLOP, "
         f"{plan.flops:.2e} FLOP in all; memory at most {memory / 1e6:,.0f} MB"
         + f" in each of {processes} processes ({plan.config.parallel})"
         * (processes > 1)
@@ -198,7 +201,7 @@ def tell(plan: Plan, asked: TrainConfig) -> None:
         say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
     if plan.windows < (asked.micro_batch_size or plan.share):
         say(
-            f"Plan: {plan.windows} windows at a time: all {plan.share} do not fit into "
+            f"Plan: {count(plan.windows, 'window')} at a time: all {plan.share} do not fit into "
             f"{(_free_for_one(plan.device, processes) or 0) / 1e6:,.0f} MB of free memory"
         )
 
@@ -321,7 +324,7 @@ def table(
               f"| {sum(b for _, b in by_part.values()):,.0f} |", ""]  # fmt: skip
     each = "" if alone else f" of each of {plan.num_processes} processes, {config.parallel}"
     lines += _megabytes(
-        f"memory{each}, {config.dtype}, {plan.windows} windows at once", plan.memory
+        f"memory{each}, {config.dtype}, {count(plan.windows, 'window')} at once", plan.memory
     )
     if not alone:
         lines += _megabytes("a process sends for an update", plan.communication)
@@ -331,7 +334,7 @@ def table(
         f"With train.gradient_checkpointing: {str(other.gradient_checkpointing).lower()} "
         f"{sum(instead.memory.values()) / 1e6:,.1f} MB",
     ]
-    steps = f"{config.max_steps:,} steps, {plan.flops:.3e} FLOP"
+    steps = f"{count(config.max_steps, 'step')}, {plan.flops:.3e} FLOP"
     sending_s = 0.0
     if bandwidth is not None:
         sending_s = sum(plan.communication.values()) / bandwidth

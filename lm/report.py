@@ -18,15 +18,28 @@ def summary(
     baselines: Mapping[str, float],
     sample: tuple[str, str],
     places: Mapping[str, str],
+    remarks: Iterable[str] = (),
 ) -> str:
     """The validation loss beside its baselines, a sample, and where everything lies (Markdown)."""
     prompt, completion = sample
     lines = [
         loss_table(metrics, baselines),
+        *(f"Warning: {remark}\n" for remark in remarks),
         _sample(f"Prompt `{prompt}`", prompt + completion),
         *(f"{what:<12} {where}" for what, where in places.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def behind_bigram(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str | None:
+    """That counting pairs of tokens predicts better than the model, in words; None if not."""
+    loss, bigram = metrics["loss_nats"], baselines["bigram"]
+    if loss <= bigram:
+        return None
+    return (
+        f"the model ({loss:.4f}) is worse than the bigram baseline ({bigram:.4f}): train it "
+        "longer, or with another train.lr"
+    )
 
 
 def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str:

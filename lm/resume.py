@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -35,11 +35,13 @@ from lm.checkpoint import (
     write_checkpoint,
     write_folder,
 )
+from lm.console import changes
 from lm.errors import Busy, EnvironmentFault, InputError
 from lm.files import sha256_json, writing
 from lm.processes import ALONE, Processes
 from lm.shares import local, staged
 
+MOST_TOLD = 4  # differences of two runs in a line
 # in a run's identity, but no part of what decides it: each value by the first step that had it
 MICRO_BATCH_SIZES, NUM_PROCESSES = "micro_batch_sizes", "num_processes"
 
@@ -192,6 +194,20 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.stem, reverse=True)
 
 
+def nearest(folders: Iterable[Path], identity: dict[str, Any]) -> str:
+    """Of the runs in some folders the one most like `identity`, and why it is another, in words.
+
+    Nothing if no checkpoint of theirs can be read.
+    """
+    found = []
+    for path in (path for folder in folders for path in _newest_first(folder)[:1]):
+        with suppress(InputError, OSError, KeyError):  # its trainer may drop it meanwhile
+            extra, written = read_extra(path), path.stat().st_mtime
+            why = differences(decided(extra["identity"]), identity)
+            found.append((len(why), -written, extra["iteration"], few(why)))
+    return f"at step {min(found)[2]}, is another by {min(found)[3]}" if found else ""
+
+
 def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:
     """The folder of the run that is decided by `identity`: one for each."""
     return unfinished / sha256_json(decided(identity))[:32]
@@ -201,6 +217,26 @@ def decided(identity: dict[str, Any]) -> dict[str, Any]:
     """The identity of a run but for what may change on its way."""
     may_change = (MICRO_BATCH_SIZES, NUM_PROCESSES)
     return {part: value for part, value in identity.items() if part not in may_change}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes two identities those of different runs, in words: "train.lr 0.001 -> 0.003"."""
+    found = []
+    for part in dict.fromkeys(("model", "train", *sorted({**before, **now}))):
+        of_before, of_now = before.get(part), now.get(part)
+        if part in ("inputs", "code"):  # hashes by file
+            found += list(changes(of_before or {}, of_now or {}))
+        elif isinstance(of_before, dict) and isinstance(of_now, dict):
+            found += [f"{part}.{name} {how}" for name, how in changes(of_before, of_now).items()]
+        elif of_before != of_now:
+            found.append(part)
+    return found
+
+
+def few(words: list[str]) -> str:
+    """Some of them as a line, and how many more there are."""
+    more = len(words) - MOST_TOLD
+    return ", ".join(words[:MOST_TOLD]) + f" and {more} more" * (more > 0)
 
 
 def clock_file(unfinished: Path, identity: dict[str, Any]) -> Path:

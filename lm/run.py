@@ -32,11 +32,11 @@ from lm.checkpoint import (
     weights_sha256,
 )
 from lm.config import RuntimeConfig
-from lm.console import Progress, duration, say
+from lm.console import Progress, count, duration, say
 from lm.device import performance
 from lm.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.files import atomic_copy, atomic_write, sha256_file, write_json
-from lm.history import Clock, History
+from lm.history import DIVERGED, Clock, History, ended_worse
 from lm.model import TransformerLM
 from lm.plan import Forecast
 from lm.resume import (
@@ -45,7 +45,10 @@ from lm.resume import (
     ResumeDirectory,
     clock_file,
     decided,
+    differences,
+    few,
     kept_checkpoints,
+    nearest,
     publishing,
     run_folder,
 )
@@ -90,8 +93,6 @@ class Run:
             self.identity["resume_from"] = sha256_file(resume_from)
         folder = run_folder(unfinished, self.identity)
         self.directory = ResumeDirectory(folder, runtime.keep_checkpoints, self.processes)
-        if self.processes.leads:
-            _report_others(folder)
         self.history, self.clock = History(), Clock()
         self.clock_file = clock_file(unfinished, self.identity)
         self._begin_notes()
@@ -101,7 +102,10 @@ class Run:
         self.step_seconds: list[float] = []
         self.forward_seconds: deque[list[float]] = deque(maxlen=1000)  # of each step, by rank
         self.refreshed_s = -math.inf
-        if not self._resume() and resume_from is not None:
+        resumed = self._resume()
+        if self.processes.leads:
+            _report_others(folder, None if resumed else decided(self.identity))
+        if not resumed and resume_from is not None:
             self._continue(resume_from)
             self._begin_notes()
         tokens = config.batch_size * state.model.config.context_length
@@ -126,7 +130,22 @@ class Run:
             kept = kept_checkpoints(self.directory.folder)
             good = next((read_extra(path)["iteration"] for path, fault in kept if not fault), None)
             last = "no checkpoint yet" if good is None else f"step {good}"
-            error.args = (f"{error}; last good checkpoint: {last}",)
+            curves = self._keep_curves()
+            error.args = (f"{error}; last good checkpoint: {last}; curves up to there: {curves}",)
+
+    def _keep_curves(self) -> Path:
+        """Write the curves of a run that has diverged; returns where they are.
+
+        Its clock file is there in any case: DVC deletes the workspace of an experiment that fails.
+        """
+        self._write_times()
+        if self.live is None:
+            return self.clock_file
+        spoilt = self.valid_loss is not None and not math.isfinite(self.valid_loss)
+        with suppress(EnvironmentFault):
+            self._write_metrics(self.live, diverged_at=self.state.step + (0 if spoilt else 1))
+        here = self.clock_file.resolve().is_relative_to(Path.cwd())
+        return self.live / "curves.csv" if here else self.clock_file
 
     def _begin_notes(self) -> None:
         """Note what a run may change on its way, as of the first step."""
@@ -168,16 +187,15 @@ class Run:
         if fitting < before and not self.finished():
             self.state.windows_at_once = fitting
             why = "no longer fit" if share % before == 0 else f"are no part of {share}"
-            say(f"{before} windows at a time {why}: from here on {fitting}")
+            say(f"{count(before, 'window')} at a time {why}: from here on {fitting}")
             self._note(MICRO_BATCH_SIZES, fitting, self.state.step + 1)
 
     def _fault(self, path: Path) -> str | None:
         """Why an undamaged checkpoint must not be resumed."""
         extra = read_extra(path)
         ours, theirs = _as_json(decided(self.identity)), decided(extra["identity"])
-        for part in sorted(ours.keys() | theirs.keys()):
-            if ours.get(part) != theirs.get(part):
-                return f"{path}: of another run: {part} differs"
+        if ours != theirs:
+            return f"{path}: of another run: {few(differences(theirs, ours))}"
         if extra["best"]["step"] is not None:
             try:
                 best = self.directory.path(extra["best"]["step"])
@@ -313,8 +331,7 @@ class Run:
     def save(self) -> None:
         """Start writing a checkpoint; after a signal wait for it and leave."""
         if self.processes.leads:
-            with suppress(EnvironmentFault):  # nobody's result depends on the times
-                atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
+            self._write_times()
         self.directory.save(self.state.model, self.state.optimizer, self.state.step, self._extra())
         if self.agreed_signal is not None:
             self.directory.wait()
@@ -339,7 +356,7 @@ class Run:
         for step in (self.best["step"], state.step):
             verify(self.directory.path(step))
         _copy_as_file(self.directory.path(self.best["step"]), best)
-        self._write_metrics(metrics)
+        figures = self._write_metrics(metrics)
         step = state.step if self.config.early_stopping is None else self.best["step"]
         chosen = TransformerLM(state.model.config)
         load_checkpoint(self.directory.path(step), chosen)
@@ -352,24 +369,38 @@ class Run:
             f"in {duration(self.progress.elapsed_s())}; model in {models / 'model'}, "
             f"checkpoints in {checkpoints}, curves in {metrics / 'curves.csv'}"
         )
+        if worse := ended_worse(figures, self.config.early_stopping):
+            say(f"warning: {worse}")
 
-    def _write_metrics(self, metrics: Path, durable: bool = True) -> None:
-        """Write the curves, the last step's figures, and the times, which no stage declares."""
-        state, average = self.state, self.history.average_loss
+    def _write_times(self) -> None:
+        with suppress(EnvironmentFault):  # nobody's result depends on the times
+            atomic_write(self.clock_file, self.history.to_csv(self.clock), durable=False)
+
+    def _write_metrics(
+        self, metrics: Path, durable: bool = True, diverged_at: int | None = None
+    ) -> dict[str, Any]:
+        """Write the curves, the last step's figures, and the times, which no stage declares.
+
+        Returns the figures.
+        """
+        state, average, valid_loss = self.state, self.history.average_loss, self.valid_loss
         figures = {
             "step": state.step,
             "tokens": state.step * self.config.batch_size * state.model.config.context_length,
             "parameters": state.model.num_parameters(),
             "micro_batch_size": state.windows_at_once,
             "train_loss": average if math.isfinite(average) else None,
-            "valid_loss": self.valid_loss,
+            "valid_loss": valid_loss if math.isfinite(valid_loss or 0.0) else None,
             "best_valid_loss": self.best["valid_loss"],
             "best_step": self.best["step"],
             "skipped_steps": state.skipped_steps,
         }
+        if diverged_at is not None:
+            figures[DIVERGED] = diverged_at
         atomic_write(metrics / "curves.csv", self.history.to_csv(), durable)
         write_json(metrics / "train.json", figures, durable)
         atomic_write(metrics / "wall_clock.csv", self.history.to_csv(self.clock), durable)
+        return figures
 
     def write_performance(self, device: torch.device, metrics: Path, forecast: Forecast) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
@@ -420,13 +451,21 @@ def _copy_as_file(checkpoint: Path, target: Path) -> None:
     commit(target)
 
 
-def _report_others(folder: Path) -> None:
-    """Say how much unfinished runs with other settings, data or code keep on disk."""
+def _report_others(folder: Path, identity: dict[str, Any] | None) -> None:
+    """Say how much unfinished runs with other settings, data or code keep on disk.
+
+    With the identity of a run that begins anew, say too why it does not go on with one of them.
+    """
     others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir()]
-    if others:
-        files = (f for path in others for f in path.rglob("*") if f.is_file())
-        size = sum(map(_size_bytes, files))
-        say(f"{len(others)} other runs keep {size / 1e6:.0f} MB in {folder.parent}")
+    if not others:
+        return
+    files = (f for path in others for f in path.rglob("*") if f.is_file())
+    size = sum(map(_size_bytes, files))
+    keep = "keeps" if len(others) == 1 else "keep"
+    line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {folder.parent}"
+    if identity is not None and (words := nearest(others, _as_json(identity))):
+        line += f"; {'that' if len(others) == 1 else 'the nearest'}, {words}"
+    say(line)
 
 
 def _size_bytes(file: Path) -> int:

@@ -74,7 +74,7 @@ def sigterm_raises() -> Iterator[None]:
     """Within this context SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number, "interrupted")
+        raise Interrupted(number, "stopped")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

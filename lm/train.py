@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm import rng
-from lm.console import say
+from lm.console import count, say
 from lm.device import autocast, compiled, to_device
 from lm.errors import Diverged, EnvironmentFault, is_out_of_memory
 from lm.model import ModelConfig, TransformerLM
@@ -177,7 +177,7 @@ def _skip(state: TrainState, config: TrainConfig, reason: str) -> Record:
         raise Diverged(f"{reason}; parameters untouched; {remedy}")
     if state.skipped_in_a_row == config.max_skipped_steps:
         raise Diverged(
-            f"{reason}; the {config.max_skipped_steps} steps before were skipped already "
+            f"{reason}; after skipping {count(config.max_skipped_steps, 'step')} in a row "
             f"(train.max_skipped_steps); {remedy}"
         )
     state.optimizer.zero_grad(set_to_none=True)
@@ -316,7 +316,7 @@ def _take_fewer_windows(state: TrainState, config: TrainConfig, device: torch.de
     if config.micro_batch_size is not None or fewer is None or config.parallel != "none":
         smaller = f"train.micro_batch_size: {fewer}" if fewer else "a smaller model"
         raise EnvironmentFault(
-            f"out of memory on {device} with {before} windows at a time; try {smaller} "
+            f"out of memory on {device} with {count(before, 'window')} at a time; try {smaller} "
             "or train.gradient_checkpointing: true"
         )
     state.windows_at_once = fewer
@@ -324,8 +324,8 @@ def _take_fewer_windows(state: TrainState, config: TrainConfig, device: torch.de
     if device.type == "cuda":
         torch.cuda.empty_cache()
     say(
-        f"Out of memory on {device} with {before} windows at a time: step {state.step + 1} again "
-        f"and the rest with {fewer}"
+        f"Out of memory on {device} with {count(before, 'window')} at a time: step "
+        f"{state.step + 1} again and the rest with {fewer}"
     )
 
 

@@ -28,7 +28,7 @@ from lm.checkpoint import (
     weights_sha256,
 )
 from lm.config import parse_yaml, read_section
-from lm.console import say
+from lm.console import count, say
 from lm.device import choose_device, environment, make_deterministic
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
@@ -271,7 +271,7 @@ def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> i
     elif "resume_from" in recorded["identity"]:
         raise InputError(f"{LAST}: continues another run, whose beginning is not kept")
     elif steps > last_step:
-        raise InputError(f"--replay {steps}: the run had {last_step} steps")
+        raise InputError(f"--replay {steps}: the run had {count(last_step, 'step')}")
     return state.step
 
 

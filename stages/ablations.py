@@ -6,7 +6,6 @@ stages.compare. A variant that diverges is a result, and is told as one.
 """
 
 import argparse
-import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import load_params
-from lm.console import say
-from lm.errors import Diverged, InputError, one_line_errors
+from lm.console import count, say
+from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write
 from stages.compare import report
 from stages.experiments import CODE, SEED, TEXT, Experiment
 from stages.run import PARAMS
-from stages.sweep import DONE, find, last_words, run_all
+from stages.sweep import DONE, ENDED, find, run_all
 
 PAGE, PLOT = Path("docs/ABLATIONS.md"), Path("docs/images/ablations.svg")
 PARAMETERS = "metrics/train.json:parameters"
@@ -51,67 +50,53 @@ def ablations(seeds: list[str]) -> None:
     grid = {(name, seed): (*changes[name], f"{SEED}={seed}") for seed in seeds for name in changes}
     after = run_all(list(grid.values()))
     results: dict[str, list[Experiment]] = {name: [] for name in changes}
-    diverged: dict[str, dict[str, str]] = {}
     failed = []
     for (name, seed), point in grid.items():
-        done = find(after, point, DONE)
-        results[name] += done[:1]
-        words = "" if done else last_words(find(after, point, ("failed",)))
-        if f"exited with {Diverged.exit_code}" in words:
-            diverged.setdefault(name, {})[seed] = reason(words)
-        elif not done:
+        ended = find(after, point, DONE) or find(after, point, ENDED)
+        results[name] += ended[:1]
+        if not ended:
             failed.append(f"{name}, seed {seed}")
     if failed:
         raise InputError(
             f"{len(failed)} of {len(grid)} experiments failed: {'; '.join(failed)}; `dvc queue "
             "status` names them, `dvc queue logs NAME` shows why, `make ablations` runs them again"
         )
-    publish(*page(changes, results, diverged, budget(params)))
-
-
-def reason(words: str) -> str:
-    """What stage train said when it diverged, shortly: "loss is nan at step 12"."""
-    found = re.search(r"error: ((?:loss|gradient norm) is \S+ at step \d+)", words)
-    return found[1] if found else "not finite"
+    publish(*page(changes, results, budget(params)))
 
 
 def page(
     changes: Mapping[str, Point],
     results: Mapping[str, Sequence[Experiment]],
-    diverged: Mapping[str, Mapping[str, str]],
     trained_for: str,
 ) -> tuple[str, dict[str, Any]]:
     """What is written to docs/ (Markdown) and the plot (Vega-Lite)."""
     named = [
-        replace(experiment, made_by=identity(name, experiment))
+        identified(name, experiment)
         for name, experiments in results.items()
         for experiment in experiments
     ]
     text, plot = report(named, None)
-    table = text.split("\n")
-    end = table.index("", 2)  # behind the title come the rows
-    for name, reasons in diverged.items():
-        why = "; ".join(dict.fromkeys(reasons.values()))
-        table.insert(end, f"| {name} | {len(reasons)} | | | | diverged: {why} | |")
     what = ["| variant | settings | parameters |", "|---|---|---:|"]
     for name, settings in changes.items():
-        sizes = [f"{e.metrics[PARAMETERS]:,.0f}" for e in results[name][:1]]
+        sizes = [f"{e.metrics[PARAMETERS]:,.0f}" for e in results[name] if e.metrics][:1]
         shown = ", ".join(f"`{setting}`" for setting in settings) or "as in `params.yaml`"
         what.append(f"| {name} | {shown} | {''.join(sizes)} |")
-    parts = {"budget": trained_for, "what": "\n".join(what), "table": "\n".join(table)}
+    parts = {"budget": trained_for, "what": "\n".join(what), "table": text}
     return PROSE.format(**parts, plot=PLOT.name), plot
 
 
 def budget(params: Mapping[str, Any]) -> str:
     """How long each variant is trained, in words."""
     train, context = params["train"], params["model"]["context_length"]
-    return f"{train['max_steps']:,} steps of {train['batch_size']} x {context} tokens"
+    return f"{count(train['max_steps'], 'step')} of {train['batch_size']} x {context} tokens"
 
 
-def identity(name: str, experiment: Experiment) -> dict[str, Any]:
-    """What made a result, its settings told by the variant's name."""
+def identified(name: str, experiment: Experiment) -> Experiment:
+    """The experiment, its settings told by the variant's name."""
+    if experiment.diverged:
+        return replace(experiment, params={"variant": name, SEED: experiment.params[SEED]})
     kept = {key: experiment.made_by[key] for key in (SEED, CODE, TEXT)}
-    return {"variant": name} | kept
+    return replace(experiment, made_by={"variant": name} | kept)
 
 
 def publish(text: str, spec: dict[str, Any]) -> None:

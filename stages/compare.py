@@ -39,20 +39,26 @@ def report(experiments: list[Experiment], metric: str | None) -> tuple[str, dict
     metric = choose_metric(finished, metric or (LOSS if len(tokenizers) < 2 else BITS))
     rows, notes = group(finished, metric)
     if sum(len(row.losses) for row in rows) < 2:
+        ends = "".join(f"; {e.name} {e.diverged}" for e in experiments if e.diverged)
         raise InputError(
             f"fewer than two finished experiments with {metric}; `make sweep` or `dvc exp run` "
-            "makes some, `dvc exp show` lists them"
+            f"makes some, `dvc exp show` lists them{ends}"
         )
     best, differences = compare([row.losses for row in rows])
     for i, row in enumerate(rows):
         row.difference, row.is_best = differences[i], i == best and any(differences)
     rows.sort(key=lambda row: (len(row.losses) == 1, row.mean))
-    names = varying(row.setting for row in rows)
+    without = diverged(experiments, rows)
+    names = varying([*(row.setting for row in rows), *(setting for setting, _ in without)])
     for state in ("failed", "running", "queued"):
         if left_out := [e.name for e in experiments if e.state == state]:
             notes.append(f"Left out, {state}: {', '.join(left_out)}.")
     notes += mixtures(finished, names, metric)
-    lines = [*table(rows, names, metric), "", *(f"- {n}" for n in conclusions(rows, names) + notes)]
+    lines = [
+        *table(rows, names, metric, without),
+        "",
+        *(f"- {n}" for n in conclusions(rows, names) + notes),
+    ]
     return "\n".join(lines) + "\n", figure(rows, names, title(metric))
 
 
@@ -107,6 +113,25 @@ def group(experiments: list[Experiment], metric: str) -> tuple[list[Row], list[s
     return rows, notes
 
 
+def diverged(
+    experiments: list[Experiment], rows: list[Row]
+) -> list[tuple[dict[str, Any], dict[int, str]]]:
+    """The settings with which a training diverged, and how, by seed.
+
+    They have no dvc.lock: what else made them is what made the rows, where those agree.
+    """
+    known = {name: {show(row.setting.get(name, "")) for row in rows} for row in rows
+             for name in row.setting}  # fmt: skip
+    rest = {name: min(values) if len(values) == 1 else "?" for name, values in known.items()}
+    found: dict[str, tuple[dict[str, Any], dict[int, str]]] = {}
+    for experiment in experiments:
+        if experiment.diverged:
+            setting = {name: experiment.params.get(name, rest[name]) for name in known}
+            _, seeds = found.setdefault(json.dumps(setting), (setting, {}))
+            seeds[experiment.params[SEED]] = experiment.diverged
+    return list(found.values())
+
+
 def varying(settings: Iterable[Mapping[str, Any]]) -> list[str]:
     """The names whose values are not the same in all settings."""
     several = list(settings)
@@ -114,8 +139,13 @@ def varying(settings: Iterable[Mapping[str, Any]]) -> list[str]:
     return [n for n in names if len({show(setting.get(n, "")) for setting in several}) > 1]
 
 
-def table(rows: list[Row], names: list[str], metric: str) -> list[str]:
-    """The rows as a Markdown table, under the metric's name."""
+def table(
+    rows: list[Row],
+    names: list[str],
+    metric: str,
+    without: Iterable[tuple[Mapping[str, Any], Mapping[int, str]]] = (),
+) -> list[str]:
+    """The rows as a Markdown table, under the metric's name, then those without a result."""
     n = decimals(rows)
     lines = [
         f"**{title(metric)}** (`{metric}`), lower is better.",
@@ -131,6 +161,10 @@ def table(rows: list[Row], names: list[str], metric: str) -> list[str]:
         cells += [f"{statistics.stdev(values):.{n}f}" if len(values) > 1 else ""]
         cells += [f"{min(values):.{n}f} to {max(values):.{n}f}" if len(values) > 1 else ""]
         cells += [verdict(row, n), seeds_to_tell(row.difference)]
+        lines.append(f"| {' | '.join(cells)} |")
+    for setting, seeds in without:
+        cells = [show(setting.get(name, "")) for name in names] or ["all the same"]
+        cells += [str(len(seeds)), "", "", "", "; ".join(dict.fromkeys(seeds.values())), ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

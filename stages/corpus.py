@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm.console import say
+from lm.console import count, say
 from lm.errors import InputError
 from lm.files import atomic_write, read_json, write_json
 from lm.grammar import STORIES, stories
@@ -50,7 +50,7 @@ def _write_package(requirement: str) -> dict[str, Any]:
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     atomic_write(RAW / _file_name(entry), data)
-    say(f"{requirement}: {entry['files']} files, {entry['bytes']:,} bytes of source")
+    say(f"{requirement}: {count(entry['files'], 'file')}, {entry['bytes']:,} bytes of source")
     return entry
 
 

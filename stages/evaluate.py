@@ -17,15 +17,16 @@ from lm.device import choose_device, make_deterministic
 from lm.errors import InputError
 from lm.evaluate import METRICS, EvaluateConfig, calibration, evaluate, loss_by_position
 from lm.excerpt import excerpt, excerpt_json
-from lm.files import atomic_write, sha256_file, write_json
+from lm.files import atomic_write, read_json, sha256_file, write_json
 from lm.generate import complete
 from lm.grammar import STORIES
+from lm.history import ended_worse
 from lm.model import TransformerLM
-from lm.report import samples, summary
+from lm.report import behind_bigram, samples, summary
 from lm.resume import remove_finished, run_folder
 from lm.text import DataConfig
 from lm.tokenizer import Tokenizer
-from lm.tokens import Split, open_tokens
+from lm.tokens import Split, Tokens, open_tokens
 from stages.run import UNFINISHED, Inputs, run
 
 PLACES = {
@@ -37,6 +38,7 @@ PLACES = {
     "Report": "metrics/report.html   open it in a browser",
 }
 MODEL, TOKENS, RESULTS = Path("models/model"), Path("data/tokens"), Path("metrics")
+TRAIN = RESULTS / "train.json"
 CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
 SAMPLE = ("prompt", "temperature", "completion")
 CHANCE = 0.001  # how far below the floor a model may come: rounding, and no more
@@ -45,7 +47,7 @@ CHANCE = 0.001  # how far below the floor a model may come: rounding, and no mor
 def evaluate_stage(inputs: Inputs) -> None:
     """Write metrics/: eval.json, the tables behind it, samples, an excerpt and summary.md."""
     config = inputs.section(EvaluateConfig, "evaluate")
-    inputs.watch(MODEL, TOKENS)
+    inputs.watch(MODEL, TOKENS, TRAIN)
     device = choose_device(inputs.section(RuntimeConfig, "runtime").device)
     model, tokenizer = load_model(MODEL, device)
     provenance = read_provenance(MODEL)
@@ -58,14 +60,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     metrics = {name: metric(sums) for name, metric in METRICS.items()}
     if inputs.section(DataConfig, "data").source == "grammar":
         metrics |= _floor(metrics, tokens.valid, tokenizer)
-    unigram, bigram = Bigram(tokens.train.tokens, tokens.vocab_size).losses_nats(
-        tokens.valid.tokens
-    )
-    baselines = {
-        "uniform": uniform_loss_nats(tokens.vocab_size),
-        "unigram": unigram,
-        "bigram": bigram,
-    }
+    baselines = _baselines(tokens)
     texts = _samples(model, tokenizer, config)
     held_out = excerpt(model, tokens.valid, tokenizer)
     inputs.check()
@@ -76,10 +71,32 @@ def evaluate_stage(inputs: Inputs) -> None:
     atomic_write(RESULTS / "samples.md", samples(texts).encode())
     atomic_write(RESULTS / "held_out.json", excerpt_json(held_out))
     (prompt, _, completion), *_ = texts
-    text = summary(metrics, baselines, (prompt, completion), PLACES)
+    remarks = _remarks(metrics, baselines, provenance)
+    text = summary(metrics, baselines, (prompt, completion), PLACES, remarks)
     atomic_write(RESULTS / "summary.md", text.encode())
-    say(f"Validation loss {metrics['loss_nats']:.4f} nats per token (bigram {bigram:.4f}), "
-        f"{metrics['bits_per_byte']:.4f} bits per byte")  # fmt: skip
+    say(
+        f"Validation loss {metrics['loss_nats']:.4f} nats per token "
+        f"(bigram {baselines['bigram']:.4f}), {metrics['bits_per_byte']:.4f} bits per byte"
+    )
+    for remark in remarks:
+        say(f"warning: {remark}")
+
+
+def _baselines(tokens: Tokens) -> dict[str, float]:
+    """The losses of simple predictors on the validation split, in nats per token."""
+    vocab_size = tokens.vocab_size
+    unigram, bigram = Bigram(tokens.train.tokens, vocab_size).losses_nats(tokens.valid.tokens)
+    return {"uniform": uniform_loss_nats(vocab_size), "unigram": unigram, "bigram": bigram}
+
+
+def _remarks(
+    metrics: dict[str, Any], baselines: dict[str, float], provenance: dict[str, Any]
+) -> list[str]:
+    """What the model's owner should know, a line each."""
+    found = [behind_bigram(metrics, baselines)]
+    if TRAIN.is_file():  # a model may come without
+        found.append(ended_worse(read_json(TRAIN), provenance["train"].get("early_stopping")))
+    return [remark for remark in found if remark]
 
 
 def _samples(

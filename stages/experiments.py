@@ -5,6 +5,7 @@ edited since.
 """
 
 import json
+import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import parse_yaml
-from lm.errors import EnvironmentFault, InputError
+from lm.errors import Diverged, EnvironmentFault, InputError
 from lm.files import sha256_json
 
 SEED, CODE, TEXT = "train.seed", "code", "text"
@@ -26,12 +27,13 @@ class Experiment:
 
     name: str
     rev: str
-    state: str  # success, running, queued, failed; of a commit: baseline
+    state: str  # success, running, queued, failed, diverged; of a commit: baseline
     params: dict[str, Any]  # of params.yaml, by section.key
     metrics: dict[str, float] = field(default_factory=dict)  # by file:key
     made_by: dict[str, Any] = field(default_factory=dict)  # settings, code and text of the results
     tokenizer: str | None = None  # its hash
     environment: dict[str, str] = field(default_factory=dict)
+    diverged: str | None = None  # how, in words
 
 
 def read_experiments(revisions: list[str]) -> list[Experiment]:
@@ -71,6 +73,9 @@ def _shown(repo: Any, revisions: list[str]) -> Any:
 def _read(repo: Any, shown: Any, name: str | None, state: str) -> Experiment:
     params = shown.data.params.get("params.yaml", {}).get("data", {}) if shown.data else {}
     experiment = Experiment(name or shown.rev[:7], shown.rev, state, flat(params))
+    if state == "failed":
+        experiment.diverged = divergence(log(repo.experiments.celery_queue, shown.rev))
+        experiment.state = "diverged" if experiment.diverged else state
     if shown.data and state in ("success", "baseline"):
         with repo.switch(shown.rev):
             if repo.dvcfs.exists("dvc.lock"):
@@ -84,6 +89,25 @@ def _read(repo: Any, shown: Any, name: str | None, state: str) -> Experiment:
             if is_number(value)
         }
     return experiment
+
+
+def log(tasks: Any, rev: str) -> list[str]:
+    """The last lines that a queued experiment has written, while DVC lists it."""
+    process = tasks.proc.get(rev)
+    if process is None:
+        return []
+    with open(process.stdout, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - 4096))
+        return file.read().decode(errors="replace").split("\n")[1:-1]
+
+
+def divergence(lines: list[str]) -> str | None:
+    """How a training diverged that wrote these last lines; None if it ended otherwise."""
+    text = "\n".join(lines)
+    found = re.search(r"^error: ([a-z ]+ is \S+) at step (\d+)", text, re.M)
+    if found is None or f"exited with {Diverged.exit_code}" not in text:
+        return None
+    return f"diverged at step {found[2]}: {found[1]}"
 
 
 def _read_lock(repo: Any, experiment: Experiment, lock: dict[str, Any]) -> None:

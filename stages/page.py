@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm.console import duration
-from lm.report import ROWS
+from lm.console import count, duration
+from lm.history import DIVERGED, ended_worse
+from lm.report import ROWS, behind_bigram
 from stages.experiments import flat, show
 
 HERE = Path(__file__).parent
@@ -55,21 +56,21 @@ Rows = list[dict[str, float]]
 
 @dataclass
 class Run:
-    """What is known of a run; each part as its file has it."""
+    """What is known of a run; each part as its file has it. One that diverged has no results."""
 
     name: str
     commit: str
     params: dict[str, Any]
-    provenance: dict[str, Any]
     data: dict[str, Any]
     train: dict[str, Any]
-    evaluation: dict[str, Any]
     curves: Rows
-    positions: Rows
-    calibration: Rows
-    samples: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
-    performance: dict[str, Any] | None  # the clocks; None if they are not of this run
+    provenance: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    positions: Rows = field(default_factory=list)
+    calibration: Rows = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    performance: dict[str, Any] | None = None  # the clocks; None if they are not of this run
     changed_code: list[str] = field(default_factory=list)  # files that are not what trained it
 
 
@@ -88,6 +89,8 @@ def page(runs: list[Run], vega: str) -> str:
     makers: list[Callable[[list[Run]], Section | None]] = [
         results, curves, positions, calibration, held_out, samples, data, plan, settings, provenance
     ]  # fmt: skip
+    if any(DIVERGED in run.train for run in runs):
+        makers = [curves, data, settings]
     sections = [section for make in makers if (section := make(runs))]
     program = (HERE / "page.js").read_text()
     hashes = " ".join(
@@ -155,12 +158,15 @@ def lead(runs: list[Run]) -> str:
     """What was trained on what, in a sentence; of two runs, in one each."""
     found = []
     for run in runs:
-        device = run.provenance["environment"].get("device", "an unknown device")
+        device = run.provenance.get("environment", {}).get("device", "an unknown device")
         name = f"<strong>{text(run.name)}</strong>: " if len(runs) > 1 else ""
+        end = f"on {text(device)}"
+        if DIVERGED in run.train:
+            end = f"then it diverged, at step {run.train[DIVERGED]:,}: there is no model"
         found.append(
             f'<p class="lead">{name}{run.train["parameters"]:,} parameters, '
-            f"{run.train['tokens']:,} training tokens in {run.train['step']:,} steps, "
-            f"on {text(device)}.</p>"
+            f"{run.train['tokens']:,} training tokens in {count(run.train['step'], 'step')}, "
+            f"{end}.</p>"
         )
     return "".join(found)
 
@@ -214,7 +220,13 @@ def results(runs: list[Run]) -> Section:
         f"On the {run.evaluation['tokens']:,} tokens ({run.evaluation['bytes']:,} bytes) of the "
         "validation split; lower is better"
     )
-    body = f'<dl class="tiles">{tiles}</dl>{table(caption, head, rows, "figures")}'
+    stopping = run.provenance["train"].get("early_stopping")
+    remarks = (
+        behind_bigram(run.evaluation, run.evaluation["baseline_loss_nats"]),
+        ended_worse(run.train, stopping),
+    )
+    told = "".join(f'<p class="note">Warning: {text(remark)}.</p>' for remark in remarks if remark)
+    body = f'<dl class="tiles">{tiles}</dl>{told}{table(caption, head, rows, "figures")}'
     return Section("results", "Results", body)
 
 
@@ -259,7 +271,7 @@ def curves(runs: list[Run]) -> Section:
     }  # fmt: skip
     told = [
         f"{text(run.name) + ' ends' if len(runs) > 1 else 'It ends'} at training loss "
-        f"{run.train['train_loss']:.4f} and validation loss {run.train['valid_loss']:.4f}"
+        f"{_loss(run.train['train_loss'])} and validation loss {_loss(run.train['valid_loss'])}"
         for run in runs
     ]
     body = (
@@ -281,6 +293,10 @@ def curves(runs: list[Run]) -> Section:
     head = ["Step", *(["Run"] if len(runs) > 1 else []), "Training loss", "Validation loss"]
     body += details("The validations as a table", table("Nats per token", head, rows, "figures"))
     return Section("curves", "Training", body, charts)
+
+
+def _loss(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
 
 
 def positions(runs: list[Run]) -> Section:
@@ -353,7 +369,7 @@ def held_out(runs: list[Run]) -> Section | None:
         end = "" if document["whole"] else '<p class="note">The document goes on.</p>'
         parts.append(f'<div class="document">{spans}</div>{end}')
     whole = all(document["whole"] for document in run.held_out)
-    what = f"{len(run.held_out)} whole document{'s' * (len(run.held_out) > 1)}"
+    what = count(len(run.held_out), "whole document")
     mean = sum(token["loss_nats"] for token in tokens) / max(1, len(tokens))
     legend = "".join(
         f'<span class="q{level}">{level}{"+" if level == LEVELS - 1 else ""}</span>'
@@ -466,7 +482,7 @@ def plan(runs: list[Run]) -> Section | None:
         ("Operations per token, forward and backward", f"{of['flops_per_token'] / 1e6:,.2f} MFLOP"),
         ("Matrix products alone", f"{of['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"),
         ("Utilisation (MFU)", f"{of['mfu']:.1%} of {PEAKS[of['mfu_is_of']]}"),
-        ("Micro-batch", f"{of['micro_batch_size']:,} windows"),
+        ("Micro-batch", f"{count(of['micro_batch_size'], 'window')}"),
         ("Compiled", "yes" if of["compiled"] else "no"),
         ("Device", text(_devices(of))),
         ("Precision", text(of["dtype"])),
@@ -514,13 +530,16 @@ def settings(runs: list[Run]) -> Section:
     note = (
         '<p class="note">Model and training: what the model was trained with, as recorded '
         "beside it. The rest: params.yaml as it stands.</p>"
+        if run.provenance
+        else '<p class="note">params.yaml as it stands.</p>'
     )
     return Section("settings", "Settings", f'{note}<div class="columns">{"".join(parts)}</div>')
 
 
 def _settings(run: Run) -> dict[str, Any]:
     """By section.key, model and training as recorded with the model."""
-    return flat({**run.params, "model": run.provenance["model"], "train": run.provenance["train"]})
+    recorded = {name: run.provenance[name] for name in ("model", "train") if run.provenance}
+    return flat({**run.params, **recorded})
 
 
 def provenance(runs: list[Run]) -> Section:
@@ -539,11 +558,11 @@ def provenance(runs: list[Run]) -> Section:
         ]
         name = f": {text(run.name)}" if len(runs) > 1 else ""
         parts.append(table(f"Made of{name}", ["What", "Which"], facts, "facts"))
-        for kind, words in (("inputs", "inputs"), ("code", "code files")):
+        for kind, what in (("inputs", "input"), ("code", "code file")):
             rows = [
                 (f"<code>{text(file)}</code>", f"<code>{text(sha256)}</code>")
                 for file, sha256 in of[kind].items()
             ]
             hashes = table("SHA-256", ["File", "Hash"], rows, "facts hashes")
-            parts.append(details(f"{len(rows)} {words}{name}, by their hashes", hashes))
+            parts.append(details(f"{count(len(rows), what)}{name}, by hash", hashes))
     return Section("provenance", "Provenance", "".join(parts))

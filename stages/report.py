@@ -21,6 +21,7 @@ from lm.config import parse_yaml
 from lm.console import say
 from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write, sha256_file
+from lm.history import DIVERGED
 from stages.page import Run, page
 from stages.vega import script
 
@@ -48,14 +49,23 @@ def read_run(name: str, read: Read, commit: str, clocks: bool) -> Run:
                 raise
             raise InputError(f"{file}: not a table of numbers; run `make repro`") from None
 
-    curves = rows("metrics/curves.csv")
+    curves, train = rows("metrics/curves.csv"), parsed("metrics/train.json")
+    if DIVERGED in train:  # other results that lie there are not of this run
+        return Run(
+            name=name,
+            commit=commit,
+            params=parse_yaml(read("params.yaml").decode(), "params.yaml"),
+            data=parsed("metrics/data.json"),
+            train=train,
+            curves=curves,
+        )
     return Run(
         name=name,
         commit=commit,
         params=parse_yaml(read("params.yaml").decode(), "params.yaml"),
         provenance=parsed("models/model/provenance.json"),
         data=parsed("metrics/data.json"),
-        train=parsed("metrics/train.json"),
+        train=train,
         evaluation=parsed("metrics/eval.json"),
         curves=curves,
         positions=rows("metrics/loss_by_position.csv"),
@@ -94,7 +104,7 @@ def workspace() -> Run:
     if _git("status", "--porcelain", "--untracked-files=no"):
         commit += ", with uncommitted changes"
     run = read_run("workspace", read, commit, clocks=True)
-    for file, sha256 in run.provenance["code"].items():
+    for file, sha256 in run.provenance.get("code", {}).items():
         if not Path(file).is_file() or sha256_file(Path(file)) != sha256:
             run.changed_code.append(file)
     return run

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import lm
 from lm.config import add_overrides, load_params, read_section
+from lm.console import changes, say
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
 from stages import EXECUTED, ROOT
@@ -44,6 +45,7 @@ class Inputs:
         self.files: dict[Path, str] = {}  # SHA-256 by path, of those that are hashed
         self._signatures: dict[Path, Signature] = {}
         self._listings: list[tuple[Listing, list[Path]]] = []
+        self._looks: list[Signature | None] = []  # of code and settings, when last compared
 
     def section(self, kind: type[Config], name: str, **derived: Any) -> Config:
         """A section of params.yaml as its dataclass; see lm.config.read_section."""
@@ -79,17 +81,39 @@ class Inputs:
     def check(self) -> None:
         """Raise InputError if anything that the stage read has changed since: before publishing."""
         self.check_files(again=True)
-        for file, sha256 in self.code.items():
-            if not Path(file).is_file() or sha256_file(Path(file)) != sha256:
-                raise self._changed(file)
-        self.check_settings()
+        if edits := self._edits():
+            raise self._changed(edits)
 
-    def check_settings(self) -> None:
-        """Raise InputError if a section that the stage reads has changed."""
+    def warn_of_edits(self) -> None:
+        """Say, once for each edit, what `check` will complain about at the end."""
+        files = map(Path, (PARAMS, *self.code))
+        try:
+            looks = [_signature(file) if file.is_file() else None for file in files]
+            if looks == self._looks:
+                return
+            self._looks = looks
+            edits = self._edits()
+        except (InputError, OSError) as error:  # an editor may be writing it
+            edits = str(error)
+        if edits:
+            say(
+                f"warning: {edits} has changed since the stage read it; it goes on as it began, "
+                "and nothing is published unless that is put back before the end"
+            )
+
+    def _edits(self) -> str:
+        """The code and the settings that have changed since the stage read them, in words."""
+        found = [
+            file
+            for file, sha256 in self.code.items()
+            if not Path(file).is_file() or sha256_file(Path(file)) != sha256
+        ]
         now = load_params(PARAMS, self.arguments.overrides)
         for section in self.sections:
-            if section != "runtime" and now.get(section) != self.params[section]:
-                raise self._changed(f"{PARAMS}: section {section}")
+            if section != "runtime":
+                differing = changes(self.params[section], now.get(section, {}))
+                found += [f"{PARAMS}: {section}.{k} ({how})" for k, how in differing.items()]
+        return ", ".join(found)
 
     def _changed(self, what: Path | str) -> InputError:
         return InputError(

@@ -3,8 +3,8 @@
 No stage of dvc.yaml: `make sweep` calls it, after stages.heal. Each point of the grid becomes a
 queued experiment (`dvc exp run --queue`), one worker runs one after the other (several race:
 treeverse/dvc#10673), and stages.compare says what they show. A point that HEAD's experiments have,
-or that is queued or running, is not queued again: a sweep that was stopped goes on. Ctrl-C and
-SIGTERM stop the worker too; its training saves its state.
+or that is queued or running, is not queued again: a sweep that was stopped goes on. One that
+diverged is a result too. Ctrl-C and SIGTERM stop the worker too; its training saves its state.
 """
 
 import argparse
@@ -24,27 +24,37 @@ from lm.config import load_params
 from lm.console import duration, say
 from lm.errors import EnvironmentFault, InputError, Interrupted, one_line_errors
 from stages.compare import publish, report
-from stages.experiments import CODE, SEED, TEXT, Experiment, flat, read_experiments
+from stages.experiments import (
+    CODE,
+    SEED,
+    TEXT,
+    Experiment,
+    divergence,
+    flat,
+    log,
+    read_experiments,
+)
 from stages.heal import heal
 from stages.run import PARAMS
 
 DONE, UNDER_WAY = ("success", "baseline"), ("queued", "running")
+ENDED = (*DONE, "diverged")  # with a result: again it would end in the same way
 # what may differ between commits that give the same results; a queued one has DVC's arguments
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!docs", ":!*.md", ":!.dvc/tmp")
 STOP_SECONDS, MAX_STARTS = 30, 3
 # in its log: how an experiment ended
-LAST_WORDS = ("Validation loss", "Stage 'evaluate' is cached", "error:")
+LAST_WORDS = ("Validation loss", "Stage 'evaluate' is cached", "error:", "stopped")
 
 
 def sweep(axes: list[str]) -> None:
     """Run what is missing of the grid, and report. Raises InputError if an experiment failed."""
     grid = points(axes)
     after = run_all(grid)
-    failed = [p for p in grid if not find(after, p, DONE)]
+    failed = [p for p in grid if not find(after, p, ENDED)]
     try:
         publish(*report(after, None))
     except InputError as error:
-        if not failed:
+        if not failed and all(find(after, p, DONE) for p in grid):
             raise
         say(str(error))
     if failed:
@@ -64,7 +74,7 @@ def run_all(grid: list[tuple[str, ...]]) -> list[Experiment]:
         say(f"Not committed, the experiments take it along: {', '.join(changed)}")
     if new := git("ls-files", "-o", "--exclude-standard", "lm", "stages").split("\n")[:-1]:
         say(f"Not in git, the experiments lack it: {', '.join(new)}")
-    missing = [p for p in grid if not find(before, p, DONE + UNDER_WAY)]
+    missing = [p for p in grid if not find(before, p, ENDED + UNDER_WAY)]
     say(f"{len(grid)} in the grid, {len(missing)} to queue")
     queue(missing, stale=[e.rev for p in missing for e in find(before, p, ("failed",))])
     now = read_experiments([])
@@ -161,8 +171,9 @@ def follow(tasks: Any, labels: dict[str, str]) -> None:
             elif rev not in queued:
                 lines = log(tasks, rev)
                 words = [line for line in lines if line.startswith(LAST_WORDS)] or lines
+                end = divergence(lines) or (words or ["no output"])[-1]
                 took = duration(time.monotonic() - began.get(rev, time.monotonic()))
-                what = f"{left.pop(rev)}: {words[-1] if words else 'no output'} ({took})"
+                what = f"{left.pop(rev)}: {end} ({took})"
                 say(f"[{len(labels) - len(left)}/{len(labels)}] {what}")
                 bar.update()
                 starts = 0
@@ -206,25 +217,6 @@ def stop_worker(tasks: Any) -> None:
         with suppress(DvcException):  # it has just ended, or not quite begun
             tasks.kill([entry.stash_rev for entry in tasks.iter_active()], force=True)
         time.sleep(0.1)
-
-
-def log(tasks: Any, rev: str) -> list[str]:
-    """The last lines that an experiment has written."""
-    process = tasks.proc.get(rev)
-    if process is None:
-        return []
-    with open(process.stdout, "rb") as file:
-        file.seek(max(0, file.seek(0, 2) - 4096))
-        return file.read().decode(errors="replace").split("\n")[1:-1]
-
-
-def last_words(experiments: list[Experiment]) -> str:
-    """The last lines of what some experiments have written."""
-    from dvc.repo import Repo
-
-    with Repo() as repo:
-        tasks = repo.experiments.celery_queue
-        return "\n".join(line for e in experiments for line in log(tasks, e.rev))
 
 
 def git(*arguments: str) -> str:

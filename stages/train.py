@@ -105,6 +105,7 @@ def _train(inputs: Inputs, this_run: Run, tokens: Tokens, forecast: Forecast) ->
             this_run.write_performance(state.model.head.device, METRICS, forecast)
         if this_run.save_due:
             state.processes.together(inputs.check_files)
+            inputs.warn_of_edits()
             this_run.save()
     state.processes.together(inputs.check)
 

@@ -44,8 +44,11 @@ def test_the_page_names_each_variant_and_tells_a_divergence_as_a_result():
         name: [result(name, seed, loss) for seed, loss in enumerate(several)]
         for name, several in losses.items()
     }
-    diverged = {"no norm": {"1": "loss is nan at step 7", "2": "loss is nan at step 7"}}
-    text, plot = page(changes, results, diverged, "3 steps of 2 x 8 tokens")
+    for seed in (1, 2):
+        seeds = {"train.seed": seed}
+        failed = Experiment("no norm", "rev", "diverged", seeds, diverged="diverged at step 7: nan")
+        results["no norm"].append(failed)
+    text, plot = page(changes, results, "3 steps of 2 x 8 tokens")
     assert "seeds, here for 3 steps of 2 x 8 tokens.\n" in text
     what, table = (cells_of(part) for part in text.split("**Validation loss"))
     assert what == [
@@ -61,7 +64,7 @@ def test_the_page_names_each_variant_and_tells_a_divergence_as_a_result():
         ["no norm", "2", ""],
     ]
     assert table[1][5].startswith("worse than the best: +0.3133")
-    assert table[3][5] == "diverged: loss is nan at step 7"
+    assert table[3][5] == "diverged at step 7: nan"
     assert {len(row) for row in table} == {7}
     places = {point["x"] for layer in plot["layer"] for point in layer["data"]["values"]}
     assert places == set(losses)
@@ -86,7 +89,7 @@ def test_make_ablations_goes_on_where_a_variant_diverges(tmp_path):
     assert text in done.stdout
     rows = {cells[0]: cells for cells in cells_of(text.partition("**Validation loss")[2])}
     assert set(rows) == {"default", "no norm", "post-norm", "no RoPE", "SiLU"}
-    assert re.match(r"diverged: (loss|gradient norm) is (nan|inf) at step \d", rows["no norm"][5])
+    assert re.match(r"diverged at step \d: (loss|gradient norm) is (nan|inf)", rows["no norm"][5])
     assert {row[5] for name, row in rows.items() if name != "no norm"} == {
         "one seed: nothing can be said"
     }

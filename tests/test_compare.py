@@ -44,12 +44,18 @@ def logs(project):
 
 
 def test_make_sweep_runs_the_grid_once_and_tells_what_dvc_recorded(project):
-    command = sweep(project, SET="train.lr=1e-3,1e-2", SEEDS="1,2")
+    command = sweep(project, SET="train.lr=1e-3,1e-2,1e30", SEEDS="1,2")
     done = run(project, *command, timeout=300)
     assert done.returncode == 0, done.stdout
     assert logs(project).count("Running stage 'tokens'") == 1
-    assert logs(project).count("Running stage 'train'") == 4
+    assert logs(project).count("Running stage 'train'") == 6
     table = {float(cells[0]): cells for cells in cells_of(done.stdout)}
+    how = "diverged at step 2: loss is nan"
+    assert done.stdout.count(f"train.lr=1e30 train.seed=1: {how} (") == 1
+    assert table.pop(1e30)[1:] == ["2", "", "", "", how, ""]
+    assert "Left out" not in done.stdout
+    kept = project.folder / re.findall(r"curves up to there: .*/(\.dvc/tmp/\S+)", logs(project))[0]
+    assert [row.split(",")[0] for row in kept.read_text().splitlines()] == ["step", "1"]
     losses = shown_by_dvc(project)
     assert {len(seeds) for seeds in losses.values()} == {2}
     for lr, seeds in losses.items():
@@ -64,7 +70,10 @@ def test_make_sweep_runs_the_grid_once_and_tells_what_dvc_recorded(project):
     assert b"train.lr" in project.read("metrics/compare.svg")
     assert git(project, "status", "--porcelain", "-uno") == ""
     again = run(project, *command)
-    assert again.stdout.startswith("4 in the grid, 0 to queue\n**Validation loss"), again.stdout
+    assert again.returncode == 0
+    assert again.stdout.startswith("6 in the grid, 0 to queue\n**Validation loss"), again.stdout
+    alone = run(project, *sweep(project, SET="train.lr=1e30", SEEDS="1,2"))
+    assert (alone.returncode, cells_of(alone.stdout)) == (0, cells_of(again.stdout))
 
 
 @pytest.mark.soak
@@ -87,6 +96,8 @@ def shown_by_dvc(project):
     shown = json.loads(run(project, "dvc", "exp", "show", "--json").stdout)
     found = {}
     for several in shown[1]["experiments"]:
+        if (several["executor"] or {}).get("state") == "failed":
+            continue
         data = several["revs"][0]["data"]
         train = data["params"]["params.yaml"]["data"]["train"]
         loss = data["metrics"]["metrics/eval.json"]["data"]["loss_nats"]
@@ -361,7 +372,7 @@ def test_a_stopped_sweep_goes_on_and_failures_are_named(project, how):
     assert victim.wait() != 0
     assert survivors(project) == []
     if how == "ctrl-c":
-        assert "error: stopped, training is saved; run the same command again" in victim.output()
+        assert "\nstopped, training is saved; run the same command again" in victim.output()
         assert "stopped, saved at step" in logs(project)
     done = run(project, *command, timeout=300)
     assert done.returncode != 0

@@ -119,7 +119,7 @@ def test_a_killed_repro_goes_on_where_it_was(project, undisturbed, target, numbe
         assert code != 0
         if target == "stage":  # DVC would also fail for want of outputs if the stage said 0
             assert f"exited with {-9 if number == KILL else 128 + number}" in before
-            assert ("error: stopped, saved at step" in before) is (number != KILL)
+            assert ("stopped, saved at step" in before) is (number != KILL)
         assert "train" not in yaml.safe_load(project.read("dvc.lock"))["stages"]
         repeated = last_step(before) - resumed_at(go_on(project, *TRAIN))
         assert repeated <= (UNSAVED if number == KILL and target != "dvc" else 0)

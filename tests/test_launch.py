@@ -78,7 +78,7 @@ def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(shared, number, 
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == code
-    assert err.startswith("error: stopped, saved at step ")
+    assert err.startswith("stopped, saved at step ")
     assert err.count("\n") == 1
     assert survivors(project) == []
     assert_goes_on(project, straight)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 
 import numpy as np
 import torch
@@ -103,6 +104,28 @@ def test_each_change_reruns_what_depends_on_it_and_nothing_else(finished):
     finished.set("model.d_ff", 64)
     text.write_text(text.read_text().replace("one more line\n", ""))
     assert ran(dvc(finished, "repro")) == []  # this very state was run before: restored from cache
+
+
+def test_a_diverged_training_leaves_its_curves_to_plots_and_report(finished):
+    for key, value in (("model.norm", "none"), ("train.weight_decay", 0.0), ("train.lr", 2.0)):
+        finished.set(key, value)
+    finished.set("train.warmup_steps", 18)
+    said = dvc(finished, "repro", code=255)
+    assert "curves up to there: metrics/curves.csv\n" in said
+    (step,) = re.findall(r"error: \D+ at step (\d+); ", said)
+    curves = finished.read("metrics/curves.csv").decode().splitlines()
+    assert curves[-1].startswith(f"{int(step) - 1},")
+    assert json.loads(finished.read("metrics/train.json"))["diverged_at_step"] == int(step)
+    for tool in ("stages.report", "stages.plots"):
+        done = run(finished, "python", "-m", tool)
+        assert done.returncode == 0, done.stdout
+    report = finished.read("metrics/report.html").decode()
+    assert f"then it diverged, at step {step}: there is no model" in report
+    assert "Predictor" not in report  # results lie there, of the run before
+    assert (finished.folder / "plots" / "loss_by_wall-clock.svg").exists()
+    finished.set("train.lr", 1e-2)
+    dvc(finished, "repro")
+    assert "diverged" not in finished.read("metrics/train.json").decode()
 
 
 def test_a_failing_stage_says_why_in_one_line_and_leaves_the_others(finished):

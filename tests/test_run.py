@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import math
 import shutil
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def settings(smoke_params, model_config, train_config):
     return model, config, replace(runtime, checkpoint_interval=4)
 
 
-def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0), resume_from=None):
+def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0), resume_from=None, live=None):
     """A run in which the gradients of some steps are spoilt, up to a step; then it publishes.
 
     `losses`: what its two validations say.
@@ -45,7 +47,7 @@ def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0), resume_from=
     state = new_state(model, config, torch.device("cpu"))
     for step in bad_steps:
         poisoned(state, step)
-    with Run(state, config, runtime, MADE_OF, folder / "unfinished", resume_from) as run:
+    with Run(state, config, runtime, MADE_OF, folder / "unfinished", resume_from, live) as run:
         steps = train(state, SPLIT, config)
         while not run.finished():
             record = next(steps)
@@ -126,9 +128,53 @@ def test_the_bound_on_skipped_steps_holds_across_a_stop(settings, tmp_path):
     settings = model, replace(config, max_skipped_steps=3), replace(runtime, checkpoint_interval=1)
     bad = [4, 5, 6, 7]
     assert go(settings, tmp_path, bad, until=5) is None
-    with pytest.raises(Diverged, match=r"at step 7; .*3 steps before .* last good .*: step 6"):
+    with pytest.raises(
+        Diverged, match=r"at step 7; .*skipping 3 steps in a row .* last good .*: step 6"
+    ):
         go(settings, tmp_path, bad)
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("what", ["gradients", "validation"])
+def test_a_run_that_diverges_keeps_its_curves_up_to_there(settings, tmp_path, monkeypatch, what):
+    model, config, runtime = settings
+    settings = model, replace(config, on_nonfinite="stop"), replace(runtime, checkpoint_interval=4)
+    monkeypatch.chdir(tmp_path)
+    bad, losses, step = ([7], (1.0, 1.0), 7) if what == "gradients" else ([], (1.0, math.nan), 12)
+    for live, found in (
+        (None, r"lm-clock/\w+.csv"),
+        (Path("metrics"), "metrics/curves.csv"),
+    ):
+        with pytest.raises(Diverged, match=f"nan at step {step}; .*; curves up to there: {found}$"):
+            go(settings, Path(), bad, losses=losses, live=live)
+    (clock,) = Path("lm-clock").iterdir()
+    for file in (clock, Path("metrics/curves.csv")):
+        rows = list(csv.DictReader(io.StringIO(file.read_text())))
+        assert [int(row["step"]) for row in rows] == list(
+            range(1, 7 if what == "gradients" else 13)
+        )
+    figures = json.loads(Path("metrics/train.json").read_text())
+    assert figures["diverged_at_step"] == step
+    assert figures["valid_loss"] == (1.0 if what == "gradients" else None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "early_stopping", "told"),
+    [((4.85, 5.92), None, True), ((4.85, 4.87), None, False), ((4.85, 5.92), 9, False)],
+)
+def test_a_run_that_ends_worse_than_it_was_says_so(
+    settings, tmp_path, capsys, losses, early_stopping, told
+):
+    model, config, runtime = settings
+    settings = model, replace(config, early_stopping=early_stopping), runtime
+    go(settings, tmp_path, losses=losses)
+    line = (
+        "warning: best validation was step 6 (4.8500), published step 12 (5.9200): "
+        "set train.early_stopping"
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (last == line) is told
+    assert last.startswith("Final loss ") is not told
 
 
 def test_a_continued_run_takes_the_best_of_the_run_it_continues_and_no_other(settings, tmp_path):

@@ -84,7 +84,7 @@ def server(folder):
         yield process.pid, url
         process.terminate()
         _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (128 + signal.SIGTERM, "error: stopped\n")
+    assert (process.returncode, said) == (128 + signal.SIGTERM, "stopped\n")
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_server(folder, capsys):
         main(["--port", str(port), "--device", "cpu", "--model", str(folder)])
     asking.join()
     assert left.value.code == 128 + signal.SIGINT
-    assert capsys.readouterr().err == "error: stopped\n"
+    assert capsys.readouterr().err == "stopped\n"
     assert b'"text": "b"' in events[0]
     assert b"the server ends" in events[-2]
 

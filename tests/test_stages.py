@@ -73,7 +73,7 @@ def test_training_tells_what_it_does_in_order(prepared):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.strip().split("\n")
-    assert lines[0].startswith("Device: cpu (1 threads")
+    assert lines[0].startswith("Device: cpu (1 thread,")
     tokens = json.loads(prepared.read("data/tokens/tokens.json"))["train"]["tokens"]
     assert lines[1] == f"Loaded dataset with {tokens:,} tokens"
     parameters = json.loads(prepared.read("metrics/train.json"))["parameters"]
@@ -124,12 +124,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(long, number, code):
     process.send_signal(number)
     _, error = process.communicate(timeout=300)
     assert process.returncode == code
-    assert error.startswith("error: stopped, saved at step ")
+    assert error.startswith("stopped, saved at step ")
     step = int(error.split("saved at step ")[1].split(";")[0])
     result = project.stage("train")
     assert result.returncode == 0, result.stderr
     assert f"Resumed at step {step}\n" in result.stdout  # not one step is lost
     assert outputs(project) == straight
+
+
+@pytest.mark.parametrize("command", ["stages.train", "lm.plan"])
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(prepared, command):
+    (prepared.folder / "torch.py").write_text("raise KeyboardInterrupt\n")
+    result = prepared.run("python", "-m", command)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "stopped\n")
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(killed):
@@ -199,22 +206,26 @@ def change_code(project):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "differing"),
     [
-        change_text,
-        change_code,
-        change_tokenizer,
-        lambda project: project.set("train.lr", 9e-3),
-        lambda project: project.set("model.dropout", 0.1),
+        (change_text, "data/tokens/tokens.json, data/tokens/train/text-00000.bin"),
+        (change_code, "lm/model.py"),
+        (change_tokenizer, "model.vocab_size 300 -> 301, data/tokenizer/tokenizer.json, data/"),
+        (lambda project: project.set("train.lr", 9e-3), "train.lr 0.01 -> 0.009"),
+        (lambda project: project.set("model.dropout", 0.1), "model.dropout 0.0 -> 0.1"),
     ],
     ids=["text", "code", "tokenizer", "lr", "dropout"],
 )
-def test_nothing_of_a_run_is_reused_after_a_change(killed, change):
+def test_nothing_of_a_run_is_reused_after_a_change_and_it_says_why(killed, change, differing):
     project, _ = killed
     change(project)
     result = project.stage("train")
     assert result.returncode == 0, result.stderr
-    assert "1 other runs keep " in result.stdout  # in the folder of the unfinished one
+    line = re.search(r"^1 other run keeps .* MB in .*; that, at step (\d+), is another by (.*)$",
+                     result.stdout, re.M)  # fmt: skip
+    assert int(line[1]) >= 30
+    assert line[2].startswith(differing)
+    assert line[2] == differing or "data/" in differing
     assert len(resume_directories(project)) == 2
     assert "Resumed" not in result.stdout
 
@@ -224,6 +235,8 @@ def test_nothing_of_a_run_is_reused_with_another_number_of_threads(killed):
     after = project.start("python", "-m", "stages.train", OMP_NUM_THREADS="2")
     for line in after.stdout:
         assert "Resumed" not in line
+        if line.startswith("1 other run "):
+            assert re.search(r"environment.device cpu \(1 thread, .*\) -> cpu \(2 threads, ", line)
         if line.startswith("step "):
             break
     assert len(resume_directories(project)) == 2
@@ -297,7 +310,7 @@ def test_a_checkpoint_of_another_run_in_the_folder_is_not_resumed(killed):
     for file in killed_run.glob("step-*"):
         shutil.copy(file, other)
     result = project.stage("train")
-    assert "of another run: train differs" in result.stdout
+    assert "of another run: train.seed 1337 -> 2; passed over" in result.stdout
     assert "Resumed" not in result.stdout
     assert "step   5/" in result.stdout  # from the beginning
     assert outputs(project) == straight
@@ -353,6 +366,22 @@ def test_early_stopping_keeps_the_best_model(prepared):
     assert result.returncode == 0, result.stderr
     continued = json.loads(prepared.read("metrics/train.json"))
     assert continued["step"] >= metrics["step"] + 2  # its patience begins anew
+
+
+def test_a_model_worse_than_it_was_and_than_the_bigram_says_so_everywhere(prepared):
+    prepared.set("model.norm", "none")
+    for key, value in (("eval_interval", 1), ("lr", 0.2), ("warmup_steps", 3), ("max_steps", 5)):
+        prepared.set(f"train.{key}", value)
+    trained = prepared.stage("train").stdout.splitlines()[-1]
+    assert re.match(r"warning: best validation was step \d+ \(.*\), published step 5 \(", trained)
+    said = prepared.stage("evaluate").stdout.splitlines()
+    assert re.match(r"warning: the model \(.*\) is worse than the bigram baseline \(", said[-2])
+    assert said[-1] == trained
+    assert prepared.run("python", "-m", "stages.report").returncode == 0
+    report = prepared.read("metrics/report.html").decode()
+    for line in said[-2:]:
+        assert line.capitalize() in prepared.read("metrics/summary.md").decode()
+        assert f"{line.capitalize()}." in report
 
 
 @pytest.mark.parametrize("max_steps", [1, 20])
@@ -412,9 +441,44 @@ def test_compiling_without_a_compiler_says_what_to_do(prepared, tmp_path):
     command = (sys.executable, "-m", "stages.train", "-S", "train.compile=true")
     result = prepared.run(*command, PATH=path, CXX=str(broken), TORCHINDUCTOR_CACHE_DIR=cache)
     assert result.returncode == 3
-    assert result.stderr.count("error: train.compile = true: ") == 1
+    assert result.stderr.count("error: torch.compile: ") == 1
     assert "or set train.compile: false" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(
+    not shutil.which("c++") or " " in torch.__file__, reason="torch.compile cannot work here"
+)
+@pytest.mark.parametrize("where", ["noexec", "with a space", "broken"])
+def test_auto_does_not_compile_where_the_result_cannot_be_loaded(prepared, tmp_path, where):
+    """An explicit train.compile: true ends with the cause instead."""
+    folder, because, program = tmp_path / where, r"its folder must have no space \(", "g++"
+    folder.mkdir()
+    start = "exec"
+    if where == "noexec":
+        start = f"mount -t tmpfs -o noexec x {folder} && exec"
+        because = r"it cannot build and load a library \(.*failed to map segment"
+        if prepared.run("unshare", "-m", "sh", "-c", f"{start} true").returncode != 0:
+            pytest.skip("needs the right to mount")
+    if where == "broken":
+        program, because = str(folder / "g++"), r".*g\+\+ "
+        Path(program).write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+        Path(program).chmod(0o755)
+    command = f"{start} python -m stages.train -S train.max_steps=3000000 -S train.compile="
+    unshare = ("unshare", "-m") if where == "noexec" else ()
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "CXX": program}
+    auto = prepared.start(*unshare, "sh", "-c", command + "auto", **places)
+    for line in auto.stdout:
+        if line.startswith("Plan: not compiled: "):
+            assert re.match(because, line.removeprefix("Plan: not compiled: ")), line
+        if line.startswith("step "):
+            break
+    else:
+        raise AssertionError(auto.stderr.read())
+    done = prepared.run(*unshare, "sh", "-c", command + "true", **places)
+    assert done.returncode == 3
+    assert re.match(f"error: torch.compile: {because}", one_line(done))
+    assert "or set train.compile: false" in one_line(done)
 
 
 def test_evaluation_reports_the_validation_split_beside_its_baselines(prepared):

@@ -128,6 +128,6 @@ def test_a_signal_leaves_one_line_and_no_worker(number, everyone):
     if number == signal.SIGKILL:
         assert process.returncode == -number
     else:
-        assert (process.returncode, error) == (128 + number, "error: interrupted\n")
+        assert (process.returncode, error) == (128 + number, "stopped\n")
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
