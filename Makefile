@@ -1,17 +1,32 @@
 # make repro: text to model. make test: the tests. Both build .venv first.
 PYTHON ?= python3
+PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup repro report heal experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
+.PHONY: setup place repro report heal experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
 
-.venv/.ready: requirements.txt constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+# .ready holds the folder that the programs in .venv name in their first lines
+place:
+	@[ ! -s .venv/.ready ] || [ "$$(cat .venv/.ready)" = "$$(cd .venv && pwd -P)" ] || \
+		{ echo "error: .venv was made as $$(cat .venv/.ready); moved or copied, its programs do not start; run: rm -r .venv && make setup" >&2; exit 3; }
+
+.venv/.ready: requirements.txt constraints.txt | place
+	@[ -x .venv/bin/python ] || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 3; }
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
+	@.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: .venv has a Python older than 3.11; run: rm -r .venv && make setup" >&2; exit 3; }
+	@.venv/bin/python -m pip --version > /dev/null 2>&1 || .venv/bin/python -m ensurepip > /dev/null 2>&1 || \
+		{ echo "error: .venv has no pip and none can be put there; run: rm -r .venv && make setup" >&2; exit 3; }
+	$(PIP_INSTALL) -r requirements.txt
+	@(cd .venv && pwd -P) > $@
+
+# tests and linters take more than running does
+.venv/.ready-dev: requirements-dev.txt .venv/.ready
+	$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
 # what `dvc plots` fills: with Vega inside, where DVC's own page loads it from the network
@@ -55,10 +70,10 @@ ablations: SEEDS ?= 1,2,3,4,5
 ablations: setup heal
 	@python -m stages.ablations --seeds $(SEEDS)
 
-test: setup
+test: setup .venv/.ready-dev
 	@pytest
 
-lint: setup
+lint: setup .venv/.ready-dev
 	@ruff format --check .
 	@ruff check .
 	@mypy
@@ -98,5 +113,5 @@ certify: setup
 
 # kill `dvc repro` at random moments and compare what it ends in: make soak SECONDS=1800
 soak: SECONDS ?= 600
-soak: setup
+soak: setup .venv/.ready-dev
 	@python -m tests.soak --seconds $(SECONDS)
