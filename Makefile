@@ -2,6 +2,10 @@
 PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# DVC asks for the user's name, and a container may run as a number that has none
+export LOGNAME := $(or $(LOGNAME),$(USER),$(shell id -un 2> /dev/null || id -u))
+# of a git hook: they may lead to another repository
+unexport GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_PREFIX
 
 .PHONY: setup place repro report heal experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
 .DELETE_ON_ERROR:
@@ -32,6 +36,7 @@ place:
 # what `dvc plots` fills: with Vega inside, where DVC's own page loads it from the network
 .dvc/plots-page.html: .venv/.ready stages/plots.py stages/vega.py
 	@python -m stages.plots --template
+	@python -m stages.heal
 	@dvc config --local plots.html_template plots-page.html
 
 repro: setup heal
@@ -53,10 +58,9 @@ plots: setup
 heal: setup
 	@python -m stages.heal
 
-# the experiments beside their baseline: the results that matter, the settings that differ
+# the experiments beside their baseline: results, and the settings that differ; of an older commit: REV=main~1
 experiments: setup
-	@dvc exp show --no-pager --only-changed --keep 'loss_nats|bits_per_byte|valid_loss' \
-		--drop 'Created|Executor|step$$|metrics/.*(tokens|csv|json|md)$$|parameters|train_loss|best_|skipped_|perplexity|accuracy|calibration_|bytes|baseline_|runtime|metrics/data|(data|lm|models|stages)/'
+	@python -m stages.experiments $(REV)
 
 # a grid of settings and seeds as DVC experiments, one after the other, and what they show:
 #   make sweep SET='train.lr=3e-3,6e-3 train.weight_decay=0,0.1' SEEDS=1,2,3,4,5

@@ -13,3 +13,12 @@ Modules stand on floors and import only downwards (tests/test_house.py holds the
 
 Above them stand the stages, which alone know paths and params.yaml.
 """
+
+import os
+import pwd
+
+if not {"LOGNAME", "USER"} & os.environ.keys():  # DVC and torch.compile name folders after the user
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:  # a number without a name, as in a container
+        os.environ["LOGNAME"] = str(os.getuid())
