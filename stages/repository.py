@@ -1,6 +1,7 @@
 """The project as git and DVC know it: its commits by name, and in one line what git refuses."""
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -61,7 +62,8 @@ def is_under_git(root: Path) -> bool:
 def cure(said: str) -> str | None:
     """What is wrong, and what to type, if git or DVC said something that is known here."""
     found = [text for words, text in CURES.items() if words in said]
-    return found[0].format(root=shlex.quote(str(Path.cwd()))) if found else None
+    place = re.search("repository at '(.*)'", said)  # further up, if this is a subfolder
+    return found[0].format(root=shlex.quote(place[1] if place else str(Path.cwd()))) if found else None
 
 
 @contextmanager
