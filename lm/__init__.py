@@ -22,3 +22,4 @@ if not {"LOGNAME", "USER"} & os.environ.keys():  # DVC and torch.compile name fo
         pwd.getpwuid(os.getuid())
     except KeyError:  # a number without a name, as in a container
         os.environ["LOGNAME"] = str(os.getuid())
+        os.environ.setdefault("HOME", "/")

@@ -63,7 +63,9 @@ def cure(said: str) -> str | None:
     """What is wrong, and what to type, if git or DVC said something that is known here."""
     found = [text for words, text in CURES.items() if words in said]
     place = re.search("repository at '(.*)'", said)  # further up, if this is a subfolder
-    return found[0].format(root=shlex.quote(place[1] if place else str(Path.cwd()))) if found else None
+    return (
+        found[0].format(root=shlex.quote(place[1] if place else str(Path.cwd()))) if found else None
+    )
 
 
 @contextmanager
