@@ -1,22 +1,42 @@
 # make repro: text to model. make test: the tests. Both build .venv first.
 PYTHON ?= python3
+PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# DVC asks for the user's name, and a container may run as a number that has none
+export LOGNAME := $(or $(LOGNAME),$(USER),$(shell id -un 2> /dev/null || id -u))
+# of a git hook: they may lead to another repository
+unexport GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_PREFIX
 
-.PHONY: setup repro report heal experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
+.PHONY: setup place repro report heal experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
 
-.venv/.ready: requirements.txt constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+# .ready holds the folder that the programs in .venv name in their first lines
+place:
+	@[ ! -s .venv/.ready ] || [ "$$(cat .venv/.ready)" = "$$(cd .venv && pwd -P)" ] || \
+		{ echo "error: .venv was made as $$(cat .venv/.ready); moved or copied, its programs do not start; run: rm -r .venv && make setup" >&2; exit 3; }
+
+.venv/.ready: requirements.txt constraints.txt | place
+	@[ -x .venv/bin/python ] || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 3; }
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
+	@.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: .venv has a Python older than 3.11; run: rm -r .venv && make setup" >&2; exit 3; }
+	@.venv/bin/python -m pip --version > /dev/null 2>&1 || .venv/bin/python -m ensurepip > /dev/null 2>&1 || \
+		{ echo "error: .venv has no pip and none can be put there; run: rm -r .venv && make setup" >&2; exit 3; }
+	$(PIP_INSTALL) -r requirements.txt
+	@(cd .venv && pwd -P) > $@
+
+# tests and linters take more than running does
+.venv/.ready-dev: requirements-dev.txt .venv/.ready
+	$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
 # what `dvc plots` fills: with Vega inside, where DVC's own page loads it from the network
 .dvc/plots-page.html: .venv/.ready stages/plots.py stages/vega.py
 	@python -m stages.plots --template
+	@python -m stages.heal
 	@dvc config --local plots.html_template plots-page.html
 
 repro: setup heal
@@ -39,10 +59,9 @@ plots: setup
 heal: setup
 	@python -m stages.heal
 
-# the experiments beside their baseline: the results that matter, the settings that differ
+# the experiments beside their baseline: results, and the settings that differ; of an older commit: REV=main~1
 experiments: setup
-	@dvc exp show --no-pager --only-changed --keep 'loss_nats|bits_per_byte|valid_loss' \
-		--drop 'Created|Executor|step$$|metrics/.*(tokens|csv|json|md)$$|parameters|train_loss|best_|skipped_|perplexity|accuracy|calibration_|bytes|baseline_|runtime|metrics/data|(data|lm|models|stages)/'
+	@python -m stages.experiments $(REV)
 
 # a grid of settings and seeds as DVC experiments, one after the other, and what they show:
 #   make sweep SET='train.lr=3e-3,6e-3 train.weight_decay=0,0.1' SEEDS=1,2,3,4,5
@@ -56,10 +75,10 @@ ablations: SEEDS ?= 1,2,3,4,5
 ablations: setup heal
 	@python -m stages.ablations --seeds $(SEEDS)
 
-test: setup
+test: setup .venv/.ready-dev
 	@pytest
 
-lint: setup
+lint: setup .venv/.ready-dev
 	@ruff format --check .
 	@ruff check .
 	@mypy
@@ -99,5 +118,5 @@ certify: setup
 
 # kill `dvc repro` at random moments and compare what it ends in: make soak SECONDS=1800
 soak: SECONDS ?= 600
-soak: setup
+soak: setup .venv/.ready-dev
 	@python -m tests.soak --seconds $(SECONDS)

@@ -15,6 +15,8 @@ Modules stand on floors and import only downwards (tests/test_house.py holds the
 Above them stand the stages, which alone know paths and params.yaml.
 """
 
+import os
+import pwd
 import sys
 from types import TracebackType
 
@@ -29,3 +31,10 @@ if sys.argv[:1] == ["-m"]:  # a command is starting: Ctrl-C while torch is impor
             sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = _told
+
+if not {"LOGNAME", "USER"} & os.environ.keys():  # DVC and torch.compile name folders after the user
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:  # a number without a name, as in a container
+        os.environ["LOGNAME"] = str(os.getuid())
+        os.environ.setdefault("HOME", "/")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -295,7 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError("--replay: must be >= 1")
         if not LOCK.is_file():
             raise InputError(f"{LOCK}: no such file; run `make repro` in the project's root folder")
-        repo = Repo()
+        try:
+            repo = Repo()
+        except DvcException as error:  # no git, or not for this user
+            raise EnvironmentFault(f"{error}; `make heal` helps or says what does") from None
         checks = {
             "every output and dependency is as dvc.lock says": recorded_faults(LOCK, repo),
             "tokens, tokenizer, model and provenance belong together": belonging_faults(),

@@ -1,24 +1,33 @@
 """The experiments that git and DVC know: what each gave, and what made it.
 
+    python -m stages.experiments [REV ...]    a table: results, and the settings that differ
+
 What made a result is read from its dvc.lock, which DVC writes with it; params.yaml may have been
 edited since.
 """
 
+import argparse
 import json
 import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lm.config import parse_yaml
-from lm.errors import Diverged, EnvironmentFault, InputError
+from lm.errors import Diverged, EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_json
+from stages.repository import commit_of, opened
 
 SEED, CODE, TEXT = "train.seed", "code", "text"
+RESULTS = {  # the columns of the table, and where they come from
+    "loss_nats": "metrics/eval.json",
+    "bits_per_byte": "metrics/eval.json",
+    "valid_loss": "metrics/train.json",
+}
 
 
 @dataclass
@@ -41,33 +50,35 @@ def read_experiments(revisions: list[str]) -> list[Experiment]:
 
     Raises InputError for what git and DVC do not know.
     """
-    from dvc.exceptions import DvcException  # takes 0.3 s
-    from dvc.repo import Repo
-
     found = []
-    try:
-        with Repo() as repo:
-            if repo.scm.no_commits:
-                raise InputError("git has no commit, and an experiment starts from one: commit")
-            for base in _shown(repo, revisions):
-                found.append(_read(repo, base, base.name, "baseline"))
-                for one in base.experiments or []:
-                    state = one.executor.state if one.executor else "success"
-                    found.append(_read(repo, one[0], one.name, state))
-    except DvcException as error:
-        raise InputError(str(error)) from None
+    with opened() as repo:
+        for base in _shown(repo, revisions, hide_workspace=True):
+            found.append(_read(repo, base, base.name, "baseline"))
+            for one in base.experiments or []:
+                found.append(_read(repo, one[0], one.name, _state(one)))
     return found
 
 
-def _shown(repo: Any, revisions: list[str]) -> Any:
-    """What `dvc exp show` shows; it stumbles over a task that a worker is just setting up."""
+def _shown(repo: Any, revisions: list[str], hide_workspace: bool) -> list[Any]:
+    """What `dvc exp show` shows, named as asked for.
+
+    It stumbles over a task that a worker is just setting up.
+    """
     from dvc.exceptions import NotDvcRepoError
 
+    if repo.scm.no_commits:
+        raise InputError("git has no commit, and an experiment starts from one: commit")
+    names = {commit_of(repo, revision): revision for revision in revisions}
     for _ in range(10):
         with suppress(FileNotFoundError, NotADirectoryError, NotDvcRepoError):
-            return repo.experiments.show(revs=revisions, hide_workspace=True)
+            shown = repo.experiments.show(revs=revisions, hide_workspace=hide_workspace)
+            return [replace(s, name=names.get(s.rev) or s.name) for s in shown]
         time.sleep(0.5)
     raise EnvironmentFault("`dvc exp show` fails; run it to see why")
+
+
+def _state(experiment: Any) -> str:
+    return str(experiment.executor.state) if experiment.executor else "success"
 
 
 def _read(repo: Any, shown: Any, name: str | None, state: str) -> Experiment:
@@ -168,3 +179,64 @@ def show(value: Any) -> str:
 def label(setting: Mapping[str, Any], names: list[str]) -> str:
     """A setting as DVC is told of it."""
     return " ".join(f"{name}={show(setting.get(name, ''))}" for name in names) or "the setting"
+
+
+def table(revisions: list[str]) -> Any:
+    """Revisions and their experiments as a table; of the workspace and HEAD if none is given.
+
+    A baseline shows all settings that differ anywhere, an experiment those that it changed.
+    """
+    from rich.table import Table
+
+    rows = []
+    with opened() as repo:
+        for base in _shown(repo, revisions, hide_workspace=bool(revisions)):
+            name = base.rev if base.rev == "workspace" else base.name or base.rev[:7]
+            rows.append((name, base, {}))
+            for one in base.experiments or []:
+                state = "" if _state(one) == "success" else f" ({_state(one)})"
+                rows.append((f"  {one.name or one[0].rev[:7]}{state}", one[0], _settings(base)))
+    several = [settings for _, shown, _ in rows if (settings := _settings(shown))]
+    keys = dict.fromkeys(key for settings in several for key in settings)
+    differing = [key for key in keys if len({show(s.get(key)) for s in several}) > 1]
+    found = Table(box=None, pad_edge=False)
+    found.add_column("experiment", overflow="fold")
+    for name in RESULTS:
+        found.add_column(name, justify="right", no_wrap=True)
+    found.add_column("settings that differ", overflow="fold")
+    for name, shown, before in rows:
+        settings = _settings(shown)
+        changed = [k for k in differing if k in settings and settings[k] != before.get(k, ...)]
+        found.add_row(name, *_results(shown), label(settings, changed) if changed else "")
+    return found
+
+
+def _settings(shown: Any) -> dict[str, Any]:
+    """The settings of a row of `dvc exp show` that can change a result."""
+    params = shown.data.params.get("params.yaml", {}).get("data", {}) if shown.data else {}
+    return {key: value for key, value in flat(params).items() if not key.startswith("runtime.")}
+
+
+def _results(shown: Any) -> list[str]:
+    """Its cells under RESULTS."""
+    files = shown.data.metrics if shown.data else {}
+    values = [files.get(file, {}).get("data", {}).get(name) for name, file in RESULTS.items()]
+    return [f"{value:.4f}" if is_number(value) else "-" for value in values]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = "a commit, with its experiments, or an experiment by name; default: HEAD"
+    parser.add_argument("revisions", nargs="*", metavar="REV", help=which)
+    arguments = parser.parse_args()
+    with one_line_errors():
+        from rich.console import Console
+
+        Console(markup=False, highlight=False, emoji=False).print(table(arguments.revisions))
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from lm.errors import Busy, one_line_errors
+from stages.repository import is_under_git, run_git
 
 DVC_TMP_FILE = re.compile(r"\.[\w-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname
 MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
@@ -34,6 +35,9 @@ EXPERIMENT = re.compile(r"(On .*: )?dvc-exp:[0-9a-f]{40}:[0-9a-f]{40}:")
 STASHED = ("log", "-g", "-1", "refs/stash")
 DYING_SECONDS = 3  # a killed process holds its locks until its memory has been given back
 SET_UP_SECONDS = 60  # an experiment takes far less to stash the workspace and to detach HEAD
+NO_SCM = re.compile(r"^\s*no_scm\s*=\s*true\s*$", re.MULTILINE)
+NO_GIT = "set, so that DVC works without git (its experiments need one)"
+APPLIED = "refs/exps/exec/EXEC_APPLY"
 RUN_EXPERIMENT = "dvc.repo.experiments.queue.tasks.run_exp"
 
 
@@ -67,19 +71,27 @@ class Project:
 
     def git(self, *arguments: str) -> str | None:
         """What a git command prints, or None if it fails or there is no git."""
-        if shutil.which("git") is None:
+        try:
+            done = run_git(self.root, *arguments)
+        except FileNotFoundError:
             return None
-        command = ["git", "-C", str(self.root), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.rstrip("\n") if done.returncode == 0 else None
+
+    @property
+    def git_folders(self) -> set[Path]:
+        """Where git keeps index and refs: in a worktree, or above a subfolder, not in .git here."""
+        found = self.git("rev-parse", "--git-dir", "--git-common-dir") or ""
+        return {(self.root / path).resolve() for path in found.splitlines()}
 
 
 def heal(root: Path) -> Iterator[str]:
     """Put everything right that a killed DVC left in a project; yields one line per thing.
 
-    Raises Busy if a training runs in the project whose process cannot be seen from here.
+    Raises Busy if a training runs in the project whose process cannot be seen from here, and
+    EnvironmentFault if git refuses to work in it.
     """
     project = Project(root.resolve())
+    yield from heal_no_scm(project)
     if not project.tmp.is_dir():
         return
     refuse_unseen_training(project)
@@ -92,6 +104,23 @@ def heal(root: Path) -> Iterator[str]:
                 yield line
         if healed and not project.has_living_dvc:
             yield from drop_temporary_files(project)
+
+
+def heal_no_scm(project: Project) -> Iterator[str]:
+    """Let DVC work where there is no git, as in an archive or an image, and use git where it is."""
+    config = project.root / ".dvc/config.local"
+    is_off = config.exists() and NO_SCM.search(config.read_text()) is not None
+    if shutil.which("git") is None:
+        has_git = any(
+            (folder / ".git").exists() for folder in (project.root, *project.root.parents)
+        )
+    else:
+        has_git = is_under_git(project.root)
+    if has_git == is_off:
+        change = ["--unset", "core.no_scm"] if is_off else ["core.no_scm", "true"]
+        command = [sys.executable, "-m", "dvc", "config", "--quiet", "--local", *change]
+        subprocess.run(command, cwd=project.root, check=True)
+        yield f"core.no_scm in .dvc/config.local: {'removed, git is here' if has_git else NO_GIT}"
 
 
 @contextmanager
@@ -334,7 +363,7 @@ def heal_workspace(project: Project) -> Iterator[str]:
 def experiment_died(project: Project) -> bool:
     """Whether an experiment was setting up, running in the workspace or being collected."""
     path = project.experiments / "rwlock"
-    if (project.root / ".git" / EXEC_REFS[0]).exists():
+    if project.git("rev-parse", "-q", "--verify", EXEC_REFS[0]) is not None:
         return True
     entries = read_rwlock(path) if path.exists() else {}
     return entries is None or any(not is_held(project, holder, path) for holder in holders(entries))
@@ -342,7 +371,8 @@ def experiment_died(project: Project) -> bool:
 
 def set_up_at(project: Project) -> list[int]:
     """When the dead experiment began to borrow from git, as far as its traces tell."""
-    path, traces = project.experiments / "rwlock", [project.root / ".git" / EXEC_REFS[0]]
+    path = project.experiments / "rwlock"
+    traces = [folder / EXEC_REFS[0] for folder in project.git_folders]
     entries = (path.exists() and read_rwlock(path)) or {}
     if holders(entries):
         traces.append(path)
@@ -356,10 +386,10 @@ def happened_then(began: list[int], seconds: str) -> bool:
 
 def drop_git_locks(project: Project) -> Iterator[str]:
     """Remove git's lock files; no git and no DVC is there to own them."""
-    folder = project.root / ".git"
-    for lock in sorted([*folder.glob("*.lock"), *folder.glob("refs/**/*.lock")]):
-        lock.unlink()
-        yield f"{lock.relative_to(project.root)} was left behind: removed"
+    for folder in project.git_folders:
+        for lock in sorted([*folder.glob("*.lock"), *folder.glob("refs/**/*.lock")]):
+            lock.unlink()
+            yield f"{os.path.relpath(lock, project.root)} was left behind: removed"
 
 
 def reattach_head(project: Project, began: list[int]) -> Iterator[str]:
@@ -468,7 +498,29 @@ def drop_temporary_files(project: Project) -> Iterator[str]:
                 yield f"{path.relative_to(project.root)} was left behind: removed"
 
 
+def taken_back(project: Project) -> list[str]:
+    """The files that `dvc exp apply` has taken back to the older commit it started from.
+
+    They were committed since, and lie here as the experiment has them. Results and settings are
+    what one applies an experiment for.
+    """
+    if project.git("rev-parse", "-q", "--verify", APPLIED) is None:
+        return []
+    differing = ("diff", "--name-only", "--relative")
+    here = ("--", ".", ":!params.yaml", ":!dvc.lock", ":!metrics")
+    since, edited, own = (
+        set((project.git(*differing, *revisions, *here) or "").splitlines())
+        for revisions in ((f"{APPLIED}^", "HEAD"), ("HEAD",), (APPLIED,))
+    )
+    return sorted((since & edited) - own)
+
+
 if __name__ == "__main__":
     with one_line_errors():
         for line in heal(Path.cwd()):
             sys.stdout.write(f"healed: {line}\n")
+        if files := " ".join(taken_back(Project(Path.cwd()))):
+            sys.stdout.write(
+                "note: `dvc exp apply` took these back to an older commit; bring them up to date "
+                f"by: git checkout HEAD -- {files}\n"
+            )

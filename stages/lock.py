@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from scmrepo.exceptions import SCMError
 
 from lm.config import parse_yaml
 from lm.console import say
 from lm.errors import InputError, one_line_errors
+from stages.repository import opened
 
 LOCK = Path("dvc.lock")
 ABSENT = ("deleted", "not in cache")  # not pulled yet: no sign of a change
@@ -68,10 +67,8 @@ def faults() -> list[str]:
         raise InputError(f"{LOCK}: no such file; run `make repro` and commit it")
     try:
         recorded = parse_yaml(LOCK.read_text(encoding="utf-8"), str(LOCK)).get("stages", {})
-        repo = Repo()
-        return list(dict.fromkeys([*gaps(repo, recorded), *changes(repo)]))
-    except (DvcException, SCMError) as error:
-        raise InputError(" ".join(str(error).split())) from None
+        with opened() as repo:
+            return list(dict.fromkeys([*gaps(repo, recorded), *changes(repo)]))
     except (AttributeError, LookupError, TypeError, UnicodeDecodeError):
         raise InputError(f"{LOCK}: torn; `make heal` mends it") from None
 

@@ -13,12 +13,10 @@ import json
 from pathlib import Path
 
 import vl_convert
-from dvc.exceptions import DvcException
 from dvc.fs import LocalFileSystem
 from dvc.render.match import match_defs_renderers
 from dvc.repo import Repo
 from dvc.repo.experiments.brancher import switch_repo
-from dvc.scm import RevError
 from dvc_data.index import DataIndexDirError
 from dvc_render import VegaRenderer, render_html
 
@@ -27,6 +25,7 @@ from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write
 from lm.history import Clock
 from lm.resume import clock_file
+from stages.repository import opened
 from stages.run import UNFINISHED
 from stages.vega import VEGA_LITE, script
 
@@ -67,15 +66,11 @@ def write_template() -> None:
 
 def draw(revisions: list[str]) -> list[Path]:
     """Write plots/*.svg and plots/index.html. Raises InputError for an unknown revision."""
-    try:
-        with Repo() as repo:
-            found = match_defs_renderers(
-                repo.plots.show(revs=revisions), templates_dir=repo.plots.templates_dir
-            )
-            clocks = {revision: clock(repo, revision) for revision in revisions}
-    except DvcException as error:
-        known = "; `dvc exp list` and `git log` name those that there are"
-        raise InputError(f"{error}{known if isinstance(error, RevError) else ''}") from None
+    with opened() as repo:
+        found = match_defs_renderers(
+            repo.plots.show(revs=revisions), templates_dir=repo.plots.templates_dir
+        )
+        clocks = {revision: clock(repo, revision) for revision in revisions}
     for revision in sorted({revision for each in found for revision in each.source_errors}):
         say(f"{revision}: some results are not here: still to come, or for `dvc pull` to get")
     plots = [each.renderer for each in found if each.renderer.datapoints]

@@ -12,7 +12,6 @@ import argparse
 import csv
 import io
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write, sha256_file
 from lm.history import DIVERGED
 from stages.page import Run, page
+from stages.repository import commit_of, git, is_under_git, opened, run_git
 from stages.vega import script
 
 ONE, TWO = Path("metrics/report.html"), Path("metrics/report-compare.html")
@@ -100,9 +100,12 @@ def workspace() -> Run:
         except FileNotFoundError:
             raise InputError(f"{name}: no such file; run `make repro`") from None
 
-    commit = _git("rev-parse", "HEAD") or "none: not under git"
-    if _git("status", "--porcelain", "--untracked-files=no"):
-        commit += ", with uncommitted changes"
+    commit = "none: not under git"
+    if is_under_git(Path()):
+        head = run_git(Path(), "rev-parse", "-q", "--verify", "HEAD").stdout
+        commit = head.strip() or "none yet"
+        if git("status", "--porcelain", "--untracked-files=no"):
+            commit += ", with uncommitted changes"
     run = read_run("workspace", read, commit, clocks=True)
     for file, sha256 in run.provenance.get("code", {}).items():
         if not Path(file).is_file() or sha256_file(Path(file)) != sha256:
@@ -110,38 +113,24 @@ def workspace() -> Run:
     return run
 
 
-def _git(*arguments: str) -> str:
-    """What git says; nothing if it fails."""
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
 def revision(name: str) -> Run:
     """A run that git and DVC know. Raises InputError for a revision that has no results here."""
-    from dvc.exceptions import DvcException  # takes a second
-    from dvc.repo import Repo
-    from dvc.repo.experiments.brancher import switch_repo
-    from dvc_data.index import DataIndexDirError
+    with opened() as repo:
+        from dvc_data.index import DataIndexDirError
 
-    try:
-        with Repo() as repo, switch_repo(repo, name) as (there, _):
+        commit = commit_of(repo, name)
+        with repo.switch(commit):
 
             def read(file: str) -> bytes:
                 try:
-                    return bytes(there.dvcfs.read_bytes(file))
+                    return bytes(repo.dvcfs.read_bytes(file))
                 except (FileNotFoundError, DataIndexDirError):
                     raise InputError(
                         f"{name}: {file}: not in git or DVC's cache; `dvc pull`, or evaluate that "
                         "revision with this code"
                     ) from None
 
-            return read_run(name, read, repo.scm.resolve_rev(name), clocks=False)
-    except DvcException as error:
-        raise InputError(
-            f"{error}; `dvc exp list` and `git log` name those that there are"
-        ) from None
+            return read_run(name, read, commit, clocks=False)
 
 
 def main() -> None:

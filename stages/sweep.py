@@ -35,6 +35,7 @@ from stages.experiments import (
     read_experiments,
 )
 from stages.heal import heal
+from stages.repository import git, opened
 from stages.run import PARAMS
 
 DONE, UNDER_WAY = ("success", "baseline"), ("queued", "running")
@@ -118,19 +119,14 @@ def settings(params: dict[str, Any]) -> dict[str, Any]:
 
 def queue(missing: list[tuple[str, ...]], stale: list[str]) -> None:
     """`dvc exp run --queue -S ...` for each, after `dvc queue remove` of what failed before."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
     from dvc.repo.experiments.exceptions import UnresolvedExpNamesError
 
-    try:
-        with Repo() as repo:
-            for rev in stale * 2:  # what was killed early leaves DVC's stash first, then its list
-                with suppress(UnresolvedExpNamesError):
-                    repo.experiments.celery_queue.remove([rev])
-            for point in missing:
-                repo.experiments.run(queue=True, params=list(point))
-    except DvcException as error:
-        raise InputError(str(error)) from None
+    with opened() as repo:
+        for rev in stale * 2:  # what was killed early leaves DVC's stash first, then its list
+            with suppress(UnresolvedExpNamesError):
+                repo.experiments.celery_queue.remove([rev])
+        for point in missing:
+            repo.experiments.run(queue=True, params=list(point))
 
 
 def wait(labels: dict[str, str]) -> None:
@@ -138,9 +134,7 @@ def wait(labels: dict[str, str]) -> None:
 
     A worker that dies is started again. Raises Interrupted once Ctrl-C has stopped the worker.
     """
-    from dvc.repo import Repo
-
-    with Repo() as repo:
+    with opened() as repo:
         tasks = repo.experiments.celery_queue
         try:
             follow(tasks, labels)
@@ -217,11 +211,6 @@ def stop_worker(tasks: Any) -> None:
         with suppress(DvcException):  # it has just ended, or not quite begun
             tasks.kill([entry.stash_rev for entry in tasks.iter_active()], force=True)
         time.sleep(0.1)
-
-
-def git(*arguments: str) -> str:
-    """What a git command prints."""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

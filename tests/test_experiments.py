@@ -13,7 +13,7 @@ import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
-from tests.kill import dvc, git, outputs, ran, run
+from tests.kill import commit, dvc, git, heal, outputs, ran, run
 from tests.project import ROOT, Project
 
 
@@ -56,6 +56,14 @@ def test_an_experiment_is_compared_renamed_branched_and_applied(finished):
     assert difference["params"]["params.yaml"] == params
     loss = difference["metrics"]["metrics/eval.json"]["loss_nats"]
     assert loss == metrics["metrics/eval.json"]["loss_nats"]
+    for name in ("higher", git(finished, "rev-parse", "--short", "HEAD")):
+        done = run(finished, "python", "-m", "stages.report", "--compare", name)
+        assert done.stdout == "Report in metrics/report-compare.html\n"
+        assert f"<h1>{name} and workspace</h1>" in finished.read(done.stdout.split()[-1]).decode()
+    for module in ("report --compare", "plots", "compare", "experiments"):
+        done = run(finished, "python", "-m", *f"stages.{module} nonsense".split())
+        assert (done.returncode, done.stdout.count("\n")) == (2, 1)
+        assert done.stdout.startswith("error: unknown Git revision 'nonsense'; `dvc exp list`")
     dvc(finished, "exp", "branch", "higher", "adopted")
     back = dvc(finished, "exp", "run", "-S", "train.lr=1e-2")  # a setting stays: put it back
     assert ran(back) == []  # not one step: the run cache has it
@@ -100,21 +108,31 @@ def test_a_queued_grid_runs_the_code_and_settings_of_its_time(finished):
     assert reason.endswith("/mine'")
 
 
-def test_the_table_of_experiments_fits_120_columns(finished):
-    for name, change in (("other", "evaluate.seed=7"), ("sliding", "evaluate.stride=16")):
-        dvc(finished, "exp", "run", "--temp", "-n", name, "-S", change)
+def test_results_and_changed_settings_of_experiments_are_read_at_80_columns(finished):
+    """Also where the text lies outside of the project, whose files DVC names by their hashes."""
+    dvc(finished, "exp", "run", "--temp", "-n", "sliding", "-S", "evaluate.stride=16")
+    outside = finished.folder.with_name("text-elsewhere")
+    dvc(finished, "exp", "run", "--queue", "-n", "moved", "-S", f"data.path={outside}")
     shutil.copy(ROOT / "Makefile", finished.folder)
-    done = run(finished, "env", "COLUMNS=120", "make", "-o", "setup", "experiments")
+    done = run(finished, "env", "COLUMNS=80", "make", "-o", "setup", "experiments")
     assert done.returncode == 0, done.stdout
-    table = done.stdout
-    assert max(map(len, table.splitlines())) <= 120
-    assert "…" not in table
-    header = table.splitlines()[1].split()
-    assert header[:4] == ["Experiment", "valid_loss", "loss_nats", "bits_per_byte"]
-    assert set(header[4:]) == {"evaluate.seed", "evaluate.stride"}
-    for name, values in (("other", ["7", "-"]), ("sliding", ["0", "16"])):
-        (row,) = [line.split() for line in table.splitlines() if f"[{name}]" in line]
-        assert set(values) <= set(row)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    results = ["loss_nats", "bits_per_byte", "valid_loss"]
+    assert lines[0].split() == ["experiment", *results, "settings", "that", "differ"]
+    (baseline, sliding, queued) = (
+        next(line.split() for line in lines if line.split()[0] == name)
+        for name in ("workspace", "sliding", "moved")
+    )
+    loss = json.loads(finished.read("metrics/eval.json"))["loss_nats"]
+    assert baseline[1] == f"{loss:.4f}"
+    assert baseline[4:] == ["data.path=text"]
+    assert float(sliding[1]) < loss
+    assert sliding[4:] == ["evaluate.stride=16"]
+    assert queued[:5] == ["moved", "(queued)", "-", "-", "-"]
+    assert queued[5].startswith("data.path=/")
+    named = run(finished, "python", "-m", "stages.experiments", "sliding").stdout
+    assert named.splitlines()[1].split() == ["sliding", *sliding[1:4]]
 
 
 @pytest.mark.parametrize("name", ["params.yaml", "presets/smoke.yaml"])
@@ -145,6 +163,9 @@ def test_a_temporary_experiment_leaves_the_workspace_alone_until_it_is_applied(f
     dvc(finished, "exp", "run", "--temp", "-n", "aside", "-S", "evaluate.seed=7")
     assert outputs(finished) == before
     assert git(finished, "status", "--porcelain") == ""
+    dvc(finished, "remote", "add", "team", "/team")
+    commit(finished)
+    after = outputs(finished)
     code = finished.folder / "lm" / "schedule.py"
     edited = code.read_text() + "\n# hours of work\n"
     code.write_text(edited)
@@ -153,6 +174,15 @@ def test_a_temporary_experiment_leaves_the_workspace_alone_until_it_is_applied(f
     assert code.read_text() != edited  # swept away without a word
     git(finished, "checkout", "refs/exps/apply/stash", "--", "lm/schedule.py")
     assert code.read_text() == edited
+    git(finished, "checkout", "HEAD", "--", "lm/schedule.py")
+    # it took back what was committed since, too
+    assert "team" not in dvc(finished, "remote", "list")
+    assert heal(finished).endswith("by: git checkout HEAD -- .dvc/config\n")
+    git(finished, "checkout", "HEAD", "--", ".")
+    dvc(finished, "checkout")
+    assert "team" in dvc(finished, "remote", "list")
+    assert git(finished, "status", "--porcelain") == heal(finished) == ""
+    assert outputs(finished) == after
 
 
 def test_without_a_commit_experiments_say_so_and_repro_works(tmp_path):

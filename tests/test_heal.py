@@ -1,8 +1,10 @@
 """stages.heal: what stops DVC is a state of files; after healing the same command works."""
 
+import copy
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -285,6 +287,84 @@ def test_a_killed_experiment_gives_back_the_branch_and_the_index(project):
     assert "max_steps: 3000" in git(project, "diff", "params.yaml")
     assert "refs/exps/exec/EXEC_BASELINE" not in git(project, "for-each-ref")
     assert heal(project) == ""
+
+
+def in_a_worktree(project):
+    other = copy.copy(project)
+    other.folder = project.folder.with_name("worktree")
+    git(project, "worktree", "add", "-q", "-b", "side", str(other.folder))
+    return other
+
+
+def in_a_subfolder(project):
+    other = copy.copy(project)
+    other.folder = project.folder.with_name("outer") / "sub"
+    shutil.copytree(project.folder, other.folder)
+    shutil.rmtree(other.folder / ".git")
+    git(other, "init", "-q", "..")
+    commit(other)
+    return other
+
+
+@pytest.mark.parametrize("place", [in_a_worktree, in_a_subfolder])
+def test_a_branch_comes_back_where_git_keeps_no_folder_in_the_project(project, place):
+    """The traces of a killed `dvc exp run`, as the test above sees them left."""
+    commit(project)
+    other = place(project)
+    branch = git(other, "symbolic-ref", "HEAD")
+    (other.folder / ".dvc/tmp").mkdir(exist_ok=True)
+    git(other, "update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD")
+    git(other, "checkout", "-q", "--detach")
+    lock = other.folder / git(other, "rev-parse", "--git-path", "index.lock")
+    lock.touch()
+    said = heal(other)
+    assert "back on branch" in said
+    assert "index.lock was left behind: removed" in said
+    assert git(other, "symbolic-ref", "HEAD") == branch
+    assert heal(other) == ""
+
+
+def test_a_project_without_git_works_and_uses_git_once_it_is_there(project):
+    (project.folder / ".git").rename(project.folder / "kept")
+    modules = ("lm.verify", "stages.plots")
+    for module in modules:
+        done = run(project, "python", "-m", module)
+        assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
+        assert "make heal" in done.stdout
+    assert "core.no_scm in .dvc/config.local: set" in heal(project)
+    assert heal(project) == ""
+    assert "up to date" in repro(project).stdout
+    for module in modules:
+        done = run(project, "python", "-m", module)
+        assert done.returncode == 0, done.stdout
+    done = run(project, "python", "-m", "stages.compare")
+    assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
+    assert "git init" in done.stdout
+    (project.folder / "kept").rename(project.folder / ".git")
+    assert "removed, git is here" in heal(project)
+    assert "no_scm" not in project.read(".dvc/config.local").decode()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to somebody else")
+def test_a_repository_that_git_does_not_trust_is_one_line(project, tmp_path, monkeypatch):
+    commit(project)
+    for variable in ("HOME", "XDG_CONFIG_HOME"):  # where it might be trusted
+        monkeypatch.setenv(variable, str(tmp_path))
+    for path in (project.folder, project.folder / ".git"):
+        os.chown(path, 12345, 12345)
+    for command in (("heal",), ("report",), ("plots", "HEAD")):
+        done = run(project, "python", "-m", f"stages.{command[0]}", *command[1:])
+        assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
+        assert f"--add safe.directory {project.folder}" in done.stdout
+
+
+def test_the_repository_of_a_git_hook_is_not_taken_for_the_projects(project, tmp_path):
+    commit(project)
+    git(project, "init", "-q", "--bare", str(tmp_path / "other"))
+    git(project, "update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD")
+    git(project, "checkout", "-q", "--detach")
+    done = run(project, "env", f"GIT_DIR={tmp_path}/other", "python", "-m", "stages.heal")
+    assert "back on branch" in done.stdout
 
 
 def test_a_head_that_somebody_detached_or_moved_stays_where_it_is(project, dead):
