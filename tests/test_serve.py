@@ -26,7 +26,7 @@ from lm.serve import main
 from lm.tokenizer import byte_tokenizer
 from tests.browser import BROWSER
 from tests.project import ROOT, SMOKE
-from tests.servers import HOST, free_port
+from tests.servers import HOST
 
 MARKUP = "<b id=x>"  # after each character comes the next one, and after the last the first
 LIKELY, SECOND, OTHER = log(0.6), log(0.3), log(0.1 / 254)
@@ -83,7 +83,7 @@ def server(folder):
         url = process.stdout.readline().split()[0]
         yield process.pid, url
         process.terminate()
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=300)
     assert (process.returncode, said) == (128 + signal.SIGTERM, "error: stopped\n")
 
 
@@ -310,9 +310,9 @@ def test_one_at_a_time_and_a_client_that_leaves_ends_its_own(complete, server, s
     assert texts == ["b "]
 
 
-def test_ctrl_c_ends_an_answer_and_then_the_server(folder, capsys):
+def test_ctrl_c_ends_an_answer_and_then_the_server(folder, capsys, port):
     """In this process, where the annotations are checked."""
-    port, events = free_port(), []
+    events = []
 
     def ask():
         while not is_open(port):
