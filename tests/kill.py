@@ -131,6 +131,9 @@ class Victim:
         )
         os.set_blocking(self.process.stdout.fileno(), False)
 
+    def __del__(self) -> None:
+        self.process.stdout.close()  # not before: what outlives the command may still speak
+
     def listen(self) -> bool:
         """Read what the pipe holds; return whether nobody can write to it any more."""
         while (data := self.process.stdout.read(PIPE_BYTES)) is not None:
