@@ -4,6 +4,7 @@ A message says where, what was expected, what was found and what to do. Everythi
 that is raised is a defect of ours and keeps its traceback.
 """
 
+import io
 import os
 import signal
 import sys
@@ -46,6 +47,7 @@ class Interrupted(Exception):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn the errors above, OS errors and Ctrl-C into one line on stderr and an exit code."""
+    _open_streams()
     try:
         yield
     except (InputError, EnvironmentFault, Diverged, Busy, Interrupted) as error:
@@ -62,6 +64,21 @@ def one_line_errors() -> Iterator[None]:
         _leave("out of memory; make the model or the batch smaller", EnvironmentFault.exit_code)
     except KeyboardInterrupt:
         _leave("interrupted", 128 + signal.SIGINT)
+
+
+def _open_streams() -> None:
+    """Open standard streams that are closed on nothing; let no character be too much for stdout.
+
+    Else a file that is opened later gets the free number, and what is meant for the stream.
+    """
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(free, True)
+    os.close(free)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - for good
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python has it for stderr
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ newer half is read again from position 0.
 import argparse
 import codecs
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -353,10 +354,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             if not holds:
                 raise InputError(f"--{name}: must be {bound}")
-        for name in ("prompt", "stop"):
-            for text in getattr(options, name):
-                _utf8(f"--{name}", text.encode(errors="surrogateescape"))
-        prompts = options.prompt + [_read_prompt(file) for file in options.prompt_file]
+        prompts, stop = (
+            [_utf8(f"--{name}", os.fsencode(text)) for text in getattr(options, name)]
+            for name in ("prompt", "stop")
+        )
+        prompts += [_read_prompt(file) for file in options.prompt_file]
         if not prompts:
             prompts = [""] if sys.stdin.isatty() else [_read_prompt(STDIN)]
         model, tokenizer = load_model(options.model, choose_device(options.device))
@@ -373,13 +375,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(prompts) == 1:
             print(prompts[0], end="", flush=True)
             for text in complete(
-                model, tokenizer, prompts[0], options.max_new_tokens, stop=options.stop, **sampling
+                model, tokenizer, prompts[0], options.max_new_tokens, stop=stop, **sampling
             ):
                 print(text, end="", flush=True)
             print()
             return
         texts = complete_many(
-            model, tokenizer, prompts, options.max_new_tokens, stop=options.stop, **sampling
+            model, tokenizer, prompts, options.max_new_tokens, stop=stop, **sampling
         )
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             print(f"==> {row} <==\n{prompt}{text}\n")

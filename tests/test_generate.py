@@ -267,6 +267,15 @@ def test_a_prompt_is_piped_in(folder, arguments, monkeypatch, capsys):
     assert capsys.readouterr().out == "wxyz\n"
 
 
+def test_any_text_is_printed_on_a_terminal_that_knows_ascii_alone(folder, monkeypatch):
+    """And a prompt is UTF-8 where Python takes the command line for ASCII."""
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    run(folder, "--prompt", "\udcc3\udca9w", "--max-new-tokens", "2", "--temperature", "0")
+    sys.stdout.flush()
+    assert printed.getvalue() == b"\\xe9wxy\n"
+
+
 def test_the_command_line_prints_prompt_and_completion(model_config, tmp_path, capsys):
     model = TransformerLM(replace(model_config, vocab_size=256))
     save_model(model, byte_tokenizer(), tmp_path)

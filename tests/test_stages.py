@@ -108,6 +108,16 @@ def test_training_tells_what_it_does_in_order(prepared):
     assert (speed["micro_batch_size"], speed["compiled"]) == (4, False)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(prepared, closed):
+    before = outputs(prepared)
+    prepared.forget_shards()
+    done = prepared.run("sh", "-c", f"exec python -m stages.tokens {closed}")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert outputs(prepared) == before
+
+
 def test_settings_are_overridden_from_the_command_line(prepared):
     result = prepared.stage("train", "train.lr=1e-3", "model.num_layers=1", "train.max_steps=3")
     assert result.returncode == 0, result.stderr
