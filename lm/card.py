@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Annotated, Any
+from unicodedata import bidirectional
 
 import vl_convert
 
@@ -151,10 +152,20 @@ def _measured(results: Results) -> list[str]:
     return [
         f"## Results\n\n{table}\n![Loss by training tokens](loss.svg)",
         f"## Samples\n\nNot chosen by anyone; the first line of each begins with the prompt.\n\n"
-        f"{results.samples}",
+        f"{aligned(results.samples)}",
         f"## Data\n\nTraining: {sides[0]}.\nHeld out: {sides[1]}.\n\n{data_table(data)}"
         f"{_corpus(results.corpus)}",
     ]
+
+
+def aligned(samples: str) -> str:
+    """Indented blocks with text that runs from right to left, in frames that let it."""
+
+    def framed(block: re.Match[str]) -> str:
+        leftwards = any(bidirectional(character) in ("R", "AL") for character in block[0])
+        return f'<div dir="auto">\n\n{block[0]}\n\n</div>' if leftwards else block[0]
+
+    return re.sub(r"^ {4}.*(?:\n+ {4}.*)*", framed, samples, flags=re.MULTILINE)
 
 
 def _corpus(corpus: list[dict[str, Any]] | None) -> str:

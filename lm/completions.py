@@ -16,7 +16,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from threading import Event, Lock
+from threading import Event, Lock, Semaphore
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -29,13 +29,14 @@ from lm.config import (
     Count,
     read_section,
 )
-from lm.errors import InputError, is_out_of_memory
+from lm.errors import EnvironmentFault, InputError, is_out_of_memory
 from lm.generate import Piece, Reason, Sampled, stream
 from lm.model import TransformerLM
 from lm.tokenizer import Tokenizer
 
 PATH = "/v1/completions"
 MAX_ROWS = 128
+MAX_SEATS = 64  # requests that have the model or wait for it
 LOOK_SECONDS = 0.2  # how often one who waits for the model is looked after
 _OFF = "is not supported"
 
@@ -137,6 +138,7 @@ class Served:
     tokenizer: Tokenizer
     stopping: Event = field(default_factory=Event)
     turn: Lock = field(default_factory=Lock)
+    seats: Semaphore = field(default_factory=lambda: Semaphore(MAX_SEATS))
 
     def card(self) -> dict[str, Any]:
         """The model as /v1/models shows it; the last two entries are ours."""
@@ -207,19 +209,24 @@ class Served:
     def my_turn(self, left: Callable[[], bool]) -> Iterator[Callable[[], None]]:
         """The model alone; gives what to call between two tokens.
 
-        Both raise Refused if the client has left or the server ends.
+        Both raise Refused if the client has left or the server ends; so it does if too many wait.
         """
 
         def check() -> None:
             if left() or self.stopping.is_set():
                 raise Refused(503, "stopped: the client left, or the server ends")
 
-        while not self.turn.acquire(timeout=LOOK_SECONDS):
-            check()
+        if not self.seats.acquire(blocking=False):
+            raise Refused(503, f"busy: {MAX_SEATS} requests wait for the model; try again later")
         try:
-            yield check
+            while not self.turn.acquire(timeout=LOOK_SECONDS):
+                check()
+            try:
+                yield check
+            finally:
+                self.turn.release()
         finally:
-            self.turn.release()
+            self.seats.release()
 
     def choices(
         self, asked: Request, prompts: Sequence[Prompt], usage: Usage, left: Callable[[], bool]
@@ -311,6 +318,17 @@ def _choice(piece: Piece, names: _Names, asked: Request) -> dict[str, Any]:
     }
 
 
+def begun(parts: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The parts, when the first is there: what fails before it still has a status of its own."""
+    first = next(parts)
+
+    def everything() -> Iterator[dict[str, Any]]:
+        yield first
+        yield from parts
+
+    return everything()
+
+
 def merged(parts: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     """The choices whose parts these are."""
     choices: dict[int, dict[str, Any]] = {}
@@ -351,6 +369,8 @@ def fault(error: Exception) -> tuple[dict[str, Any], int]:
         return refusal(400, message, param=found[1] if found else None)
     if isinstance(error, Refused):
         return refusal(error.status, message, code=error.code)
+    if isinstance(error, EnvironmentFault):
+        return refusal(503, message)
     if is_out_of_memory(error):
         return refusal(503, "out of memory; ask for fewer completions at once")
     traceback.print_exception(error)

@@ -63,6 +63,21 @@ def _norm_weight(norm: torch.nn.Module) -> Tensor | None:
     return norm.weight.detach() if isinstance(norm, RMSNorm) else None
 
 
+def memory_bytes(model: TransformerLM, n_rows: int, longest: int, dtype: torch.dtype) -> int:
+    """Bytes that a Decoder of these rows takes, and its `read` of prompts of up to `longest` ids.
+
+    The copied weights; keys and values of each layer, S places a row, and the mask over them; and
+    of each id that is read the widest that is alive at once: x, its norm and both sides of the
+    feed-forward layer. Of each row, at last, the logits and what sampling makes of them.
+    """
+    config, size = model.config, dtype.itemsize
+    places = 2 * config.num_layers * config.kv_heads * config.head_dim + 1
+    read = 4 * 3 * config.d_model + size * 2 * config.d_ff
+    logits = config.vocab_size * (size + 3 * 8)
+    a_row = config.context_length * places * size + longest * read + logits
+    return model.num_parameters() * size + n_rows * a_row
+
+
 class Decoder:
     """A model, its weights copied as `dtype`, and what it remembers of each of several rows."""
 

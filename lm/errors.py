@@ -5,6 +5,7 @@ that is raised is a defect of ours and keeps its traceback.
 """
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -49,6 +50,7 @@ class Interrupted(Exception):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn the errors above, OS errors and Ctrl-C into one line on stderr and an exit code."""
+    _open_streams()
     try:
         yield
     except (InputError, EnvironmentFault, Diverged, Busy) as error:
@@ -68,6 +70,21 @@ def one_line_errors() -> Iterator[None]:
         _leave(OUT_OF_MEMORY, EnvironmentFault.exit_code)
     except KeyboardInterrupt:
         _leave("stopped", 128 + signal.SIGINT)
+
+
+def _open_streams() -> None:
+    """Open standard streams that are closed on nothing; let no character be too much for stdout.
+
+    Else a file that is opened later gets the free number, and what is meant for the stream.
+    """
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(free, True)
+    os.close(free)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - for good
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python has it for stderr
 
 
 def is_out_of_memory(error: BaseException) -> bool:

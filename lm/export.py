@@ -119,6 +119,8 @@ def _settings_files(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str,
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": tokenizer.end_token,
+        "pad_token": tokenizer.end_token,  # behind the attention mask; on the left, to write on
+        "padding_side": "left",
         "model_max_length": settings["max_position_embeddings"],
         "split_special_tokens": True,  # the text of a special token is text, as in training
         "clean_up_tokenization_spaces": False,

@@ -9,6 +9,7 @@ newer half is read again from position 0.
 import argparse
 import codecs
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +23,15 @@ from torch import Tensor
 
 from lm import rng
 from lm.checkpoint import load_model
-from lm.decoder import Decoder
-from lm.device import Dtype, choose_device
-from lm.errors import InputError, one_line_errors
+from lm.decoder import Decoder, memory_bytes
+from lm.device import Dtype, choose_device, free_memory_bytes
+from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.model import TransformerLM
 from lm.tokenizer import Tokenizer
 
 STDIN = Path("-")
 DRAWS = 256  # random numbers that a row makes at a time
+COLD = 1e-12  # below this temperature the most probable token is sure, and logits / it overflow
 
 
 class Sampled(NamedTuple):
@@ -89,11 +91,12 @@ def generate(
     number, not on the other prompts. Temperature 0 takes the most probable token; several are of
     the rows. With `top_logprobs` a token has its log-probability, and so many of the most probable
     ids have theirs. A model with intra-document masking has to know the `end_id` of its documents.
-    Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt, EnvironmentFault if the rows do not fit into memory.
     """
     if not all(prompts):
         raise ValueError("an empty prompt; begin with the end token instead")
     device, length = next(model.parameters()).device, model.config.context_length
+    require_memory(model, len(prompts), max(map(len, prompts), default=0), dtype)
     temperatures = _per_row(temperature, len(prompts), device)
     histories = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
@@ -114,6 +117,19 @@ def generate(
             windows = [_window(histories[row], length) for row in full]
             rows = torch.tensor(full, device=device)
             logits = logits.index_copy(0, rows, decoder.read(full, windows))
+
+
+def require_memory(model: TransformerLM, n_rows: int, longest: int, dtype: Dtype) -> None:
+    """Raise EnvironmentFault if so many rows, with prompts of up to `longest` ids, do not fit."""
+    length = model.config.context_length
+    needed = memory_bytes(model, n_rows, min(longest, length), getattr(torch, dtype))
+    free = free_memory_bytes(next(model.parameters()).device)
+    if free is not None and needed > free:
+        raise EnvironmentFault(
+            f"{n_rows:,} completions at once need {needed / 1e6:,.0f} MB for what the model "
+            f"remembers of up to {length:,} tokens each; {free / 1e6:,.0f} MB are free: ask for "
+            "fewer at once"
+        )
 
 
 def _window(ids: Sequence[int], context_length: int) -> Sequence[int]:
@@ -165,7 +181,7 @@ def sample(
     if top_k is not None or top_p is not None:  # the most probable first
         k = logits.shape[1] if top_k is None else min(top_k, logits.shape[1])
         logits, order = logits.topk(k)  # (B, k)
-    hot = temperatures > 0
+    hot = temperatures > COLD
     probabilities = torch.softmax(logits.double() / temperatures.where(hot, 1.0)[:, None], dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     if top_p is not None:
@@ -325,7 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with one_line_errors():
         for holds, name, bound in (
-            (options.max_new_tokens >= 1, "max-new-tokens", ">= 1"),
+            (
+                1 <= options.max_new_tokens <= sys.maxsize,
+                "max-new-tokens",
+                f"in [1, {sys.maxsize}]",
+            ),
             (options.num_samples >= 1, "num-samples", ">= 1"),
             (all(options.stop), "stop", "a text that is not empty"),
             (0 <= options.temperature < float("inf"), "temperature", ">= 0"),
@@ -334,13 +354,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             if not holds:
                 raise InputError(f"--{name}: must be {bound}")
-        for name in ("prompt", "stop"):
-            for text in getattr(options, name):
-                _utf8(f"--{name}", text.encode(errors="surrogateescape"))
-        prompts = options.prompt + [_read_prompt(file) for file in options.prompt_file]
+        prompts, stop = (
+            [_utf8(f"--{name}", os.fsencode(text)) for text in getattr(options, name)]
+            for name in ("prompt", "stop")
+        )
+        prompts += [_read_prompt(file) for file in options.prompt_file]
         if not prompts:
             prompts = [""] if sys.stdin.isatty() else [_read_prompt(STDIN)]
         model, tokenizer = load_model(options.model, choose_device(options.device))
+        longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+        require_memory(model, len(prompts) * options.num_samples, longest, options.dtype)
         prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
         sampling = Sampling(
             temperature=options.temperature,
@@ -352,13 +375,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(prompts) == 1:
             print(prompts[0], end="", flush=True)
             for text in complete(
-                model, tokenizer, prompts[0], options.max_new_tokens, stop=options.stop, **sampling
+                model, tokenizer, prompts[0], options.max_new_tokens, stop=stop, **sampling
             ):
                 print(text, end="", flush=True)
             print()
             return
         texts = complete_many(
-            model, tokenizer, prompts, options.max_new_tokens, stop=options.stop, **sampling
+            model, tokenizer, prompts, options.max_new_tokens, stop=stop, **sampling
         )
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             print(f"==> {row} <==\n{prompt}{text}\n")

@@ -1,6 +1,7 @@
 """Results as text for people."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -77,7 +78,15 @@ def _sample(head: str, text: str) -> str:
 
 
 def _indented(text: str) -> str:
-    return "\n".join(f"    {line}".rstrip() for line in text.rstrip().split("\n"))
+    return "\n".join(f"    {line}".rstrip() for line in plain(text).rstrip().split("\n"))
+
+
+def plain(text: str) -> str:
+    """A text whose control characters are written out: of a model, they may be any.
+
+    A terminal would obey them, and Markdown ends a line at a carriage return.
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def data_table(report: Mapping[str, Any]) -> str:

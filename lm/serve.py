@@ -4,26 +4,43 @@
 
 Only programs of this machine are served: the socket is loopback's, a request by another host name
 (a page that rebinds its own) is refused, and so is a body that a page of another origin can send.
+A thread serves a request, not a connection, and only for a while: what clients hold back, requests
+half sent and answers not read, costs the others nothing.
 """
 
 import argparse
+import logging
 import os
 import secrets
 import select
 import socket
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
+from cheroot.server import HTTPConnection
 from cheroot.wsgi import Gateway_10, Server
 from flask import Flask, Response, request
 from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
 from lm.checkpoint import load_model
-from lm.completions import LOOK_SECONDS, PATH, Served, Usage, events, fault, merged, refusal
+from lm.completions import (
+    LOOK_SECONDS,
+    PATH,
+    Refused,
+    Served,
+    Usage,
+    begun,
+    events,
+    fault,
+    merged,
+    refusal,
+)
 from lm.console import say
 from lm.device import choose_device
 from lm.errors import EnvironmentFault, InputError, one_line_errors
@@ -31,10 +48,15 @@ from lm.signals import CatchSignals
 
 HOST = "127.0.0.1"
 HOST_NAMES = [HOST, "localhost"]  # by which programs of this machine call it
-SOCKET = "lm.socket"  # of the environment that WSGI hands to the application
+CONNECTION = "lm.connection"  # of the environment that WSGI hands to the application
 PAGE = Path(__file__).with_name("playground.html")
-MAX_BODY_BYTES = 1 << 20
-THREADS = 16  # one generates; the others hold those who wait, and serve the page
+MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 20, 1 << 16
+THREADS = (
+    128  # twice lm.completions.MAX_SEATS, so that half of them read requests and serve the page
+)
+MAX_CONNECTIONS = 256  # that are idle, and as many with a request that waits for a thread
+READ_SECONDS = 5  # from the first byte of a request to its last
+SECONDS = 10  # an idle connection is closed; so is that of a client that does not read its answer
 
 
 def application(served: Served) -> Flask:
@@ -67,7 +89,8 @@ def application(served: Served) -> Flask:
     def completions() -> Response | dict[str, Any]:
         asked, prompts = served.read(_json())  # a page of another origin cannot send JSON unasked
         usage, head = Usage(), served.head()
-        parts = served.choices(asked, prompts, usage, partial(has_left, request.environ[SOCKET]))
+        connection = request.environ[CONNECTION].socket
+        parts = begun(served.choices(asked, prompts, usage, partial(has_left, connection)))
         if not asked.stream:
             return head | {"choices": merged(parts), "usage": usage.total()}
         told = events(head, parts, usage if asked.wants_usage else None)
@@ -76,6 +99,8 @@ def application(served: Served) -> Flask:
     @app.errorhandler(Exception)
     def refuse(error: Exception) -> tuple[dict[str, Any], int]:
         if isinstance(error, HTTPException):
+            if error.code == 404:
+                return refusal(404, _absent(request.path), code="unknown_url")
             return refusal(error.code or 500, error.description or error.name)
         return fault(error)
 
@@ -83,6 +108,7 @@ def application(served: Served) -> Flask:
 
 
 def _json() -> Any:
+    connection: _Connection = request.environ[CONNECTION]
     try:
         return request.get_json()
     except RequestEntityTooLarge:
@@ -90,16 +116,70 @@ def _json() -> Any:
             if not request.environ["wsgi.input"].read(1 << 16):
                 break
         raise
-    except (BadRequest, RecursionError):
-        raise InputError("the body is not valid JSON, or nested too deeply") from None
+    except (BadRequest, RecursionError, ValueError, OSError):  # the last two: of chunks
+        if connection.is_late:
+            raise Refused(408, f"the request was not sent in {READ_SECONDS} s") from None
+        raise InputError("the body is not valid JSON, cut off, or nested too deeply") from None
+    finally:
+        connection.deadline.cancel()
+
+
+def _absent(path: str) -> str:
+    if path.endswith("/chat/completions"):
+        return (
+            f"there is no chat here: base models write on from a text; use {PATH} with a prompt "
+            "instead of messages"
+        )
+    return f"{path}: no such page; here are /, {PATH} and /v1/models"
 
 
 class _Gateway(Gateway_10):
-    """Tells the application the socket, to look whether the client is still there."""
+    """Tells the application the connection: until when it may be read, and whether it is left."""
 
     def respond(self) -> None:
-        self.env[SOCKET] = self.req.conn.socket
+        self.env[CONNECTION] = self.req.conn
+        if self.req.chunked_read:
+            self.req.rfile.maxlen = 2 * MAX_BODY_BYTES  # a chunk is memory before anyone looks
         super().respond()
+
+
+class _Connection(HTTPConnection):
+    """One that has to send its request in time: after that it is as if it had sent no more."""
+
+    is_late = False
+
+    def communicate(self) -> bool:
+        self.deadline = Timer(READ_SECONDS, self._end_reading)
+        self.deadline.daemon = True
+        self.deadline.start()
+        try:
+            return bool(super().communicate())
+        finally:
+            self.deadline.cancel()
+
+    def _end_reading(self) -> None:
+        self.is_late = True
+        with suppress(OSError):  # it is closed
+            self.socket.shutdown(socket.SHUT_RD)
+
+
+class _Server(Server):
+    """cheroot's, in which connections without a request hold no thread, with a shorter log."""
+
+    ConnectionClass = _Connection
+    keep_alive_conn_limit = MAX_CONNECTIONS
+    max_request_header_size = MAX_HEADER_BYTES
+
+    def process_conn(self, conn: HTTPConnection) -> None:
+        if conn.last_used is None and self.can_add_keepalive_connection:
+            self.put_conn(conn)  # new: to a thread when something comes
+        else:
+            super().process_conn(conn)
+
+    def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
+        if level >= logging.WARNING:  # below it, clients leave
+            line = " ".join(f"{msg} {sys.exc_info()[1] or ''}".split())
+            sys.stderr.write(f"warning: {line}\n")
 
 
 def has_left(connection: socket.socket) -> bool:
@@ -120,7 +200,15 @@ def serve(served: Served, port: int) -> None:
             f"{HOST}:{port}: {os.strerror(error.errno or 0)}; choose another by --port, 0 takes "
             "any free one"
         ) from None
-    server = Server((HOST, port), application(served), numthreads=THREADS)
+    server = _Server(
+        (HOST, port),
+        application(served),
+        numthreads=THREADS,
+        timeout=SECONDS,
+        request_queue_size=MAX_CONNECTIONS,
+        accepted_queue_size=MAX_CONNECTIONS,
+        accepted_queue_timeout=0,  # beyond: 503
+    )
     server.gateway = _Gateway
     with CatchSignals() as signals:
         server.prepare()

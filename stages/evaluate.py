@@ -3,7 +3,9 @@
 Where the text is of a grammar (data.source), beside its entropy too: the floor for any model.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ MODEL, TOKENS, RESULTS = Path("models/model"), Path("data/tokens"), Path("metric
 TRAIN = RESULTS / "train.json"
 CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
 SAMPLE = ("prompt", "temperature", "completion")
+TELL_SECONDS = 10  # between two lines about the samples, where they take long
 CHANCE = 0.001  # how far below the floor a model may come: rounding, and no more
 
 
@@ -104,13 +107,16 @@ def _samples(
 ) -> list[tuple[str, float, str]]:
     """Every prompt at every temperature: (prompt, temperature, completion)."""
     options = {name: getattr(config, name) for name in ("top_k", "top_p", "seed")}
-    found = []
-    for prompt in config.prompts:
-        for temperature in config.temperatures:
-            pieces = complete(
-                model, tokenizer, prompt, config.max_new_tokens, temperature=temperature, **options
-            )
-            found.append((prompt, temperature, "".join(pieces)))
+    wanted = list(product(config.prompts, config.temperatures))
+    found, told = [], time.monotonic()
+    for prompt, temperature in wanted:
+        pieces = complete(
+            model, tokenizer, prompt, config.max_new_tokens, temperature=temperature, **options
+        )
+        found.append((prompt, temperature, "".join(pieces)))
+        if time.monotonic() - told >= TELL_SECONDS:
+            told = time.monotonic()
+            say(f"{len(found):,} of {len(wanted):,} samples")
     return found
 
 

@@ -31,6 +31,8 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # the processes say themselves what is the matter
+    # the thread of torch's timer may be the last to let go of it, and cannot wait for itself
+    sys.unraisablehook = lambda _: None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # between processes of one machine: no name of it to be resolved
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")

@@ -93,6 +93,7 @@ function element(name, content = "", kind = "") {
   const made = document.createElement(name);
   made.textContent = content;
   made.className = kind;
+  if (name === "code") made.dir = "auto";
   return made;
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from lm.console import count, duration
 from lm.history import DIVERGED, ended_worse
-from lm.report import ROWS, behind_bigram
+from lm.report import ROWS, behind_bigram, plain
 from stages.experiments import flat, show
 
 HERE = Path(__file__).parent
@@ -118,8 +118,8 @@ def page(runs: list[Run], vega: str) -> str:
 
 
 def text(value: object) -> str:
-    """Any value as text that HTML shows as it is."""
-    return html.escape(str(value))
+    """Any value as text that HTML shows as it is, but for control characters."""
+    return html.escape(plain(str(value)))
 
 
 def _data(value: Any) -> str:
@@ -367,7 +367,7 @@ def held_out(runs: list[Run]) -> Section | None:
     for document in run.held_out:
         spans = "".join(map(_token, document["tokens"]))
         end = "" if document["whole"] else '<p class="note">The document goes on.</p>'
-        parts.append(f'<div class="document">{spans}</div>{end}')
+        parts.append(f'<div class="document" dir="auto">{spans}</div>{end}')
     whole = all(document["whole"] for document in run.held_out)
     what = count(len(run.held_out), "whole document")
     mean = sum(token["loss_nats"] for token in tokens) / max(1, len(tokens))
@@ -412,11 +412,13 @@ def samples(runs: list[Run]) -> Section:
         figures = "".join(
             f"<figure><figcaption>Temperature {temperature:g}"
             f"{', ' + text(runs[number].name) if len(runs) > 1 else ''}</figcaption>"
-            f'<pre tabindex="0"><b>{text(prompt)}</b>{text(completion)}</pre></figure>'
+            f'<pre dir="auto" tabindex="0"><b>{text(prompt)}</b>{text(completion)}</pre></figure>'
             for temperature, number, completion in sorted(found)
         )
         shown = text(prompt.strip() or "nothing")
-        parts.append(f'<h3>After <code>{shown}</code></h3><div class="samples">{figures}</div>')
+        parts.append(
+            f'<h3>After <code dir="auto">{shown}</code></h3><div class="samples">{figures}</div>'
+        )
     return Section("samples", "Samples", "".join(parts))
 
 

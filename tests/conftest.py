@@ -30,6 +30,7 @@ from lm.text import DataConfig
 from lm.train import TrainConfig
 from tests.kill import commit, copied, dvc, lent, outputs, versioned
 from tests.project import SMOKE, Project
+from tests.servers import reserved_port
 
 torch.set_num_threads(1)
 # the same examples every time; a busy machine is no defect
@@ -79,6 +80,13 @@ def project(tmp_path) -> Iterator[Project]:
     project = Project(tmp_path / "project")
     yield project
     project.close()
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port on which nobody listens."""
+    with reserved_port() as port:
+        yield port
 
 
 @pytest.fixture(scope="session")

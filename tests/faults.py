@@ -88,7 +88,7 @@ def watch_changes(log: int, at: int | None, number: int) -> None:
 
 def child(case: dict[str, Any], log: int) -> int:
     """Run the module as `python -m` would; its exit status."""
-    signal.alarm(60)  # nothing may hang
+    signal.alarm(300)  # nothing may hang
     os.chdir(case["folder"])
     sys.path.insert(0, case["folder"])
     os.environ.update(case.get("environment", {}))

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.project import Project
+from tests.project import PIPE_BYTES, Project
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 TARGETS = ("stage", "dvc", "group")
@@ -109,28 +110,42 @@ def heal(project: Project) -> str:
 
 
 class Victim:
-    """A command in a process group of its own, as a shell starts it."""
+    """A command in a process group of its own, as a shell starts it.
 
-    number = 0
+    Its output is a small pipe that is read when somebody waits. So what it was waited for has just
+    happened when the signal is sent: a training that logs each step cannot go far ahead.
+    """
 
     def __init__(self, project: Project, *command: str):
-        Victim.number += 1
-        self.project = project
-        log = f"{project.folder.name}.{os.getpid()}-{Victim.number}.log"
-        self.log = project.folder.with_name(log)
-        with open(self.log, "wb") as file:
-            self.process = subprocess.Popen(
-                command,
-                cwd=project.folder,
-                env=project.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.project, self.heard = project, bytearray()
+        self.process = subprocess.Popen(
+            command,
+            cwd=project.folder,
+            env=project.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            bufsize=0,
+            pipesize=PIPE_BYTES,
+        )
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def __del__(self) -> None:
+        self.process.stdout.close()  # not before: what outlives the command may still speak
+
+    def listen(self) -> bool:
+        """Read what the pipe holds; return whether nobody can write to it any more."""
+        while (data := self.process.stdout.read(PIPE_BYTES)) is not None:
+            if not data:
+                return True
+            self.heard += data
+        return False
 
     def output(self) -> str:
-        return self.log.read_text(errors="replace")
+        """What it has said by now."""
+        self.listen()
+        return self.heard.decode(errors="replace")
 
     def wait_for(self, text: str) -> None:
         """Wait until the output contains a text."""
@@ -139,31 +154,37 @@ class Victim:
     def wait_until(self, condition, timeout: float = 300) -> None:
         end = time.monotonic() + timeout
         while not condition():
-            assert self.process.poll() is None, f"ended before: {self.output()}"
+            ended = self.process.poll() is not None
+            self.listen()
+            assert condition() or not ended, f"ended before: {self.output()}"
             assert time.monotonic() < end, f"nothing came: {self.output()}"
             time.sleep(0.005)
 
-    def kill(self, target: str, number: signal.Signals) -> str | None:
-        """Send a signal; returns the stage that was running."""
-        stage, ranks = running_stage(self.project), living_ranks(self.project)
+    def kill(self, target: str, number: signal.Signals) -> None:
+        """Send a signal; what is searched for takes time, so only where it is the target."""
         if target == "group":
             os.killpg(self.process.pid, number)
-        elif target == "rank" and ranks:  # the last of the processes that train together
-            ranks[max(ranks)].send_signal(number)
-        elif target == "dvc" or stage is None:
-            os.kill(self.process.pid, number)
-        else:
+        elif target == "rank" and (ranks := living_ranks(self.project)):
+            ranks[max(ranks)].send_signal(number)  # the last of those that train together
+        elif target != "dvc" and (stage := running_stage(self.project)):
             stage.send_signal(number)
-        return None if stage is None else stage_name(stage)
+        else:
+            os.kill(self.process.pid, number)
 
     def wait(self, timeout: float = 300) -> int:
         """The exit code."""
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            raise AssertionError(f"hangs: {self.output()}") from None
+        end, silent = time.monotonic() + timeout, False
+        while self.process.poll() is None:
+            if time.monotonic() > end:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+                raise AssertionError(f"hangs: {self.output()}")
+            if silent:  # its end is near
+                time.sleep(0.005)
+            else:
+                select.select([self.process.stdout], [], [], 0.05)
+                silent = self.listen()
+        return self.process.returncode
 
 
 def living(project: Project) -> list[psutil.Process]:
@@ -177,6 +198,21 @@ def living(project: Project) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def gone(processes: list[psutil.Process], seconds: float = 30) -> bool:
+    """Whether processes end in time; what has ended and nobody reaps has ended."""
+
+    def lives(process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    end = time.monotonic() + seconds
+    while any(map(lives, processes)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(lives, processes))
 
 
 def process_name(process: psutil.Process) -> str:
@@ -222,7 +258,7 @@ def held(project: Project) -> bool:
     return False
 
 
-def survivors(project: Project, seconds: float = 5) -> list[str]:
+def survivors(project: Project, seconds: float = 30) -> list[str]:
     """The command lines of the processes that still live after some seconds; they are ended."""
     end = time.monotonic() + seconds
     while ((left := living(project)) or held(project)) and time.monotonic() < end:

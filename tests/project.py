@@ -16,6 +16,7 @@ from tests.faults import run_warm
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "presets" / "smoke.yaml"
+PIPE_BYTES = 4096  # the least there is: a training that logs each step is held after thirty
 COPIED = ("lm", "stages", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore",
           "data/tokenizers", "data/.gitignore", "models/.gitignore", "models/pretrained",
           "metrics/.gitignore")  # fmt: skip
@@ -59,7 +60,7 @@ class Project:
         return clean | {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site}
 
     def start(self, *command: str, **environment: str) -> "subprocess.Popen[str]":
-        """Start a program in the folder."""
+        """Start a program in the folder. It cannot run far ahead of who reads its output."""
         process = subprocess.Popen(
             command,
             cwd=self.folder,
@@ -67,6 +68,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            pipesize=PIPE_BYTES,
         )
         self.processes.append(process)
         return process
@@ -81,6 +83,7 @@ class Project:
 
     def train_until(self, text: str, *overrides: str, **environment: str) -> Any:
         """Start stage train and wait until it has printed a line that begins so."""
+        overrides = ("runtime.log_interval=1", *overrides)  # it waits for us within some steps
         given = [word for override in overrides for word in ("-S", override)]
         process = self.start("python", "-m", "stages.train", *given, **environment)
         wait_for(process, text)

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 
 from lm.errors import EnvironmentFault
 from lm.processes import joined
+from tests.servers import reserved_port
 
 # not a fork of the process of the tests, which has threads by now
 _FORKS = get_context("forkserver")
@@ -42,14 +42,27 @@ def outcomes(
     function: Callable[..., Any],
     *arguments: Any,
     parallel: str = "ddp",
-    timeout_s: int = 30,
-    limit_s: float = 60,
+    timeout_s: int = 60,
+    limit_s: float = 120,
 ) -> list[Any]:
     """The same, but what a rank has raised stands in its place, or None if it just ended.
 
     `timeout_s` is runtime.process_timeout_s. After `limit_s` seconds ranks are killed.
     """
-    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    with reserved_port() as port:
+        place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        return _outcomes(size, function, arguments, place, parallel, timeout_s, limit_s)
+
+
+def _outcomes(
+    size: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    place: dict[str, str],
+    parallel: str,
+    timeout_s: int,
+    limit_s: float,
+) -> list[Any]:
     ranks = []
     for rank in range(size):
         here, there = _FORKS.Pipe()
@@ -90,10 +103,3 @@ def _rank(
     except BaseException as error:
         outcome = error
     result.send_bytes(pickle.dumps(outcome))
-
-
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])

@@ -48,34 +48,34 @@ def ssh(here: Path) -> Iterator[Remote]:
     for name in ("host", "user", "stranger"):
         words = ("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", here / name)
         subprocess.run(words, check=True)
-    port = free_port()
-    (here / "config").write_text(f"""
-        ListenAddress {HOST}:{port}
-        HostKey {here / "host"}
-        AuthorizedKeysFile {here / "user.pub"}
-        PidFile none
-        UsePAM no
-        StrictModes no
-        PasswordAuthentication no
-        KbdInteractiveAuthentication no
-        PermitRootLogin prohibit-password
-        Subsystem sftp internal-sftp
-    """)
-    if os.getuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # as Debian's service does; sshd of root wants it
-    with open(here / "log", "wb") as log:
-        server = subprocess.Popen((SSHD, "-D", "-e", "-f", here / "config"), stderr=log)
-    try:
-        wait_until_open(port, server)
-        yield Remote(
-            f"ssh://{HOST}:{port}{here}/remote",
-            storage=here / "remote",
-            secrets={"user": pwd.getpwuid(os.getuid()).pw_name, "keyfile": str(here / "user")},
-            refused={"keyfile": str(here / "stranger")},
-        )
-    finally:
-        server.terminate()
-        server.wait()
+    with reserved_port() as port:
+        (here / "config").write_text(f"""
+            ListenAddress {HOST}:{port}
+            HostKey {here / "host"}
+            AuthorizedKeysFile {here / "user.pub"}
+            PidFile none
+            UsePAM no
+            StrictModes no
+            PasswordAuthentication no
+            KbdInteractiveAuthentication no
+            PermitRootLogin prohibit-password
+            Subsystem sftp internal-sftp
+        """)
+        if os.getuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # as Debian's service does
+        with open(here / "log", "wb") as log:
+            server = subprocess.Popen((SSHD, "-D", "-e", "-f", here / "config"), stderr=log)
+        try:
+            wait_until_open(port, server)
+            yield Remote(
+                f"ssh://{HOST}:{port}{here}/remote",
+                storage=here / "remote",
+                secrets={"user": pwd.getpwuid(os.getuid()).pw_name, "keyfile": str(here / "user")},
+                refused={"keyfile": str(here / "stranger")},
+            )
+        finally:
+            server.terminate()
+            server.wait()
 
 
 @contextmanager
@@ -166,14 +166,21 @@ def self_signed_certificate(file: Path) -> Path:
     return file
 
 
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as taken:
-        return taken.getsockname()[1]
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port on which nobody listens, and which nobody else is given meanwhile.
+
+    A server that sets SO_REUSEADDR, as they all do, can still listen there.
+    """
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((HOST, 0))
+        yield taken.getsockname()[1]
 
 
 def wait_until_open(port: int, server: "subprocess.Popen[bytes]") -> None:
     """Wait until a server takes connections; fails if it ends before."""
-    for _ in range(1000):
+    for _ in range(6000):
         assert server.poll() is None, f"{server.args} ended with {server.returncode}"
         with socket.socket() as client:
             if client.connect_ex((HOST, port)) == 0:

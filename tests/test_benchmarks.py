@@ -25,6 +25,7 @@ from benchmarks.worker import Worker
 from lm.functional import cross_entropy
 from lm.model import TransformerLM
 from lm.optim import AdamW, gradient_clipping
+from tests.kill import gone
 from tests.project import ROOT
 
 TINY = SHAPES["XS"]
@@ -197,7 +198,7 @@ def test_the_failure_of_one_is_a_line_and_the_rest_goes_on(tmp_path):
     names = ["nanoGPT", "ours, float32", "floor, float32"]
     few = "--rounds", "1", "--steps", "1"
     process = throughput(*few, "--contestants", *names, NANOGPT=str(tmp_path))
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert f"nanoGPT: {tmp_path}/model.py is missing; set NANOGPT" in out
     assert [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")] == [
@@ -208,11 +209,10 @@ def test_the_failure_of_one_is_a_line_and_the_rest_goes_on(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_contestant_outlives_a_benchmark_that_is_killed(number):
     process = throughput("--rounds", "1000000", "--contestants", "floor, float32")
-    watched, deadline = psutil.Process(process.pid), time.monotonic() + 60
+    watched, deadline = psutil.Process(process.pid), time.monotonic() + 300
     while not (children := watched.children()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    process.communicate(timeout=60)
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive
+    process.communicate(timeout=300)
+    assert gone(children)

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lm.card import MARK, loss_curve
+from lm.card import MARK, aligned, loss_curve
 from lm.checkpoint import load_model, save_model
 from lm.config import read_section
 from lm.errors import InputError
@@ -30,6 +30,7 @@ from lm.files import write_json
 from lm.generate import generate
 from lm.huggingface import start_from, stock_config, stock_weights
 from lm.model import TransformerLM
+from lm.report import samples
 from lm.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 from tests.kill import copied, dvc, ran
 from tests.project import ROOT, one_line
@@ -105,6 +106,17 @@ def test_ids_and_greedy_text_are_the_same(saved, tmp_path, tokenizer, kind):
     steps = generate(ours, [said[:n]], 16 - n, temperature=0, stop_id=tokenizer.end_id)
     assert said == said[:n] + [step[0].id for step in steps]
     assert len(said) > n + 2
+    both = their_tokenizer(["some", "somewhat longer"], padding=True, return_tensors="pt")
+    padded = theirs.generate(**both, max_new_tokens=2, do_sample=False)[0].tolist()
+    assert padded[padded.index(said[0]) :][: n + 2] == said[: n + 2]
+
+
+def test_samples_that_run_from_right_to_left_are_framed_and_others_left_as_they_are():
+    latin, hebrew = samples([("a", 1, "b\n\nc\r# d")]), samples([("שלום", 1, " עולם\n\nb")])
+    assert latin == "Prompt `a`, temperature 1:\n\n    ab\n\n    c\\r# d\n\n"
+    assert aligned(latin) == latin
+    framed = '<div dir="auto">\n\n    שלום עולם\n\n    b\n\n</div>\n\n'
+    assert aligned(latin + hebrew) == latin + "Prompt `שלום`, temperature 1:\n\n" + framed
 
 
 def test_the_bytes_depend_on_the_model_alone(saved, tmp_path):

@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing, rows are independent, sampling keeps what it should."""
 
 import io
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lm.checkpoint import save_model
+from lm.decoder import Decoder, memory_bytes
 from lm.generate import Completion, complete, complete_many, generate, main, sample, stream
 from lm.model import TransformerLM
 from lm.tokenizer import byte_tokenizer
@@ -265,6 +267,15 @@ def test_a_prompt_is_piped_in(folder, arguments, monkeypatch, capsys):
     assert capsys.readouterr().out == "wxyz\n"
 
 
+def test_any_text_is_printed_on_a_terminal_that_knows_ascii_alone(folder, monkeypatch):
+    """And a prompt is UTF-8 where Python takes the command line for ASCII."""
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    run(folder, "--prompt", "\udcc3\udca9w", "--max-new-tokens", "2", "--temperature", "0")
+    sys.stdout.flush()
+    assert printed.getvalue() == b"\\xe9wxy\n"
+
+
 def test_the_command_line_prints_prompt_and_completion(model_config, tmp_path, capsys):
     model = TransformerLM(replace(model_config, vocab_size=256))
     save_model(model, byte_tokenizer(), tmp_path)
@@ -276,10 +287,41 @@ def test_the_command_line_prints_prompt_and_completion(model_config, tmp_path, c
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.parametrize("count", ["100000000", "9" * 20])
+def test_more_completions_than_fit_are_refused_with_what_they_would_take(folder, capsys, count):
+    with pytest.raises(SystemExit) as left:
+        run(folder, "--prompt", "a", "--num-samples", count)
+    assert left.value.code == 3
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"error: {int(count):,} completions at once need [\d,]+ MB .*\n", said)
+    assert "MB are free: ask for fewer at once" in said
+
+
+def test_what_a_row_remembers_is_what_it_is_said_to_take(model):
+    one, three = (Decoder(model, n_rows) for n_rows in (1, 3))
+
+    def held(decoder):
+        return sum(tensor.nbytes for tensor in (*decoder.memory, decoder.mask))
+
+    config = model.config
+    logits, read = config.vocab_size * 28, 4 * 3 * config.d_model + 4 * 2 * config.d_ff
+    two_more = memory_bytes(model, 3, 5, torch.float32) - memory_bytes(model, 1, 5, torch.float32)
+    assert two_more == held(three) - held(one) + 2 * (5 * read + logits)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-13])
+def test_the_coldest_temperatures_take_the_most_probable_token(model, temperature):
+    prompts = [[3, 1, 4], [1, 5]]
+    cold = rows(generate(model, prompts, 5, temperature=[temperature, 1.0]))
+    assert cold[0] == rows(generate(model, prompts, 5, temperature=0))[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-new-tokens", "0"], "--max-new-tokens: must be >= 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: must be in [1, 9223372036854775807]"),
+        (["--max-new-tokens", "9" * 20], "--max-new-tokens: must be in [1, 9223372036854775807]"),
+        (["--max-new-tokens", "9" * 5000], "--max-new-tokens: invalid int value"),
         (["--temperature", "-1"], "--temperature: must be >= 0"),
         (["--top-k", "0"], "--top-k: must be >= 1"),
         (["--top-p", "0"], "--top-p: must be in (0, 1]"),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 import yaml
 
@@ -80,7 +81,7 @@ def test_a_torn_list_of_experiments_stops_dvc_until_it_is_healed(project):
 
 @pytest.mark.parametrize("kind", ["another program", "a zombie"])
 def test_a_claim_of_something_that_is_no_dvc_is_removed(project, kind):
-    holder = subprocess.Popen(["sleep", "60" if kind == "another program" else "0"], cwd="/")
+    holder = subprocess.Popen(["sleep", "3000" if kind == "another program" else "0"], cwd="/")
     if kind == "a zombie":
         os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it has ended, nobody reaps it
     try:
@@ -96,7 +97,7 @@ def test_a_claim_of_something_that_is_no_dvc_is_removed(project, kind):
 
 def test_a_program_that_runs_dvc_as_a_library_keeps_its_claims(project):
     """Its command line need not contain what DVC wrote down, as with `python -m`."""
-    program = [sys.executable, "-c", "import time; time.sleep(60)"]
+    program = [sys.executable, "-c", "import time; time.sleep(3000)"]
     holder = subprocess.Popen(program, cwd=project.folder)
     try:
         path = claim(project, holder.pid)
@@ -147,9 +148,9 @@ def test_hardlink_locks_of_dvc_are_neither_made_nor_taken(project):
 
 
 def test_only_the_claims_of_the_dead_are_removed(project):
-    project.set("train.max_steps", 3000)
+    project.set("train.max_steps", 99999)
     running = Victim(project, "dvc", "repro")
-    running.wait_for("step    5/3000")
+    running.wait_for("step     5/99999")
     path = project.folder / ".dvc/tmp/rwlock"
     before = path.read_bytes()
     assert heal(project) == ""
@@ -256,7 +257,9 @@ def test_an_experiment_that_runs_in_another_worktree_is_left_alone(project):
     other = project.folder.with_name("other")
     git(project, "worktree", "add", "-q", str(other))
     git(project, "update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD")
-    runner = subprocess.Popen(["bash", "-c", "exec -a dvc sleep 60"], cwd=other)
+    runner = subprocess.Popen(["bash", "-c", "exec -a dvc sleep 3000"], cwd=other)
+    while psutil.Process(runner.pid).cmdline()[0] != "dvc":  # it is still bash
+        assert runner.poll() is None
     try:
         assert heal(project) == ""
         assert "EXEC_BASELINE" in git(project, "for-each-ref")
@@ -270,9 +273,9 @@ def test_an_experiment_that_runs_in_another_worktree_is_left_alone(project):
 def test_a_killed_experiment_gives_back_the_branch_and_the_index(project):
     commit(project)
     branch, note = git(project, "symbolic-ref", "HEAD"), project.folder / "text" / "00.txt"
-    command = ("dvc", "exp", "run", "-S", "train.max_steps=3000")
+    command = ("dvc", "exp", "run", "-S", "train.max_steps=99999")
     experiment = Victim(project, *command)
-    experiment.wait_for("step    5/3000")
+    experiment.wait_for("step     5/99999")
     experiment.kill("group", 9)
     experiment.wait()
     assert survivors(project) == []
@@ -284,7 +287,7 @@ def test_a_killed_experiment_gives_back_the_branch_and_the_index(project):
     assert "index.lock" in said
     assert git(project, "symbolic-ref", "HEAD") == branch
     assert git(project, "diff", "--cached", "--name-only") == ""
-    assert "max_steps: 3000" in git(project, "diff", "params.yaml")
+    assert "max_steps: 99999" in git(project, "diff", "params.yaml")
     assert "refs/exps/exec/EXEC_BASELINE" not in git(project, "for-each-ref")
     assert heal(project) == ""
 

@@ -161,8 +161,9 @@ def truncate(file):
 
 
 def replace_file(file):
-    file.with_name("other").write_bytes(file.read_bytes()[:-2])
-    file.with_name("other").replace(file)
+    scratch = file.parents[3] / "other"  # beside the file it would be a new one, named itself
+    scratch.write_bytes(file.read_bytes()[:-2])
+    scratch.replace(file)
 
 
 def flip(file):

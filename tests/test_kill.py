@@ -186,7 +186,7 @@ def test_a_repro_killed_while_it_prepares_data_goes_on(undisturbed, tmp_path, st
 
 
 def test_a_stage_does_not_begin_when_dvc_died_while_it_was_starting(project):
-    project.set("train.max_steps", 5000)
+    project.set("train.max_steps", 99999)
     victim = Victim(project, "dvc", "repro")
     victim.wait_for("> exec python -m stages.train")
     victim.wait_until(lambda: running_stage(project) is not None)

@@ -12,7 +12,7 @@ import yaml
 
 from tests.kill import cloned, commit, copied, dvc, git, outputs, run
 from tests.project import ROOT
-from tests.servers import HOST, SERVERS, WRITABLE, free_port, http, self_signed_certificate
+from tests.servers import HOST, SERVERS, WRITABLE, http, self_signed_certificate
 from tests.test_verify import flip
 
 SHARING = (ROOT / "docs" / "SHARING.md").read_text()
@@ -239,14 +239,14 @@ def test_refused_credentials_are_named(kind, message, code, clone, tmp_path):
     ],
     ids=["folder", "ssh", "webdav", "http"],
 )
-def test_a_remote_that_is_not_there_is_named_or_looks_empty(url, message, code, clone):
-    configure(clone, url=url.replace("PORT", str(free_port())))
+def test_a_remote_that_is_not_there_is_named_or_looks_empty(url, message, code, clone, port):
+    configure(clone, url=url.replace("PORT", str(port)))
     told(dvc(clone, "pull", code=code), message)
 
 
 @pytest.mark.soak
-def test_an_s3_server_that_is_not_there_is_named_where_attempts_are_limited(clone):
-    configure(clone, url="s3://team/dvc", endpointurl=f"http://{HOST}:{free_port()}",
+def test_an_s3_server_that_is_not_there_is_named_where_attempts_are_limited(clone, port):
+    configure(clone, url="s3://team/dvc", endpointurl=f"http://{HOST}:{port}",
               access_key_id="ann", secret_access_key="any", connect_timeout=2)  # fmt: skip
     done = run(clone, "env", "AWS_MAX_ATTEMPTS=1", "dvc", "pull")
     assert done.returncode == 1

@@ -13,6 +13,8 @@ from tests.kill import run
 from tests.project import Project
 
 ATTACK = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>"
+HEBREW, LONG = "שלום עולם", "x" * 3000
+FOREIGN = f"{HEBREW} \x1b[31m{LONG}"
 PAGE = "metrics/report.html"
 
 
@@ -28,7 +30,7 @@ def made(folder):
     for file in (project.folder / "text").iterdir():
         file.write_text(f"# {file.stem}: déjà vu €🙂 {ATTACK}\nprint({file.stem!r})\n")
     project.set("tokenizer.kind", "bytes")
-    project.set("evaluate.prompts", [ATTACK, "print"])
+    project.set("evaluate.prompts", [ATTACK, "print", FOREIGN])
     project.prepare("tokenizer", "tokens", "train", "evaluate")
     report(project)
     return project
@@ -134,6 +136,17 @@ def test_nothing_of_the_text_runs_and_all_of_it_is_shown(shared):
         written = {file.read_text() for file in (shared.folder / "text").iterdir()}
         assert text in written
         assert ATTACK in page.locator(".samples pre b").first.text_content()
+
+
+@needs_browser
+def test_text_runs_its_own_way_without_control_characters_and_within_its_frame(shared):
+    with opened(shared.folder / PAGE) as page:
+        prompts = page.locator(".samples pre b")
+        assert f"{HEBREW} \\x1b[31m{LONG}" in prompts.last.text_content()
+        direction = "e => getComputedStyle(e.closest('pre')).direction"
+        assert prompts.last.evaluate(direction) == "rtl"
+        assert prompts.first.evaluate(direction) == "ltr"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
 @needs_browser

@@ -214,7 +214,9 @@ def test_two_runs_publish_one_after_the_other(settings, tmp_path):
     def publish_another():
         with publishing(unfinished):
             held.set()
+            end = time.monotonic() + 300
             while not list(unfinished.glob("*/step-00000012.json")):  # the run is at its end
+                assert time.monotonic() < end
                 time.sleep(0.01)
             time.sleep(0.5)
             seen.append((tmp_path / "models").exists())

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, suppress
 from math import log
 from threading import Thread
 from urllib.error import HTTPError
@@ -22,11 +24,11 @@ from playwright.sync_api import sync_playwright
 from lm.checkpoint import save_model
 from lm.config import load_params, read_section
 from lm.model import ModelConfig, TransformerLM
-from lm.serve import main
+from lm.serve import READ_SECONDS, main
 from lm.tokenizer import byte_tokenizer
 from tests.browser import BROWSER
 from tests.project import ROOT, SMOKE
-from tests.servers import HOST, free_port
+from tests.servers import HOST
 
 MARKUP = "<b id=x>"  # after each character comes the next one, and after the last the first
 LIKELY, SECOND, OTHER = log(0.6), log(0.3), log(0.1 / 254)
@@ -83,14 +85,14 @@ def server(folder):
         url = process.stdout.readline().split()[0]
         yield process.pid, url
         process.terminate()
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=300)
     assert (process.returncode, said) == (128 + signal.SIGTERM, "stopped\n")
 
 
 @pytest.fixture
 def client(server):
     with openai.OpenAI(
-        base_url=f"{server[1]}v1", api_key="none", timeout=10, max_retries=0
+        base_url=f"{server[1]}v1", api_key="none", timeout=100, max_retries=0
     ) as client:
         yield client
 
@@ -116,7 +118,7 @@ def post(server, body, **headers):
     headers = {"Content-Type": "application/json"} | headers
     request = Request(f"{server[1]}v1/completions", body, headers)
     try:
-        with urlopen(request, timeout=10) as answer:
+        with urlopen(request, timeout=100) as answer:
             return answer.status, json.load(answer)
     except HTTPError as error:
         with error:
@@ -289,30 +291,144 @@ def test_only_programs_of_this_machine_are_served(server):
     assert [connection.laddr.ip for connection in listening] == [HOST]
 
 
+def connected(server):
+    return socket.create_connection((HOST, int(server[1].rsplit(":")[-1].strip("/"))), timeout=60)
+
+
+def as_http(body, head=""):
+    """A request for completions, not encoded in chunks."""
+    body = json.dumps(body).encode() if isinstance(body, dict) else body
+    return (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+        f"{head or f'Content-Length: {len(body)}'}\r\n\r\n"
+    ).encode() + body
+
+
+ONE = {"model": "model", "prompt": "<", "temperature": 0, "max_tokens": 1}
+BODY = json.dumps(ONE).encode()
+CHUNKED = "Transfer-Encoding: chunked"
+
+
 @pytest.mark.parametrize("streaming", [True, False])
-def test_one_at_a_time_and_a_client_that_leaves_ends_its_own(complete, server, streaming):
-    """ENDLESS takes longer than the 10 s for which the other client waits."""
-    body = json.dumps(ENDLESS | {"stream": streaming}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((HOST, int(server[1].rsplit(":")[-1].strip("/")))) as leaving:
-        leaving.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+def test_one_at_a_time_and_a_client_that_leaves_ends_its_own(complete, client, server, streaming):
+    """ENDLESS takes longer than a client waits."""
+    with connected(server) as leaving:
+        leaving.sendall(as_http(ENDLESS | {"stream": streaming}))
         if streaming:
             assert leaving.recv(15) == b"HTTP/1.1 200 OK"
-        else:
-            time.sleep(0.3)  # it has the model then
-        texts = []
-        other = Thread(target=lambda: texts.append(complete("<", max_tokens=2).choices[0].text))
-        other.start()
-        other.join(1)
-        assert other.is_alive()
-        assert texts == []
-    other.join()
-    assert texts == ["b "]
+        impatient = client.with_options(timeout=2)
+        with suppress(openai.APITimeoutError):
+            while True:  # until the other has the model
+                impatient.completions.create(**ONE)
+    assert complete("<", max_tokens=2).choices[0].text == "b "
 
 
-def test_ctrl_c_ends_an_answer_and_then_the_server(folder, capsys):
+def test_requests_that_are_half_sent_or_drip_keep_nobody_waiting_and_end(server, complete):
+    halves = [
+        as_http(ONE)[:-3],  # of the body
+        as_http(ONE)[:80],  # of the headers
+        as_http(b"ff\r\n{", CHUNKED),
+    ]
+    late = {b"HTTP/1.1 408 ", b"HTTP/1.1 400 "}
+    with ExitStack() as stack:
+        *stalled, dripping = [stack.enter_context(connected(server)) for _ in range(40)]
+        for number, client in enumerate(stalled):
+            client.sendall(halves[number % len(halves)])
+        before = time.monotonic()
+        assert complete("<", max_tokens=2).choices[0].text == "b "
+        assert time.monotonic() - before < READ_SECONDS
+        with suppress(ConnectionError):  # a byte may cross the answer
+            for byte in as_http(ONE):
+                dripping.sendall(bytes([byte]))
+                if select.select([dripping], [], [], 0.5)[0]:
+                    break
+            assert dripping.recv(13) in late
+        assert {client.recv(13) for client in stalled} == late
+
+
+def test_connections_without_a_request_hold_nobody_up(server, complete):
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(connected(server))
+        assert complete("<", max_tokens=2).choices[0].text == "b "
+
+
+def test_of_many_requests_at_once_each_is_answered(server):
+    """200 at once: some are too many, and are told so; none is cut off."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connected(server)) for _ in range(200)]
+        for client in clients:
+            client.sendall(as_http(ONE | {"max_tokens": 20}))
+        answers = [client.recv(13) for client in clients]
+    assert set(answers) <= {b"HTTP/1.1 200 ", b"HTTP/1.1 503 "}
+    assert answers.count(b"HTTP/1.1 200 ") >= 60
+
+
+def test_a_client_that_does_not_read_gives_the_model_back(server, client):
+    body = ENDLESS | {"stream": True, "n": 64, "logprobs": 20}
+    with connected(server) as stalled:
+        stalled.sendall(as_http(body))
+        assert stalled.recv(15) == b"HTTP/1.1 200 OK"
+        patient = client.with_options(timeout=200)
+        assert patient.completions.create(**ONE).choices[0].text == "b"
+
+
+@pytest.mark.parametrize(
+    ("data", "answer"),
+    [
+        (as_http(BODY, "Content-Length: -5"), b"400 "),
+        (as_http(BODY, "Content-Length: " + "9" * 20), b"413 "),
+        (as_http(BODY, "Content-Length: much"), b"400 "),
+        (as_http(BODY, "Content-Length: 9"), b"400 "),
+        (as_http(BODY, "X-None: 1"), b"400 "),
+        (as_http(b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY), CHUNKED), b"200 "),
+        (as_http(b"zz\r\n", CHUNKED), b"400 "),
+        (as_http(b"f" * 15 + b"\r\n{", CHUNKED), b"400 "),
+        (as_http(BODY, f"Expect: 100-continue\r\nContent-Length: {len(BODY)}"), b"100 "),
+        (as_http(BODY, f"X-Long: {'x' * 100_000}\r\nContent-Length: {len(BODY)}"), b"413 "),
+        (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n", b"414 "),
+        (b"GET /\r\n\r\n", b"400 "),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n", b"400 "),
+        (b"PRI * HTTP/2.0\r\n\r\n", b"505 "),
+    ],
+    ids=lambda value: repr(value)[-40:],
+)
+def test_what_no_client_should_send_is_answered_in_a_line(server, data, answer):
+    with connected(server) as client:
+        client.sendall(data)
+        assert client.recv(13) == b"HTTP/1.1 " + answer
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_order(server):
+    with connected(server) as client:
+        client.sendall(as_http(ONE) + as_http(ONE | {"prompt": "b"}) + as_http(b"{"))
+        answers = b""
+        while b"valid JSON" not in answers:
+            answers += client.recv(1 << 16)
+    found = re.findall(rb'HTTP/1.1 (\d+)|"text":"(.)"', answers)
+    assert found == [(b"200", b""), (b"", b"b"), (b"200", b""), (b"", b" "), (b"400", b"")]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "chat/completions",
+            "there is no chat here: base models write on from a text; use /v1/com",
+        ),
+        ("embeddings", "/v1/embeddings: no such page; here are /, /v1/completions and /v1/models"),
+    ],
+)
+def test_what_is_not_served_is_told_with_what_is(client, path, message):
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.post(f"/{path}", body={"model": "model"}, cast_to=object)
+    assert message in refused.value.body["message"]
+    assert refused.value.code == "unknown_url"
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_server(folder, capsys, port):
     """In this process, where the annotations are checked."""
-    port, events = free_port(), []
+    events = []
 
     def ask():
         while not is_open(port):

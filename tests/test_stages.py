@@ -108,6 +108,16 @@ def test_training_tells_what_it_does_in_order(prepared):
     assert (speed["micro_batch_size"], speed["compiled"]) == (4, False)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(prepared, closed):
+    before = outputs(prepared)
+    prepared.forget_shards()
+    done = prepared.run("sh", "-c", f"exec python -m stages.tokens {closed}")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert outputs(prepared) == before
+
+
 def test_settings_are_overridden_from_the_command_line(prepared):
     result = prepared.stage("train", "train.lr=1e-3", "model.num_layers=1", "train.max_steps=3")
     assert result.returncode == 0, result.stderr
@@ -249,7 +259,7 @@ def test_a_change_of_runtime_goes_on(killed):
 
 
 def test_a_second_trainer_of_the_same_run_is_refused(prepared):
-    prepared.set("train.max_steps", 5000)
+    prepared.set("train.max_steps", 99999)
     first = prepared.train_until("step ")
     second = prepared.stage("train")
     assert second.returncode == 75
@@ -603,10 +613,11 @@ def catches(pid, number):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told by Linux alone")
-@pytest.mark.parametrize("batch_size", [4, 4_000], ids=["short steps", "long steps"])
+@pytest.mark.parametrize("batch_size", [4, 40_000], ids=["short steps", "long steps"])
 def test_a_trainer_does_not_outlive_its_parent(prepared, batch_size):
-    """With DVC_ROOT set, as DVC does; a step of the large batch takes far more than 5 seconds."""
+    """With DVC_ROOT set, as DVC does; a step of the large batch takes far more than 30 seconds."""
     prepared.set("train.batch_size", batch_size)
+    prepared.set("train.micro_batch_size", 4)
     prepared.set("train.max_steps", 100_000)
     parent = prepared.start(
         "sh", "-c", "python -m stages.train & echo $! && wait", DVC_ROOT=str(prepared.folder)
@@ -617,7 +628,7 @@ def test_a_trainer_does_not_outlive_its_parent(prepared, batch_size):
         assert alive(child)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(child)

@@ -13,6 +13,7 @@ import pytest
 
 from lm.errors import EnvironmentFault, InputError
 from lm.workers import number_of_workers, ordered_map
+from tests.kill import gone
 from tests.project import ROOT
 
 # of Python 3.12; the threads of this process are those of the test runner
@@ -69,9 +70,9 @@ def test_a_killed_worker_is_a_fault_of_the_environment():
 
 def test_closed_it_ends_the_work_at_once():
     before = time.monotonic()
-    with closing(ordered_map(time.sleep, [0, 60, 60, 60], 2)) as results:
+    with closing(ordered_map(time.sleep, [0, 300, 300, 300], 2)) as results:
         next(results)
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - before < 200
     assert not multiprocessing.active_children()
 
 
@@ -106,7 +107,7 @@ from lm.workers import ordered_map
 
 def sleep(number):
     os.write(1, f"{os.getpid()}\\n".encode())
-    time.sleep(60)
+    time.sleep(300)
 
 with one_line_errors():
     list(ordered_map(sleep, range(9), int(sys.argv[1])))
@@ -124,10 +125,9 @@ def test_a_signal_leaves_one_line_and_no_worker(number, everyone):
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
         workers = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
         (os.killpg if everyone else os.kill)(process.pid, number)
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=200)
     if number == signal.SIGKILL:
         assert process.returncode == -number
     else:
         assert (process.returncode, error) == (128 + number, "stopped\n")
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+    assert gone(workers)
