@@ -7,17 +7,17 @@ export LOGNAME := $(or $(LOGNAME),$(USER),$(shell id -un 2> /dev/null || id -u))
 # of a git hook: they may lead to another repository
 unexport GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_PREFIX
 
-.PHONY: setup place repro report heal experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
+.PHONY: setup _place repro report heal experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
 
 # .ready holds the folder that the programs in .venv name in their first lines
-place:
+_place:
 	@[ ! -s .venv/.ready ] || [ "$$(cat .venv/.ready)" = "$$(cd .venv && pwd -P)" ] || \
 		{ echo "error: .venv was made as $$(cat .venv/.ready); moved or copied, its programs do not start; run: rm -r .venv && make setup" >&2; exit 3; }
 
-.venv/.ready: requirements.txt constraints.txt | place
+.venv/.ready: requirements.txt constraints.txt | _place
 	@[ -x .venv/bin/python ] || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 3; }
 	@[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
