@@ -11,6 +11,7 @@ half sent and answers not read, costs the others nothing.
 import argparse
 import logging
 import os
+import resource
 import secrets
 import select
 import socket
@@ -200,6 +201,9 @@ def serve(served: Served, port: int) -> None:
             f"{HOST}:{port}: {os.strerror(error.errno or 0)}; choose another by --port, 0 takes "
             "any free one"
         ) from None
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < 4 * MAX_CONNECTIONS:  # as on macOS, where 256 are usual
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4 * MAX_CONNECTIONS, most), most))
     server = _Server(
         (HOST, port),
         application(served),

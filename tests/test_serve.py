@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from math import log
 from threading import Thread
 from urllib.error import HTTPError
@@ -22,7 +23,9 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from lm.checkpoint import save_model
+from lm.completions import Served, Usage, fault
 from lm.config import load_params, read_section
+from lm.errors import EnvironmentFault
 from lm.model import ModelConfig, TransformerLM
 from lm.serve import READ_SECONDS, main
 from lm.tokenizer import byte_tokenizer
@@ -397,6 +400,20 @@ def test_what_no_client_should_send_is_answered_in_a_line(server, data, answer):
     with connected(server) as client:
         client.sendall(data)
         assert client.recv(13) == b"HTTP/1.1 " + answer
+
+
+def test_more_than_fits_into_memory_is_refused_with_what_it_would_take(model_config):
+    config = replace(
+        model_config, vocab_size=256, context_length=1 << 30, position_embedding="none"
+    )
+    served = Served("model", 0, TransformerLM(config), byte_tokenizer())
+    asked, prompts = served.read(ONE | {"n": 128})
+    with pytest.raises(EnvironmentFault) as refused:
+        next(served.choices(asked, prompts, Usage(), lambda: False))
+    answer, status = fault(refused.value)
+    assert status == 503
+    assert answer["error"]["message"].startswith("128 completions at once need ")
+    assert not served.turn.locked()
 
 
 def test_requests_that_are_sent_ahead_are_answered_in_order(server):
