@@ -456,7 +456,8 @@ def _report_others(folder: Path, identity: dict[str, Any] | None) -> None:
 
     With the identity of a run that begins anew, say too why it does not go on with one of them.
     """
-    others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir()]
+    siblings = (path for path in folder.parent.iterdir() if path != folder)
+    others = [path for path in siblings if any(path.glob("step-*"))]
     if not others:
         return
     files = (f for path in others for f in path.rglob("*") if f.is_file())

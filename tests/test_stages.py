@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lm.config import read_section
 from lm.text import DataConfig, split_documents
@@ -479,6 +479,20 @@ def test_auto_does_not_compile_where_the_result_cannot_be_loaded(prepared, tmp_p
     assert done.returncode == 3
     assert re.match(f"error: torch.compile: {because}", one_line(done))
     assert "or set train.compile: false" in one_line(done)
+
+
+def test_a_model_whose_loss_is_not_finite_is_refused_and_nothing_is_written(prepared):
+    prepared.prepare("train")
+    file = prepared.folder / "models" / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"].fill_(3e38)
+    with safe_open(file, framework="pt") as opened:
+        save_file(weights, file, opened.metadata())
+    result = prepared.stage("evaluate")
+    assert result.returncode == 2
+    line = r"error: models/model: its loss on the validation split is (nan|inf): the weights are "
+    assert re.match(line, one_line(result))
+    assert not (prepared.folder / "metrics" / "eval.json").exists()
 
 
 def test_evaluation_reports_the_validation_split_beside_its_baselines(prepared):
