@@ -139,6 +139,12 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(prepared, command):
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "stopped\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries are mapped in other ways")
+def test_too_little_memory_for_torch_is_one_line(prepared):
+    result = prepared.run("bash", "-c", "ulimit -v 200000; exec python -m stages.train")
+    assert (result.returncode, "ulimit -v" in one_line(result)) == (3, True)
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(killed):
     project, straight = killed
     result = project.stage("train")
