@@ -305,7 +305,7 @@ def no_loading(device: torch.device) -> str | None:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             source, library = Path(place, "probe.cpp"), Path(place, "probe.so")
             source.write_text('extern "C" int probe() { return 0; }\n')
-            command = [get_cpp_compiler(), "-shared", "-fPIC", "-o", library, source]
+            command = [get_cpp_compiler(), "-shared", "-fPIC", "-o", str(library), str(source)]
             built = subprocess.run(command, capture_output=True, text=True)
             if built.returncode != 0:
                 said = built.stderr.strip().partition("\n")[0]

@@ -384,7 +384,7 @@ class Run:
         Returns the figures.
         """
         state, average, valid_loss = self.state, self.history.average_loss, self.valid_loss
-        figures = {
+        figures: dict[str, Any] = {
             "step": state.step,
             "tokens": state.step * self.config.batch_size * state.model.config.context_length,
             "parameters": state.model.num_parameters(),
