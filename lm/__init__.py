@@ -17,16 +17,21 @@ Above them stand the stages, which alone know paths and params.yaml.
 
 import os
 import pwd
+import resource
 import sys
 from types import TracebackType
 
-if sys.argv[:1] == ["-m"]:  # a command is starting: Ctrl-C while torch is imported is no fault
+if sys.argv[:1] == ["-m"]:  # a command is starting; what can happen while torch is imported
 
     def _told(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
+        limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
         if issubclass(kind, KeyboardInterrupt):
             sys.stderr.write("stopped\n")
+        elif limited and (issubclass(kind, MemoryError) or "failed to map" in str(error)):
+            sys.stderr.write("error: out of memory while torch is loaded; raise `ulimit -v`\n")
+            os._exit(3)
         else:
             sys.__excepthook__(kind, error, traceback)
 

@@ -300,18 +300,22 @@ def no_loading(device: torch.device) -> str | None:
 
     elsewhere = "set TORCHINDUCTOR_CACHE_DIR to another folder"
     try:
+        compiler = get_cpp_compiler()
+    except RuntimeError:
+        return "no C++ compiler works; mend the one that CXX names, or g++"
+    try:
         if " " in (folder := cache_dir()):
             return f"its folder must have no space ({folder}); {elsewhere}"
         with tempfile.TemporaryDirectory(dir=folder) as place:
             source, library = Path(place, "probe.cpp"), Path(place, "probe.so")
             source.write_text('extern "C" int probe() { return 0; }\n')
-            command = [get_cpp_compiler(), "-shared", "-fPIC", "-o", library, source]
+            command = [compiler, "-shared", "-fPIC", "-o", str(library), str(source)]
             built = subprocess.run(command, capture_output=True, text=True)
             if built.returncode != 0:
                 said = built.stderr.strip().partition("\n")[0]
-                return f"{command[0]} fails ({said}); mend it"
+                return f"{compiler} fails ({said}); mend it"
             ctypes.CDLL(str(library))  # not where the folder is mounted noexec
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         return (
             f"it cannot build and load a library ({str(error).partition(chr(10))[0]}); {elsewhere}"
         )

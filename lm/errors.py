@@ -95,7 +95,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         "not enough memory",
         "bad_alloc",
         "can't start new thread",
-        "failed to map segment",
     )
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

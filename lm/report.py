@@ -111,4 +111,11 @@ def data_table(report: Mapping[str, Any]) -> str:
         lines += ["", f"Left out: {', '.join(counted)}"]
     if report["replacement_characters"]:
         lines += ["", f"Replacement characters put in: {report['replacement_characters']:,}"]
+    unseen = [name for name, part in report["sources"].items() if not part["valid"]["tokens"]]
+    if unseen:
+        lines += [
+            "",
+            f"No held-out text in {', '.join(unseen)}: validation says nothing of it; raise "
+            "data.valid_fraction or add text",
+        ]
     return "\n".join(lines) + "\n"

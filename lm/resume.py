@@ -71,6 +71,11 @@ class ResumeDirectory:
             self._require_shared()
 
     def _open(self) -> None:
+        if self.folder.is_symlink():  # the folder is deleted when its run is over
+            raise InputError(
+                f"{self.folder}: a symbolic link, must be a folder; link {self.folder.parent} as a "
+                "whole, or put the folder itself there"
+            )
         self._lock = _locked(self.folder)
         for litter in (*self.folder.glob("*.tmp"), *self.folder.glob(".tmp*")):  # and safetensors'
             shutil.rmtree(litter) if litter.is_dir() else litter.unlink()

@@ -384,7 +384,7 @@ class Run:
         Returns the figures.
         """
         state, average, valid_loss = self.state, self.history.average_loss, self.valid_loss
-        figures = {
+        figures: dict[str, Any] = {
             "step": state.step,
             "tokens": state.step * self.config.batch_size * state.model.config.context_length,
             "parameters": state.model.num_parameters(),
@@ -456,7 +456,8 @@ def _report_others(folder: Path, identity: dict[str, Any] | None) -> None:
 
     With the identity of a run that begins anew, say too why it does not go on with one of them.
     """
-    others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir()]
+    siblings = (path for path in folder.parent.iterdir() if path != folder)
+    others = [path for path in siblings if any(path.glob("step-*"))]
     if not others:
         return
     files = (f for path in others for f in path.rglob("*") if f.is_file())

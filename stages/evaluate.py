@@ -3,6 +3,7 @@
 Where the text is of a grammar (data.source), beside its entropy too: the floor for any model.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
@@ -17,7 +18,7 @@ from lm.config import RuntimeConfig
 from lm.console import say
 from lm.device import choose_device, make_deterministic
 from lm.errors import InputError
-from lm.evaluate import METRICS, EvaluateConfig, calibration, evaluate, loss_by_position
+from lm.evaluate import METRICS, EvaluateConfig, Sums, calibration, evaluate, loss_by_position
 from lm.excerpt import excerpt, excerpt_json
 from lm.files import atomic_write, read_json, sha256_file, write_json
 from lm.generate import complete
@@ -60,7 +61,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     sums = evaluate(
         model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride
     )
-    metrics = {name: metric(sums) for name, metric in METRICS.items()}
+    metrics = _metrics(sums)
     if inputs.section(DataConfig, "data").source == "grammar":
         metrics |= _floor(metrics, tokens.valid, tokenizer)
     baselines = _baselines(tokens)
@@ -83,6 +84,17 @@ def evaluate_stage(inputs: Inputs) -> None:
     )
     for remark in remarks:
         say(f"warning: {remark}")
+
+
+def _metrics(sums: Sums) -> dict[str, Any]:
+    """The metrics by name. Raises InputError for a model whose loss is not finite."""
+    metrics = {name: metric(sums) for name, metric in METRICS.items()}
+    if not all(map(math.isfinite, metrics.values())):
+        raise InputError(
+            f"{MODEL}: its loss on the validation split is {metrics['loss_nats']}: the weights are "
+            "broken or too large; train it again with a lower train.lr"
+        )
+    return metrics
 
 
 def _baselines(tokens: Tokens) -> dict[str, float]:

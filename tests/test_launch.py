@@ -212,6 +212,21 @@ def test_settings_that_several_processes_cannot_share_are_refused(shared, overri
     assert said in one_line(refused)
 
 
+def test_two_processes_that_diverge_leave_the_curves_of_one(shared):
+    project, found = shared[0], []
+    for processes in (1, 2):
+        failed = project.stage(
+            "train", f"runtime.num_processes={processes}", "model.norm=none", "train.lr=2",
+            "train.weight_decay=0", "train.warmup_steps=18",
+        )  # fmt: skip
+        assert failed.returncode == 4
+        where = failed.stderr.strip().rpartition("curves up to there: ")[2]
+        rows = [line.rpartition(",")[0] for line in project.read(where).decode().splitlines()]
+        assert len(rows) > 3
+        found.append(rows)
+    assert found[0] == found[1]
+
+
 def test_torchrun_with_settings_for_one_process_is_refused(shared):
     place = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2"}
     refused = shared[0].stage("train", "train.parallel=none", **place)

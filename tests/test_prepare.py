@@ -547,6 +547,9 @@ def test_the_report_is_what_one_counts_by_hand(tmp_path):
         "| all | 4 | 16 | 20 | 25.0% | 0.80 | 6 | 2.0% |",
         "",
         "Left out: 1 duplicate",
+        "",
+        "No held-out text in a: validation says nothing of it; raise data.valid_fraction or add "
+        "text",
     ]
     assert hashlib.sha256(files["train/a-00000.bin"]).hexdigest() in files["tokens.json"].decode()
 

@@ -157,6 +157,15 @@ def not_the_same_manifest(damaged, data):
     return damaged.lower().split() != data.lower().split()
 
 
+@pytest.mark.parametrize("target", ["there", "nowhere"])
+def test_a_link_in_place_of_a_runs_folder_is_refused_by_name(tmp_path, target):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match=r"/run: a symbolic link, must be a folder; link "):
+        ResumeDirectory(tmp_path / "run", keep=2)
+    assert list((tmp_path / "there").iterdir()) == []
+
+
 def test_a_second_writer_is_refused_by_name(tmp_path):
     directory = ResumeDirectory(tmp_path / "run", keep=2)
     with pytest.raises(Busy, match=f"process {os.getpid()} is training this run"):

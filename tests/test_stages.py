@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lm.config import read_section
 from lm.text import DataConfig, split_documents
@@ -147,6 +147,12 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(prepared, command):
     (prepared.folder / "torch.py").write_text("raise KeyboardInterrupt\n")
     result = prepared.run("python", "-m", command)
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "stopped\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries are mapped in other ways")
+def test_too_little_memory_for_torch_is_one_line(prepared):
+    result = prepared.run("bash", "-c", "ulimit -v 200000; exec python -m stages.train")
+    assert (result.returncode, "ulimit -v" in one_line(result)) == (3, True)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(killed):
@@ -471,7 +477,7 @@ def test_auto_does_not_compile_where_the_result_cannot_be_loaded(prepared, tmp_p
         if prepared.run("unshare", "-m", "sh", "-c", f"{start} true").returncode != 0:
             pytest.skip("needs the right to mount")
     if where == "broken":
-        program, because = str(folder / "g++"), r".*g\+\+ "
+        program, because = str(folder / "g++"), r"no C\+\+ compiler works; mend"
         Path(program).write_text("#!/bin/sh\necho broken >&2; exit 1\n")
         Path(program).chmod(0o755)
     command = f"{start} python -m stages.train -S train.max_steps=3000000 -S train.compile="
@@ -489,6 +495,20 @@ def test_auto_does_not_compile_where_the_result_cannot_be_loaded(prepared, tmp_p
     assert done.returncode == 3
     assert re.match(f"error: torch.compile: {because}", one_line(done))
     assert "or set train.compile: false" in one_line(done)
+
+
+def test_a_model_whose_loss_is_not_finite_is_refused_and_nothing_is_written(prepared):
+    prepared.prepare("train")
+    file = prepared.folder / "models" / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"].fill_(3e38)
+    with safe_open(file, framework="pt") as opened:
+        save_file(weights, file, opened.metadata())
+    result = prepared.stage("evaluate")
+    assert result.returncode == 2
+    line = r"error: models/model: its loss on the validation split is (nan|inf): the weights are "
+    assert re.match(line, one_line(result))
+    assert not (prepared.folder / "metrics" / "eval.json").exists()
 
 
 def test_evaluation_reports_the_validation_split_beside_its_baselines(prepared):
