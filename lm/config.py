@@ -332,6 +332,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:
-        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        problem = str(error).replace(' in "<unicode string>",', "")
+        raise InputError(f"{where}: not valid YAML: {' '.join(problem.split())}") from None
     except RecursionError:
         raise InputError(f"{where}: not valid YAML: nested too deeply") from None

@@ -156,7 +156,8 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_from is not None and Path(self.init_from).name != self.init_from:
+        name = self.init_from
+        if name is not None and (name in ("", "..") or Path(name).name != name):
             raise InputError(
                 f"train.init_from = {self.init_from}: must be a folder's name in "
                 "models/pretrained/, which DVC watches; copy the folder there"
