@@ -66,13 +66,8 @@ def one_line_errors() -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether NumPy, torch on a CPU or torch on a GPU ran out of memory."""
-    texts = (
-        "out of memory",
-        "can't allocate memory",
-        "cannot allocate memory",
-        "not enough memory",
-    )
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def _leave(message: str, code: int) -> None:

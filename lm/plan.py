@@ -212,7 +212,7 @@ def told_what_it_takes(plan: Plan) -> Iterator[None]:
     """Within this context a lack of memory is told with what was planned and what to try."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:  # an OSError of a mapping
         if not is_out_of_memory(error):
             raise
         needed = _needed(plan)

@@ -82,10 +82,6 @@ class Inputs:
         for file, sha256 in self.code.items():
             if not Path(file).is_file() or sha256_file(Path(file)) != sha256:
                 raise self._changed(file)
-        self.check_settings()
-
-    def check_settings(self) -> None:
-        """Raise InputError if a section that the stage reads has changed."""
         now = load_params(PARAMS, self.arguments.overrides)
         for section in self.sections:
             if section != "runtime" and now.get(section) != self.params[section]:
