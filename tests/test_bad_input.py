@@ -132,8 +132,8 @@ def setting(key, value, line):
     return Row("params", stage or "train", [f"{key}={value}"], 2, line)
 
 
-def written(stage, line, **sections):
-    """Settings in params.yaml that a stage is told of although only a later one reads them."""
+def in_params(**sections):
+    """Write settings into params.yaml."""
 
     def write(folder):
         params = yaml.safe_load((folder / "params.yaml").read_text())
@@ -141,7 +141,12 @@ def written(stage, line, **sections):
             params[section] |= keys
         (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
-    return Row("check", stage, [write], 2, line)
+    return write
+
+
+def written(stage, line, **sections):
+    """Settings in params.yaml that a stage is told of although only a later one reads them."""
+    return Row("check", stage, [in_params(**sections)], 2, line)
 
 
 def settings(text, line):
@@ -273,7 +278,7 @@ ROWS = [
     setting("train.lr", "", "params.yaml: train.lr = '' is text, wanted a number"),
     setting("train.early_stopping", "", "params.yaml: train.early_stopping = '' is text, wanted an integer"),
     setting("data.separator", r'"\n\n"', r'-S data.separator="\n\n": a backslash in double quotes means one text to DVC and another to YAML; write the value into params.yaml'),
-    setting("train.lr", "[1", "-S train.lr=[1: not valid YAML: while parsing a flow sequence in …"),
+    setting("train.lr", "[1", "-S train.lr=[1: not valid YAML: while parsing a flow sequence …"),
     setting("train.lr", "9" * 400, f"-S train.lr={'9' * 400}: not valid YAML: line 1: {'9' * 80}... {AMBIGUOUS}"),
     setting("model.num_layers", "0", "params.yaml: model.num_layers = 0: must be >= 1"),
     setting("model.num_layers", "true", "params.yaml: model.num_layers = True is a boolean, wanted an integer"),
@@ -388,9 +393,9 @@ ROWS = [
     Row("data", "tokens", ["data.path=text/*.txt"], 2, "data.path = text/*.txt: no such file or folder; a pattern goes into data.glob"),
     Row("data", "tokens", ["data.path=/dev/zero"], 2, "data.path = /dev/zero: a pipe or a device; name a file or a folder"),
     Row("data", "tokens", [special("given", os.mkfifo), "data.path=given"], 2, "data.path = given: a pipe or a device; name a file or a folder"),
-    Row("data", "tokens", ['data.path="a\\0"'], 2, "data.path = a\\x00: no such file or folder"),
+    Row("data", "tokens", [in_params(data={"path": "a\0"})], 2, "data.path = a\\x00: no such file or folder"),
     Row("data", "tokens", ["data.path=" + "a" * 300], 3, f"{'a' * 300}: File name too long"),
-    Row("data", "tokens", ['data.glob="a\\0"'], 2, "data.path = text: no file matches data.glob = a\\x00"),
+    Row("data", "tokens", [in_params(data={"glob": "a\0"})], 2, "data.path = text: no file matches data.glob = a\\x00"),
     Row("data", "tokens", [file("given/.hidden", b"x"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*"),
     Row("data", "tokens", ["data.glob=../**/*"], 2, "data.path = text: no file matches data.glob = ../**/*"),
     Row("data", "tokens", ["data.glob=/etc/*"], 2, "data.glob = /etc/*: Non-relative patterns are unsupported"),
