@@ -108,7 +108,7 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
         known = dict(_keys(params))
         if key not in known:
             raise InputError(f"-S {override}: unknown key {key}{_suggest(key, known)}")
-        known[key][name] = parse_yaml(text, f"-S {override}")
+        known[key][name] = _override(text.strip(), f"-S {override}")
     return params
 
 
@@ -303,11 +303,36 @@ _Loader.add_constructor(
 _Loader.add_constructor("tag:yaml.org,2002:ambiguous", _Loader.refuse_ambiguous)
 
 
+def _override(text: str, where: str) -> Any:
+    """The value that -S gives, as DVC's own -S would read it where both accept it.
+
+    DVC reads Hydra's grammar, which we do not require. Alike are lists, mappings and quoted text;
+    all else is a number, true, false, null or, whatever it looks like in YAML, text. Raises
+    InputError for a backslash in double quotes: to DVC it is one, to YAML an escape.
+    """
+    if not text:
+        return ""
+    if text[0] in "[{'\"":
+        if '"' in text and re.search(r'\\(?!")', text):
+            raise InputError(
+                f"{where}: a backslash in double quotes means one text to DVC and another to YAML; "
+                "write the value into params.yaml"
+            )
+        return parse_yaml(text, where)
+    loader, here = _Loader(""), yaml.Mark(where, 0, 0, 0, "", 0)
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    try:
+        return loader.construct_object(yaml.ScalarNode(tag, text, here, here))
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not valid YAML: {error}") from None
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text, its scalars read as YAML 1.2 does. Raises InputError."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:
-        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        problem = str(error).replace(' in "<unicode string>",', "")
+        raise InputError(f"{where}: not valid YAML: {' '.join(problem.split())}") from None
     except RecursionError:
         raise InputError(f"{where}: not valid YAML: nested too deeply") from None

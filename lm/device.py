@@ -322,10 +322,11 @@ def no_loading(device: torch.device) -> str | None:
     return None
 
 
-def free_memory_bytes(device: torch.device) -> int | None:
-    """What can still be taken: of a GPU, or of RAM within the limits of the process's cgroups.
+def free_memory_bytes(device: torch.device, sharing: int = 1) -> int | None:
+    """What a process can still take: of a GPU, or of RAM, which `sharing` processes share.
 
-    None where the system does not tell.
+    RAM within the limits of its cgroups and its own (ulimit -v). None where the system does not
+    tell.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -333,7 +334,12 @@ def free_memory_bytes(device: torch.device) -> int | None:
         return None
     available = _field("/proc/meminfo", "MemAvailable")
     free = [int(available.split()[0]) * 1024] if available else []
-    return min(free + _left_in_cgroups(), default=None)
+    shares = [size // sharing for size in free + _left_in_cgroups()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        shares.append(max(0, limit - pages * os.sysconf("SC_PAGE_SIZE")))
+    return min(shares, default=None)
 
 
 def _left_in_cgroups() -> list[int]:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lm.errors import InputError
 from lm.functional import causal_attention, linear_cross_entropy, rms_norm, swiglu
 from lm.settings import ModelConfig as ModelConfig
 

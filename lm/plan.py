@@ -17,7 +17,8 @@ import importlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,21 +39,25 @@ from lm.device import (
     prepare,
     resident_memory_bytes,
 )
-from lm.errors import InputError, one_line_errors
+from lm.errors import EnvironmentFault, InputError, is_out_of_memory, one_line_errors
 from lm.files import read_json
 from lm.footprint import (
+    SURELY,
+    batch_bytes,
     communication,
     flops_per_token,
     parameters,
     peak_memory,
-    share_of_batch,
+    require_memory,
 )
 from lm.model import ModelConfig, TransformerLM
 from lm.processes import ALONE, Processes
+from lm.settings import divisors, share_of_batch
 from lm.tokenizer import byte_tokenizer
 from lm.tokens import Split
 from lm.train import Record, TrainConfig, TrainState, new_state, train
 
+LOWER = "model.d_model, model.d_ff, model.context_length or tokenizer.vocab_size"
 MARGIN = 0.9  # of the free memory may be planned with
 RATES = {"cpu": 50e9, "cuda": 1e14}  # nominal FLOP/s: of one thread, of a device
 NATIVE_RATE = 120e9  # of one thread of a CPU that multiplies in bfloat16
@@ -120,12 +125,10 @@ def largest_micro_batch(
         return config.micro_batch_size
     if free_bytes is None:
         return share
-    for windows in range(share, 1, -1):
-        if share % windows == 0:
-            memory = peak_memory(model, config, device, windows, 0, num_processes)
-            needed = sum(memory.values())
-            if needed <= MARGIN * free_bytes:
-                return windows
+    for windows in reversed(divisors(share)):
+        needed = sum(peak_memory(model, config, device, windows, 0, num_processes).values())
+        if needed <= MARGIN * free_bytes:
+            return windows
     return 1
 
 
@@ -180,10 +183,87 @@ def make_plan(
 
 def _free_for_one(device: torch.device, num_processes: int) -> int | None:
     """The free memory of a device; on a CPU its share of one of the processes of this machine."""
-    free = free_memory_bytes(device)
-    if free is None or device.type != "cpu":
-        return free
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))  # torchrun sets it
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))  # torchrun sets it
+    return free_memory_bytes(device, here)
+
+
+def require_room(plan: Plan) -> None:
+    """Raise EnvironmentFault with what fits if the training surely needs more memory than is free.
+
+    Before the model is made: making one of a million layers takes long before it fails.
+    """
+    free, needed = _free_for_one(plan.device, plan.num_processes), _needed(plan)
+    if free is not None and needed > SURELY * free:  # what fits takes a moment
+        fits = _smaller(plan, free)
+        remedy = f"{fits} would fit" if fits else f"not even one layer would fit: lower {LOWER}"
+        require_memory(_takes(plan), needed, free, remedy)
+
+
+def require_room_for_processes(num_processes: int) -> None:
+    """Raise EnvironmentFault if so many processes surely do not fit, before one is started."""
+    require_memory(
+        f"runtime.num_processes = {num_processes}: without a model each takes as much as this one, "
+        f"together",
+        float(num_processes * resident_memory_bytes()),
+        free_memory_bytes(torch.device("cpu")),
+        "use fewer",
+    )
+
+
+@contextmanager
+def told_what_it_takes(plan: Plan) -> Iterator[None]:
+    """Within this context a lack of memory is told with what was planned and what to try."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:  # an OSError of a mapping
+        if not is_out_of_memory(error):
+            raise
+        needed = _needed(plan)
+        smaller = _smaller(plan, 0.75 * needed)
+        raise EnvironmentFault(
+            f"out of memory: {_takes(plan)} about {needed / 1e6:,.0f} MB; "
+            + (f"try {smaller}" if smaller else f"lower {LOWER}")
+        ) from None
+
+
+def _takes(plan: Plan) -> str:
+    """What is trained, for a line on its memory."""
+    at_once = f"{plan.windows:,} window{'s' * (plan.windows > 1)} at a time"
+    return f"training {sum(parameters(plan.model).values()):,} parameters with {at_once} takes"
+
+
+def _needed(plan: Plan) -> float:
+    """Bytes of one process beside what it holds before there is a model."""
+    held = sum(dataclasses.replace(plan, base_bytes=0).memory.values())
+    return held + batch_bytes(plan.model, plan.config, plan.share)
+
+
+def _smaller(plan: Plan, free: float) -> str | None:
+    """The first change of settings with which the plan fits into so many bytes, in words."""
+    share, layers, one = plan.share, plan.model.num_layers, {"micro_batch_size": 1}
+    changes: list[tuple[dict[str, Any], int]] = [
+        *(({"micro_batch_size": n}, layers) for n in reversed(divisors(share)) if n < plan.windows),
+        (one | {"gradient_checkpointing": True}, layers),
+        *((one | {"batch_size": n * plan.num_processes}, layers) for n in _halves(share)),
+        *((one, n) for n in _halves(layers)),
+    ]
+    for change, num_layers in changes:
+        model = dataclasses.replace(plan.model, num_layers=num_layers)
+        with suppress(InputError):  # a tree's leaves cannot be cut anyhow
+            config = dataclasses.replace(plan.config, **change)
+            windows = config.windows_at_once
+            other = dataclasses.replace(plan, model=model, config=config, windows=windows)
+            if _needed(other) <= MARGIN * free:
+                words = [f"train.{name}: {str(value).lower()}" for name, value in change.items()]
+                return ", ".join(
+                    [*words, *[f"model.num_layers: {num_layers}"] * (num_layers < layers)]
+                )
+    return None
+
+
+def _halves(number: int) -> list[int]:
+    """Half of a number, a quarter, ... to 1."""
+    return [number >> n for n in range(1, number.bit_length())]
 
 
 def tell(plan: Plan, asked: TrainConfig) -> None:
@@ -288,8 +368,9 @@ def calibrate(plan: Plan) -> float | None:
         schedule="constant",
         on_nonfinite="skip",
     )
-    windows, free = min(plan.windows, measured), free_memory_bytes(plan.device)
+    windows, free = min(plan.windows, measured), _free_for_one(plan.device, 1)
     needed = sum(peak_memory(plan.model, config, plan.device, windows, 0).values())
+    needed = max(needed, _needed(plan))
     if share_s / plan.share > LONGEST_WINDOW_S or (free is not None and needed > free):
         return None
     ids = np.random.default_rng(0).integers(plan.model.vocab_size, size=1 << 16, dtype=np.uint32)
@@ -404,6 +485,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"Device: {describe(device)}")
         plan = make_plan(model, config, device, runtime.num_processes)
         tell(plan, config)
+        try:
+            require_room(plan)
+        except EnvironmentFault as fault:
+            say(f"Plan: not on this machine: {fault}")
         bandwidth = options.bandwidth and options.bandwidth * 1e9
         say(f"\n{table(plan, calibrate(plan), options.price, bandwidth)}")
 

@@ -25,6 +25,7 @@ from lm.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampling = Literal["random", "epochs", "documents"]
+SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")  # to be read
 THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
 
 
@@ -55,12 +56,12 @@ class ModelConfig:
         if self.d_model % self.num_heads:
             raise InputError(
                 f"model.d_model = {self.d_model} is not divisible by "
-                f"model.num_heads = {self.num_heads}; use {_divisors(self.d_model)}"
+                f"model.num_heads = {self.num_heads}; use {_in_words(divisors(self.d_model))}"
             )
         if self.num_heads % self.kv_heads:
             raise InputError(
                 f"model.num_heads = {self.num_heads} is not a multiple of "
-                f"model.num_kv_heads = {self.kv_heads}; use {_divisors(self.num_heads)}"
+                f"model.num_kv_heads = {self.kv_heads}; use {_in_words(divisors(self.num_heads))}"
             )
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise InputError(
@@ -79,10 +80,13 @@ class ModelConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
-def _divisors(number: int) -> str:
-    """The divisors of a number in words; of many the first."""
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, the smallest first."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    found = sorted({*small, *(number // d for d in small)})
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _in_words(found: list[int]) -> str:
     return ", ".join(map(str, found[:24])) + ", ..." * (len(found) > 24)
 
 
@@ -152,7 +156,8 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_from is not None and Path(self.init_from).name != self.init_from:
+        name = self.init_from
+        if name is not None and (name in ("", "..") or Path(name).name != name):
             raise InputError(
                 f"train.init_from = {self.init_from}: must be a folder's name in "
                 "models/pretrained/, which DVC watches; copy the folder there"
@@ -221,7 +226,7 @@ class EvaluateConfig:
     batch_size: Count  # windows at a time; changes memory and speed alone
     stride: Count | None  # tokens a window advances; null: context_length, no overlap
     prompts: Annotated[list[str], NOT_EMPTY]  # of the samples
-    max_new_tokens: Count
+    max_new_tokens: Annotated[int, SAMPLE_TOKENS]  # of a sample
     temperatures: Annotated[list[Annotated[float, NOT_NEGATIVE]], NOT_EMPTY]  # the first: summary
     top_k: Count | None
     top_p: Annotated[float, ABOVE_ZERO_UP_TO_ONE] | None

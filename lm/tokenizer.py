@@ -71,7 +71,9 @@ class TokenizerConfig:
             )
         if self.kind in ("file", "tiktoken") and self.source is None:
             raise InputError(f"tokenizer.source = null: tokenizer.kind = {self.kind} needs a name")
-        if self.kind == "file" and Path(str(self.source)).name != self.source:
+        if self.kind == "file" and (
+            Path(str(self.source)).name != self.source or self.source in ("", "..")
+        ):
             raise InputError(
                 f"tokenizer.source = {self.source}: must be a file's name in data/tokenizers/, "
                 "which DVC watches; copy the file there"

@@ -5,12 +5,13 @@ packages: the source code of data.packages, one .jsonl file each; grammar: stori
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm.console import count, say
-from lm.errors import InputError
+from lm.console import ByteProgress, count, say
+from lm.errors import EnvironmentFault, InputError
 from lm.files import atomic_write, read_json, write_json
 from lm.grammar import STORIES, stories
 from lm.packages import python_sources
@@ -56,6 +57,11 @@ def _write_package(requirement: str) -> dict[str, Any]:
 
 def _write_stories(size_bytes: int) -> dict[str, Any]:
     """Write the stories one by one; returns their entry, with the entropy of endless stories."""
+    free = shutil.disk_usage(RAW.parent).free
+    if size_bytes > free:
+        raise EnvironmentFault(
+            f"data.grammar_bytes = {size_bytes}: {free:,} bytes are free on the disk; lower it"
+        )
     sha256, documents, n_bytes = hashlib.sha256(), 0, 0
 
     def lines() -> Iterator[bytes]:
@@ -64,9 +70,12 @@ def _write_stories(size_bytes: int) -> dict[str, Any]:
             documents, n_bytes = documents + 1, n_bytes + len(text.encode())
             line = json.dumps({"text": text}).encode() + b"\n"
             sha256.update(line)
+            progress.show(len(text.encode()))
             yield line
 
+    progress = ByteProgress("Stories", size_bytes)
     atomic_write(RAW / STORIES_FILE, lines())
+    progress.close()
     floor = round(STORIES.bits_per_byte(), 6)  # the last digits are the linear algebra library's
     say(f"grammar: {documents:,} stories, {n_bytes:,} bytes, entropy {floor:.4f} bits per byte")
     return {

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lm.baselines import Bigram, uniform_loss_nats
 from lm.checkpoint import load_model, read_provenance
 from lm.config import RuntimeConfig
 from lm.console import say
-from lm.device import choose_device, make_deterministic
+from lm.device import choose_device, free_memory_bytes, make_deterministic
 from lm.errors import InputError
 from lm.evaluate import METRICS, EvaluateConfig, Sums, calibration, evaluate, loss_by_position
 from lm.excerpt import excerpt, excerpt_json
 from lm.files import atomic_write, read_json, sha256_file, write_json
+from lm.footprint import require_memory, validation_logits
 from lm.generate import complete
 from lm.grammar import STORIES
 from lm.history import ended_worse
@@ -58,6 +60,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     remove_finished(run_folder(UNFINISHED, provenance))  # by now DVC has recorded what it made
     make_deterministic(device, provenance["train"].get("num_threads"))
     tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"))
+    require_logits_fit(config, model, tokens.valid, device)
     sums = evaluate(
         model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride
     )
@@ -112,6 +115,20 @@ def _remarks(
     if TRAIN.is_file():  # a model may come without
         found.append(ended_worse(read_json(TRAIN), provenance["train"].get("early_stopping")))
     return [remark for remark in found if remark]
+
+
+def require_logits_fit(
+    config: EvaluateConfig, model: TransformerLM, valid: Split, device: torch.device
+) -> None:
+    """Raise EnvironmentFault before a batch of windows is computed that surely does not fit."""
+    stride = config.stride or model.config.context_length
+    windows = min(config.batch_size, -(-len(valid.tokens) // stride))
+    require_memory(
+        f"evaluate.batch_size = {config.batch_size}: the logits of {windows:,} windows take",
+        validation_logits(model.config, "float32", windows),
+        free_memory_bytes(device),
+        "lower it, which changes no result",
+    )
 
 
 def _samples(

@@ -158,7 +158,8 @@ def _check_all(params: Params, stage: str) -> None:
     """
     if "RANK" in os.environ:  # who launched this process has checked
         return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    get = multiprocessing.get_context
+    context = get("fork") if sys.platform == "linux" else get("spawn")  # see lm.workers
     process = context.Process(target=_check, args=(params, stage))
     process.start()
     process.join()

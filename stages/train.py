@@ -14,7 +14,15 @@ from lm.evaluate import evaluate, loss_nats
 from lm.files import sha256_file
 from lm.huggingface import start_from
 from lm.model import ModelConfig, TransformerLM
-from lm.plan import Forecast, Plan, begin, make_plan
+from lm.plan import (
+    Forecast,
+    Plan,
+    begin,
+    make_plan,
+    require_room,
+    require_room_for_processes,
+    told_what_it_takes,
+)
 from lm.processes import Processes, joined
 from lm.run import Run, due
 from lm.settings import share_of_batch
@@ -37,6 +45,7 @@ def train_stage(inputs: Inputs) -> None:
     runtime = inputs.section(RuntimeConfig, "runtime")
     if runtime.num_processes > 1 and not launched():
         share_of_batch(asked, runtime.num_processes)
+        require_room_for_processes(runtime.num_processes)
         launch("stages.train", runtime.num_processes, runtime.process_timeout_s)
         return
     device = choose_device(runtime.device)
@@ -58,10 +67,12 @@ def train_stage(inputs: Inputs) -> None:
         }
         processes.require_same(told | made_of)
         initialise = partial(_initialise, asked, tokenizer, processes)
-        state = begin(plan, asked, processes, initialise)
+        with told_what_it_takes(plan):
+            state = begin(plan, asked, processes, initialise)
         resume_from = inputs.arguments.resume_from
         live = METRICS if "DVC_ROOT" in os.environ else None
-        with Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live) as this_run:
+        run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
+        with told_what_it_takes(plan), run_ as this_run:
             _train(inputs, this_run, tokens, Forecast(plan, state.step))
             this_run.publish(tokenizer, MODELS, METRICS)
 
@@ -79,7 +90,9 @@ def _read(
     for split in (tokens.train, tokens.valid):
         split.require(model_config.context_length)
     say(f"Loaded dataset with {len(tokens.train.tokens):,} tokens")
-    return make_plan(model_config, asked, device, processes.size), tokens, tokenizer
+    plan = make_plan(model_config, asked, device, processes.size)
+    require_room(plan)
+    return plan, tokens, tokenizer
 
 
 def _initialise(

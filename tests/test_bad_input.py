@@ -132,8 +132,8 @@ def setting(key, value, line):
     return Row("params", stage or "train", [f"{key}={value}"], 2, line)
 
 
-def written(stage, line, **sections):
-    """Settings in params.yaml that a stage is told of although only a later one reads them."""
+def in_params(**sections):
+    """Write settings into params.yaml."""
 
     def write(folder):
         params = yaml.safe_load((folder / "params.yaml").read_text())
@@ -141,7 +141,12 @@ def written(stage, line, **sections):
             params[section] |= keys
         (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
-    return Row("check", stage, [write], 2, line)
+    return write
+
+
+def written(stage, line, **sections):
+    """Settings in params.yaml that a stage is told of although only a later one reads them."""
+    return Row("check", stage, [in_params(**sections)], 2, line)
 
 
 def settings(text, line):
@@ -269,8 +274,11 @@ ROWS = [
     setting("train.lr", ".nan", "params.yaml: train.lr = nan: must be finite"),
     setting("train.lr", ".inf", "params.yaml: train.lr = inf: must be finite"),
     setting("train.lr", "1e999", "params.yaml: train.lr = inf: must be finite"),
-    setting("train.lr", "", "params.yaml: train.lr = null, wanted a number"),
-    setting("train.lr", "[1", "-S train.lr=[1: not valid YAML: while parsing a flow sequence in …"),
+    setting("train.lr", "null", "params.yaml: train.lr = null, wanted a number"),
+    setting("train.lr", "", "params.yaml: train.lr = '' is text, wanted a number"),
+    setting("train.early_stopping", "", "params.yaml: train.early_stopping = '' is text, wanted an integer"),
+    setting("data.separator", r'"\n\n"', r'-S data.separator="\n\n": a backslash in double quotes means one text to DVC and another to YAML; write the value into params.yaml'),
+    setting("train.lr", "[1", "-S train.lr=[1: not valid YAML: while parsing a flow sequence …"),
     setting("train.lr", "9" * 400, f"-S train.lr={'9' * 400}: not valid YAML: line 1: {'9' * 80}... {AMBIGUOUS}"),
     setting("model.num_layers", "0", "params.yaml: model.num_layers = 0: must be >= 1"),
     setting("model.num_layers", "true", "params.yaml: model.num_layers = True is a boolean, wanted an integer"),
@@ -280,6 +288,13 @@ ROWS = [
     setting("model.num_layers", "[1]", "params.yaml: model.num_layers = [1] is a list, wanted an integer"),
     setting("model.num_layers", "{a: 1}", "params.yaml: model.num_layers = {'a': 1} is a dict, wanted an integer"),
     setting("model.d_ff", str(10**30), f"params.yaml: model.d_ff = {10**30}: must be < 2**31"),
+    Row("params", "train", ["model.d_model=2147483646", "model.num_heads=5"], 2, "params.yaml: model.d_model = 2147483646 is not divisible by model.num_heads = 5; use 1, 2, 3, …, ..."),
+    *(Row("params", "train", [f"{key}=2000000000"], 3, f"training … MB of memory, … MB are free; {remedy}") for key, remedy in (
+        ("train.batch_size", "train.micro_batch_size: 1, train.batch_size: … would fit"),
+        ("model.num_layers", "train.micro_batch_size: 1, model.num_layers: … would fit"),
+        ("model.d_model", "not even one layer would fit: lower model.d_model, model.d_ff, model.context_length or tokenizer.vocab_size"),
+    )),
+    setting("evaluate.max_new_tokens", "2000000000", "params.yaml: evaluate.max_new_tokens = 2000000000: must be in [1, 65536]"),
     setting("model.num_heads", "3", "params.yaml: model.d_model = 32 is not divisible by model.num_heads = 3; use 1, 2, 4, 8, 16, 32"),
     setting("model.num_kv_heads", "3", "params.yaml: model.num_heads = 2 is not a multiple of model.num_kv_heads = 3; use 1, 2"),
     setting("model.num_heads", "32", "params.yaml: … need an even head dimension…"),
@@ -287,7 +302,7 @@ ROWS = [
     setting("model.dropout", "-0.1", "params.yaml: model.dropout = -0.1: must be in [0, 1)"),
     setting("model.norm", "layernorm", "params.yaml: model.norm = layernorm: must be one of rmsnorm, none"),
     setting("model.norm", "a" * 1000, f"params.yaml: model.norm = {'a' * 80}...: must be one of rmsnorm, none"),
-    setting("model.norm", '"a\\nb\\e[31m"', "params.yaml: model.norm = a\\nb\\x1b[31m: must be one of rmsnorm, none"),
+    written("train", "params.yaml: model.norm = a\\nb\\x1b[31m: must be one of rmsnorm, none", model={"norm": "a\nb\x1b[31m"}),
     setting("model.qk_norm", "1", "params.yaml: model.qk_norm = 1 is a number, wanted true or false"),
     setting("model.context_length", "100000", "train split has 13578 tokens, needs at least 100001; lower model.context_length or add text"),
     setting("model.context_length", "5000", "valid split has 4025 tokens, needs at least 5001; lower model.context_length or add text"),
@@ -321,6 +336,11 @@ ROWS = [
     setting("train", "1", "-S train=1: expected section.key=value, as in -S train.lr=1e-3"),
     setting("model.vocab_size", "7", "-S model.vocab_size=7: unknown key model.vocab_size…"),
     setting("train.init_from", "../model", "params.yaml: train.init_from = ../model: must be a folder's name in models/pretrained/, which DVC watches; copy the folder there"),
+    *(setting("train.init_from", name, f"params.yaml: train.init_from = {name.strip(chr(39))}: must be a folder's name in models/pretrained/, which DVC watches; copy the folder there") for name in ("..", ".", "''")),
+    Row("params", "tokenizer", ["tokenizer.kind=file", "tokenizer.source=.."], 2,
+        "params.yaml: tokenizer.source = ..: must be a file's name in data/tokenizers/, which DVC watches; copy the file there"),
+    settings(b"\xef\xbb\xbfdata:\r\n\tpath: a\r\n", "not valid YAML: while scanning for the next token found character '\\t' that cannot start any token line 2, column 1: path: a ^"),
+    written("train", f"params.yaml: train.max_steps = {'1' * 20}: must be < 2**31", train={"max_steps": int("1" * 20)}),
     setting("train.init_from", "mine", "models/pretrained/mine: no such folder; copy the model's there (train.init_from names it)"),
     *(written(stage, "params.yaml: train.lr = 'fast' is text, wanted a number", train={"lr": "fast"}) for stage in ("corpus", "tokenizer", "tokens")),
     *(written(stage, "params.yaml: evaluate.temperatures[0] = -1.0: must be >= 0", evaluate={"temperatures": [-1]}) for stage in ("corpus", "tokens", "train")),
@@ -373,9 +393,9 @@ ROWS = [
     Row("data", "tokens", ["data.path=text/*.txt"], 2, "data.path = text/*.txt: no such file or folder; a pattern goes into data.glob"),
     Row("data", "tokens", ["data.path=/dev/zero"], 2, "data.path = /dev/zero: a pipe or a device; name a file or a folder"),
     Row("data", "tokens", [special("given", os.mkfifo), "data.path=given"], 2, "data.path = given: a pipe or a device; name a file or a folder"),
-    Row("data", "tokens", ['data.path="a\\0"'], 2, "data.path = a\\x00: no such file or folder"),
+    Row("data", "tokens", [in_params(data={"path": "a\0"})], 2, "data.path = a\\x00: no such file or folder"),
     Row("data", "tokens", ["data.path=" + "a" * 300], 3, f"{'a' * 300}: File name too long"),
-    Row("data", "tokens", ['data.glob="a\\0"'], 2, "data.path = text: no file matches data.glob = a\\x00"),
+    Row("data", "tokens", [in_params(data={"glob": "a\0"})], 2, "data.path = text: no file matches data.glob = a\\x00"),
     Row("data", "tokens", [file("given/.hidden", b"x"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*"),
     Row("data", "tokens", ["data.glob=../**/*"], 2, "data.path = text: no file matches data.glob = ../**/*"),
     Row("data", "tokens", ["data.glob=/etc/*"], 2, "data.glob = /etc/*: Non-relative patterns are unsupported"),

@@ -162,6 +162,23 @@ def test_what_a_hand_writes_is_read_as_dvc_means_it_or_refused(text):
     assert repr(got) == repr(meant)
 
 
+ALIKE = [  # what both read, whatever it looks like in YAML
+    '"<|endoftext|>"', "'a b'", "a b", "", "1e-3", "1E3", ".5", "+3", "-1", "null", "Null", "True",
+    "yes", "None", "[]", "[a,'1']", "[a, 2, null]", "['a,b']", "{}", "{web: {path: a}}", r"\n\n",
+    r"'\n'", '"a: b"', "a: b", "- a", "|", "*", "**/*.py", "%x", "@x", "?", "a:b", "../x", "a/b.c",
+    r'"a\"b"', " 3 ", "$x", "1" * 20,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ALIKE)
+def test_an_override_means_the_same_to_dvc_and_to_a_stage(tmp_path, text):
+    file = tmp_path / "params.yaml"
+    file.write_text("train:\n  lr: 1.0e-5\n")
+    ours = load_params(file, [f"train.lr={text}"])
+    apply_overrides(file, [f"train.lr={text}"])
+    assert repr(ours) == repr(load_params(file))
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("2e-5", 2e-5), ("1e3", 1e3), ("7", 7), ("true", True), ("null", None), ("yes", "yes"),

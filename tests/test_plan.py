@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import os
 import platform
+import resource
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
@@ -18,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scale
 from lm import plan as planning
+from lm.config import read_section
 from lm.device import autocast, free_memory_bytes
 from lm.errors import EnvironmentFault, InputError
 from lm.footprint import (
@@ -29,12 +34,24 @@ from lm.footprint import (
 )
 from lm.model import TransformerLM
 from lm.parallel import Replicated, Sharded
-from lm.plan import Plan, calibrate, compiling, largest_micro_batch, make_plan, table
+from lm.plan import (
+    Plan,
+    calibrate,
+    compiling,
+    largest_micro_batch,
+    make_plan,
+    require_room,
+    require_room_for_processes,
+    table,
+    told_what_it_takes,
+)
 from lm.processes import Processes
 from lm.resume import run_folder
-from lm.settings import share_of_batch
+from lm.settings import EvaluateConfig, share_of_batch
 from lm.shares import local
+from lm.tokens import Split
 from lm.train import new_state, train
+from stages.evaluate import require_logits_fit
 from tests import test_run
 from tests.project import ROOT
 from tests.test_train import SPLIT, run, weights
@@ -519,10 +536,12 @@ def test_a_process_plans_with_its_share_of_batch_and_memory(
     model_config = replace(model_config, context_length=4096)
     config = replace(train_config, batch_size=24, parallel="ddp", compile=False)
     needed = sum(peak_memory(model_config, config, CPU, 6, 0, 4).values())
-    monkeypatch.setattr(planning, "free_memory_bytes", lambda device: round(4 * needed / 0.9) + 4)
+    monkeypatch.setattr(
+        planning, "free_memory_bytes", lambda device, n=1: round(4 * needed / 0.9 + 4) // n
+    )
     plan = make_plan(model_config, config, CPU, 4)
     assert (plan.share, plan.windows) == (6, 6)
-    monkeypatch.setattr(planning, "free_memory_bytes", lambda device: round(4 * needed))
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda device, n=1: round(4 * needed) // n)
     assert make_plan(model_config, config, CPU, 4).windows == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the two others are on another machine
     assert make_plan(model_config, config, CPU, 4).windows == 6
@@ -543,11 +562,58 @@ def test_processes_divide_the_time_and_a_network_may_take_it_back(model_config, 
 
 def test_a_step_too_large_for_this_machine_is_not_tried(model_config, train_config, monkeypatch):
     plan = Plan(model_config, train_config, CPU, 1, 0)
-    monkeypatch.setattr(planning, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda device, n=1: 1000)
     assert calibrate(plan) is None
     monkeypatch.undo()
     monkeypatch.setattr(planning, "LONGEST_WINDOW_S", 0.0)
     assert calibrate(plan) is None
+
+
+def test_what_surely_does_not_fit_is_refused_with_what_would(model_config, train_config):
+    require_room(make_plan(model_config, train_config, CPU))
+    plan = make_plan(model_config, replace(train_config, batch_size=3 * 2**29), CPU)
+    plan = replace(plan, model=replace(model_config, context_length=2**16))
+    remedy = r"train.micro_batch_size: 1, train.batch_size: \d+ would fit$"
+    with pytest.raises(EnvironmentFault, match=rf"MB of memory, [\d,]+ MB are free; {remedy}"):
+        require_room(plan)
+    with pytest.raises(EnvironmentFault, match=r"^runtime.num_processes = 1000000: .*; use fewer$"):
+        require_room_for_processes(1_000_000)
+
+
+def test_out_of_memory_is_told_with_what_was_planned(model_config, train_config):
+    model_config = replace(model_config, context_length=4096)
+    plan = Plan(model_config, replace(train_config, batch_size=4), CPU, 4, 0)
+    line = (
+        r"^out of memory: training \d+,\d+ parameters with 4 windows at a time takes about "
+        r"[\d,]+ MB; try train.micro_batch_size: 2$"
+    )
+    with pytest.raises(EnvironmentFault, match=line), told_what_it_takes(plan):
+        torch.empty(1 << 60)
+    with pytest.raises(RuntimeError, match="^another$"), told_what_it_takes(plan):
+        raise RuntimeError("another")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where it tells what a process holds")
+def test_a_limit_of_the_process_counts_as_little_memory():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (held + (300 << 20), before[1]))  # ulimit -v
+    try:
+        assert free_memory_bytes(CPU) < 310 << 20
+        assert free_memory_bytes(CPU, 2) > 200 << 20  # each process has a limit of its own
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_logits_that_surely_do_not_fit_are_refused_before_they_are_computed(model, smoke_params):
+    smoke_params["evaluate"] |= {"batch_size": 2**31 - 1, "stride": 1}
+    config = read_section(EvaluateConfig, smoke_params, "evaluate")
+    valid = Split("valid", np.broadcast_to(np.uint16(0), 10**9), 0)
+    line = (
+        "evaluate.batch_size = 2147483647: the logits of 1,000,000,000 windows take .* MB of memory"
+    )
+    with pytest.raises(EnvironmentFault, match=line):
+        require_logits_fit(config, model, valid, CPU)
 
 
 @pytest.mark.parametrize(
