@@ -132,7 +132,11 @@ def _md5(file: Path) -> str:
 
 def belonging_faults() -> Iterator[Fault]:
     """What does not belong together among tokens, tokenizer, model and provenance."""
-    yield from _raised(lambda: open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json")))
+    yield from _raised(
+        lambda: open_tokens(
+            TOKENS, sha256_file(TOKENIZER / "tokenizer.json"), load_tokenizer(TOKENIZER)
+        )
+    )
     yield from _raised(lambda: load_model(MODEL, torch.device("cpu")))
     if sha256_file(MODEL / "tokenizer.json") != sha256_file(TOKENIZER / "tokenizer.json"):
         yield f"{MODEL / 'tokenizer.json'}: differs from {TOKENIZER / 'tokenizer.json'}"

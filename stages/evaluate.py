@@ -51,7 +51,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     provenance = read_provenance(MODEL)
     remove_finished(run_folder(UNFINISHED, provenance))  # by now DVC has recorded what it made
     make_deterministic(device, provenance["train"].get("num_threads"))
-    tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"))
+    tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"), tokenizer)
     sums = evaluate(
         model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride
     )
