@@ -212,7 +212,13 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     return value
 
 
-_TYPE_NAMES = {float: "a number", int: "an integer", bool: "true or false", str: "text"}
+_TYPE_NAMES = {
+    float: "a number",
+    int: "an integer",
+    bool: "true or false",
+    str: "text",
+    dict: "keys and values",
+}
 
 
 def _show(value: Any) -> str:

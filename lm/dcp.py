@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,13 @@ from torch import Tensor
 from lm.errors import EnvironmentFault, InputError
 from lm.files import writing
 from lm.processes import Processes, common, of_rank
+
+
+class Stored(NamedTuple):
+    """What the header of a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, writers: Processes) -> None:
@@ -39,13 +47,13 @@ def own_files(folder: Path, rank: int) -> list[Path]:
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor there, whole."""
+def stored(folder: Path) -> dict[str, Stored]:
+    """The shape of each tensor there, whole, and its type."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     with _told_in_one_line(folder):
-        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in stored.items()}  # type: ignore[union-attr]
+        found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {n: Stored(tuple(entry.size), entry.properties.dtype) for n, entry in found.items()}
 
 
 def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
@@ -60,7 +68,7 @@ def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
 
 def assemble(folder: Path) -> dict[str, Tensor]:
     """Every tensor there, whole, in this process's memory."""
-    tensors = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
+    tensors = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in stored(folder).items()}
     read_tensors(tensors, folder)
     return tensors
 

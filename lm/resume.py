@@ -137,7 +137,8 @@ class ResumeDirectory:
         """The checkpoints that these call the best."""
         steps = set()
         for path in paths:
-            with suppress(InputError):  # a torn one needs nothing
+            # a torn one needs nothing, nor does one that says no step
+            with suppress(InputError, LookupError, TypeError):
                 steps.add(read_extra(path)["best"]["step"])
         return {self.path(step) for step in steps if step is not None}
 

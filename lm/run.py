@@ -26,7 +26,7 @@ from lm.checkpoint import (
     as_one_file,
     commit,
     load_checkpoint,
-    read_extra,
+    read_run,
     save_model,
     verify,
     weights_sha256,
@@ -123,10 +123,14 @@ class Run:
         self.directory.unlock()
         self.signals.__exit__(kind, error, traceback)
         if isinstance(error, Diverged) and self.processes.leads:
-            kept = kept_checkpoints(self.directory.folder)
-            good = next((read_extra(path)["iteration"] for path, fault in kept if not fault), None)
-            last = "no checkpoint yet" if good is None else f"step {good}"
-            error.args = (f"{error}; last good checkpoint: {last}",)
+            error.args = (f"{error}; last good checkpoint: {self._last_good()}",)
+
+    def _last_good(self) -> str:
+        for path, fault in kept_checkpoints(self.directory.folder):
+            with suppress(InputError):
+                if fault is None:
+                    return f"step {read_run(path)['iteration']}"
+        return "no checkpoint yet"
 
     def _begin_notes(self) -> None:
         """Note what a run may change on its way, as of the first step."""
@@ -144,12 +148,16 @@ class Run:
     def _resume(self) -> bool:
         """Restore the newest checkpoint of this very run that is intact; False if there is none."""
         for path, fault in kept_checkpoints(self.directory.folder, self.processes):
-            fault = fault or self._fault(path)
+            try:
+                fault = fault or self._fault(path)
+                if fault is None:
+                    self._restore(path)
+            except InputError as error:
+                fault = str(error)
             if fault is not None:
                 say(f"warning: {fault}; passed over")
                 continue
-            self._restore(path)
-            theirs = read_extra(path)["identity"]
+            theirs = read_run(path)["identity"]
             self._keep_windows_at_once(theirs[MICRO_BATCH_SIZES])
             if NUM_PROCESSES in theirs:
                 self.identity[NUM_PROCESSES] = dict(theirs[NUM_PROCESSES])
@@ -173,11 +181,14 @@ class Run:
 
     def _fault(self, path: Path) -> str | None:
         """Why an undamaged checkpoint must not be resumed."""
-        extra = read_extra(path)
+        extra = read_run(path)
         ours, theirs = _as_json(decided(self.identity)), decided(extra["identity"])
         for part in sorted(ours.keys() | theirs.keys()):
             if ours.get(part) != theirs.get(part):
                 return f"{path}: of another run: {part} differs"
+        step = extra["iteration"]
+        if path.stem != self.directory.path(step).stem or step > self.config.max_steps:
+            return f"{path}: is at step {step}: not that of its name, or beyond train.max_steps"
         if extra["best"]["step"] is not None:
             try:
                 best = self.directory.path(extra["best"]["step"])
@@ -189,9 +200,7 @@ class Run:
     def _check_continuation(self, path: Path) -> None:
         """Raise InputError unless a checkpoint is whole and of the same model and data."""
         verify(path)
-        extra = read_extra(path)
-        if "identity" not in extra:
-            raise InputError(f"{path}: not saved by stage train; use lm.checkpoint.load_checkpoint")
+        extra = read_run(path)
         for part in ("model", "inputs"):
             ours, theirs = self.identity[part], extra["identity"].get(part, {})
             if ours != theirs:
@@ -225,8 +234,10 @@ class Run:
         commit(file)
 
     def _restore(self, path: Path) -> None:
-        self.state.step = load_checkpoint(path, self.state.model, self.state.optimizer)
-        extra = read_extra(path)
+        extra = read_run(path)
+        self.state.step = load_checkpoint(
+            path, self.state.model, self.state.optimizer, self.processes
+        )
         if extra["scaler"]:
             self.state.scaler.load_state_dict(extra["scaler"])
         self.history = History.restore(extra["history"])
@@ -441,7 +452,7 @@ def _best_beside(path: Path) -> Path:
 
     Raises InputError if none has the weights that `path` names: it decides what is published.
     """
-    extra = read_extra(path)
+    extra = read_run(path)
     step = extra["best"]["step"]
     for best in (
         path,
@@ -449,7 +460,7 @@ def _best_beside(path: Path) -> Path:
         path.with_name(f"step-{step:08d}.safetensors"),
     ):
         if best.is_file():
-            theirs = read_extra(best)
+            theirs = read_run(best)
             same = theirs["weights"].get(str(step)) == extra["weights"][str(step)]
             if theirs["iteration"] == step and same:
                 verify(best)

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from lm.checkpoint import (
     load_checkpoint,
     load_model,
-    read_extra,
     read_provenance,
+    read_run,
     verify,
     weights_sha256,
 )
@@ -150,7 +150,7 @@ def checkpoint_faults() -> Iterator[Fault]:
     """What is damaged among the published checkpoints, or of another training than the model."""
     for path in (LAST, BEST):
         verify(path)
-    last, best, provenance = read_extra(LAST), read_extra(BEST), read_provenance(MODEL)
+    last, best, provenance = read_run(LAST), read_run(BEST), read_provenance(MODEL)
     if last["identity"] != provenance:
         yield f"{LAST}: of another run than {MODEL / 'provenance.json'} says"
     step = last["best"]["step"]
@@ -201,7 +201,7 @@ def replay(steps: int, device: torch.device) -> str:
     EnvironmentFault if this machine computes otherwise than the one that trained.
     """
     verify(LAST)
-    recorded = read_extra(LAST)
+    recorded = read_run(LAST)
     identity = recorded["identity"]
     config = read_section(TrainConfig, identity, "train", str(LAST))
     make_deterministic(device, config.threads)
@@ -266,7 +266,7 @@ def _replayed(
 def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> int:
     """Bring `state` to the newest point at least `steps` steps before the end; returns its step."""
     verify(BEST)
-    best = read_extra(BEST)
+    best = read_run(BEST)
     last_step: int = recorded["iteration"]
     if best["iteration"] + steps <= last_step and best["identity"] == recorded["identity"]:
         state.step = load_checkpoint(BEST, state.model, state.optimizer)
