@@ -21,6 +21,7 @@ from lm.shares import local
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # become float32 without loss
 # what torch's optimizers and ours keep of each number of a parameter, by these names
 LIKE_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+KNOWN = LIKE_PARAMETER | {"step"}
 State = dict[int, dict[str, Any]]
 
 
@@ -162,8 +163,8 @@ def require_state(
 ) -> None:
     """Raise InputError unless the state in a file can be that of this optimizer's parameters.
 
-    `values` are what is no tensor. Which entries a parameter has, our optimizers say and others
-    show: all parameters of a group have the same. One that never had a gradient has none.
+    `values` are what is no tensor. Which entries a parameter has, our optimizers say; of others all
+    parameters of a group have the same of the known ones, or none: one without gradients so far.
     """
     parameters, found = parameters_of(optimizer), defaultdict[int, set[str]](set)
     for key, tensor in stored.items():
@@ -187,20 +188,19 @@ def require_state(
             found[index].add(entry)
             if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
                 raise InputError(f"{name}: {key} = {str(value)[:40]!r}, expected a number")
-    expected_of = getattr(optimizer, "state_names", None)
-    if expected_of and values:
+    names_of = getattr(optimizer, "state_names", None)
+    if names_of and values:
         raise InputError(f"{name}: another optimizer: all of its state are tensors")
     numbers = iter(range(len(parameters)))
     for group in optimizer.param_groups:
-        of_group = {next(numbers): p for p in group["params"]}
-        full = {i: found[i] for i in of_group if i in found}
-        wanted = expected_of(group) if expected_of else set().union(*full.values())
+        indices = [next(numbers) for _ in group["params"]]
+        full = {i: found[i] if names_of else found[i] & KNOWN for i in indices if i in found}
+        wanted = names_of(group) if names_of else set().union(*full.values())
         for index, entries in full.items():
-            if entries != wanted:
-                odd = sorted(entries ^ wanted)[0]
+            for odd in sorted(entries ^ wanted):
                 what = "missing" if odd in wanted else "one too many"
                 raise InputError(f"{name}: another optimizer: optimizer.{index}.{odd}: {what}")
-    if found and expected_of and isinstance(model, TransformerLM):  # uses all of its weights
+    if found and names_of and isinstance(model, TransformerLM):  # which uses all of its weights
         for index, parameter in enumerate(parameters):
             if parameter.requires_grad and index not in found:
                 raise InputError(f"{name}: another optimizer: no state of parameter {index}")
