@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lm import dcp
 from lm.config import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, Bound, Count, read_section
 from lm.dcp import Stored
+from lm.device import free_memory_bytes
 from lm.errors import InputError
 from lm.files import (
     atomic_write,
@@ -57,6 +58,7 @@ from lm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 HEADER = "header.json"
+PROBED = 16  # ids whose logits are computed when a model is opened
 PROVENANCE = ("model", "train", "inputs", "code", "environment")
 BinaryFile = io.BufferedIOBase | io.RawIOBase
 Extra = dict[str, Any]
@@ -68,8 +70,8 @@ TWO = Bound(lambda x: len(x) == 2, "must be two numbers")
 
 @dataclass(frozen=True)
 class _OptimizerPart:
-    param_groups: list[dict]
-    values: dict[str, dict]  # by parameter and name: what is no tensor
+    param_groups: list[Extra]
+    values: dict[str, Extra]  # by parameter and name: what is no tensor
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class _Header:
     format: Count
     iteration: Number
     optimizer: _OptimizerPart
-    extra: dict
+    extra: Extra
 
 
 def save_checkpoint(
@@ -199,11 +201,11 @@ class _Scaler:
 
 @dataclass(frozen=True)
 class _Identity:
-    model: dict
-    train: dict
-    inputs: dict
-    code: dict
-    environment: dict
+    model: Extra
+    train: Extra
+    inputs: Extra
+    code: Extra
+    environment: Extra
     micro_batch_sizes: Annotated[dict[str, Count], NOT_EMPTY, BY_STEP]
     num_processes: Annotated[dict[str, Count], BY_STEP] | None
     resume_from: str | None
@@ -233,12 +235,12 @@ def read_run(path: Path) -> Extra:
     known |= {"identity": identity, "scaler": known.get("scaler") or None}
     run = read_section(_OfRun, {"extra": known}, "extra", str(path))
     history, best = run.history, run.best
-    steps = [row.step for row in (*history.rows, *history.pending)]
     whole = len(history.rows) * history.interval
-    if steps != [
+    steps = [
         *range(history.interval, whole + 1, history.interval),
         *range(whole + 1, iteration + 1),
-    ]:
+    ]
+    if whole > iteration or [row.step for row in (*history.rows, *history.pending)] != steps:
         raise InputError(f"{path}: its history is not of {iteration} steps")
     if (best.step is None) != (best.valid_loss is None) or (
         best.step is not None and not (best.step <= iteration and str(best.step) in run.weights)
@@ -315,6 +317,12 @@ def _require_fitting(
     return groups
 
 
+def stored_weights(path: Path) -> dict[str, Stored]:
+    """What a checkpoint's file says of the weights of its model, without reading them."""
+    with open_safetensors(path) as file:
+        return _part(described({k: file.get_tensor(k) for k in file.keys()}), "model.")  # noqa: SIM118
+
+
 def _part(tensors: Mapping[str, Value], prefix: str, whole: bool = False) -> dict[str, Value]:
     """Those whose names begin so, under the rest of their names, or under the whole."""
     skipped = "" if whole else prefix
@@ -344,13 +352,13 @@ def _read_folder(
     optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, Tensor]:
     """What this process keeps of the tensors there, each cut as its parameter is."""
-    tensors = {f"model.{key}": torch.empty_like(t) for key, t in model.state_dict().items()}
+    tensors = {f"model.{key}": dcp.blank(t) for key, t in model.state_dict().items()}
     parameters = [] if optimizer is None else parameters_of(optimizer)
     for key, (shape, dtype) in stored.items():
         if parameters and key.startswith("optimizer."):
             like = parameters[place(key)[0]]
             same = shape == tuple(like.shape)
-            tensors[key] = torch.empty_like(like) if same else torch.empty(shape, dtype=dtype)
+            tensors[key] = dcp.blank(like if same else torch.empty(shape, dtype=dtype))
     dcp.read_tensors(tensors, folder)
     return tensors
 
@@ -605,14 +613,35 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
     with open_safetensors(path) as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     require_settings(str(path), config, described(weights))
+    _require_room(folder / "config.json", config)
     model = TransformerLM(config)
     require_weights(str(path), model.state_dict(), described(weights), FLOATS)
     require_finite(str(path), weights, weights)
     model.load_state_dict(weights)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
             f"{config.vocab_size}; they do not belong together"
         )
-    return model.to(device).eval(), tokenizer
+    _require_finite_logits(str(path), model.eval(), tokenizer.end_id)
+    return model.to(device), tokenizer
+
+
+def _require_room(file: Path, config: ModelConfig) -> None:
+    """Raise InputError if the angles of all positions, of which weights say nothing, do not fit."""
+    needed = 12 * config.context_length * config.head_dim  # two of float64, and one of float32
+    free = free_memory_bytes(torch.device("cpu"))
+    if config.position_embedding == "rope" and free is not None and needed > free:
+        raise InputError(
+            f"{file}: context_length = {config.context_length} takes {needed / 1e9:,.1f} GB for "
+            f"rotary positions, {free / 1e9:,.1f} GB are free"
+        )
+
+
+@torch.no_grad()
+def _require_finite_logits(name: str, model: TransformerLM, end_id: int) -> None:
+    """Raise InputError if weights, each of them finite, are too large to compute with."""
+    ids = torch.arange(min(PROBED, model.config.vocab_size, model.config.context_length))[None]
+    if not model(ids, model.documents(ids, end_id)).isfinite().all():
+        raise InputError(f"{name}: weights too large: logits are not finite; lower train.lr")

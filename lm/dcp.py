@@ -6,6 +6,7 @@ format: opening a folder runs no code, where that library's own format is a pick
     shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote, and so on
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +52,26 @@ def stored(folder: Path) -> dict[str, Stored]:
     """The shape of each tensor there, whole, and its type."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    with _told_in_one_line(folder):
-        found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {n: Stored(tuple(entry.size), entry.properties.dtype) for n, entry in found.items()}
+    try:
+        with _told_in_one_line(folder):
+            found: Any = HuggingFaceStorageReader(str(folder)).read_metadata()
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError | EnvironmentFault):
+            raise
+        raise InputError(f"{folder}: damaged shards: {_first_line(error)}") from None
+    tensors = {
+        name: Stored(tuple(entry.size), entry.properties.dtype)
+        for name, entry in found.state_dict_metadata.items()
+    }
+    for index, part in found.storage_data.items():
+        if part.dtype != tensors[index.fqn].dtype:
+            raise InputError(f"{folder}: {index.fqn} is of several types")
+    return tensors
+
+
+def blank(like: Tensor) -> Tensor:
+    """A tensor of this kind to be read into: not a number where no file has anything."""
+    return torch.full_like(like, math.nan if like.is_floating_point() else 0)
 
 
 def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
@@ -68,7 +86,10 @@ def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
 
 def assemble(folder: Path) -> dict[str, Tensor]:
     """Every tensor there, whole, in this process's memory."""
-    tensors = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in stored(folder).items()}
+    tensors = {
+        name: blank(torch.empty(shape, dtype=dtype))
+        for name, (shape, dtype) in stored(folder).items()
+    }
     read_tensors(tensors, folder)
     return tensors
 

@@ -5,6 +5,7 @@ weights load without a word, NaN among them makes text. All is looked at before 
 """
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from numbers import Real
@@ -142,16 +143,22 @@ def _like(saved: Any, own: Any, where: str) -> Any:
         if fits:
             value = type(own)(_like(a, b, where) for a, b in zip(saved, own, strict=True))
     elif isinstance(own, Real | Tensor):
-        fits = type(saved) in (int, float) and (math.isfinite(saved) or saved == own)
-        if fits and isinstance(own, Tensor):
-            value = torch.full_like(own, saved)
-        elif fits and not isinstance(own, int):  # an int may have been set to 0.5 since
-            value = type(own)(saved)  # type: ignore[call-arg]
+        fits = type(saved) in (int, float) and (abs(saved) <= sys.float_info.max or saved == own)
+        if fits:
+            value = _number_like(saved, own)
     elif own is not None:
         fits = isinstance(saved, type(own))
     if not fits:
         raise InputError(f"{where} = {str(saved)[:40]!r}, expected {type(own).__name__}")
     return value
+
+
+def _number_like(saved: float, own: Any) -> Any:
+    if isinstance(own, Tensor):
+        return torch.full_like(own, saved)
+    if isinstance(own, int):
+        return saved  # a rate of 1 may have become 0.5 since
+    return type(own)(saved)
 
 
 def require_state(
@@ -167,15 +174,18 @@ def require_state(
     parameters of a group have the same of the known ones, or none: one without gradients so far.
     """
     parameters, found = parameters_of(optimizer), defaultdict[int, set[str]](set)
+    names_of = getattr(optimizer, "state_names", None)  # of ours
     for key, tensor in stored.items():
         index, entry = _known_place(name, key, len(parameters))
         found[index].add(entry)
         expected: tuple[int, ...] = tuple(parameters[index].shape)
         dtype = parameters[index].dtype
-        if entry == "step":
+        if entry == "step" and names_of:
             expected, dtype = (), tensor.dtype
         elif entry not in LIKE_PARAMETER:
             continue
+        elif not names_of and tensor.dtype.is_floating_point:  # which torch turns into its own
+            dtype = tensor.dtype
         if tensor != (expected, dtype):
             there, here = (f"{shape} {_word(kind)}" for shape, kind in (tensor, (expected, dtype)))
             raise InputError(f"{name}: another optimizer: {key} is {there}, expected {here}")
@@ -188,7 +198,6 @@ def require_state(
             found[index].add(entry)
             if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
                 raise InputError(f"{name}: {key} = {str(value)[:40]!r}, expected a number")
-    names_of = getattr(optimizer, "state_names", None)
     if names_of and values:
         raise InputError(f"{name}: another optimizer: all of its state are tensors")
     numbers = iter(range(len(parameters)))
@@ -196,8 +205,8 @@ def require_state(
         indices = [next(numbers) for _ in group["params"]]
         full = {i: found[i] if names_of else found[i] & KNOWN for i in indices if i in found}
         wanted = names_of(group) if names_of else set().union(*full.values())
-        for index, entries in full.items():
-            for odd in sorted(entries ^ wanted):
+        for index, names in full.items():
+            for odd in sorted(names ^ wanted):
                 what = "missing" if odd in wanted else "one too many"
                 raise InputError(f"{name}: another optimizer: optimizer.{index}.{odd}: {what}")
     if found and names_of and isinstance(model, TransformerLM):  # which uses all of its weights

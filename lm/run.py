@@ -101,9 +101,13 @@ class Run:
         self.step_seconds: list[float] = []
         self.forward_seconds: deque[list[float]] = deque(maxlen=1000)  # of each step, by rank
         self.refreshed_s = -math.inf
-        if not self._resume() and resume_from is not None:
-            self._continue(resume_from)
-            self._begin_notes()
+        try:
+            if not self._resume() and resume_from is not None:
+                self._continue(resume_from)
+                self._begin_notes()
+        except BaseException:
+            self.directory.unlock()
+            raise
         tokens = config.batch_size * state.model.config.context_length
         self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
         self.signals = CatchSignals()

@@ -323,6 +323,7 @@ IMPOSSIBLE = [
     (say("optimizer/param_groups/1/lr", "fast"), "group 1: lr = 'fast', expected float"),
     (say("optimizer/param_groups/1/lr", True), "group 1: lr = 'True', expected float"),
     (say("optimizer/param_groups/1/lr", NAN), "group 1: lr = 'nan', expected float"),
+    (say("optimizer/param_groups/1/lr", 10**400), "group 1: lr = '1000000.*', expected float"),
     (say("optimizer/param_groups/1/betas", 0.9), "group 1: betas = '0.9', expected tuple"),
     (say("optimizer/param_groups/1/betas", [0.9]), r"group 1: betas = '\[0.9\]', expected tuple"),
     (say("optimizer/param_groups/1/betas", [0.9, "b"]), "group 1: betas = 'b', expected float"),
@@ -386,6 +387,93 @@ def test_an_impossible_state_of_torchs_optimizers_is_refused(model, tmp_path, ch
     rewritten(path, change)
     with pytest.raises(InputError, match=message):
         load_checkpoint(path, model, optimizer)
+
+
+def cut_in_two(folder):
+    """The shard as two processes write it: each its half of the rows."""
+    (whole,) = folder.glob("shard-*")
+    tensors = {key: tensor for key, tensor in load_file(whole).items() if tensor.ndim}
+    counters = {key: tensor for key, tensor in load_file(whole).items() if not tensor.ndim}
+    whole.unlink()
+    for rank in range(2):
+        parts, offsets = {}, {}
+        for key, tensor in tensors.items():
+            half = -(-len(tensor) // 2)
+            parts[key] = tensor[rank * half : (rank + 1) * half].clone()
+            offsets[key] = {"saved_offsets": [rank * half] + [0] * (tensor.ndim - 1)}
+        if rank == 0:
+            parts |= counters
+            offsets |= {key: {"saved_offsets": []} for key in counters}
+        name = folder / f"shard-0000{rank + 1}-model-00001-of-00001.safetensors"
+        save_file(parts, name, {"DCP_SHARDING_INFO": json.dumps(offsets)})
+
+
+def shard_info(change):
+    """Change what the second shard says of its place, or its tensors."""
+
+    def do(folder):
+        (file,) = folder.glob("shard-00002-*")
+        with safe_open(file, framework="pt") as opened:
+            info = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+        tensors = load_file(file)
+        info = change(info, tensors) or info
+        text = info if isinstance(info, str) else json.dumps(info)
+        save_file(tensors, file, {"DCP_SHARDING_INFO": text})
+
+    return do
+
+
+def halves(key, change):
+    def do(info, tensors):
+        tensors[key] = change(tensors[key])
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: next(folder.glob("shard-00001-*")).unlink(), "damaged|missing|another"),
+        (lambda folder: next(folder.glob("shard-00002-*")).unlink(), "another model"),
+        (shard_info(halves(WEIGHT, lambda t: t[:1].clone())), "another model"),
+        (shard_info(halves(WEIGHT, lambda t: t.int())), "model.lm_head.weight is of several types"),
+        (shard_info(lambda info, tensors: "{"), "damaged shards"),
+        (shard_info(lambda info, tensors: "[]"), "damaged shards"),
+        (shard_info(lambda info, tensors: {WEIGHT: 3}), "damaged shards"),
+        (shard_info(lambda info, tensors: info | {WEIGHT: {"saved_offsets": [0, 0]}}),
+         "another model"),
+        (shard_info(lambda info, tensors: info | {WEIGHT: {"saved_offsets": [-9, 0]}}),
+         "another model|damaged"),
+        (shard_info(lambda info, tensors: info | {WEIGHT: {"saved_offsets": "x"}}), "damaged sh"),
+    ],
+)  # fmt: skip
+def test_an_impossible_folder_is_refused_and_changes_nothing(good, tmp_path, change, message):
+    path, settings = shutil.copy(good[0], tmp_path / "a.safetensors"), good[1]
+    folder = as_folder(path)
+    cut_in_two(folder)
+    other = trained(*settings, steps=1, seed=5)
+    assert load_checkpoint(folder, *trained(*settings, steps=0)) == 3
+    change(folder)
+    before = copy.deepcopy([thing.state_dict() for thing in other])
+    with pytest.raises(InputError, match=message) as caught:
+        load_checkpoint(folder, *other)
+    assert "\n" not in str(caught.value)
+    assert_identical(before, [thing.state_dict() for thing in other], "")
+
+
+def test_rows_that_no_shard_has_are_noticed(good, tmp_path):
+    """The first half of a weight is gone; the second still says how many rows there are."""
+    path, settings = shutil.copy(good[0], tmp_path / "a.safetensors"), good[1]
+    folder = as_folder(path)
+    cut_in_two(folder)
+    (first,) = folder.glob("shard-00001-*")
+    with safe_open(first, framework="pt") as opened:
+        info = opened.metadata()
+    tensors = load_file(first)
+    del tensors[WEIGHT]
+    save_file(tensors, first, info)
+    with pytest.raises(InputError, match="lm_head.weight: 1536 of 3072 values are not finite"):
+        load_checkpoint(folder, *trained(*settings, steps=0))
 
 
 def test_what_is_wrong_with_an_optimizer_is_none_of_a_model_alone(
