@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lm.checkpoint import (
     load_model,
     read_provenance,
     read_run,
+    stored_weights,
     verify,
     weights_sha256,
 )
@@ -32,6 +34,7 @@ from lm.console import say
 from lm.device import choose_device, environment, make_deterministic
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
+from lm.fitting import require_finite, require_settings
 from lm.huggingface import start_from
 from lm.model import ModelConfig, TransformerLM
 from lm.processes import Processes, joined
@@ -154,10 +157,15 @@ def checkpoint_faults() -> Iterator[Fault]:
     if last["identity"] != provenance:
         yield f"{LAST}: of another run than {MODEL / 'provenance.json'} says"
     step = last["best"]["step"]
-    if (best["iteration"], best["weights"].get(str(step))) != (step, last["weights"][str(step)]):
+    if (best["iteration"], best["weights"].get(str(step))) != (
+        step,
+        last["weights"].get(str(step)),
+    ):
         yield f"{BEST}: not the best checkpoint that {LAST} names"
-    source = LAST if last["identity"]["train"]["early_stopping"] is None else BEST
+    source = LAST if last["identity"]["train"].get("early_stopping") is None else BEST
     tensors, published = load_file(source), load_file(MODEL / "model.safetensors")
+    for file, found in ((source, tensors), (MODEL / "model.safetensors", published)):
+        yield from _raised(partial(require_finite, str(file), found, found))
     expected = {f"model.{name}" for name in published}
     if expected != {name for name in tensors if name.startswith("model.")} or not all(
         torch.equal(tensor, tensors[f"model.{name}"]) for name, tensor in published.items()
@@ -239,6 +247,7 @@ def _replayed(
             start_from(PRETRAINED / config.init_from, model, load_tokenizer(TOKENIZER))
 
     model_config = read_section(ModelConfig, identity, "model", str(LAST))
+    require_settings(str(LAST), model_config, stored_weights(LAST))
     state = new_state(model_config, config, device, processes, initialise)
     start = _restore_start(state, steps, recorded)
     known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
@@ -246,7 +255,9 @@ def _replayed(
     state.windows_at_once = size_at(sizes, state.step + 1)
     compared = [step for step in sorted(known) if start < step <= start + steps]
     if not compared:
-        following = min(step for step in known if step > start)
+        following = min((step for step in known if step > start), default=None)
+        if following is None:
+            raise InputError(f"{LAST}: no weights are recorded after step {start}")
         raise InputError(
             f"--replay {steps}: from step {start} the next recorded weights are of step "
             f"{following}; use --replay {following - start}"

@@ -3,6 +3,7 @@
 Where the text is of a grammar (data.source), beside its entropy too: the floor for any model.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from lm.config import RuntimeConfig
 from lm.console import say
 from lm.device import choose_device, make_deterministic
 from lm.errors import InputError
-from lm.evaluate import METRICS, EvaluateConfig, calibration, evaluate, loss_by_position
+from lm.evaluate import (
+    METRICS,
+    EvaluateConfig,
+    Sums,
+    calibration,
+    evaluate,
+    loss_by_position,
+    loss_nats,
+)
 from lm.excerpt import excerpt, excerpt_json
 from lm.files import atomic_write, sha256_file, write_json
 from lm.generate import complete
@@ -55,7 +64,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     sums = evaluate(
         model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride
     )
-    metrics = {name: metric(sums) for name, metric in METRICS.items()}
+    metrics = _metrics(sums)
     if inputs.section(DataConfig, "data").source == "grammar":
         metrics |= _floor(metrics, tokens.valid, tokenizer)
     unigram, bigram = Bigram(tokens.train.tokens, tokens.vocab_size).losses_nats(
@@ -80,6 +89,16 @@ def evaluate_stage(inputs: Inputs) -> None:
     atomic_write(RESULTS / "summary.md", text.encode())
     say(f"Validation loss {metrics['loss_nats']:.4f} nats per token (bigram {bigram:.4f}), "
         f"{metrics['bits_per_byte']:.4f} bits per byte")  # fmt: skip
+
+
+def _metrics(sums: Sums) -> dict[str, Any]:
+    loss = loss_nats(sums)
+    if not math.isfinite(loss):
+        raise InputError(
+            f"{MODEL}: its validation loss is {loss}: weights too large to compute with; train "
+            "again with a lower train.lr"
+        )
+    return {name: metric(sums) for name, metric in METRICS.items()}
 
 
 def _samples(
@@ -128,7 +147,7 @@ def _floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[
                 f"({error}); data.source: grammar needs data.path: data/raw and data.split: hash"
             ) from None
     floor, found = bits / metrics["bytes"], metrics["bits_per_byte"]
-    if found < floor * (1 - CHANCE):
+    if not found >= floor * (1 - CHANCE):
         raise InputError(
             f"{MODEL}: {found:.4f} bits per byte, below the entropy of the text, {floor:.4f}: no "
             "model can; it has seen the validation text in training, or there is a bug"
