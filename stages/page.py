@@ -465,7 +465,10 @@ def plan(runs: list[Run]) -> Section | None:
         ("Median step", f"{of['step_seconds_median'] * 1e3:,.1f} ms"),
         ("Operations per token, forward and backward", f"{of['flops_per_token'] / 1e6:,.2f} MFLOP"),
         ("Matrix products alone", f"{of['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"),
-        ("Utilisation (MFU)", f"{of['mfu']:.1%} of {PEAKS[of['mfu_is_of']]}"),
+        (
+            "Utilisation (MFU)",
+            f"{of['mfu']:.1%} of {PEAKS.get(of['mfu_is_of'], '?')}",
+        ),
         ("Micro-batch", f"{of['micro_batch_size']:,} windows"),
         ("Compiled", "yes" if of["compiled"] else "no"),
         ("Device", text(_devices(of))),
