@@ -329,7 +329,8 @@ def training(
     prepare(device, config.num_threads)
     size = file.stat().st_size // 2
     entry = {"file": file.name, "tokens": size, "sha256": sha256_file(file)}
-    split = Split("train", TokenStream([file], [entry], np.dtype("<u2")), 0)
+    tokens = TokenStream([file], [entry], np.dtype("<u2"), shape.vocab_size)
+    split = Split("train", tokens, 0)
     model_config = read_section(ModelConfig, params, "model", vocab_size=shape.vocab_size)
     membership = ExitStack()
     processes = membership.enter_context(joined(config.parallel, device, timeout_s=600))

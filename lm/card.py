@@ -15,6 +15,7 @@ from unicodedata import bidirectional
 import vl_convert
 
 from lm.config import Bound
+from lm.errors import InputError
 from lm.report import data_table, loss_table
 
 # its presence allows lm.export to write the folder again
@@ -89,7 +90,7 @@ def _summary(provenance: Mapping[str, Any], results: Results | None) -> str:
     bits = evaluation["bits_per_byte"]
     best = results.train["best_step"]
     chosen = f" The weights are of step {best:,}, the best in validation." * bool(
-        train["early_stopping"]
+        train.get("early_stopping")
     )
     return "\n".join(
         [
@@ -174,7 +175,7 @@ def _corpus(corpus: list[dict[str, Any]] | None) -> str:
         return ""
     lines = ["", "| made from | bytes | sha256 of the text |", "|---|---:|---|"]
     for entry in corpus:
-        name = f"{entry['package']} {entry['version']}" if "package" in entry else "grammar"
+        name = f"{entry['package']} {entry.get('version', '')}" if "package" in entry else "grammar"
         lines.append(f"| {name} | {entry['bytes']:,} | `{entry['sha256']}` |")
     return "\n".join(lines)
 
@@ -258,7 +259,11 @@ def loss_curve(curves: str, font: str = "sans-serif") -> str:
     Every size is given, so that nothing is laid out by the fonts of this machine, and the bytes
     depend on the curves alone.
     """
-    rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(curves.splitlines())]
+    columns = ("tokens", "train_loss", "valid_loss")
+    try:
+        rows = [{k: float(row[k]) for k in columns} for row in csv.DictReader(curves.splitlines())]
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise InputError("metrics/curves.csv: not a table of numbers; run `dvc repro`") from None
     trained = [row for row in rows if math.isfinite(row["train_loss"])]
     size = -(-len(trained) // CURVE_POINTS) or 1
     groups = [trained[i : i + size] for i in range(0, len(trained), size)]

@@ -15,9 +15,10 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
@@ -25,15 +26,30 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lm import dcp
-from lm.config import read_section
+from lm.config import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, Bound, Count, read_section
+from lm.dcp import Stored
+from lm.device import free_memory_bytes
 from lm.errors import InputError
 from lm.files import (
     atomic_write,
     read_json,
+    require_file,
     sha256_file,
     sync_directory,
     write_json,
     writing,
+)
+from lm.fitting import (
+    FLOATS,
+    State,
+    finite_keys,
+    fitting_groups,
+    parameters_of,
+    place,
+    require_finite,
+    require_settings,
+    require_state,
+    require_weights,
 )
 from lm.model import ModelConfig, TransformerLM
 from lm.processes import ALONE, Processes
@@ -42,9 +58,30 @@ from lm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 HEADER = "header.json"
+PROBED = 16  # ids whose logits are computed when a model is opened
 PROVENANCE = ("model", "train", "inputs", "code", "environment")
 BinaryFile = io.BufferedIOBase | io.RawIOBase
 Extra = dict[str, Any]
+Value = TypeVar("Value")
+Number = Annotated[int, NOT_NEGATIVE]
+BY_STEP = Bound(lambda x: all(map(str.isdecimal, x)), "must have steps as its keys")
+TWO = Bound(lambda x: len(x) == 2, "must be two numbers")
+
+
+@dataclass(frozen=True)
+class _OptimizerPart:
+    param_groups: list[Extra]
+    values: dict[str, Extra]  # by parameter and name: what is no tensor
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a checkpoint says beside its tensors."""
+
+    format: Count
+    iteration: Number
+    optimizer: _OptimizerPart
+    extra: Extra
 
 
 def save_checkpoint(
@@ -86,26 +123,33 @@ def contents(
         "extra": extra or {},
     }
     # one metadata key only: safetensors writes several in random order
-    return tensors, {"checkpoint": json.dumps(header, sort_keys=True, default=float)}
+    return tensors, {"checkpoint": json.dumps(header, sort_keys=True, default=_number)}
+
+
+def _number(value: Any) -> int | float:
+    """A number of NumPy's or torch's as one of Python's."""
+    number: int | float = value.item()
+    return number
 
 
 def load_checkpoint(
     src: str | os.PathLike[str] | BinaryFile,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
+    processes: Processes = ALONE,
 ) -> int:
     """Restore model and optimizer from a path or a binary file; returns the iteration.
 
-    Raises InputError for a file that is torn, no checkpoint, of a newer format or of another
-    model; then neither model nor optimizer has changed. A flipped bit among the weights is seen
-    by `verify` alone.
+    Raises InputError for a file that is torn, no checkpoint, of a newer format, of another model
+    or optimizer, or with numbers that are not finite, in all of several processes; then neither
+    model nor optimizer has changed. A flipped bit among the weights is seen by `verify` alone.
     """
-    if isinstance(src, str | os.PathLike) and Path(src).is_dir():
-        tensors, header = _read_folder(Path(src), model, optimizer)
-    else:
-        tensors, header = _read(src)
-    _restore(_name(src), tensors, header, model, optimizer)
-    return int(header["iteration"])
+    checked = processes.together(lambda: _checked(src, model, optimizer))
+    if optimizer is not None:
+        optimizer.load_state_dict(checked.optimizer)
+    own = model.state_dict()
+    model.load_state_dict({key: cut_like(checked.weights[key], own[key]) for key in own})
+    return checked.iteration
 
 
 def read_extra(path: Path) -> Extra:
@@ -118,55 +162,176 @@ def read_extra(path: Path) -> Extra:
     return {**header["extra"], "iteration": header["iteration"]}
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Of the history: see lm.history."""
+
+    step: Count
+    tokens: Number
+    train_loss: float | None
+    valid_loss: float | None
+    learning_rate: float
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class _History:
+    interval: Count
+    rows: list[_Row]
+    pending: list[_Row]
+    _sum: float
+    _weight: float
+
+
+@dataclass(frozen=True)
+class _Best:
+    valid_loss: float | None
+    step: Count | None
+    misses: Number
+
+
+@dataclass(frozen=True)
+class _Scaler:
+    scale: Annotated[float, POSITIVE]
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int
+
+
+@dataclass(frozen=True)
+class _Identity:
+    model: Extra
+    train: Extra
+    inputs: Extra
+    code: Extra
+    environment: Extra
+    micro_batch_sizes: Annotated[dict[str, Count], NOT_EMPTY, BY_STEP]
+    num_processes: Annotated[dict[str, Count], BY_STEP] | None
+    resume_from: str | None
+
+
+@dataclass(frozen=True)
+class _OfRun:
+    """What stage train saves beside model and optimizer: see lm.run."""
+
+    identity: _Identity
+    scaler: _Scaler | None
+    history: _History
+    best: _Best
+    valid_loss: float | None
+    weights: Annotated[dict[str, str], BY_STEP]
+    skipped: Annotated[list[Number], TWO]
+
+
+def read_run(path: Path) -> Extra:
+    """The same of a checkpoint of stage train. Raises InputError for what no training saves."""
+    extra = read_extra(path)
+    iteration = extra["iteration"]
+    if not isinstance(extra.get("identity"), dict):
+        raise InputError(f"{path}: not saved by stage train; use lm.checkpoint.load_checkpoint")
+    identity = {"num_processes": None, "resume_from": None} | extra["identity"]
+    known = {key.name: extra[key.name] for key in fields(_OfRun) if key.name in extra}
+    known |= {"identity": identity, "scaler": known.get("scaler") or None}
+    run = read_section(_OfRun, {"extra": known}, "extra", str(path))
+    history, best = run.history, run.best
+    whole = len(history.rows) * history.interval
+    steps = [
+        *range(history.interval, whole + 1, history.interval),
+        *range(whole + 1, iteration + 1),
+    ]
+    if whole > iteration or [row.step for row in (*history.rows, *history.pending)] != steps:
+        raise InputError(f"{path}: its history is not of {iteration} steps")
+    if (best.step is None) != (best.valid_loss is None) or (
+        best.step is not None and not (best.step <= iteration and str(best.step) in run.weights)
+    ):
+        raise InputError(f"{path}: extra.best = {extra['best']}: of no step of its {iteration}")
+    skipped, in_a_row = run.skipped
+    if not in_a_row <= skipped <= iteration:
+        raise InputError(f"{path}: extra.skipped = {run.skipped}: more than its {iteration} steps")
+    return extra
+
+
 def _name(src: str | os.PathLike[str] | BinaryFile) -> str:
     return str(src if isinstance(src, str | os.PathLike) else getattr(src, "name", "checkpoint"))
 
 
-def _restore(
+class _Checked(NamedTuple):
+    """What a checkpoint holds, all of which fits model and optimizer."""
+
+    iteration: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]  # for load_state_dict
+
+
+def _checked(
+    src: str | os.PathLike[str] | BinaryFile,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+) -> _Checked:
+    name = _name(src)
+    if isinstance(src, str | os.PathLike) and Path(src).is_dir():
+        header, stored = _folder_header(Path(src)), dcp.stored(Path(src))
+        groups = _require_fitting(name, stored, header, model, optimizer)
+        tensors = _read_folder(Path(src), stored, model, optimizer)
+    else:
+        tensors, header = _read(src)
+        groups = _require_fitting(name, described(tensors), header, model, optimizer)
+    weights = _part(tensors, "model.")
+    if optimizer is None:
+        tensors = {f"model.{key}": tensor for key, tensor in weights.items()}
+    require_finite(name, tensors, finite_keys(model, tensors))
+    state: State = {}
+    if optimizer is not None:
+        parameters = parameters_of(optimizer)
+        state = {int(i): dict(v) for i, v in header["optimizer"]["values"].items()}
+        for key, tensor in _part(tensors, "optimizer.", whole=True).items():
+            index, entry = place(key)
+            if tensor.shape == parameters[index].shape:
+                tensor = cut_like(tensor, parameters[index])
+            state.setdefault(index, {})[entry] = tensor
+    return _Checked(header["iteration"], weights, {"state": state, "param_groups": groups})
+
+
+def _require_fitting(
     name: str,
-    tensors: dict[str, Tensor],
+    stored: Mapping[str, Stored],
     header: dict[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-) -> None:
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    own = model.state_dict()
-    _require_same_shapes(name, own, {key: tuple(weights[key].shape) for key in weights})
-    if optimizer is not None:
-        saved, parameters = header["optimizer"], _parameters(optimizer)
-        state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in saved["values"].items()}
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer."):
-                index, entry = _place(key)
-                if index < len(parameters) and tensor.shape == parameters[index].shape:
-                    tensor = cut_like(tensor, parameters[index])
-                state.setdefault(index, {})[entry] = tensor
-        try:
-            optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-        except ValueError as error:
-            raise InputError(f"{name}: another optimizer: {error}") from None
-    model.load_state_dict({key: cut_like(weights[key], own[key]) for key in own})
+) -> list[dict[str, Any]]:
+    """The parameter groups. Raises InputError unless a checkpoint is of this model and optimizer.
+
+    Without an optimizer that of the checkpoint is not looked at.
+    """
+    for key in stored:
+        if not key.startswith(("model.", "optimizer.")):
+            raise InputError(f"{name}: {key} is neither of a model nor of an optimizer")
+    require_weights(name, model.state_dict(), _part(stored, "model."))
+    if optimizer is None:
+        return []
+    saved = header["optimizer"]
+    groups = fitting_groups(name, saved["param_groups"], optimizer)
+    of_optimizer = _part(stored, "optimizer.", whole=True)
+    require_state(name, of_optimizer, saved["values"], model, optimizer)
+    return groups
 
 
-def _require_same_shapes(
-    name: str, own: dict[str, Tensor], found: dict[str, tuple[int, ...]]
-) -> None:
-    for key in sorted(own.keys() | found.keys()):
-        here = tuple(own[key].shape) if key in own else "nothing"
-        there = found.get(key, "nothing")
-        if here != there:
-            raise InputError(f"{name}: another model: {key} is {there}, expected {here}")
+def stored_weights(path: Path) -> dict[str, Stored]:
+    """What a checkpoint's file says of the weights of its model, without reading them."""
+    with open_safetensors(path) as file:
+        return _part(described({k: file.get_tensor(k) for k in file.keys()}), "model.")  # noqa: SIM118
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters by the numbers that the optimizer's state gives them."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _part(tensors: Mapping[str, Value], prefix: str, whole: bool = False) -> dict[str, Value]:
+    """Those whose names begin so, under the rest of their names, or under the whole."""
+    skipped = "" if whole else prefix
+    return {k.removeprefix(skipped): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _place(key: str) -> tuple[int, str]:
-    """Of "optimizer.3.exp_avg": the number of the parameter and the entry of its state."""
-    _, index, entry = key.split(".", 2)
-    return int(index), entry
+def described(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """What a file's header would say of these."""
+    return {key: Stored(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
 
 
 def _folder_header(folder: Path) -> dict[str, Any]:
@@ -181,22 +346,21 @@ def _folder_header(folder: Path) -> dict[str, Any]:
 
 
 def _read_folder(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    folder: Path,
+    stored: Mapping[str, Stored],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+) -> dict[str, Tensor]:
     """What this process keeps of the tensors there, each cut as its parameter is."""
-    header, stored = _folder_header(folder), dcp.shapes(folder)
-    own = model.state_dict()
-    found = {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
-    _require_same_shapes(str(folder), own, found)
-    tensors = {f"model.{key}": torch.empty_like(tensor) for key, tensor in own.items()}
-    parameters = [] if optimizer is None else _parameters(optimizer)
-    for key, shape in stored.items():
-        if key.startswith("optimizer.") and (index := _place(key)[0]) < len(parameters):
-            like = parameters[index]
+    tensors = {f"model.{key}": dcp.blank(t) for key, t in model.state_dict().items()}
+    parameters = [] if optimizer is None else parameters_of(optimizer)
+    for key, (shape, dtype) in stored.items():
+        if parameters and key.startswith("optimizer."):
+            like = parameters[place(key)[0]]
             same = shape == tuple(like.shape)
-            tensors[key] = torch.empty_like(like) if same else torch.empty(shape)
+            tensors[key] = dcp.blank(like if same else torch.empty(shape, dtype=dtype))
     dcp.read_tensors(tensors, folder)
-    return tensors, header
+    return tensors
 
 
 def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -216,8 +380,7 @@ def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], 
 
 def open_safetensors(path: Path) -> Any:
     """A safetensors file, to be used by `with`. Raises InputError if it is none."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    require_file(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -228,16 +391,20 @@ def _header(name: str, metadata: dict[str, str] | None) -> dict[str, Any]:
     if not metadata or "checkpoint" not in metadata:
         raise InputError(f"{name}: holds tensors but no checkpoint of this project")
     try:
-        header: dict[str, Any] = json.loads(metadata["checkpoint"])
-    except ValueError as error:
+        header = json.loads(metadata["checkpoint"])
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: damaged header ({error})") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{name}: damaged header: holds no keys")
     if missing := {"format", "iteration", "optimizer", "extra"} - header.keys():
         raise InputError(f"{name}: damaged header: no {', '.join(sorted(missing))}")
-    if header["format"] > FORMAT:
+    if type(header["format"]) is int and header["format"] > FORMAT:
         raise InputError(
             f"{name}: written by a newer version (format {header['format']}, "
             f"this one reads <= {FORMAT})"
         )
+    known = {field.name: header[field.name] for field in fields(_Header)}
+    read_section(_Header, {"header": known}, "header", name)
     return header
 
 
@@ -356,28 +523,39 @@ def verify(path: Path, processes: Processes = ALONE) -> None:
     if path.is_dir():
         _verify_folder(path, processes)
         return
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    if not path.with_suffix(".json").is_file():
-        raise InputError(f"{path}: no manifest {path.with_suffix('.json').name} beside it")
-    manifest = read_json(path.with_suffix(".json"))
-    if not (isinstance(manifest, dict) and manifest.keys() >= {"size_bytes", "sha256"}):
+    require_file(path)
+    manifest = _manifest(path)
+    if not _is_description(manifest):
         raise InputError(f"{path.with_suffix('.json')}: not the manifest of a checkpoint")
     _verify_file(path, manifest)
 
 
+def _manifest(path: Path) -> Any:
+    file = path.with_suffix(".json")
+    if not file.exists():
+        raise InputError(f"{path}: no manifest {file.name} beside it")
+    return read_json(file)
+
+
+def _is_description(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and type(value.get("size_bytes")) is int
+        and isinstance(value.get("sha256"), str)
+    )
+
+
 def _verify_folder(folder: Path, processes: Processes) -> None:
-    file = folder.with_suffix(".json")
-    if not file.is_file():
-        raise InputError(f"{folder}: no manifest {file.name} beside it")
-    manifest = read_json(file)
-    if not (isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)):
+    manifest = _manifest(folder)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not (isinstance(files, dict) and all(map(_is_description, files.values()))):
+        file = folder.with_suffix(".json")
         raise InputError(f"{file}: not the manifest of a checkpoint in a folder")
-    names = sorted(manifest["files"])
+    names = sorted(files)
     if found := sorted({path.name for path in folder.iterdir()} ^ set(names)):
         raise InputError(f"{folder / found[0]}: missing, or not in the manifest")
     for name in names[processes.rank :: processes.size]:
-        _verify_file(folder / name, manifest["files"][name])
+        _verify_file(folder / name, files[name])
 
 
 def _verify_file(path: Path, manifest: dict[str, Any]) -> None:
@@ -431,15 +609,39 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
     if isinstance(settings, dict):  # models from before there was the choice
         settings.setdefault("intra_document_masking", False)
     config = read_section(ModelConfig, {"model": settings}, "model", str(file))
-    model = TransformerLM(config)
     path = folder / "model.safetensors"
     with open_safetensors(path) as file:
-        weights = {f"model.{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    _restore(str(path), weights, {}, model, None)
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    require_settings(str(path), config, described(weights))
+    _require_room(folder / "config.json", config)
+    model = TransformerLM(config)
+    require_weights(str(path), model.state_dict(), described(weights), FLOATS)
+    require_finite(str(path), weights, weights)
+    model.load_state_dict(weights)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
             f"{config.vocab_size}; they do not belong together"
         )
-    return model.to(device).eval(), tokenizer
+    _require_finite_logits(str(path), model.eval(), tokenizer.end_id)
+    return model.to(device), tokenizer
+
+
+def _require_room(file: Path, config: ModelConfig) -> None:
+    """Raise InputError if the angles of all positions, of which weights say nothing, do not fit."""
+    needed = 12 * config.context_length * config.head_dim  # two of float64, and one of float32
+    free = free_memory_bytes(torch.device("cpu"))
+    if config.position_embedding == "rope" and free is not None and needed > free:
+        raise InputError(
+            f"{file}: context_length = {config.context_length} takes {needed / 1e9:,.1f} GB for "
+            f"rotary positions, {free / 1e9:,.1f} GB are free"
+        )
+
+
+@torch.no_grad()
+def _require_finite_logits(name: str, model: TransformerLM, end_id: int) -> None:
+    """Raise InputError if weights, each of them finite, are too large to compute with."""
+    ids = torch.arange(min(PROBED, model.config.vocab_size, model.config.context_length))[None]
+    if not model(ids, model.documents(ids, end_id)).isfinite().all():
+        raise InputError(f"{name}: weights too large: logits are not finite; lower train.lr")

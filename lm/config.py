@@ -181,6 +181,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             if not bound.holds(value):
                 raise InputError(f"{key} = {_brief(value)}: {bound.text}")
         return value
+    if hint is Any:
+        return value
     if origin in (Union, UnionType):
         if value is None and NoneType in arguments:
             return None
@@ -204,7 +206,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             raise InputError(f"{key} = {_show(value)}, wanted keys and values")
         return _build(hint, value, key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not hint:
         raise InputError(f"{key} = {_show(value)}, wanted {_TYPE_NAMES[hint]}")
     if hint is float and not math.isfinite(value):

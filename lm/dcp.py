@@ -6,10 +6,12 @@ format: opening a folder runs no code, where that library's own format is a pick
     shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote, and so on
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +20,13 @@ from torch import Tensor
 from lm.errors import EnvironmentFault, InputError
 from lm.files import writing
 from lm.processes import Processes, common, of_rank
+
+
+class Stored(NamedTuple):
+    """What the header of a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, writers: Processes) -> None:
@@ -39,13 +48,30 @@ def own_files(folder: Path, rank: int) -> list[Path]:
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor there, whole."""
+def stored(folder: Path) -> dict[str, Stored]:
+    """The shape of each tensor there, whole, and its type."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    with _told_in_one_line(folder):
-        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in stored.items()}  # type: ignore[union-attr]
+    try:
+        with _told_in_one_line(folder):
+            found: Any = HuggingFaceStorageReader(str(folder)).read_metadata()
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError | EnvironmentFault):
+            raise
+        raise InputError(f"{folder}: damaged shards: {_first_line(error)}") from None
+    tensors = {
+        name: Stored(tuple(entry.size), entry.properties.dtype)
+        for name, entry in found.state_dict_metadata.items()
+    }
+    for index, part in found.storage_data.items():
+        if part.dtype != tensors[index.fqn].dtype:
+            raise InputError(f"{folder}: {index.fqn} is of several types")
+    return tensors
+
+
+def blank(like: Tensor) -> Tensor:
+    """A tensor of this kind to be read into: not a number where no file has anything."""
+    return torch.full_like(like, math.nan if like.is_floating_point() else 0)
 
 
 def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
@@ -60,7 +86,10 @@ def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
 
 def assemble(folder: Path) -> dict[str, Tensor]:
     """Every tensor there, whole, in this process's memory."""
-    tensors = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
+    tensors = {
+        name: blank(torch.empty(shape, dtype=dtype))
+        for name, (shape, dtype) in stored(folder).items()
+    }
     read_tensors(tensors, folder)
     return tensors
 

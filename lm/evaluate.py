@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lm.device import Dtype, autocast, to_device
+from lm.errors import InputError
 from lm.model import TransformerLM
 from lm.processes import ALONE, Processes
 from lm.settings import EvaluateConfig as EvaluateConfig
@@ -143,10 +144,10 @@ def bits_per_byte(sums: Sums) -> float:
     """Cross-entropy of the targets in bits per byte of their text: nats / (ln 2 * bytes).
 
     Independent of the vocabulary, so models with different tokenizers can be compared.
-    Raises ValueError if there are no bytes.
+    Raises InputError if there are no bytes.
     """
     if sums.n_bytes == 0:
-        raise ValueError("bits per byte of no text")
+        raise InputError("bits per byte of no text: all documents are empty; add text")
     return float(sums.nats.sum() / (math.log(2) * sums.n_bytes))
 
 

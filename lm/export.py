@@ -26,6 +26,7 @@ from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write, read_json, sha256_file, to_json
 from lm.huggingface import not_stock, stock_config, stock_weights
 from lm.model import TransformerLM
+from lm.report import SHAPES, require_shape
 from lm.text import DataConfig
 from lm.tokenizer import Tokenizer
 
@@ -44,10 +45,19 @@ def read_results(data_path: str) -> Results:
     for file in MEASURED:
         if not file.is_file():
             raise InputError(f"{file}: no such file; run `dvc repro` to make it")
-    data, train, evaluation = (read_json(file) for file in MEASURED[:3])
-    samples, curves = (file.read_text(encoding="utf-8") for file in MEASURED[3:])
-    corpus = read_json(CORPUS) if data_path == RAW else None
+    data, train, evaluation = map(_read_checked, MEASURED[:3])
+    try:
+        samples, curves = (file.read_text(encoding="utf-8") for file in MEASURED[3:])
+    except UnicodeDecodeError as error:
+        raise InputError(f"{MEASURED[3]} or {MEASURED[4]}: {error}; run `dvc repro`") from None
+    corpus = _read_checked(CORPUS) if data_path == RAW else None
     return Results(data, train, evaluation, samples, curves, corpus)
+
+
+def _read_checked(file: Path) -> Any:
+    content = read_json(file)
+    require_shape(content, SHAPES[file.name], str(file))
+    return content
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ def export(source: Path, config: ExportConfig, results: Results | None) -> Folde
     """
     model, tokenizer = load_model(source, torch.device("cpu"))
     provenance = read_provenance(source)
+    require_shape(provenance, SHAPES["provenance.json"], str(source / "provenance.json"))
     why_not = not_stock(model.config)
     page = card(
         provenance,
@@ -154,9 +165,16 @@ def _compared(
     length = model.config.context_length
     random = np.random.default_rng(0).integers(model.config.vocab_size, size=length)
     ids = torch.from_numpy(np.stack([random, np.resize(text, length)]))
-    difference = (model(ids) - theirs(ids).logits).abs().max().item()
+    logits = model(ids)
+    if not logits.isfinite().all():
+        raise InputError(
+            "logits are not finite: weights are too large; train with a lower train.lr"
+        )
+    difference = (logits - theirs(ids).logits).abs().max().item()
     said = f"Logits agree with those of transformers to {difference:.1e}"
-    if difference > TOLERANCE:  # a long context: they round the angles of rotary positions
+    if (
+        not difference <= TOLERANCE
+    ):  # nan, or a long context: they round the angles of rotary positions
         assert model.rope is not None
         cos, sin = theirs.model.rotary_emb(ids.float(), torch.arange(length)[None])  # (1, T, D)
         model.rope.cos.copy_(cos[0, :, : cos.shape[-1] // 2])

@@ -87,11 +87,19 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
     atomic_write(path, to_json(value), durable)
 
 
+def require_file(path: Path, remedy: str = "") -> None:
+    """Raise InputError unless there is a file: reading a pipe would never end."""
+    if not path.is_file():
+        problem = "not a file" if path.exists() else f"no such file{remedy}"
+        raise InputError(f"{path}: {problem}")
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises InputError when it is missing or torn."""
+    require_file(path, "; run `dvc repro` to make it")
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except FileNotFoundError:  # until now it was there
         raise InputError(f"{path}: no such file; run `dvc repro` to make it") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); run `dvc repro` again") from None

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lm.checkpoint import open_safetensors
 from lm.errors import InputError
+from lm.fitting import FLOATS, require_finite
 from lm.model import ModelConfig, TransformerLM
 from lm.tokenizer import Tokenizer, open_tokenizer_json
 
@@ -37,7 +37,13 @@ INNER = {
 }
 TURNED = ("q_proj.weight", "k_proj.weight", "q_norm.weight", "k_norm.weight")  # by positions
 STOCK = {"norm": "rmsnorm", "norm_position": "pre", "position_embedding": "rope", "ffn": "swiglu"}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # become float32
+KINDS = {
+    "model_type": (str,),
+    "head_dim": (int,),
+    "layer_types": (list,),
+    "rope_scaling": (dict,),
+    "rope_parameters": (dict,),
+}
 # what a tokenizer.json says of the ids of a text; the rest is of truncation, padding and templates
 MEANING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 
@@ -136,8 +142,9 @@ def start_from(folder: Path, model: TransformerLM, tokenizer: Tokenizer) -> None
             continue  # the embedding once more; computed from rope_theta
         if name not in ours:
             raise InputError(f"{file}: {name}: no such weight in a model of these settings")
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOATS:
             raise InputError(f"{file}: {name} is {tensor.dtype}; expected float32 or bfloat16")
+        require_finite(str(file), {name: tensor}, [name])
         target = own[ours[name]]
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = tensor[: len(target)]
@@ -180,6 +187,10 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
 def _require_same_settings(file: Path, config: ModelConfig) -> None:
     """Raise InputError unless config.json describes a model of these settings."""
     theirs = _read_object(file)
+    for key, kinds in KINDS.items():
+        if theirs.get(key) is not None and type(theirs[key]) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise InputError(f"{file}: {key} = {str(theirs[key])[:40]}, expected {wanted}")
     kind = theirs.get("model_type")
     if kind not in ARCHITECTURES or theirs.get("architectures") not in (
         None,

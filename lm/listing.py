@@ -31,7 +31,11 @@ def write_listing(root: Path, file: Path) -> int:
 def listed_folder(file: Path) -> Path:
     """The folder that a listing describes. Raises InputError if it is not as it was."""
     listing = read_json(file)
-    if not (isinstance(listing, dict) and listing.keys() >= {"format", "root", "files"}):
+    if not (
+        isinstance(listing, dict)
+        and isinstance(listing.get("root"), str)
+        and isinstance(listing.get("files"), dict)
+    ):
         raise InputError(f"{file}: not a listing; make one by python -m lm.listing FOLDER {file}")
     root = Path(listing["root"])
     found, again = _found(root), f"make it again: python -m lm.listing {root} {file}"

@@ -40,6 +40,10 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"fused": fused})
 
+    def state_names(self, group: dict[str, Any]) -> set[str]:
+        """What the state of each parameter of a group has after its first step."""
+        return {"step", "exp_avg", "exp_avg_sq"}
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -94,6 +98,9 @@ class Muon(AdamW):
     "momentum" holds matrices; the others are AdamW's. Equal shapes are stacked and
     orthogonalised together.
     """
+
+    def state_names(self, group: dict[str, Any]) -> set[str]:
+        return {"momentum_buffer"} if "momentum" in group else super().state_names(group)
 
     def _update(self, group: dict[str, Any]) -> None:
         if "momentum" not in group:

@@ -40,7 +40,6 @@ from lm.device import (
     resident_memory_bytes,
 )
 from lm.errors import EnvironmentFault, InputError, is_out_of_memory, one_line_errors
-from lm.files import read_json
 from lm.footprint import (
     SURELY,
     batch_bytes,
@@ -53,6 +52,7 @@ from lm.footprint import (
 from lm.model import ModelConfig, TransformerLM
 from lm.processes import ALONE, Processes
 from lm.settings import divisors, share_of_batch
+from lm.shards import read_manifest
 from lm.tokenizer import byte_tokenizer
 from lm.tokens import Split
 from lm.train import Record, TrainConfig, TrainState, new_state, train
@@ -450,7 +450,7 @@ def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
     manifest = Path("data/tokens/tokens.json")
     if not manifest.is_file():
         raise InputError(f"{manifest}: no such file; the vocabulary is known from the stage tokens")
-    return int(read_json(manifest)["vocab_size"])
+    return int(read_manifest(manifest.parent)["vocab_size"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

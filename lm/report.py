@@ -1,9 +1,11 @@
-"""Results as text for people."""
+"""Results as text for people, and what the files that they are read from must hold."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from lm.errors import InputError
 
 ROWS = {
     "uniform": "uniform guess",
@@ -12,6 +14,106 @@ ROWS = {
     "loss_nats": "this model",
     "floor": "entropy of the grammar",
 }
+
+NUMBER, MAYBE, COUNT, SOME = "a number", "a number or null", "a count", "a count of 1 or more"
+POSITIVE, TEXT, FLAG, GUESS = "a number > 0", "text", "true or false", "a name and a probability"
+SHOWN = "what UTF-8 can show"
+_KINDS = {
+    NUMBER: lambda x: _is_number(x),
+    MAYBE: lambda x: x is None or _is_number(x),
+    COUNT: lambda x: type(x) is int and 0 <= x < 1 << 63,
+    SOME: lambda x: type(x) is int and 1 <= x < 1 << 63,
+    POSITIVE: lambda x: _is_number(x) and x > 0,
+    TEXT: lambda x: _is_text(x),
+    GUESS: lambda x: isinstance(x, list) and len(x) == 2 and _is_text(x[0]) and _is_number(x[1]),
+    FLAG: lambda x: isinstance(x, bool),
+    SHOWN: lambda x: _is_text(str(x)),
+}
+_SIDE = {"documents": COUNT, "bytes": COUNT, "tokens": SOME}
+_SOURCE = {
+    **dict.fromkeys(("documents", "bytes", "tokens"), COUNT),
+    **dict.fromkeys(("longest_document_bytes", "vocabulary_used"), COUNT),
+    "bytes_per_token": NUMBER,
+    "valid": {"tokens": COUNT},
+}
+# what is read of each file: "key?" may be missing, "*" is every key, a list holds any number
+SHAPES: dict[str, Any] = {
+    "data.json": {
+        **_SOURCE,
+        **dict.fromkeys(("train", "valid"), _SIDE),
+        "vocabulary": SOME,
+        **dict.fromkeys(("duplicates", "replacement_characters"), COUNT),
+        "left_out": {"*": COUNT},
+        "sources": {"*": _SOURCE},
+    },
+    "train.json": {
+        **dict.fromkeys(("step", "tokens", "parameters", "best_step"), SOME),
+        **dict.fromkeys(("train_loss", "valid_loss"), NUMBER),
+    },
+    "eval.json": {
+        **dict.fromkeys(("loss_nats", "bits_per_byte"), POSITIVE),
+        **dict.fromkeys(("perplexity", "accuracy", "calibration_error"), NUMBER),
+        **dict.fromkeys(("tokens", "bytes"), SOME),
+        "baseline_loss_nats": dict.fromkeys(("uniform", "unigram", "bigram"), NUMBER),
+        **dict.fromkeys(("floor_bits_per_byte?", "distance_to_floor?"), NUMBER),
+    },
+    "samples.json": [{"prompt": TEXT, "temperature": NUMBER, "completion": TEXT}],
+    "held_out.json": [
+        {
+            "whole": FLAG,
+            "tokens": [{"text": TEXT, "name": TEXT, "loss_nats": NUMBER, "guesses": [GUESS]}],
+        }
+    ],
+    "performance.json": {
+        **{key: {"predicted": MAYBE, "measured": NUMBER} for key in ("seconds", "memory_bytes")},
+        **dict.fromkeys(("tokens_per_second", "step_seconds_median", "flops_per_token"), NUMBER),
+        **dict.fromkeys(("matmul_flops_per_second", "mfu", "micro_batch_size"), NUMBER),
+        "compiled": FLAG,
+        **dict.fromkeys(("mfu_is_of", "device", "dtype"), TEXT),
+        "num_devices?": SOME,
+    },
+    "provenance.json": {
+        "model": {
+            "*": SHOWN,
+            **dict.fromkeys(("vocab_size", "context_length", "num_layers", "d_model"), SOME),
+        },
+        "train": {"*": SHOWN},
+        **{key: {"*": TEXT} for key in ("inputs", "code")},
+        "environment": {"*": SHOWN},
+    },
+    "corpus.json": [{"package?": TEXT, "version?": TEXT, "bytes": COUNT, "sha256": TEXT}],
+}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # not nan; room for sums
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)  # has no UTF-8
+
+
+def require_shape(value: Any, shape: Any, where: str) -> None:
+    """Raise InputError unless a value of JSON has what is read of it; more may be there."""
+    if isinstance(shape, str):
+        if not _KINDS[shape](value):
+            raise InputError(f"{where} = {str(value)[:40]}, expected {shape}; run `dvc repro`")
+        return
+    if type(value) is not type(shape):
+        kind = "a list" if isinstance(shape, list) else "keys and values"
+        raise InputError(f"{where} = {str(value)[:40]}, expected {kind}; run `dvc repro`")
+    if isinstance(shape, list):
+        for number, item in enumerate(value):
+            require_shape(item, shape[0], f"{where}[{number}]")
+        return
+    for key, inner in shape.items():
+        for name in value if key == "*" else (key.removesuffix("?"),):
+            if key == "*":
+                require_shape(name, TEXT, where)
+            if name in value:
+                require_shape(value[name], inner, f"{where}{'.' if ': ' in where else ': '}{name}")
+            elif not key.endswith("?"):
+                raise InputError(f"{where}: no {name} in it; run `dvc repro`")
 
 
 def summary(
@@ -49,7 +151,7 @@ def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> st
     losses = {**baselines, "loss_nats": metrics["loss_nats"]}
     if "floor_bits_per_byte" in metrics:
         losses["floor"] = metrics["floor_bits_per_byte"] / bits
-    rows = {key: ROWS[key] for key in losses}
+    rows = {key: ROWS.get(key, key) for key in losses}
     width = max(map(len, rows.values()))
     lines = [
         f"Validation on {metrics['tokens']:,} tokens ({metrics['bytes']:,} bytes)",

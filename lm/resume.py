@@ -71,14 +71,15 @@ class ResumeDirectory:
             self._require_shared()
 
     def _open(self) -> None:
-        if self.folder.is_symlink():  # the folder is deleted when its run is over
-            raise InputError(
-                f"{self.folder}: a symbolic link, must be a folder; link {self.folder.parent} as a "
-                "whole, or put the folder itself there"
-            )
+        _require_kind(self.folder, folder=True)
+        _require_kind(self.folder / "lock", folder=False)
+        for path in sorted(self.folder.glob("step-*")):
+            if path.suffix in ("", ".safetensors", ".json"):
+                _require_kind(path, folder=path.suffix == "")
         self._lock = _locked(self.folder)
         for litter in (*self.folder.glob("*.tmp"), *self.folder.glob(".tmp*")):  # and safetensors'
-            shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+            folder = litter.is_dir() and not litter.is_symlink()
+            shutil.rmtree(litter) if folder else litter.unlink()
         for path in _newest_first(self.folder):  # a kill came before the commit: it would be kept
             if not path.with_suffix(".json").exists():
                 discard(path)
@@ -144,7 +145,8 @@ class ResumeDirectory:
         """The checkpoints that these call the best."""
         steps = set()
         for path in paths:
-            with suppress(InputError):  # a torn one needs nothing
+            # a torn one needs nothing, nor does one that says no step
+            with suppress(InputError, LookupError, TypeError):
                 steps.add(read_extra(path)["best"]["step"])
         return {self.path(step) for step in steps if step is not None}
 
@@ -192,6 +194,16 @@ def kept_checkpoints(
         except (InputError, FileNotFoundError) as error:  # its trainer may drop it meanwhile
             fault = str(error)
         yield path, next(filter(None, processes.gather(fault)), None)
+
+
+def _require_kind(path: Path, folder: bool) -> None:
+    """Raise InputError if something else than a folder, or else a file, stands there.
+
+    A link would lead what is written or deleted to another place, and a pipe would hang.
+    """
+    if path.is_symlink() or (path.exists() and not (path.is_dir() if folder else path.is_file())):
+        kind = "a link" if path.is_symlink() else f"not a {'folder' if folder else 'file'}"
+        raise InputError(f"{path}: {kind}; move it away: only this project writes there")
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from lm.checkpoint import (
     as_one_file,
     commit,
     load_checkpoint,
-    read_extra,
+    read_run,
     save_model,
     verify,
     weights_sha256,
@@ -102,12 +102,16 @@ class Run:
         self.step_seconds: list[float] = []
         self.forward_seconds: deque[list[float]] = deque(maxlen=1000)  # of each step, by rank
         self.refreshed_s = -math.inf
-        resumed = self._resume()
-        if self.processes.leads:
-            _report_others(folder, None if resumed else decided(self.identity))
-        if not resumed and resume_from is not None:
-            self._continue(resume_from)
-            self._begin_notes()
+        try:
+            resumed = self._resume()
+            if self.processes.leads:
+                _report_others(folder, None if resumed else decided(self.identity))
+            if not resumed and resume_from is not None:
+                self._continue(resume_from)
+                self._begin_notes()
+        except BaseException:
+            self.directory.unlock()
+            raise
         tokens = config.batch_size * state.model.config.context_length
         self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
         self.signals = CatchSignals()
@@ -127,11 +131,9 @@ class Run:
         self.directory.unlock()
         self.signals.__exit__(kind, error, traceback)
         if isinstance(error, Diverged) and self.processes.leads:
-            kept = kept_checkpoints(self.directory.folder)
-            good = next((read_extra(path)["iteration"] for path, fault in kept if not fault), None)
-            last = "no checkpoint yet" if good is None else f"step {good}"
             curves = self._keep_curves()
-            error.args = (f"{error}; last good checkpoint: {last}; curves up to there: {curves}",)
+            last = f"last good checkpoint: {self._last_good()}"
+            error.args = (f"{error}; {last}; curves up to there: {curves}",)
 
     def _keep_curves(self) -> Path:
         """Write the curves of a run that has diverged; returns where they are.
@@ -146,6 +148,13 @@ class Run:
             self._write_metrics(self.live, diverged_at=self.state.step + (0 if spoilt else 1))
         here = self.clock_file.resolve().is_relative_to(Path.cwd())
         return self.live / "curves.csv" if here else self.clock_file
+
+    def _last_good(self) -> str:
+        for path, fault in kept_checkpoints(self.directory.folder):
+            with suppress(InputError):
+                if fault is None:
+                    return f"step {read_run(path)['iteration']}"
+        return "no checkpoint yet"
 
     def _begin_notes(self) -> None:
         """Note what a run may change on its way, as of the first step."""
@@ -163,12 +172,16 @@ class Run:
     def _resume(self) -> bool:
         """Restore the newest checkpoint of this very run that is intact; False if there is none."""
         for path, fault in kept_checkpoints(self.directory.folder, self.processes):
-            fault = fault or self._fault(path)
+            try:
+                fault = fault or self._fault(path)
+                if fault is None:
+                    self._restore(path)
+            except InputError as error:
+                fault = str(error)
             if fault is not None:
                 say(f"warning: {fault}; passed over")
                 continue
-            self._restore(path)
-            theirs = read_extra(path)["identity"]
+            theirs = read_run(path)["identity"]
             self._keep_windows_at_once(theirs[MICRO_BATCH_SIZES])
             if NUM_PROCESSES in theirs:
                 self.identity[NUM_PROCESSES] = dict(theirs[NUM_PROCESSES])
@@ -192,10 +205,13 @@ class Run:
 
     def _fault(self, path: Path) -> str | None:
         """Why an undamaged checkpoint must not be resumed."""
-        extra = read_extra(path)
+        extra = read_run(path)
         ours, theirs = _as_json(decided(self.identity)), decided(extra["identity"])
         if ours != theirs:
             return f"{path}: of another run: {few(differences(theirs, ours))}"
+        step = extra["iteration"]
+        if path.stem != self.directory.path(step).stem or step > self.config.max_steps:
+            return f"{path}: is at step {step}: not that of its name, or beyond train.max_steps"
         if extra["best"]["step"] is not None:
             try:
                 best = self.directory.path(extra["best"]["step"])
@@ -207,9 +223,7 @@ class Run:
     def _check_continuation(self, path: Path) -> None:
         """Raise InputError unless a checkpoint is whole and of the same model and data."""
         verify(path)
-        extra = read_extra(path)
-        if "identity" not in extra:
-            raise InputError(f"{path}: not saved by stage train; use lm.checkpoint.load_checkpoint")
+        extra = read_run(path)
         for part in ("model", "inputs"):
             ours, theirs = self.identity[part], extra["identity"].get(part, {})
             if ours != theirs:
@@ -243,8 +257,10 @@ class Run:
         commit(file)
 
     def _restore(self, path: Path) -> None:
-        self.state.step = load_checkpoint(path, self.state.model, self.state.optimizer)
-        extra = read_extra(path)
+        extra = read_run(path)
+        self.state.step = load_checkpoint(
+            path, self.state.model, self.state.optimizer, self.processes
+        )
         if extra["scaler"]:
             self.state.scaler.load_state_dict(extra["scaler"])
         self.history = History.restore(extra["history"])
@@ -481,7 +497,7 @@ def _best_beside(path: Path) -> Path:
 
     Raises InputError if none has the weights that `path` names: it decides what is published.
     """
-    extra = read_extra(path)
+    extra = read_run(path)
     step = extra["best"]["step"]
     for best in (
         path,
@@ -489,7 +505,7 @@ def _best_beside(path: Path) -> Path:
         path.with_name(f"step-{step:08d}.safetensors"),
     ):
         if best.is_file():
-            theirs = read_extra(best)
+            theirs = read_run(best)
             same = theirs["weights"].get(str(step)) == extra["weights"][str(step)]
             if theirs["iteration"] == step and same:
                 verify(best)

@@ -25,6 +25,7 @@ FORMAT = 2
 MANIFEST = "tokens.json"
 SPLITS = ("train", "valid")
 COUNTS = ("tokens", "bytes", "documents")
+MOST = 1 << 60  # tokens or bytes: no file has as many, and sums of them fit into 63 bits
 REMEDY = "run `dvc repro tokens`"
 
 
@@ -192,7 +193,11 @@ def _is_manifest(value: Any) -> bool:
 
 
 def _is_counted(value: Any) -> bool:
-    return _has(value, **dict.fromkeys(COUNTS, int)) and all(value[name] >= 0 for name in COUNTS)
+    """Whether the counts can be of documents: each has an end token, and text has others too."""
+    if not _has(value, **dict.fromkeys(COUNTS, int)):
+        return False
+    tokens, n_bytes, documents = (value[name] for name in COUNTS)
+    return 0 <= documents <= tokens < MOST and 0 <= n_bytes < MOST and (tokens > 0 or n_bytes == 0)
 
 
 def _has(value: Any, **kinds: type) -> bool:

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from lm.errors import InputError
 from lm.sampling import DocumentWindows, Numbers, Sampling, deal, drawn, ordered
-from lm.shards import (
-    REMEDY,
-    read_manifest,
-)
+from lm.shards import MANIFEST, REMEDY, read_manifest
+from lm.tokenizer import Tokenizer
 
 PLANNED = 1024  # windows whose places are computed at once
 SCANNED = 1 << 22  # tokens read at once to find the ends of documents
+HASHED = 1 << 18  # tokens read at once to verify a file
 OPEN_FILES = 100  # of a split at a time: with two splits less than the 256 that macOS allows
 Signature = tuple[int, int, int]
 DType = np.dtype[Any]
@@ -36,14 +35,22 @@ class TokenStream:
     the process with SIGBUS and no word. Copying a window costs no more than mapping it.
     """
 
-    def __init__(self, files: Sequence[Path], entries: Sequence[dict[str, Any]], dtype: DType):
+    def __init__(
+        self,
+        files: Sequence[Path],
+        entries: Sequence[dict[str, Any]],
+        dtype: DType,
+        vocab_size: int,
+    ):
         """Shards as their entries of tokens.json describe them.
 
-        Raises InputError if a file is missing, truncated, extended or edited.
+        Raises InputError if a file is missing, truncated, extended or edited, or has an id beyond
+        the vocabulary.
         """
         self._descriptors: dict[int, int] = {}  # by number of the file, the oldest first
         self._signatures: dict[int, Signature] = {}  # of files whose content has been verified
         self._files, self._entries, self.dtype = files, entries, dtype
+        self._vocab_size = vocab_size
         lengths = [entry["tokens"] for entry in entries]
         self._bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         for number in range(len(files)):
@@ -53,10 +60,16 @@ class TokenStream:
         return int(self._bounds[-1])
 
     def __getitem__(self, place: slice) -> NDArray[Any]:
-        """The ids of a slice without a step. Raises InputError if a file has changed."""
+        """The ids of a slice without a step. Raises InputError if a file has changed.
+
+        A file that is rewritten in place is noticed where an id is beyond the vocabulary: a look
+        at each that is read costs next to nothing, and the model would end in an IndexError.
+        """
         start, stop, _ = place.indices(len(self))
         ids = np.empty(max(0, stop - start), dtype=self.dtype)
         self._fill(ids.view(np.uint8).data, start)
+        if ids.size and ids.max() >= self._vocab_size:
+            raise self._beyond_vocabulary(ids, start)
         return ids
 
     def rows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
@@ -71,7 +84,18 @@ class TokenStream:
             for row, start in enumerate(starts.tolist()):
                 if len(pieces[row]) < width:  # it runs on into the next file, or this has shrunk
                     pieces[row] = self[start : start + length].tobytes()
-        return np.frombuffer(b"".join(pieces), dtype=self.dtype).reshape(-1, length)
+        rows = np.frombuffer(b"".join(pieces), dtype=self.dtype).reshape(-1, length)
+        if rows.size and rows.max() >= self._vocab_size:
+            row = int(rows.max(axis=1).argmax())
+            raise self._beyond_vocabulary(rows[row], int(starts[row]))
+        return rows
+
+    def _beyond_vocabulary(self, ids: NDArray[Any], start: int) -> InputError:
+        """What is wrong with some ids, read from `start` on."""
+        at = int(ids.argmax())
+        file = int(np.searchsorted(self._bounds, start + at, side="right")) - 1
+        place = start + at - int(self._bounds[file])
+        return _beyond(self._files[file], place, int(ids[at]), self._vocab_size)
 
     def _fill(self, view: memoryview, start: int) -> None:
         """Read the ids from `start` on, from one file or several, into the bytes of `view`."""
@@ -106,24 +130,41 @@ class TokenStream:
         signature = status.st_ino, status.st_size, status.st_mtime_ns
         if signature != self._signatures.get(number):
             try:
-                _verify(descriptor, file, entry["tokens"] * self.dtype.itemsize, entry["sha256"])
+                self._verify(descriptor, file, entry)
             except BaseException:
                 os.close(descriptor)
                 raise
             self._signatures[number] = signature
         return descriptor
 
+    def _verify(self, descriptor: int, file: Path, entry: dict[str, Any]) -> None:
+        size = entry["tokens"] * self.dtype.itemsize
+        if (found := os.fstat(descriptor).st_size) != size:
+            raise InputError(f"{file}: {found} bytes, tokens.json says {size}; {REMEDY}")
+        digest, beyond, place = hashlib.sha256(), None, 0
+        buffer = np.empty(HASHED, dtype=self.dtype)
+        view = buffer.view(np.uint8).data
+        with open(descriptor, "rb", closefd=False) as stream:
+            while read := stream.readinto(view):
+                digest.update(view[:read])
+                ids = buffer[: read // self.dtype.itemsize]
+                if beyond is None and ids.size and ids.max() >= self._vocab_size:
+                    beyond = place + int(ids.argmax()), int(ids.max())
+                place += len(ids)
+        if digest.hexdigest() != entry["sha256"]:
+            raise InputError(f"{file}: content differs from the hash in tokens.json; {REMEDY}")
+        if beyond is not None:
+            raise _beyond(file, *beyond, self._vocab_size)
+
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
 
-def _verify(descriptor: int, file: Path, size: int, sha256: str) -> None:
-    with open(descriptor, "rb", closefd=False) as stream:
-        if (found := os.fstat(descriptor).st_size) != size:
-            raise InputError(f"{file}: {found} bytes, tokens.json says {size}; {REMEDY}")
-        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
-            raise InputError(f"{file}: content differs from the hash in tokens.json; {REMEDY}")
+def _beyond(file: Path, place: int, token_id: int, vocab_size: int) -> InputError:
+    return InputError(
+        f"{file}: token {place} has the id {token_id}, the vocabulary {vocab_size} ids; {REMEDY}"
+    )
 
 
 @dataclass(frozen=True)
@@ -267,15 +308,23 @@ class Tokens:
     vocab_size: int
 
 
-def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
+def open_tokens(
+    folder: Path, tokenizer_sha256: str | None = None, tokenizer: Tokenizer | None = None
+) -> Tokens:
     """The token shards, checked against tokens.json.
 
-    Raises InputError if a file is missing, truncated, extended or edited, and if the tokens were
-    made with another tokenizer than the one whose hash is given.
+    Raises InputError if a file is missing, truncated, extended or edited, has ids beyond the
+    vocabulary, and if the tokens were made with another tokenizer than the one that is given.
     """
     manifest = read_manifest(folder)
     if tokenizer_sha256 not in (None, manifest["tokenizer_sha256"]):
         raise InputError(f"{folder}: made with another tokenizer; {REMEDY}")
+    for name in ("vocab_size", "end_id") if tokenizer is not None else ():
+        if manifest[name] != getattr(tokenizer, name):
+            raise InputError(
+                f"{folder / MANIFEST}: {name} = {manifest[name]}, the tokenizer's is "
+                f"{getattr(tokenizer, name)}; {REMEDY}"
+            )
     return Tokens(
         _open_split(folder, "train", manifest),
         _open_split(folder, "valid", manifest),
@@ -286,7 +335,8 @@ def open_tokens(folder: Path, tokenizer_sha256: str | None = None) -> Tokens:
 def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     entries = [shard[name] for shard in manifest["shards"]]
-    tokens = TokenStream([folder / entry["file"] for entry in entries], entries, dtype)
+    files = [folder / entry["file"] for entry in entries]
+    tokens = TokenStream(files, entries, dtype, manifest["vocab_size"])
     weighted = _weighted(name, manifest) if name == "train" else ()  # shares are of the training
     return Split(name, tokens, manifest[name]["bytes"], manifest["end_id"], weighted)
 

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from safetensors.torch import load_file
 from lm.checkpoint import (
     load_checkpoint,
     load_model,
-    read_extra,
     read_provenance,
+    read_run,
+    stored_weights,
     verify,
     weights_sha256,
 )
@@ -33,6 +35,7 @@ from lm.console import count, say
 from lm.device import choose_device, environment, make_deterministic
 from lm.errors import EnvironmentFault, InputError, one_line_errors
 from lm.files import sha256_file
+from lm.fitting import require_finite, require_settings
 from lm.huggingface import start_from
 from lm.model import ModelConfig, TransformerLM
 from lm.processes import Processes, joined
@@ -133,7 +136,11 @@ def _md5(file: Path) -> str:
 
 def belonging_faults() -> Iterator[Fault]:
     """What does not belong together among tokens, tokenizer, model and provenance."""
-    yield from _raised(lambda: open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json")))
+    yield from _raised(
+        lambda: open_tokens(
+            TOKENS, sha256_file(TOKENIZER / "tokenizer.json"), load_tokenizer(TOKENIZER)
+        )
+    )
     yield from _raised(lambda: load_model(MODEL, torch.device("cpu")))
     if sha256_file(MODEL / "tokenizer.json") != sha256_file(TOKENIZER / "tokenizer.json"):
         yield f"{MODEL / 'tokenizer.json'}: differs from {TOKENIZER / 'tokenizer.json'}"
@@ -147,14 +154,19 @@ def checkpoint_faults() -> Iterator[Fault]:
     """What is damaged among the published checkpoints, or of another training than the model."""
     for path in (LAST, BEST):
         verify(path)
-    last, best, provenance = read_extra(LAST), read_extra(BEST), read_provenance(MODEL)
+    last, best, provenance = read_run(LAST), read_run(BEST), read_provenance(MODEL)
     if last["identity"] != provenance:
         yield f"{LAST}: of another run than {MODEL / 'provenance.json'} says"
     step = last["best"]["step"]
-    if (best["iteration"], best["weights"].get(str(step))) != (step, last["weights"][str(step)]):
+    if (best["iteration"], best["weights"].get(str(step))) != (
+        step,
+        last["weights"].get(str(step)),
+    ):
         yield f"{BEST}: not the best checkpoint that {LAST} names"
-    source = LAST if last["identity"]["train"]["early_stopping"] is None else BEST
+    source = LAST if last["identity"]["train"].get("early_stopping") is None else BEST
     tensors, published = load_file(source), load_file(MODEL / "model.safetensors")
+    for file, found in ((source, tensors), (MODEL / "model.safetensors", published)):
+        yield from _raised(partial(require_finite, str(file), found, found))
     expected = {f"model.{name}" for name in published}
     if expected != {name for name in tensors if name.startswith("model.")} or not all(
         torch.equal(tensor, tensors[f"model.{name}"]) for name, tensor in published.items()
@@ -198,7 +210,7 @@ def replay(steps: int, device: torch.device) -> str:
     EnvironmentFault if this machine computes otherwise than the one that trained.
     """
     verify(LAST)
-    recorded = read_extra(LAST)
+    recorded = read_run(LAST)
     identity = recorded["identity"]
     config = read_section(TrainConfig, identity, "train", str(LAST))
     make_deterministic(device, config.threads)
@@ -236,6 +248,7 @@ def _replayed(
             start_from(PRETRAINED / config.init_from, model, load_tokenizer(TOKENIZER))
 
     model_config = read_section(ModelConfig, identity, "model", str(LAST))
+    require_settings(str(LAST), model_config, stored_weights(LAST))
     state = new_state(model_config, config, device, processes, initialise)
     start = _restore_start(state, steps, recorded)
     known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
@@ -243,7 +256,9 @@ def _replayed(
     state.windows_at_once = size_at(sizes, state.step + 1)
     compared = [step for step in sorted(known) if start < step <= start + steps]
     if not compared:
-        following = min(step for step in known if step > start)
+        following = min((step for step in known if step > start), default=None)
+        if following is None:
+            raise InputError(f"{LAST}: no weights are recorded after step {start}")
         raise InputError(
             f"--replay {steps}: from step {start} the next recorded weights are of step "
             f"{following}; use --replay {following - start}"
@@ -263,7 +278,7 @@ def _replayed(
 def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> int:
     """Bring `state` to the newest point at least `steps` steps before the end; returns its step."""
     verify(BEST)
-    best = read_extra(BEST)
+    best = read_run(BEST)
     last_step: int = recorded["iteration"]
     if best["iteration"] + steps <= last_step and best["identity"] == recorded["identity"]:
         state.step = load_checkpoint(BEST, state.model, state.optimizer)

@@ -59,7 +59,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     provenance = read_provenance(MODEL)
     remove_finished(run_folder(UNFINISHED, provenance))  # by now DVC has recorded what it made
     make_deterministic(device, provenance["train"].get("num_threads"))
-    tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"))
+    tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"), tokenizer)
     require_logits_fit(config, model, tokens.valid, device)
     sums = evaluate(
         model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride
@@ -180,7 +180,7 @@ def _floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[
                 f"({error}); data.source: grammar needs data.path: data/raw and data.split: hash"
             ) from None
     floor, found = bits / metrics["bytes"], metrics["bits_per_byte"]
-    if found < floor * (1 - CHANCE):
+    if not found >= floor * (1 - CHANCE):
         raise InputError(
             f"{MODEL}: {found:.4f} bits per byte, below the entropy of the text, {floor:.4f}: no "
             "model can; it has seen the validation text in training, or there is a bug"

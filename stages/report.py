@@ -21,6 +21,7 @@ from lm.console import say
 from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write, sha256_file
 from lm.history import DIVERGED
+from lm.report import SHAPES, require_shape
 from stages.page import Run, page
 from stages.repository import commit_of, git, is_under_git, opened, run_git
 from stages.vega import script
@@ -34,11 +35,13 @@ def read_run(name: str, read: Read, commit: str, clocks: bool) -> Run:
 
     def parsed(file: str) -> Any:
         try:
-            return json.loads(read(file))
+            content = json.loads(read(file))
         except (ValueError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{file}: not valid JSON ({error}); run `make repro`") from None
+        require_shape(content, SHAPES[Path(file).name], file)
+        return content
 
     def rows(file: str) -> list[dict[str, float]]:
         try:

@@ -85,7 +85,7 @@ def _read(
     if asked.init_from is not None:
         inputs.watch(PRETRAINED / asked.init_from)
     tokenizer = load_tokenizer(TOKENIZER)
-    tokens = open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json"))
+    tokens = open_tokens(TOKENS, sha256_file(TOKENIZER / "tokenizer.json"), tokenizer)
     model_config = inputs.section(ModelConfig, "model", vocab_size=tokens.vocab_size)
     for split in (tokens.train, tokens.valid):
         split.require(model_config.context_length)

@@ -22,11 +22,17 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 import zstandard
+from safetensors.torch import load_file, save_file
 
-from lm.tokenizer import END_TOKEN, train_bpe
-from tests.project import Project
+from lm.checkpoint import PROVENANCE, save_model
+from lm.config import load_params, read_section
+from lm.files import sha256_file, write_json
+from lm.model import ModelConfig, TransformerLM
+from lm.tokenizer import END_TOKEN, load_tokenizer, train_bpe
+from tests.project import SMOKE, Project
 
 OUTPUTS = ("data", "models", "metrics")
 
@@ -255,6 +261,76 @@ def without_x(json):
     ids["never"] = ids.pop("x")
 
 
+def saved(*changes):
+    """Put a small model, untrained, into models/model; then change it."""
+
+    def write(folder):
+        tokenizer = load_tokenizer(folder / "data" / "tokenizer")
+        section = load_params(SMOKE)["model"] | {"vocab_size": tokenizer.vocab_size}
+        torch.manual_seed(0)
+        model = TransformerLM(read_section(ModelConfig, {"model": section}, "model"))
+        save_model(model, tokenizer, folder / MODEL)
+        made_of = {part: {} for part in PROVENANCE} | {"model": section}
+        write_json(folder / MODEL / "provenance.json", made_of)
+        for change in changes:
+            change(folder)
+
+    return write
+
+
+def weights(change, name="lm_head.weight"):
+    """Change one of the model's weights; the file is whole."""
+
+    def write(folder):
+        file = folder / MODEL / "model.safetensors"
+        tensors = load_file(file)
+        tensors[name] = change(tensors[name])
+        save_file(tensors, file)
+
+    return write
+
+
+def poked(value):
+    """One of the weights is no number, or is too large."""
+
+    def change(tensor):
+        tensor[1, 2] = value
+        return tensor
+
+    return weights(change)
+
+
+def edited(name, **values):
+    """Change values of a JSON file; without any, it becomes a list."""
+
+    def write(folder):
+        content = json.loads((folder / name).read_text()) | values if values else []
+        (folder / name).write_text(json.dumps(content))
+
+    return write
+
+
+def settings_of(**values):
+    """The settings beside a saved model are of another."""
+    return saved(edited(f"{MODEL}/config.json", **values))
+
+
+def rewritten(side, place, token_id):
+    """Put an id into the tokens; the manifest agrees with it."""
+
+    def write(folder):
+        name, manifest = f"{side}/text-00000.bin", folder / TOKENS / "tokens.json"
+        with open(folder / TOKENS / name, "r+b") as shard:
+            os.pwrite(shard.fileno(), token_id.to_bytes(2, "little"), 2 * place)
+        content = json.loads(manifest.read_text())
+        content["shards"][0][side]["sha256"] = sha256_file(folder / TOKENS / name)
+        manifest.write_text(json.dumps(content))
+
+    return write
+
+
+MODEL, TOKENS = "models/model", "data/tokens"
+WEIGHTS = f"{MODEL}/model.safetensors"
 GIVEN = "data/tokenizers/given.json"
 TOKENIZER = train_bpe(["low lower newest " * 20], 280).backend.to_str()
 BOMB = "a: &a [0,0,0,0,0,0,0,0,0]\n" + "".join(
@@ -539,10 +615,63 @@ ROWS = [
     Row("tokens", "train", [special("data/tokens/valid/text-00000.bin", lambda path: None)], 2, f"data/tokens/valid/text-00000.bin: no such file; {AGAIN}"),
     Row("tokens", "train", [file("data/tokens/valid/text-00000.bin", b"\0\0\0")], 2, f"data/tokens/valid/text-00000.bin: 3 bytes, tokens.json says …; {AGAIN}"),
     Row("tokens", "train", [file("data/tokenizer/tokenizer.json", TOKENIZER.encode())], 2, f"data/tokens: made with another tokenizer; {AGAIN}"),
+    *(
+        Row("tokens", stage, [saved(rewritten(side, 7, 300))], 2, f"{TOKENS}/{side}/text-00000.bin: token 7 has the id 300, the vocabulary 300 ids; {AGAIN}")
+        for stage in ("train", "evaluate")
+        for side in ("train", "valid")
+    ),
+    *(
+        Row("tokens", stage, [saved(edited(f"{TOKENS}/tokens.json", vocab_size=301))], 2, f"{TOKENS}/tokens.json: vocab_size = 301, the tokenizer's is 300; {AGAIN}")
+        for stage in ("train", "evaluate")
+    ),
+    Row("tokens", "train", [edited(f"{TOKENS}/tokens.json", end_id=3)], 2, f"{TOKENS}/tokens.json: end_id = 3, the tokenizer's is 299; {AGAIN}"),
+    Row("tokens", "train", [edited(f"{TOKENS}/tokens.json", end_id=300)], 2, f"{TOKENS}/tokens.json: not a token manifest; {AGAIN}"),
+    Row("tokens", "train", [edited(f"{TOKENS}/tokens.json", train={"tokens": 10**30, "bytes": 1, "documents": 1})], 2, f"{TOKENS}/tokens.json: not a token manifest; {AGAIN}"),
+    Row("tokens", "train", [special("data/tokens/tokens.json", os.mkfifo)], 2, "data/tokens/tokens.json: not a file"),
     Row("model", "evaluate", [file("models/model/config.json", b"[]")], 2, "models/model/config.json: section model holds no keys"),
     Row("model", "evaluate", [file("models/model/config.json", b"{}")], 2, "models/model/config.json: missing key model.vocab_size"),
     Row("model", "evaluate", [file("models/model/config.json", b"{")], 2, "models/model/config.json: not valid JSON (…); run `dvc repro` again"),
     Row("model", "evaluate", [], 2, "models/model/config.json: no such file; run `dvc repro` to make it"),
+    Row("model", "evaluate", [special("models/model/config.json", os.mkfifo)], 2, "models/model/config.json: not a file"),
+    *(
+        Row("model", stage, [saved(change)], 2, f"{WEIGHTS}: {line}")
+        for change, line in (
+            (weights(lambda t: t.long()), "lm_head.weight is int64, expected float32 or bfloat16 or float16"),
+            (poked(float("nan")), "lm_head.weight: 1 of … values are not finite"),
+            (poked(float("-inf")), "lm_head.weight: 1 of … values are not finite"),
+            (weights(lambda t: t * 3e38), "weights too large: logits are not finite; lower train.lr"),
+        )
+        for stage in ("evaluate", "lm.gguf")
+    ),
+    *(
+        Row("model", "evaluate", [saved(change)], 2, f"{WEIGHTS}: {line}")
+        for change, line in (
+            (weights(lambda t: t > 0), "lm_head.weight is bool, expected float32 or bfloat16 or float16"),
+            (weights(lambda t: t.double()), "lm_head.weight is float64, expected float32 or bfloat16 or float16"),
+            (weights(lambda t: t.cfloat()), "lm_head.weight is complex64, expected float32 or bfloat16 or float16"),
+            (weights(lambda t: t[:-1].clone()), "another model: lm_head.weight is …, expected …"),
+            (weights(lambda t: t[0], "token_embeddings.weight"), "another model: vocab_size = … in its settings, none in its weights, d_model = … in its settings, none in its weights"),
+            (file(WEIGHTS, b"\xff" * 8 + b"{}"), "not a safetensors file (…)"),
+            (file(WEIGHTS, (100).to_bytes(8, "little") + b"{}"), "not a safetensors file (…)"),
+            (file(WEIGHTS, (10**8 + 1).to_bytes(8, "little") + b" " * 10**8), "not a safetensors file (…)"),
+            (file(WEIGHTS, b"\2" + bytes(7) + b"[]"), "not a safetensors file (…)"),
+            (file(WEIGHTS, b"\2" + bytes(7) + b"{}"), "another model: …"),
+            (special(WEIGHTS, os.mkfifo), "not a file"),
+            (special(WEIGHTS, os.mkdir), "not a file"),
+        )
+    ),
+    Row("model", "evaluate", [settings_of(num_layers=2_000_000)], 2, f"{WEIGHTS}: another model: num_layers = 2000000 in its settings, 2 in its weights"),
+    Row("model", "lm.gguf", [settings_of(num_layers=2_000_000)], 2, f"{WEIGHTS}: another model: num_layers = 2000000 in its settings, 2 in its weights"),
+    Row("model", "evaluate", [settings_of(d_model=10**9)], 2, f"{WEIGHTS}: another model: d_model = 1000000000 in its settings, … in its weights"),
+    Row("model", "evaluate", [settings_of(d_ff=10**9)], 2, f"{WEIGHTS}: another model: d_ff = 1000000000 in its settings, … in its weights"),
+    Row("model", "evaluate", [settings_of(vocab_size=10**9)], 2, f"{WEIGHTS}: another model: vocab_size = 1000000000 in its settings, 300 in its weights"),
+    Row("model", "evaluate", [settings_of(num_heads=10**9)], 2, f"{MODEL}/config.json: model.d_model = … is not divisible by model.num_heads = 1000000000; use …"),
+    Row("model", "evaluate", [settings_of(num_layers=10**30)], 2, f"{MODEL}/config.json: model.num_layers = 1000000000000000000000000000000: must be < 2**31"),
+    Row("model", "evaluate", [settings_of(context_length=2 * 10**9)], 2, f"{MODEL}/config.json: context_length = 2000000000 takes … GB for rotary positions, … GB are free"),
+    Row("model", "evaluate", [settings_of(rope_theta=10**400)], 2, f"{MODEL}/config.json: model.rope_theta = inf: must be finite"),
+    Row("model", "evaluate", [settings_of(rope_theta=float("nan"))], 2, f"{MODEL}/config.json: model.rope_theta = nan: must be …"),
+    Row("model", "evaluate", [saved(edited(f"{MODEL}/provenance.json"))], 2, f"{MODEL}/provenance.json: not a record of stage train; run it again"),
+    Row("model", "evaluate", [saved(edited(f"{MODEL}/provenance.json", train=[]))], 2, f"{MODEL}/provenance.json: not a record of stage train; run it again"),
 ]  # fmt: skip
 
 

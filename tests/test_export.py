@@ -217,6 +217,16 @@ def test_rounding_is_told_from_a_wrong_model(saved):
         _compared(ours, config, swapped, text)
 
 
+def test_logits_that_are_no_numbers_are_none_that_agree(saved, tmp_path):
+    """Weights that are finite, each, and too large for a text that the model has not seen."""
+    ours, _ = saved()
+    with torch.no_grad():
+        ours.token_embeddings.weight[7] = 3e38
+        ours.lm_head.weight.mul_(1e38)
+    with pytest.raises(InputError, match="logits are not finite"):
+        _compared(ours, stock_config(ours.config, 0), stock_weights(ours), [7, 8])
+
+
 # --- start_from -------------------------------------------------------------------------
 
 
@@ -302,6 +312,13 @@ def their_folder(tokenizer, tmp_path_factory):
         ({"vocab_size": 200}, "vocab_size = 200, the tokenizer has 300 tokens; copy it to data/"),
         ({"max_position_embeddings": 8}, "context_length = 16; it has seen positions up to 8"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers = two; expected a number"),
+        ({"num_hidden_layers": 2_000_000}, "model.num_layers = 2, expected 2000000"),
+        ({"rope_parameters": [1]}, r"rope_parameters = \[1\], expected dict"),
+        ({"rope_scaling": "yarn"}, "rope_scaling = yarn, expected dict"),
+        ({"model_type": ["llama"]}, r"model_type = \['llama'\], expected str"),
+        ({"layer_types": 3}, "layer_types = 3, expected list"),
+        ({"head_dim": "8"}, "head_dim = 8, expected int"),
+        ({"rope_theta": "NaN", "rope_parameters": None}, "expected NaN"),
         (
             {"num_hidden_layers": 3, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
             "another model than params.yaml describes: model.num_layers = 2, expected 3; "
@@ -346,6 +363,8 @@ def spoil(folder, name):
             weights["model.norm.weight"] = torch.zeros(7)
         elif name == "integers":
             weights["model.norm.weight"] = torch.zeros(32, dtype=torch.int8)
+        elif name in ("nan", "inf"):
+            weights["model.norm.weight"][5] = float(name)
         save_file(weights, folder / "model.safetensors")
 
 
@@ -362,6 +381,8 @@ def spoil(folder, name):
         ("surplus", "model.layers.0.mlp.router.weight: no such weight in a model of these"),
         ("shape", r"model.norm.weight is \(7,\), expected \(32,\)"),
         ("integers", "model.norm.weight is torch.int8; expected float32 or bfloat16"),
+        ("nan", "model.safetensors: model.norm.weight: 1 of 32 values are not finite"),
+        ("inf", "model.safetensors: model.norm.weight: 1 of 32 values are not finite"),
     ],
 )
 def test_a_folder_that_cannot_be_continued_says_why(

@@ -21,6 +21,7 @@ FLOORS = [
     {"functional", "card", "processes", "shares", "settings"},
     {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
     | {"workers", "model", "optim", "schedule", "device", "dcp"},
+    {"fitting"},
     {"text", "encoder", "tokens", "checkpoint", "decoder", "parallel"},
     {"prepare", "resume", "huggingface"},
     {"publish", "sample", "check", "train", "evaluate", "excerpt", "generate", "export", "gguf"},

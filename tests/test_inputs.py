@@ -173,7 +173,13 @@ def flip(file):
         opened.write(bytes([byte[0] ^ 1]))
 
 
-@pytest.mark.parametrize("damage", [truncate, append, flip, replace_file])
+def nonsense(file):
+    """Ids beyond the vocabulary, in place, as `dd conv=notrunc` writes them."""
+    with open(file, "r+b") as opened:
+        opened.write(b"\xff" * file.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [truncate, append, flip, replace_file, nonsense])
 def test_tokens_damaged_during_training_stop_it(long, damage):
     """Nothing is published or saved after the damage; with the file restored it goes on."""
     project, straight = long

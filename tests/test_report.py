@@ -2,12 +2,17 @@
 
 import json
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 
+from lm.card import Results, card
+from lm.errors import InputError
+from lm.report import SHAPES, require_shape
+from stages.page import page
+from stages.report import read_run
 from tests.browser import BROWSER, needs_browser
 from tests.kill import run
 from tests.project import Project
@@ -48,6 +53,69 @@ def project(shared, tmp_path):
     shutil.copytree(shared.folder, other.folder)
     yield other
     other.close()
+
+
+JSONS = [f"metrics/{name}.json" for name in ("data", "train", "eval", "samples", "held_out",
+                                             "performance")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*JSONS, "models/model/provenance.json", "data/corpus.json"])
+def test_results_with_anything_else_in_any_place_are_refused_in_one_line_or_shown(shared, name):
+    """Each value of each file is taken out or replaced, and page and card are made of it."""
+    corpus = b'[{"package": "pip", "version": "1", "bytes": 3, "sha256": "0"}]'
+    files = {"data/corpus.json": corpus}
+
+    def read(file):
+        return files.get(file) or shared.read(file)
+
+    def used():
+        run = read_run("run", read, "commit", clocks=True)
+        content = json.loads(read("data/corpus.json"))
+        require_shape(content, SHAPES["corpus.json"], "data/corpus.json")
+        page([run], "").encode()
+        samples, curves = (
+            shared.read(f"metrics/{n}").decode() for n in ("samples.md", "curves.csv")
+        )
+        results = Results(run.data, run.train, run.evaluation, samples, curves, content)
+        card(run.provenance, "0", "<end>", None, None, results).encode()
+
+    held_out = json.loads(shared.read("metrics/held_out.json"))
+    few = [document | {"tokens": document["tokens"][:2]} for document in held_out[:1]]
+    files["metrics/held_out.json"] = json.dumps(few).encode()
+    made_of = json.loads(shared.read("models/model/provenance.json"))
+    few = {part: dict([*made_of[part].items()][:2]) for part in ("inputs", "code")}
+    files["models/model/provenance.json"] = json.dumps(made_of | few).encode()
+    used()
+    whole, refused = json.loads(read(name)), 0
+    for place in places(whole):
+        for value in (None, "text", -(10**400), [], float("nan"), "\ud800", "GONE"):
+            files[name] = json.dumps(replaced(whole, place, value)).encode()
+            with suppress(InputError):
+                used()
+                continue
+            refused += 1
+    assert refused > 9
+
+
+def places(value, outer=()):
+    """The keys that lead to each value of a JSON file; of a list to the first and the last."""
+    yield outer
+    keys = [*value] if isinstance(value, dict) else []
+    if isinstance(value, list) and value:
+        keys = sorted({0, len(value) - 1})
+    for key in keys:
+        yield from places(value[key], (*outer, key))
+
+
+def replaced(value, place, new):
+    if not place:
+        return new
+    (key, *inner), copy = place, value.copy()
+    if new == "GONE" and not inner:
+        del copy[key]
+    else:
+        copy[key] = replaced(value[key], inner, new)
+    return copy
 
 
 @contextmanager

@@ -157,13 +157,43 @@ def not_the_same_manifest(damaged, data):
     return damaged.lower().split() != data.lower().split()
 
 
-@pytest.mark.parametrize("target", ["there", "nowhere"])
-def test_a_link_in_place_of_a_runs_folder_is_refused_by_name(tmp_path, target):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "run").symlink_to(tmp_path / target)
-    with pytest.raises(InputError, match=r"/run: a symbolic link, must be a folder; link "):
+def link_to(target):
+    return lambda path: path.symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("name", "put", "said"),
+    [
+        ("step-00000005.json", lambda path: path.mkdir(), "not a file"),
+        ("step-00000005.json", os.mkfifo, "not a file"),
+        ("step-00000005.json", link_to("other.json"), "a link"),
+        ("step-00000005.json", link_to("step-00000005.json"), "a link"),
+        ("step-00000005.safetensors", lambda path: path.mkdir(), "not a file"),
+        ("step-00000005.safetensors", link_to("/dev/zero"), "a link"),
+        ("step-00000007", lambda path: path.write_text(""), "not a folder"),
+        ("lock", lambda path: path.mkdir(), "not a file"),
+        ("lock", os.mkfifo, "not a file"),
+        ("lock", link_to("other"), "a link"),
+        ("", link_to("."), "a link"),
+        ("", lambda path: path.write_text(""), "not a folder"),
+    ],
+)
+def test_what_is_no_file_or_folder_of_a_run_is_refused_by_name(trainee, tmp_path, name, put, said):
+    directory = ResumeDirectory(tmp_path / "run", keep=2)
+    directory.save(*trainee, 5, extra())
+    directory.unlock()
+    path = tmp_path / "run" / name
+    (tmp_path / "run" / "other.json").write_text("{}")
+    if path.is_dir():
+        path.rename(tmp_path / "before")
+    else:
+        path.unlink(missing_ok=True)
+    put(path)
+    with pytest.raises(InputError, match=rf"{path}: {said}; move it away"):
         ResumeDirectory(tmp_path / "run", keep=2)
-    assert list((tmp_path / "there").iterdir()) == []
+    if name.startswith("step-00000005"):  # as lm.verify, which only reads
+        faults = dict(kept_checkpoints(tmp_path / "run"))
+        assert "step-00000005" in faults[tmp_path / "run" / "step-00000005.safetensors"]
 
 
 def test_a_second_writer_is_refused_by_name(tmp_path):

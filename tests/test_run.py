@@ -17,13 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lm.checkpoint import read_extra
-from lm.config import RuntimeConfig, read_section
+from lm.config import RuntimeConfig, load_params, read_section
 from lm.errors import Diverged, InputError
+from lm.model import ModelConfig
 from lm.resume import publishing
 from lm.run import Run
 from lm.tokenizer import byte_tokenizer
 from lm.tokens import Split
-from lm.train import new_state, train
+from lm.train import TrainConfig, new_state, train
+from tests.project import SMOKE
+from tests.test_checkpoint import drop, put, rewritten, say, spoilt
 from tests.test_train import poisoned
 
 SPLIT = Split("train", (np.arange(3000) * 7919 % 256).astype(np.uint16), 0, end_id=7)
@@ -228,3 +231,91 @@ def test_two_runs_publish_one_after_the_other(settings, tmp_path):
     other.join()
     assert seen == [False]
     assert (tmp_path / "models" / "model" / "provenance.json").exists()
+
+
+ROW = "extra/history/rows/0"
+IMPOSSIBLE = [
+    (drop("optimizer.2."), "another optimizer: no state of parameter 2"),
+    (put("model.lm_head.weight", spoilt(float("nan"))), "lm_head.weight: 1 of 8192 values are not"),
+    (say("optimizer/param_groups/0/lr", "x"), "another optimizer: group 0: lr = 'x', expected"),
+    (say("iteration", -12), "header.iteration = -12: must be >= 0"),
+    (say("iteration", 5), "its history is not of 5 steps"),
+    (say("extra", {}), "not saved by stage train"),
+    (say("extra/identity", []), "not saved by stage train"),
+    (say("extra/identity/inputs", None), "missing key extra.identity.inputs"),
+    (say("extra/identity/train", 3), "identity.train = 3 is a number, wanted keys and values"),
+    (say("extra/identity/micro_batch_sizes", {}), "micro_batch_sizes = {}: must not be empty"),
+    (say("extra/identity/micro_batch_sizes", {"x": 4}), "must have steps as its keys"),
+    (say("extra/identity/micro_batch_sizes/1", "4"), "micro_batch_sizes.1 = '4' is text, wanted"),
+    (say("extra/scaler", {"scale": 1.0}), "missing key extra.scaler.growth_factor"),
+    (say("extra/history", []), "extra.history = [] is a list, wanted keys and values"),
+    (say("extra/history", None), "missing key extra.history"),
+    (say("extra/history/rows", []), "its history is not of 6 steps"),
+    (say("extra/history/interval", 2), "its history is not of 6 steps"),
+    (say("extra/history/_sum", "much"), "extra.history._sum = 'much' is text, wanted a number"),
+    (say(f"{ROW}/train_loss", "low"), "rows[0].train_loss = 'low' is text, wanted a number"),
+    (say(f"{ROW}/train_loss", float("nan")), "rows[0].train_loss = nan: must be finite"),
+    (say(f"{ROW}/step", 3), "its history is not of 6 steps"),
+    (say("extra/best", 1.0), "extra.best = 1.0 is a decimal, wanted keys and values"),
+    (say("extra/best/step", 7), "of no step of its 6"),
+    (say("extra/best/step", 4), "of no step of its 6"),
+    (say("extra/best/step", "6"), "extra.best.step = '6' is text, wanted an integer"),
+    (say("extra/best/valid_loss", float("nan")), "extra.best.valid_loss = nan: must be finite"),
+    (say("extra/best/misses", -1), "extra.best.misses = -1: must be >= 0"),
+    (say("extra/valid_loss", "low"), "extra.valid_loss = 'low' is text, wanted a number"),
+    (say("extra/weights", ["hash"]), "extra.weights = ['hash'] is a list, wanted keys and values"),
+    (say("extra/weights/6", 3), "extra.weights.6 = 3 is a number, wanted text"),
+    (say("extra/skipped", 3), "extra.skipped = 3 is a number, wanted a list"),
+    (say("extra/skipped", [1]), "extra.skipped = [1]: must be two numbers"),
+    (say("extra/skipped", [1, 2]), "extra.skipped = [1, 2]: more than its 6 steps"),
+    (say("extra/skipped", [9, 0]), "extra.skipped = [9, 0]: more than its 6 steps"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped(made_once):
+    """A run that was stopped after its checkpoint of step 6: to be copied."""
+
+    def make(folder):
+        params = load_params(SMOKE)
+        params["model"] |= {"vocab_size": 256, "context_length": 16}
+        params["train"] |= {"max_steps": 12, "eval_interval": 6}
+        params["runtime"]["checkpoint_interval"] = 4
+        sections = ((ModelConfig, "model"), (TrainConfig, "train"), (RuntimeConfig, "runtime"))
+        settings = tuple(read_section(kind, params, name) for kind, name in sections)
+        go(settings, folder, until=7)
+        return folder, settings
+
+    return made_once("stopped", make)
+
+
+@pytest.mark.parametrize(("change", "message"), IMPOSSIBLE, ids=[m for _, m in IMPOSSIBLE])
+def test_an_impossible_checkpoint_is_passed_over_and_not_continued(
+    stopped, tmp_path, capsys, change, message
+):
+    (made, settings), folder = stopped, tmp_path / "run"
+    shutil.copytree(made / "unfinished", folder / "unfinished")
+    (newest,) = folder.glob("unfinished/*/step-00000006.safetensors")
+    rewritten(newest, change)
+    with pytest.raises(InputError) as caught:
+        go(settings, tmp_path / "other", resume_from=newest)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "other" / "models").exists()
+    capsys.readouterr()
+    assert go(settings, folder, until=8) is None
+    told = capsys.readouterr().out
+    assert message in told
+    assert "; passed over\nResumed at step 4\n" in told
+
+
+def test_a_checkpoint_under_another_steps_name_is_passed_over(stopped, tmp_path, capsys):
+    made, settings = stopped
+    shutil.copytree(made / "unfinished", tmp_path / "unfinished")
+    (newest,) = tmp_path.glob("unfinished/*/step-00000006.safetensors")
+    for file in (newest, newest.with_suffix(".json")):
+        file.rename(file.with_stem("step-00000011"))
+    go(settings, tmp_path, until=8)
+    told = capsys.readouterr().out
+    assert "step-00000011.safetensors: is at step 6: not that of its name, or beyond" in told
+    assert "Resumed at step 4" in told

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import rng
+from lm.baselines import Bigram
 from lm.errors import InputError
+from lm.files import sha256_file
 from lm.sampling import DocumentWindows, deal
 from lm.shards import ShardWriter, write_manifest
 from lm.tokenizer import Tokenizer, byte_tokenizer, train_bpe
@@ -147,6 +149,10 @@ NOT_ONE = r"tokens.json: not a token manifest; run `dvc repro tokens`"
         ("sources.0.weight", -1, "source text has the weight -1, must be in"),
         ("shards.0.valid", [], NOT_ONE),
         ("shards.0.train.tokens", -26, NOT_ONE),
+        ("shards.0.train.tokens", 10**30, NOT_ONE),
+        ("shards.0.train.bytes", 1 << 63, NOT_ONE),
+        ("shards.0.train.documents", 27, NOT_ONE),  # each has an end token
+        ("shards.0.valid.tokens", 0, NOT_ONE),  # of 8 bytes
         ("shards.0.train.sha256", 5, NOT_ONE),
         ("shards.0.source", "another", "shards do not stand in the order of its sources"),
         ("shards.0.train.tokens", 25, "26 tokens in train, its shards have 25"),
@@ -164,6 +170,58 @@ def test_a_manifest_that_is_none_or_contradicts_itself_is_refused(folder, place,
     with pytest.raises(InputError, match=message) as caught:
         open_tokens(folder)
     assert "\n" not in str(caught.value)
+
+
+def rewrite(folder, file, place, token_id, sealed):
+    """Put an id into a shard, in place; sealed, the manifest agrees with it."""
+    with open(folder / file, "r+b") as shard:
+        os.pwrite(shard.fileno(), token_id.to_bytes(2, "little"), 2 * place)
+    if sealed:
+        manifest = json.loads((folder / "tokens.json").read_text())
+        split = file.split("/")[0]
+        manifest["shards"][0][split]["sha256"] = sha256_file(folder / file)
+        (folder / "tokens.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("token_id", [256, 65535])
+@pytest.mark.parametrize("file", ["train/text-00000.bin", "valid/text-00000.bin"])
+def test_ids_beyond_the_vocabulary_are_found_when_opened_though_the_hash_agrees(
+    folder, file, token_id
+):
+    rewrite(folder, file, 7, token_id, sealed=True)
+    message = f"{file}: token 7 has the id {token_id}, the vocabulary 256 ids; run `dvc repro tok"
+    with pytest.raises(InputError, match=message):
+        open_tokens(folder)
+    rewrite(folder, file, 7, 255, sealed=True)
+    assert open_tokens(folder).train.tokens[:].max() == 255
+
+
+def test_ids_beyond_the_vocabulary_are_found_in_files_rewritten_after_they_were_opened(tmp_path):
+    write_shards(tmp_path, [500])
+    split = open_tokens(tmp_path).train
+    assert split.tokens[:].max() == 999  # from now on the files are open
+    with open(tmp_path / "train" / "source0-00001.bin", "r+b") as shard:
+        os.pwrite(shard.fileno(), b"\xe8\x03", 2 * 40)
+    message = "train/source0-00001.bin: token 40 has the id 1000, the vocabulary 1000 ids"
+    for read in (
+        lambda: windows(split.tokens, np.array([3, 530, 480]), 20),
+        lambda: windows(split.tokens, np.array([495, 3]), 50),
+        lambda: split.batch(0, 100, 20, 1, "random"),
+        lambda: Bigram(split.tokens, 1000),
+        lambda: split.tokens[400:600],
+    ):
+        with pytest.raises(InputError, match=message):
+            read()
+    np.testing.assert_array_equal(split.tokens[:540], np.arange(540))
+
+
+@pytest.mark.parametrize(("name", "value"), [("vocab_size", 257), ("end_id", 254)])
+def test_tokens_and_tokenizer_must_have_one_vocabulary_and_one_end(folder, name, value):
+    manifest = json.loads((folder / "tokens.json").read_text())
+    (folder / "tokens.json").write_text(json.dumps(manifest | {name: value}))
+    message = rf"tokens.json: {name} = {value}, the tokenizer's is 25\d; run `dvc repro tokens`"
+    with pytest.raises(InputError, match=message):
+        open_tokens(folder, "tokenizer-hash", byte_tokenizer())
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "3", '"text"', "null"])
@@ -190,7 +248,7 @@ def write_shards(folder, cuts, weights=(None,), dtype="<u2", shares=None, ends=(
             path = folder / split / f"{source}-{number:05}.bin"
             with ShardWriter(path, np.dtype(dtype)) as writer:
                 for piece in np.array_split(part, 3):
-                    writer.append(piece, len(piece), 1)
+                    writer.append(piece, len(piece), min(1, len(piece)))
             shard[split] = writer.entry()
         shards.append(shard)
     return write_manifest(
