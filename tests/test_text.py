@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lm.config import load_params, read_section
 from lm.errors import EnvironmentFault, InputError
+from lm.listing import write_listing
 from lm.packages import python_sources
 from lm.text import (
     DataConfig,
@@ -295,14 +297,49 @@ def test_a_file_that_comes_or_goes_changes_its_own_shard_alone(folder):
     assert shards() == before
 
 
-def test_a_file_whose_name_is_no_text_is_read(folder):
+def test_a_file_whose_name_is_not_utf_8_is_named_or_read_by_a_listing(folder, tmp_path_factory):
     path, config = folder
     try:
         (path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
     except OSError:
         pytest.skip("this file system has names of text alone")
+    with pytest.raises(InputError, match=r"/caf\\xe9.txt: a name that is not UTF-8"):
+        sources(config)
+    listing = tmp_path_factory.mktemp("listing") / "a.listing"
+    assert write_listing(path, listing) == 1
+    config = replace(config, path=str(listing))
     assert texts(config) == ["text"]
     assert len(plan(config)) == 1
+
+
+def test_a_document_keeps_no_memory_mapping_of_its_own(folder):
+    path, config = folder
+    for i in range(2000):
+        (path / f"{i}.txt").write_text("text")
+
+    def mappings():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    before = mappings()
+    kept = list(documents(config, Counter()))
+    assert len(kept) == 2000
+    assert mappings() - before < 100  # the kernel allows 65,530
+
+
+@pytest.mark.parametrize(("given", "found"), [
+    ("**/*", "a.txt b/c.txt b/d/e.md"), ("*", "a.txt"), ("**/*.txt", "a.txt b/c.txt"),
+    ("b/**/*", "b/c.txt b/d/e.md"), ("b/*", "b/c.txt"), ("*/*/*.md", "b/d/e.md"),
+    ("**/d/*", "b/d/e.md"), ("**", "a.txt b/c.txt b/d/e.md"), ("**/[ab].*", "a.txt"),
+    ("./b//c.tx?", "b/c.txt"), ("b/**/**/*.md", "b/d/e.md"),
+])  # fmt: skip
+def test_a_pattern_means_what_it_means_to_python(folder, given, found):
+    path, config = folder
+    for name in ("a.txt", "b/c.txt", "b/d/e.md", "b/.f.txt"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(name)
+    assert texts(replace(config, glob=given)) == found.split()
+    by_pathlib = {file for file in path.glob(given) if file.is_file() and file.name[0] != "."}
+    assert given == "**" or by_pathlib == {path / name for name in found.split()}
 
 
 def test_package_sources_are_the_published_files():
