@@ -60,7 +60,7 @@ def _found(root: Path) -> dict[str, Any]:
     """Size and time of change, in nanoseconds, of every file by its path in the folder."""
     at, found = len(f"{root}/"), {}
     for entry in chain.from_iterable(visible(entries) for _, entries in walk(root)):
-        if entry.is_file():
+        if is_file(entry):
             status = entry.stat()
             found[entry.path[at:]] = [status.st_size, status.st_mtime_ns]
     return dict(sorted(found.items()))
@@ -81,6 +81,11 @@ def walk(root: Path) -> Iterator[tuple[str, list[Entry]]]:
         folders += [e.path for e in visible(entries) if e.is_dir(follow_symlinks=False)]
 
 
+def is_file(entry: Entry) -> bool:
+    """Whether it is a file or leads to one; a link in a circle leads nowhere."""
+    return Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()
+
+
 def visible(entries: list[Entry]) -> Iterator[Entry]:
     """Those that are not hidden."""
     return (entry for entry in entries if not entry.name.startswith("."))
@@ -94,14 +99,14 @@ def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
 
     Raises InputError for what DVC refuses without naming the file or the cure.
     """
-    path = Path(os.path.abspath(root))  # noqa: PTH100 - like DVC, which follows no link here
+    path = _absolute(root)
     inside = path.is_relative_to(Path.cwd())  # elsewhere it hides nothing
     ignores = _ignores(path) if inside else None
     for folder, entries in walk(root):
         names = {entry.name for entry in entries}
         n_visible = sum(1 for _ in visible(entries))
         if ignores is not None:
-            folders = [entry.name for entry in entries if entry.is_dir()]
+            folders = [entry.name for entry in entries if Path(entry.path).is_dir()]
             kept = set(chain(*ignores(folder, folders, list(names.difference(folders)))))
             entries[:] = [entry for entry in entries if entry.name in kept]
         elif inside and ".dvc" in names:
@@ -121,6 +126,17 @@ def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
                     ".dvcignore of the project's root folder"
                 )
         yield from visible(entries)
+
+
+def is_hidden_from_dvc(file: Path) -> bool:
+    """Whether DVC, when it hashes a folder above, passes over this file."""
+    folder = _absolute(file.parent)
+    ignores = _ignores(folder) if folder.is_relative_to(Path.cwd()) else None
+    return ignores is not None and not any(ignores(str(folder), [], [file.name]))
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - like DVC, which follows no link here
 
 
 def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:

@@ -11,7 +11,7 @@ and what was left out or replaced on request is counted.
 import hashlib
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,7 +22,7 @@ from typing import Annotated, Literal, NamedTuple
 from lm.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.errors import InputError
 from lm.formats import Bad, Layout, format_of
-from lm.listing import SUFFIX, listed_folder, visible, walk, watched
+from lm.listing import SUFFIX, is_file, is_hidden_from_dvc, listed_folder, visible, walk, watched
 
 Side = Literal["train", "valid"]
 REPLACED = "replacement characters"  # beside the reasons for which documents are left out
@@ -152,6 +152,8 @@ def sources(config: DataConfig) -> list[Source]:
     if not root.is_dir():
         what = "a file; data.sources needs the folder they are in"
         raise InputError(f"data.path = {root}: {what if root.exists() else 'no such folder'}")
+    if not is_listed:
+        deque(watched(root, Counter()), maxlen=0)  # all of it is DVC's to hash, whatever is read
     found = []
     for name, source in config.sources.items():
         key, within = f"data.sources.{name}.path", Path(source.path)
@@ -166,6 +168,8 @@ def sources(config: DataConfig) -> list[Source]:
                 "itself"
             )
         is_pattern = not (root / within).exists() and set("*?[") & set(source.path)
+        if not is_listed and is_hidden_from_dvc(root / within):
+            raise InputError(f"{key} = {within}: hidden from DVC by .dvcignore or a nested project")
         folder, pattern = (root, source.path) if is_pattern else (root / within, config.glob)
         files, left_out = _files(folder, pattern, key, source.path, is_listed)
         layout = Layout(source.text_field, separator, replace)
@@ -225,7 +229,7 @@ def _files(
     for entry in listed if is_listed else watched(path, left_out):
         if entry.is_dir(follow_symlinks=False) or not _matches(entry.path[at:].split("/"), wanted):
             continue
-        if not entry.is_file():
+        if not is_file(entry):
             raise InputError(
                 f"{entry.path}: a pipe, a device, a broken link or a link to a folder; take it "
                 "away or leave it out by data.glob"
