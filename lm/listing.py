@@ -42,7 +42,10 @@ def write_listing(root: Path, file: Path) -> int:
 def listed_folder(file: Path) -> Path:
     """The folder that a listing describes. Raises InputError if it is not as it was."""
     listing = read_json(file)
-    if not (isinstance(listing, dict) and listing.keys() >= {"format", "root", "files"}):
+    kinds = {"format": int, "root": str, "files": dict}
+    if not isinstance(listing, dict) or any(
+        not isinstance(listing.get(key), kind) for key, kind in kinds.items()
+    ):
         raise InputError(f"{file}: not a listing; make one by python -m lm.listing FOLDER {file}")
     root = Path(listing["root"])
     if not root.is_dir():
@@ -105,6 +108,7 @@ def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
     for folder, entries in walk(root):
         names = {entry.name for entry in entries}
         n_visible = sum(1 for _ in visible(entries))
+        left_out["names that begin with a dot"] += len(entries) - n_visible
         if ignores is not None:
             folders = [entry.name for entry in entries if Path(entry.path).is_dir()]
             kept = set(chain(*ignores(folder, folders, list(names.difference(folders)))))

@@ -197,7 +197,7 @@ def weights(config: DataConfig) -> dict[str, float | None]:
 
 def told(left_out: Counter[str]) -> str:
     """What is not read, and why, in words."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted((+left_out).items()))
+    return "; ".join(f"{reason}: {count:,}" for reason, count in sorted((+left_out).items()))
 
 
 def _files(
@@ -227,7 +227,11 @@ def _files(
     links: list[str] = []
     listed = chain.from_iterable(visible(entries) for _, entries in walk(path))
     for entry in listed if is_listed else watched(path, left_out):
-        if entry.is_dir(follow_symlinks=False) or not _matches(entry.path[at:].split("/"), wanted):
+        if entry.is_dir(follow_symlinks=False):
+            continue
+        if not _matches(entry.path[at:].split("/"), wanted):
+            if entry.is_symlink() and Path(entry.path).is_dir():
+                left_out["links to folders"] += 1
             continue
         if not is_file(entry):
             raise InputError(
@@ -235,16 +239,16 @@ def _files(
                 "away or leave it out by data.glob"
             )
         if _is_of_dvc(entry.name):
-            left_out["DVC's own"] += 1
+            left_out["files of DVC's own"] += 1
         else:
             (links if entry.is_symlink() else texts).append(entry.path)
     if links:
         different = _different(sorted(links), texts)
-        left_out["links to texts that are read already"] = len(links) - len(different)
+        left_out["links to a text that is read already"] = len(links) - len(different)
         texts += different
     if not texts:
         hint = "; braces have no meaning, use data.sources" if "{" in pattern else ""
-        hint += f"; left out: {told(left_out)}" if +left_out else ""
+        hint += f"; not read: {told(left_out)}" if +left_out else ""
         raise InputError(f"{key} = {value}: no file matches {pattern_key} = {pattern}{hint}")
     return [Path(text) for text in sorted(texts)], left_out
 

@@ -33,7 +33,7 @@ def tokens(inputs: Inputs) -> None:
     files = [file for source in found for file in source.files]
     inputs.watch_untouched(partial(source_files, data), files)
     if left_out := sum((source.left_out for source in found), Counter()):
-        say(f"Left out: {told(left_out)}")
+        say(f"Not read: {told(left_out)}")
     shards = plan(data, found)
     todo = tasks(data, shards, num_workers)
     if inputs.arguments.shard:

@@ -351,7 +351,7 @@ ROWS = [
     Row("data", "tokens", ['data.path="a\\0"'], 2, "data.path = a\\x00: no such file or folder"),
     Row("data", "tokens", ["data.path=" + "a" * 300], 3, f"{'a' * 300}: File name too long"),
     Row("data", "tokens", ['data.glob="a\\0"'], 2, "data.path = text: no file matches data.glob = a\\x00"),
-    Row("data", "tokens", [file("given/.hidden", b"x"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*"),
+    Row("data", "tokens", [file("given/.hidden", b"x"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*; not read: names that begin with a dot: 1"),
     Row("data", "tokens", ["data.glob=../**/*"], 2, "data.path = text: no file matches data.glob = ../**/*"),
     Row("data", "tokens", ["data.glob=/etc/*"], 2, "data.glob = /etc/*: no pattern of paths in the folder, as **/*.txt is one"),
     Row("data", "tokens", ["data.glob='**.txt'"], 2, "data.glob = **.txt: no pattern of paths in the folder, as **/*.txt is one"),
@@ -361,7 +361,7 @@ ROWS = [
         "data.path = owner/some-text: no such file or folder; a data set of Hugging Face is not downloaded: hf download owner/some-text --repo-type dataset --local-dir FOLDER"),
     *(Row("data", stage, [f"data.path={name}"], 2, f"data.path = {name}: the stages write …; put your text into a folder of its own and name that")
       for stage in ("tokenizer", "tokens") for name in ("data", ".", "data/tokenizer", "metrics", "models", "text/..")),
-    Row("data", "tokens", [file("given/a.txt.dvc", b"outs: []"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*; left out: 1 DVC's own"),
+    Row("data", "tokens", [file("given/a.txt.dvc", b"outs: []"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*; not read: files of DVC's own: 1"),
     Row("data", "tokens", [file("given.dvc", b"outs: []"), "data.path=given.dvc"], 2, "data.path = given.dvc: a file of DVC's own; name the text it stands for"),
     Row("data", "tokens", [file("given/.dvcignore", b"*.md"), "data.path=given"], 2,
         "given/.dvcignore: DVC takes none in a folder that it hashes; move its lines into .dvcignore of the project's root folder"),

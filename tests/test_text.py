@@ -352,7 +352,7 @@ def test_what_is_read_is_what_dvc_watches(tmp_path, data_config, monkeypatch, hi
         watched = sorted(repo.dvcignore.find(repo.fs, str(tmp_path / root)))
     config = replace(data_config, path=root)
     if not watched or (hide is hide_from_within and root == "t"):  # which DVC refuses, too
-        with pytest.raises(InputError, match=r"left out|DVC takes none in a folder"):
+        with pytest.raises(InputError, match=r"not read|DVC takes none in a folder"):
             sources(config)
         return
     found, *_ = sources(config)
@@ -370,7 +370,7 @@ def test_dvcs_own_files_are_left_out_and_counted(folder):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(name)
     assert texts(config) == ["a.txt", "b/not-dvc.yaml"]
-    assert told(sources(config)[0].left_out) == "3 DVC's own"
+    assert told(sources(config)[0].left_out) == "files of DVC's own: 3"
 
 
 def test_links_to_the_same_file_count_once(folder):
@@ -391,7 +391,17 @@ def test_links_to_the_same_file_count_once(folder):
         "f.txt",
         "g.txt",
     ]
-    assert told(sources(config)[0].left_out) == "2 links to texts that are read already"
+    left_out = "links to a text that is read already: 2; names that begin with a dot: 2"
+    assert told(sources(config)[0].left_out) == left_out
+
+
+def test_links_to_folders_that_a_pattern_leaves_out_are_told(folder):
+    path, config = folder
+    (path / ".elsewhere").mkdir()
+    (path / "a.txt").write_text("a")
+    (path / "link").symlink_to(".elsewhere")
+    found, *_ = sources(replace(config, glob="**/*.txt"))
+    assert told(found.left_out) == "links to folders: 1; names that begin with a dot: 1"
 
 
 def test_a_folder_that_cannot_be_read_is_told(folder):
