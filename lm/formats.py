@@ -90,7 +90,11 @@ class Text:
         separator = self.separator(layout)
         with opened(file) as stream:
             if separator is None:
-                yield checked(0, stream.read(MAX_DOCUMENT_BYTES + 1), layout, base=0)
+                # a large buffer stays a memory mapping of its own, whatever it is cut to
+                text = stream.read(SEARCH_BYTES)
+                if len(text) == SEARCH_BYTES:
+                    text += stream.read(MAX_DOCUMENT_BYTES + 1 - SEARCH_BYTES)
+                yield checked(0, text, layout, base=0)
                 return
             if start:  # what is compressed has one stretch, and no way back
                 stream.seek(start)
@@ -293,8 +297,10 @@ def records(
 def _chunks(stream: BufferedIOBase, size: int | None = None) -> Iterator[bytes]:
     """The next bytes of a stream, so many or all."""
     left = float("inf") if size is None else size
-    while chunk := stream.read(int(min(CHUNK_BYTES, left))):
+    at_once = min(SEARCH_BYTES, CHUNK_BYTES)  # most files end here: a longer buffer is mapped
+    while chunk := stream.read(int(min(at_once, left))):
         left -= len(chunk)
+        at_once = CHUNK_BYTES
         yield chunk
 
 

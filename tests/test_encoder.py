@@ -110,6 +110,13 @@ def test_a_long_document_is_encoded_in_pieces_and_nobody_can_tell(bpe, library, 
         assert split(*encoder.encode(documents)) == expected
 
 
+def test_where_all_words_are_joined_the_search_for_a_cut_has_an_end():
+    ends = list(lm.encoder._word_ends(b"ab " * (1 << 20), 1 << 20, 1 << 24))
+    assert len(ends) == 32 * 100
+    assert ends[0] > 1 << 20
+    assert not list(lm.encoder._word_ends(b"x" * (1 << 21), 0, 1 << 24))
+
+
 def test_a_run_that_cannot_be_cut_has_a_limit(encoder, monkeypatch):
     monkeypatch.setattr(lm.encoder, "GROUP_BYTES", 1000)
     monkeypatch.setattr(lm.encoder, "RUN_BYTES", 1 << 20)

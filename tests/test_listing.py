@@ -55,9 +55,27 @@ def test_what_cannot_be_listed_or_is_no_listing_is_told(tmp_path):
     for folder, name, words in (
         ("missing", "x.listing", "missing: no such folder"),
         (".", "x.json", r"x.json: the name of a listing ends in .listing"),
+        (".", "x.listing", r"x.listing: lies in the folder that it lists"),
+        ("file", "x.listing", r"file: not a folder"),
     ):
+        (tmp_path / "file").touch()
         with pytest.raises(InputError, match=words):
             write_listing(tmp_path / folder, tmp_path / name)
-    (tmp_path / "x.listing").write_text("[]")
-    with pytest.raises(InputError, match=r"x.listing: not a listing"):
+    for content in (
+        "[]",
+        "{}",
+        '{"format": 1, "root": 3, "files": {}}',
+        '{"format": 1, "root": "/", "files": []}',
+    ):
+        (tmp_path / "x.listing").write_text(content)
+        with pytest.raises(InputError, match=r"x.listing: not a listing"):
+            listed_folder(tmp_path / "x.listing")
+    (tmp_path / "x.listing").write_text('{"format": 1, "root": "/gone", "files": {}}')
+    with pytest.raises(InputError, match=r"x.listing: lists /gone, which is no folder here"):
         listed_folder(tmp_path / "x.listing")
+    command = [sys.executable, "-m", "lm.listing", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: expected: python -m lm.listing FOLDER NAME.listing\n",
+    )
