@@ -1,9 +1,11 @@
 """Results as text for people."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+SHOWN_KINDS = 20  # of files, in a table
 ROWS = {
     "uniform": "uniform guess",
     "unigram": "unigram",
@@ -89,4 +91,27 @@ def data_table(report: Mapping[str, Any]) -> str:
         lines += ["", f"Left out: {', '.join(counted)}"]
     if report["replacement_characters"]:
         lines += ["", f"Replacement characters put in: {report['replacement_characters']:,}"]
+    return "\n".join(lines) + "\n"
+
+
+def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]]) -> str:
+    """How many files of each source and suffix were read, and as what (Markdown)."""
+    order = sorted(kinds, key=lambda kind: (kind[0], -len(kind[3]), kind[1]))
+    lines = ["| source | suffix | files | read as |", "|--------|--------|------:|---------|"]
+    lines += [
+        f"| {source} | {suffix} | {len(files):,} | {read_as} |"
+        for source, suffix, read_as, files in order[:SHOWN_KINDS]
+    ]
+    if rest := order[SHOWN_KINDS:]:
+        lines.append(f"| | {len(rest):,} more | {sum(len(kind[3]) for kind in rest):,} | |")
+    for source, _, read_as, files in order:
+        main = next(kind for kind in order if kind[0] == source)  # it has the most files
+        if read_as == "text" and main[2] != "text":
+            name = "".join(c if c.isprintable() else "?" for c in files[0].name)
+            lines += [
+                "",
+                f"{name}{f' and {len(files) - 1:,} more' if len(files) > 1 else ''} read as text "
+                f"beside {len(main[3]):,} {main[1]} files: if it is a description, leave it out by "
+                f"data.glob = **/*{main[1]}",
+            ]
     return "\n".join(lines) + "\n"
