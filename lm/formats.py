@@ -120,7 +120,7 @@ class Text:
                     what = "compressed twice, not text; decompress it"
                 return Bad(WHOLE, "not text", f"{what} {LEAVE_OUT}")
         wrong = self.wrong_json(head)
-        return None if wrong is None else Bad(WHOLE, "not text", f"{JSON[wrong]} {LEAVE_OUT}")
+        return None if wrong is None else Bad(WHOLE, "raw JSON", f"{JSON[wrong]} {LEAVE_OUT}")
 
     def wrong_json(self, head: bytes) -> str | None:
         """The kind of JSON, a key of JSON, that is not for this format."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 SHOWN_KINDS = 20  # of files, in a table
+FEW = 3  # texts beside tables: a README, a license
 ROWS = {
     "uniform": "uniform guess",
     "unigram": "unigram",
@@ -104,14 +105,13 @@ def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]]) -> str:
     ]
     if rest := order[SHOWN_KINDS:]:
         lines.append(f"| | {len(rest):,} more | {sum(len(kind[3]) for kind in rest):,} | |")
-    for source, _, read_as, files in order:
-        main = next(kind for kind in order if kind[0] == source)  # it has the most files
-        if read_as == "text" and main[2] != "text":
-            name = "".join(c if c.isprintable() else "?" for c in files[0].name)
-            lines += [
-                "",
-                f"{name}{f' and {len(files) - 1:,} more' if len(files) > 1 else ''} read as text "
-                f"beside {len(main[3]):,} {main[1]} files: if it is a description, leave it out by "
-                f"data.glob = **/*{main[1]}",
-            ]
+    for source in dict.fromkeys(kind[0] for kind in order):
+        mine = [kind for kind in order if kind[0] == source]
+        texts = [file.name for kind in mine if kind[2] == "text" for file in kind[3]]
+        others = [kind for kind in mine if kind[2] != "text"]
+        if texts and others and len(texts) <= max(FEW, len(others[0][3])):
+            name = "".join(c if c.isprintable() else "?" for c in texts[0])
+            more = f" and {len(texts) - 1:,} more" if texts[1:] else ""
+            beside = f"read as text beside {len(others[0][3]):,} × {others[0][1]}"
+            lines += ["", f"{name}{more} {beside}: leave out by data.glob what is no text to learn"]
     return "\n".join(lines) + "\n"
