@@ -112,6 +112,6 @@ def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]]) -> str:
         if texts and others and len(texts) <= max(FEW, len(others[0][3])):
             name = "".join(c if c.isprintable() else "?" for c in texts[0])
             more = f" and {len(texts) - 1:,} more" if texts[1:] else ""
-            beside = f"read as text beside {len(others[0][3]):,} × {others[0][1]}"
+            beside = f"read as text beside {len(others[0][3]):,} {others[0][1]} files"
             lines += ["", f"{name}{more} {beside}: leave out by data.glob what is no text to learn"]
     return "\n".join(lines) + "\n"

@@ -36,7 +36,7 @@ class SourceConfig:
     """One of `data.sources`: a part of the text."""
 
     path: Annotated[str, NOT_EMPTY]  # in data.path: a file, a folder or a pattern
-    text_field: str  # of .jsonl objects, the column of .parquet tables
+    text_field: str  # of JSON objects, the column of tables
     weight: Annotated[float, POSITIVE] | None  # its share of the training windows; null: its size
 
 
@@ -49,7 +49,7 @@ class DataConfig:
     grammar_bytes: Count  # of stories
     path: Annotated[str, NOT_EMPTY]  # a file or a folder
     glob: str  # which files of a folder, e.g. "**/*.py"
-    text_field: str  # of .jsonl objects, the column of .parquet tables
+    text_field: str  # of JSON objects, the column of tables
     sources: dict[str, SourceConfig] | None  # null: all of path is one
     separator: (
         Annotated[str, NOT_EMPTY] | None

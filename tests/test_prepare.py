@@ -648,8 +648,8 @@ def test_the_stage_says_what_it_read_and_how(project):
         "| text | none | 1 | text |",
         "| text | other | 1 | text |",
         "",
-        "README.md and 2 more read as text beside 40 × .json.gz: leave out by data.glob what is no "
-        "text to learn",
+        "README.md and 2 more read as text beside 40 .json.gz files: leave out by data.glob what "
+        "is no text to learn",
     ]
 
 
