@@ -2,18 +2,22 @@
 
     file, start, stop --Format.read--> Found(offset, data) or Bad(offset, reason, message)
 
+The suffix says what a file should be (FORMATS). Its first bytes can only contradict: then the file
+is one bad record, so that nothing becomes text that a person would not call text.
 A long file of lines, separated parts or rows can be read in stretches, by several processes:
 `starts` says where they begin, each with a record, and together they give every record once.
 Memory holds one chunk and one record, and no record is longer than MAX_DOCUMENT_BYTES.
 """
 
+import csv
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import BufferedIOBase, BufferedReader, RawIOBase
+from io import BufferedIOBase, BufferedReader, RawIOBase, TextIOWrapper
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,16 +31,40 @@ CHUNK_BYTES = 1 << 22
 SEARCH_BYTES = 1 << 16  # read at once where only the next separator is sought
 MAX_DOCUMENT_BYTES = 1 << 26
 ROWS = 1024  # of a table, at a time
+HEAD_BYTES = 1 << 13  # decide whether a file is what its suffix says
+WHOLE = -1  # the offset of a bad record that is the whole file
+MARK = b"\xef\xbb\xbf"  # U+FEFF at the beginning of a file: says UTF-8, is no text
 PACKED = (  # what a file is by the bytes at an offset, and what to do with it
     (0, b"PK\x03\x04", "a zip archive, not text; unpack it"),
     (257, b"ustar", "a tar archive, not text; unpack it"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive, not text; unpack it"),
+    (0, b"Rar!\x1a\x07", "a rar archive, not text; unpack it"),
     (0, b"\x1f\x8b", "compressed by gzip, not text; name it .gz"),
     (0, b"\x28\xb5\x2f\xfd", "compressed by zstd, not text; name it .zst"),
     (0, b"\xfd7zXZ", "compressed by xz, not text; decompress it"),
     (4, b"1AY&SY", "compressed by bzip2, not text; decompress it"),
+    (0, b"\x04\x22\x4d\x18", "compressed by lz4, not text; decompress it"),
     (0, b"PAR1\x15", "a parquet table, not text; name it .parquet"),
+    (0, b"ARROW1\0\0", "an Arrow table, not text; save it as .parquet"),
+    (0, b"\xff\xff\xff\xff", "an Arrow table, not text; save it as .parquet"),
+    (0, b"SQLite format 3\0", "an SQLite database, not text; export its text"),
+    (0, b"%PDF-", "a PDF, not text; convert it"),
+    (0, b"\x89PNG", "a picture, not text; take it away"),
+    (0, b"\xff\xd8\xff", "a picture, not text; take it away"),
+    (0, b"GIF8", "a picture, not text; take it away"),
 )
+POINTERS = {  # what stands in the place of a file that git alone has not brought
+    b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
+    b"/annex/objects/": ("git-annex", "git annex get"),
+}
+JSON = {  # what JSON may be that is no line of an object each
+    "lines": "JSON lines, not text; name it .jsonl",
+    "array": "a JSON array; write an object a line (jq -c '.[]')",
+    "value": "JSON over several lines, not an object a line; convert it (jq -c .)",
+    "notebook": "a notebook; convert it (jupyter nbconvert --to script)",
+}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+LEAVE_OUT = "or leave it out (data.glob, data.on_bad_document: skip)"
 CONVERT = "convert the file, leave it out, or set data.encoding_errors: replace"
 
 
@@ -44,9 +72,10 @@ CONVERT = "convert the file, leave it out, or set data.encoding_errors: replace"
 class Layout:
     """Where in a file the text stands, and whether bytes that are no text are replaced."""
 
-    text_field: str  # of .jsonl objects; the column of .parquet tables
+    text_field: str  # of JSON objects; the column of tables
     separator: bytes | None  # cuts plain text into records; None: one file, one record
     replace: bool
+    max_expansion: int  # times its size that a compressed file may hold
 
 
 class Found(NamedTuple):
@@ -65,43 +94,85 @@ class Bad(NamedTuple):
     message: str
 
 
+class Dropped(NamedTuple):
+    """What is no part of the text and no document either: it is counted."""
+
+    reason: str
+
+
+Records = Iterator[Found | Bad | Dropped]
+
+
 class Text:
     """Plain text: one record a file, or what lies between the separators."""
+
+    what = "text"  # becomes a document, with {} for data.text_field
 
     def separator(self, layout: Layout) -> bytes | None:
         """What stands between two records."""
         return layout.separator
 
+    def foreign(self, file: Path, head: bytes) -> Bad | None:
+        """The whole file as one bad record if its first bytes are not of this format."""
+        for offset, signature, what in PACKED:
+            if head.startswith(signature, offset):
+                if compression(file) and what.startswith("compressed"):
+                    what = "compressed twice, not text; decompress it"
+                return Bad(WHOLE, "not text", f"{what} {LEAVE_OUT}")
+        wrong = self.wrong_json(head)
+        return None if wrong is None else Bad(WHOLE, "raw JSON", f"{JSON[wrong]} {LEAVE_OUT}")
+
+    def wrong_json(self, head: bytes) -> str | None:
+        """The kind of JSON, a key of JSON, that is not for this format."""
+        kind = _json_kind(head)
+        return kind if kind in ("lines", "array") else None
+
     def starts(self, file: Path, layout: Layout, size: int) -> list[int]:
         """Where stretches of about `size` bytes begin, each with a record; the first at 0."""
         separator = self.separator(layout)
-        if file.suffix in COMPRESSIONS or separator is None:
-            return [0]
         found, end = [0], file.stat().st_size
+        if compression(file) or separator is None or end <= size:
+            return found
         with open(file, "rb") as stream:
+            if self.foreign(file, stream.read(HEAD_BYTES)) is not None:
+                return found
             while (wanted := (found[-1] // size + 1) * size) < end:
                 found.append(next_record(stream, separator, wanted))
         return found if found[-1] < end else found[:-1] or [0]
 
-    def read(
-        self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
-    ) -> Iterator[Found | Bad]:
+    def read(self, file: Path, layout: Layout, start: int = 0, stop: int | None = None) -> Records:
         """The records of the stretch from `start`; the next one starts at `stop`."""
-        separator = self.separator(layout)
-        with opened(file) as stream:
-            if separator is None:
-                # a large buffer stays a memory mapping of its own, whatever it is cut to
-                text = stream.read(SEARCH_BYTES)
-                if len(text) == SEARCH_BYTES:
-                    text += stream.read(MAX_DOCUMENT_BYTES + 1 - SEARCH_BYTES)
-                yield checked(0, text, layout, base=0)
-                return
+        with opened(file, layout) as stream:
             if start:  # what is compressed has one stretch, and no way back
                 stream.seek(start)
-            for offset, data in records(stream, separator, start, stop):
-                record = _too_long(offset) if data is None else self.record(offset, data, layout)
-                if record is not None:
-                    yield record
+            else:
+                head = stream.peek(HEAD_BYTES)
+                foreign = self.foreign(file, head)
+                if foreign is not None:
+                    yield foreign
+                    return
+                if head.startswith(MARK):
+                    start = len(stream.read(len(MARK)))
+                    yield Dropped("byte-order mark")
+            yield from self.read_on(file, stream, layout, start, stop)
+
+    def read_on(
+        self, file: Path, stream: BufferedReader, layout: Layout, start: int, stop: int | None
+    ) -> Records:
+        """The records from where the stream of a file stands, its byte `start`."""
+        separator = self.separator(layout)
+        if separator is None:
+            text = stream.read(
+                SEARCH_BYTES
+            )  # a large buffer would stay a memory mapping of its own
+            if len(text) == SEARCH_BYTES:
+                text += stream.read(MAX_DOCUMENT_BYTES + 1 - SEARCH_BYTES)
+            yield checked(0, text, layout, base=start)
+            return
+        for offset, data in records(stream, separator, start, stop):
+            record = _too_long(offset) if data is None else self.record(offset, data, layout)
+            if record is not None:
+                yield record
 
     def content(
         self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
@@ -128,13 +199,18 @@ class Text:
         """How many records begin at or before an offset."""
         separator = self.separator(layout)
         assert separator is not None
-        with opened(file) as stream:
+        with opened(file, layout) as stream:
             before = takewhile(lambda r: r[0] <= offset, records(stream, separator, 0, None))
             return sum(1 for _ in before)
 
 
 class JsonLines(Text):
     """One JSON object a line, the text in one of its fields."""
+
+    what = "JSON lines, field {}"
+
+    def wrong_json(self, head: bytes) -> str | None:
+        return None  # each line is judged
 
     def separator(self, layout: Layout) -> bytes:
         return b"\n"
@@ -152,25 +228,90 @@ class JsonLines(Text):
         return f"{file}:{self.number(file, layout, offset)}"
 
 
+class Json(JsonLines):
+    """JSON lines, unless the content is one value over several lines."""
+
+    def wrong_json(self, head: bytes) -> str | None:
+        kind = _json_kind(head)
+        return kind if kind in ("array", "value") else None
+
+
+class Notebook(Text):
+    """Code and prose in JSON: one bad record."""
+
+    what = "no text: notebook"
+
+    def wrong_json(self, head: bytes) -> str | None:
+        return "notebook"
+
+
+class CommaSeparated(Text):
+    """A table whose first line names the columns, the text in one of them."""
+
+    what = "table, column {}"
+    delimiter = ","
+
+    def wrong_json(self, head: bytes) -> str | None:
+        return None
+
+    def starts(self, file: Path, layout: Layout, size: int) -> list[int]:
+        """One stretch: which line breaks end a row is only known from the beginning."""
+        return [0]
+
+    def read_on(
+        self, file: Path, stream: BufferedReader, layout: Layout, start: int, stop: int | None
+    ) -> Records:
+        """The rows below the names; the offset of each is its first line, from 1."""
+        csv.field_size_limit(MAX_DOCUMENT_BYTES)
+        with TextIOWrapper(stream, "utf-8", "surrogateescape", newline="") as lines:  # bytes as is
+            rows = csv.reader(_short_lines(lines), delimiter=self.delimiter, strict=True)
+            line = 1
+            try:
+                names = next(rows, [])
+                problem = _not_one(layout.text_field, names)
+                if problem is not None:
+                    yield Bad(WHOLE, "no text", f"{problem}; name one in data.text_field")
+                    return
+                column, line = names.index(layout.text_field), rows.line_num + 1
+                for row in rows:
+                    if len(row) == len(names):
+                        yield checked(line, row[column].encode("utf-8", "surrogateescape"), layout)
+                    elif row:
+                        lengths = f"length {len(row)}, the first has length {len(names)}"
+                        yield Bad(line, "no text", f"a row of {lengths}")
+                    line = rows.line_num + 1
+            except csv.Error as error:
+                raise InputError(f"{file}:{line}: not a row of a table ({error})") from None
+
+    def name(self, file: Path, layout: Layout, offset: int) -> str:
+        return f"{file}:{offset}"
+
+
+class TabSeparated(CommaSeparated):
+    """The same with tabs."""
+
+    delimiter = "\t"
+
+
 class Parquet:
     """A table, the text in one of its columns; its stretches begin at row groups."""
 
+    what = "table, column {}"
+
     def starts(self, file: Path, layout: Layout, size: int) -> list[int]:
         """The row groups at which stretches of about `size` bytes of text begin."""
-        if file.suffix in COMPRESSIONS:
+        if compression(file):
             return [0]
-        with _table(file) as table:
+        with _table(file, layout) as table:
             column = _column(file, table, layout.text_field)
             groups = (table.metadata.row_group(i) for i in range(table.num_row_groups))
             sizes = [group.column(column).total_uncompressed_size for group in groups]
         stretch = np.cumsum([0, *sizes])[:-1] // size
         return [0, *(np.flatnonzero(np.diff(stretch)) + 1).tolist()]
 
-    def read(
-        self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
-    ) -> Iterator[Found | Bad]:
+    def read(self, file: Path, layout: Layout, start: int = 0, stop: int | None = None) -> Records:
         """The rows of the row groups from `start` to before `stop`."""
-        with _table(file) as table:
+        with _table(file, layout) as table:
             number = _column(file, table, layout.text_field)
             groups = range(table.num_row_groups)
             row = sum(table.metadata.row_group(i).num_rows for i in groups[:start])
@@ -185,10 +326,10 @@ class Parquet:
         self, file: Path, layout: Layout, start: int = 0, stop: int | None = None
     ) -> Iterator[bytes]:
         """How the column is stored in these row groups, and its pages."""
-        if file.suffix in COMPRESSIONS:
-            yield from PLAIN.content(file, Layout("", None, layout.replace))
+        if compression(file):
+            yield from PLAIN.content(file, layout)
             return
-        with _table(file) as table, open(file, "rb") as stream:
+        with _table(file, layout) as table, open(file, "rb") as stream:
             number = _column(file, table, layout.text_field)
             for i in range(table.num_row_groups)[start:stop]:
                 column = table.metadata.row_group(i).column(number)
@@ -203,14 +344,35 @@ class Parquet:
         return f"{file}: row {offset}"
 
 
-FORMATS: dict[str, Text | Parquet] = {".jsonl": JsonLines(), ".parquet": Parquet()}
 PLAIN = Text()  # every other suffix
+LINES = JsonLines()
+FORMATS: dict[str, Text | Parquet] = {
+    ".jsonl": LINES,
+    ".jsonlines": LINES,
+    ".ndjson": LINES,
+    ".json": Json(),
+    ".ipynb": Notebook(),
+    ".csv": CommaSeparated(),
+    ".tsv": TabSeparated(),
+    ".parquet": Parquet(),
+}
+
+
+def compression(file: Path) -> str | None:
+    """How a file is compressed, by its suffix."""
+    return COMPRESSIONS.get(file.suffix.lower())
+
+
+def suffix_of(file: Path) -> str:
+    """The suffix that says what a file is, in small letters; with .gz or .zst behind, both."""
+    packed = file.suffix if compression(file) else ""
+    return (Path(file.stem).suffix + packed if packed else file.suffix).lower()
 
 
 def format_of(file: Path) -> Text | Parquet:
     """What a file's suffix says, or the one before .gz or .zst."""
-    suffixes = file.suffixes[:-1] if file.suffix in COMPRESSIONS else file.suffixes
-    return FORMATS.get(suffixes[-1], PLAIN) if suffixes else PLAIN
+    inner = file.stem if compression(file) else file.name
+    return FORMATS.get(Path(inner).suffix.lower(), PLAIN)
 
 
 def checked(offset: int, data: bytes, layout: Layout, base: int | None = None) -> Found | Bad:
@@ -232,6 +394,37 @@ def checked(offset: int, data: bytes, layout: Layout, base: int | None = None) -
         return Found(offset, *_replaced(data))
     where = f"offset {bad} of its text" if base is None else f"offset {base + bad}"
     return Bad(offset, what, f"byte 0x{data[bad]:02x} at {where} is {what}; {CONVERT}")
+
+
+def _short_lines(lines: TextIOWrapper) -> Iterator[str]:
+    """The lines, so that memory holds none that is longer than a document."""
+    while line := lines.readline(MAX_DOCUMENT_BYTES + 1):
+        if len(line) > MAX_DOCUMENT_BYTES:
+            raise csv.Error(f"a line longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+        yield line
+
+
+def _json_kind(head: bytes) -> str | None:
+    """What the first bytes of a file begin: JSON lines, an array of objects, another object."""
+    text = head.removeprefix(MARK).lstrip()
+    if re.match(rb'\[\s*\{\s*"', text):
+        return "array"
+    if not text.startswith(b"{"):
+        return None
+    line, line_break, _ = text.partition(b"\n")
+    try:
+        return "lines" if isinstance(orjson.loads(line), dict) and line.strip() != b"{}" else None
+    except ValueError:  # a line that is longer than the head may be JSON
+        is_long = not line_break and re.match(rb'\{\s*"[^"]*"\s*:', text)
+        return "lines" if is_long else "value"
+
+
+def _not_one(name: str, names: Sequence[str]) -> str | None:
+    """What is wrong if a table has not one column of this name."""
+    count = names.count(name)
+    if count == 0:
+        return f"no column '{name}' (has: {', '.join(names)[:200]})"
+    return f"{count} columns '{name}'" if count > 1 else None
 
 
 def _replaced(data: bytes) -> tuple[bytes, int]:
@@ -294,6 +487,18 @@ def records(
         yield offset, rest if dropped + len(rest) <= MAX_DOCUMENT_BYTES else None
 
 
+def holds(file: Path, layout: Layout, part: bytes) -> bool:
+    """Whether some bytes stand anywhere in a file of text."""
+    rest = b""
+    with opened(file, layout) as stream:
+        for chunk in _chunks(stream):
+            rest += chunk
+            if part in rest:
+                return True
+            rest = rest[max(0, len(rest) - len(part) + 1) :]
+    return False
+
+
 def _chunks(stream: BufferedIOBase, size: int | None = None) -> Iterator[bytes]:
     """The next bytes of a stream, so many or all."""
     left = float("inf") if size is None else size
@@ -326,29 +531,38 @@ def next_record(stream: BufferedIOBase, separator: bytes, position: int) -> int:
     return stream.tell()
 
 
-def opened(file: Path) -> BufferedReader:
+def opened(file: Path, layout: Layout) -> BufferedReader:
     """A file of text as a stream, decompressed if its suffix says so.
 
-    Raises InputError for what is no text but packs some.
+    Raises InputError if the file is not here.
     """
-    raw: Any = _Decompressed(file) if file.suffix in COMPRESSIONS else open(file, "rb", 0)  # noqa: SIM115
+    raw: Any = _Decompressed(file, layout) if compression(file) else open(file, "rb", 0)  # noqa: SIM115
     stream = BufferedReader(raw)
-    head = stream.peek(512)
-    for offset, signature, what in PACKED:
-        if head.startswith(signature, offset):
-            stream.close()
-            raise InputError(f"{file}: {what} or leave it out by data.glob")
+    if not compression(file):
+        _refuse_pointer(file, stream.peek(HEAD_BYTES))
     return stream
+
+
+def _refuse_pointer(file: Path, head: bytes | None = None) -> None:
+    """Raise InputError if what stands here is not the file but says where it is."""
+    if head is None:
+        with open(file, "rb") as stream:
+            head = stream.read(HEAD_BYTES)
+    for signature, (tool, command) in POINTERS.items():
+        if head.startswith(signature):
+            raise InputError(f"{file}: a pointer of {tool}, not the file itself; run `{command}`")
 
 
 class _Decompressed(RawIOBase):
     """The content of a .gz or .zst file, its checksums verified; can be read once."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, layout: Layout):
         import pyarrow  # takes 0.1 s: only where it is needed
 
-        self.file = file
-        self.stream = pyarrow.input_stream(str(file), compression=COMPRESSIONS[file.suffix])
+        _refuse_pointer(file)
+        self.file, self.size, self.made = file, file.stat().st_size, 0
+        self.max_expansion = layout.max_expansion
+        self.stream = pyarrow.input_stream(str(file), compression=compression(file))
 
     def readable(self) -> bool:
         return True
@@ -357,7 +571,14 @@ class _Decompressed(RawIOBase):
         try:
             data = self.stream.read(len(buffer))
         except OSError as error:
+            if "requires too much memory" in str(error):  # the words of zstd
+                raise InputError(
+                    f"{self.file}: compressed with a window longer than 128 MiB; unpack it "
+                    f"(zstd -d --long=31)"
+                ) from None
             raise InputError(f"{self.file}: damaged or cut off ({error})") from None
+        self.made += len(data)
+        _refuse_expansion(self.file, self.size, self.made, self.max_expansion)
         buffer[: len(data)] = data
         return len(data)
 
@@ -366,23 +587,37 @@ class _Decompressed(RawIOBase):
         super().close()
 
 
+def _refuse_expansion(file: Path, size: int, expanded: int, limit: int) -> None:
+    if expanded > max(MAX_DOCUMENT_BYTES, size * limit):
+        raise InputError(
+            f"{file}: {size:,} bytes expand to {limit} times as many or more; raise "
+            "data.max_expansion if that is right"
+        )
+
+
 # --- tables -----------------------------------------------------------------------------
 
 
 @contextmanager
-def _table(file: Path) -> Iterator[Any]:
+def _table(file: Path, layout: Layout) -> Iterator[Any]:
     """A parquet file, opened; a compressed one is unpacked into a temporary file first."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     with ExitStack() as stack:
         source: Any = str(file)
-        if file.suffix in COMPRESSIONS:
+        if compression(file):
             source = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(stack.enter_context(_Decompressed(file)), source, CHUNK_BYTES)
+            unpacked = stack.enter_context(_Decompressed(file, layout))
+            shutil.copyfileobj(unpacked, source, CHUNK_BYTES)
+        else:
+            _refuse_pointer(file)
         try:
             # buffered: a row group is not read as a whole
-            yield stack.enter_context(ParquetFile(source, buffer_size=1 << 20, pre_buffer=False))
+            table = ParquetFile(
+                source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+            )
+            yield stack.enter_context(table)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).split("\n")[0]
             raise InputError(f"{file}: damaged or no parquet table ({reason})") from None
@@ -393,11 +628,9 @@ def _column(file: Path, table: Any, name: str) -> int:
     from pyarrow import types
 
     schema = table.schema_arrow
-    if name not in schema.names:
-        raise InputError(
-            f"{file}: no column '{name}' (has: {', '.join(schema.names)[:200]}); "
-            "name one in data.text_field"
-        )
+    problem = _not_one(name, schema.names)
+    if problem is not None:
+        raise InputError(f"{file}: {problem}; name one in data.text_field")
     kind = schema.field(name).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)

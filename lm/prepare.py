@@ -28,7 +28,7 @@ from lm.console import ByteProgress, say
 from lm.encoder import DocumentRefused, Encoder, EncodersDiffer, Library
 from lm.errors import InputError
 from lm.files import read_json, sha256_file, sha256_json, write_json, writing
-from lm.formats import COMPRESSIONS, format_of
+from lm.formats import compression, format_of
 from lm.shards import SPLITS, ShardWriter, token_dtype
 from lm.text import DataConfig, Document, Shard, documents, sides, tail_boundary
 from lm.tokenizer import load_tokenizer
@@ -275,10 +275,10 @@ def shard_key(job: Job, task: Task) -> str:
         content = hashlib.sha256()
         for chunk in text_format.content(file, task.shard.layout, start, stop):
             content.update(chunk)
-        packed = COMPRESSIONS.get(file.suffix)
-        pieces.append([type(text_format).__name__, packed, content.hexdigest()])
+        pieces.append([type(text_format).__name__, compression(file), content.hexdigest()])
     separator = task.shard.layout.separator
     layout = asdict(task.shard.layout) | {"separator": separator and separator.hex()}
+    del layout["max_expansion"]  # stops or does not
     return sha256_json([job.identity, layout, task.train_bytes, pieces])
 
 

@@ -9,23 +9,26 @@ and what was left out or replaced on request is counted.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NamedTuple
 
 from lm.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.errors import InputError
-from lm.formats import Bad, Layout, format_of
+from lm.formats import PLAIN, WHOLE, Bad, Found, Layout, format_of, holds, suffix_of
 from lm.listing import SUFFIX, is_file, is_hidden_from_dvc, listed_folder, visible, walk, watched
 
 Side = Literal["train", "valid"]
 REPLACED = "replacement characters"  # beside the reasons for which documents are left out
+SHOWN_SUFFIX = re.compile(r"none|\.[a-z0-9.+_-]{1,16}")
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
 OUTPUTS = ("data/tokenizer", "data/tokens", "metrics", "models")  # of stages that read text
 SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
@@ -36,7 +39,7 @@ class SourceConfig:
     """One of `data.sources`: a part of the text."""
 
     path: Annotated[str, NOT_EMPTY]  # in data.path: a file, a folder or a pattern
-    text_field: str  # of .jsonl objects, the column of .parquet tables
+    text_field: str  # of JSON objects, the column of tables
     weight: Annotated[float, POSITIVE] | None  # its share of the training windows; null: its size
 
 
@@ -49,7 +52,7 @@ class DataConfig:
     grammar_bytes: Count  # of stories
     path: Annotated[str, NOT_EMPTY]  # a file or a folder
     glob: str  # which files of a folder, e.g. "**/*.py"
-    text_field: str  # of .jsonl objects, the column of .parquet tables
+    text_field: str  # of JSON objects, the column of tables
     sources: dict[str, SourceConfig] | None  # null: all of path is one
     separator: (
         Annotated[str, NOT_EMPTY] | None
@@ -60,6 +63,7 @@ class DataConfig:
     split: Literal["hash", "tail"]
     valid_fraction: Annotated[float, INSIDE_ONE]
     shard_bytes: Annotated[Count, SHORTEST_SHARD]  # of text, about, in one shard of tokens
+    max_expansion: Count  # times its size that a .gz or .zst file may hold
 
     def __post_init__(self) -> None:
         if self.sources is None:
@@ -113,6 +117,8 @@ class Place(NamedTuple):
     offset: int
 
     def __str__(self) -> str:
+        if self.offset == WHOLE:
+            return str(self.file)
         return format_of(self.file).name(*self)
 
 
@@ -147,7 +153,7 @@ def sources(config: DataConfig) -> list[Source]:
             )
     if config.sources is None:
         files, left_out = _files(root, config.glob, "data.path", str(root), is_listed)
-        layout = Layout(config.text_field, separator, replace)
+        layout = Layout(config.text_field, separator, replace, config.max_expansion)
         return [Source("text", files, layout, None, left_out)]
     if not root.is_dir():
         what = "a file; data.sources needs the folder they are in"
@@ -172,7 +178,7 @@ def sources(config: DataConfig) -> list[Source]:
             raise InputError(f"{key} = {within}: hidden from DVC by .dvcignore or a nested project")
         folder, pattern = (root, source.path) if is_pattern else (root / within, config.glob)
         files, left_out = _files(folder, pattern, key, source.path, is_listed)
-        layout = Layout(source.text_field, separator, replace)
+        layout = Layout(source.text_field, separator, replace, config.max_expansion)
         found.append(Source(name, files, layout, source.weight, left_out))
     return found
 
@@ -312,10 +318,11 @@ def plan(config: DataConfig, found: Sequence[Source] | None = None) -> list[Shar
     changes the shard that it stands in and no other (content-defined chunking, Muthitacharoen et
     al. 2001, by names).
     """
-    root = text_root(config)
+    root, found = text_root(config), sources(config) if found is None else found
+    _require_separator(found)
     return [
         Shard(source.name, source.layout, tuple(pieces), size_bytes)
-        for source in (sources(config) if found is None else found)
+        for source in found
         for pieces, size_bytes in _grouped(source, root, config.shard_bytes)
     ]
 
@@ -343,6 +350,50 @@ def _grouped(source: Source, root: Path, size: int) -> Iterator[tuple[list[Piece
         yield together, held
 
 
+def _require_separator(found: Sequence[Source]) -> None:
+    """Raise InputError if there are text files and data.separator stands in none of them."""
+    plain = [(f, s.layout) for s in found for f in s.files if format_of(f) is PLAIN]
+    separator = plain[0][1].separator if plain else None
+    if separator is None or any(holds(file, layout, separator) for file, layout in plain):
+        return
+    shown = partial(json.dumps, ensure_ascii=False)
+    hint = "set it to what stands between two documents, or to null"
+    for meant, cause in (
+        (separator.replace(b"\\n", b"\n"), "it is a backslash and an n, the text has line breaks"),
+        (separator.replace(b"\n", b"\r\n"), "the text has Windows line ends"),
+        (separator.replace(b"\\n", b"\r\n"), "the text has Windows line ends"),
+    ):
+        if meant != separator and any(holds(file, layout, meant) for file, layout in plain):
+            hint = f"{cause}: write {shown(meant.decode())} in params.yaml"
+            break
+    raise InputError(
+        f"data.separator = {shown(separator.decode())}: stands in none of {len(plain):,} text "
+        f"files; {hint}"
+    )
+
+
+class Kind(NamedTuple):
+    """Files of a source that have one suffix, and how they are read."""
+
+    source: str
+    suffix: str
+    read_as: str
+    files: list[Path]
+
+
+def kinds(shards: Iterable[Shard]) -> list[Kind]:
+    """What is read, by source and suffix; odd suffixes together."""
+    found: dict[tuple[str, str, str], list[Path]] = {}
+    for shard in shards:
+        for file, start, _ in shard.pieces:
+            if start == 0:
+                suffix = suffix_of(file) or "none"
+                suffix = suffix if SHOWN_SUFFIX.fullmatch(suffix) else "other"
+                read_as = format_of(file).what.format(shard.layout.text_field)
+                found.setdefault((shard.source, suffix, read_as), []).append(file)
+    return [Kind(*key, files) for key, files in found.items()]
+
+
 def draw(data: bytes) -> float:
     """A number in [0, 1) from the SHA-256 of some bytes."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") / 2**64
@@ -363,9 +414,9 @@ def documents(
     for shard in plan(config) if shards is None else shards:
         for file, start, stop in shard.pieces:
             for record in format_of(file).read(file, shard.layout, start, stop):
-                place = Place(file, shard.layout, record.offset)
-                if isinstance(record, Bad):
-                    if config.on_bad_document == "stop":
+                if not isinstance(record, Found):
+                    if isinstance(record, Bad) and config.on_bad_document == "stop":
+                        place = Place(file, shard.layout, record.offset)
                         raise InputError(f"{place}: {record.message}")
                     tally[record.reason] += 1
                 elif _is_blank(record.data):
@@ -373,7 +424,7 @@ def documents(
                 else:
                     if record.replaced:
                         tally[REPLACED] += record.replaced
-                    yield Document(place, record.data)
+                    yield Document(Place(file, shard.layout, record.offset), record.data)
 
 
 def _is_blank(data: bytes) -> bool:

@@ -13,9 +13,9 @@ from lm.console import say
 from lm.files import atomic_write, sha256_json, write_json
 from lm.prepare import Job, drop_unused, encode_all, open_encoder, require_done, share, tasks
 from lm.publish import publish
-from lm.report import data_table
+from lm.report import data_table, files_table
 from lm.shards import MANIFEST
-from lm.text import DataConfig, plan, source_files, sources, told
+from lm.text import DataConfig, kinds, plan, source_files, sources, told
 from lm.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
 
@@ -49,9 +49,10 @@ def tokens(inputs: Inputs) -> None:
     inputs.check()
     report = publish(TOKENS, job, tokenizer, shards, records)
     write_json(RESULTS / "data.json", report)
-    atomic_write(RESULTS / "data.md", data_table(report).encode())
+    tables = f"{data_table(report)}\n{files_table(kinds(shards))}"
+    atomic_write(RESULTS / "data.md", tables.encode())
     drop_unused(job.kept, {record["key"] for record in records})
-    say(data_table(report))
+    say(tables)
 
 
 if __name__ == "__main__":

@@ -111,11 +111,11 @@ def file(name, data):
     return write
 
 
-def long_file(name, size):
-    """A file that takes no space on the disk: NUL bytes."""
+def long_file(name, size, head=b""):
+    """A file that takes no space on the disk: NUL bytes behind some others."""
 
     def write(folder):
-        file(name, b"")(folder)
+        file(name, head)(folder)
         os.truncate(folder / name, size)
 
     return write
@@ -193,8 +193,29 @@ def link_to_folder(folder):
 def table(**columns):
     """The bytes of a parquet table."""
     made = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), made)
+    options = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    pyarrow.parquet.write_table(pyarrow.table(columns), made, **options)
     return made.getvalue()
+
+
+def two_columns(name):
+    """The bytes of a parquet table with two columns of one name."""
+    made = io.BytesIO()
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, [name, name]), made)
+    return made.getvalue()
+
+
+def altered(data, at):
+    """Bytes with one bit flipped."""
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def long_window(data):
+    """The bytes as `zstd --long=31` compresses them."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return compressor.compress(data) + compressor.flush()
 
 
 def tokenizer(change, line, end_token=END_TOKEN):
@@ -338,8 +359,15 @@ BOMB = "a: &a [0,0,0,0,0,0,0,0,0]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghi")
 )
 CONVERT = "convert the file, leave it out, or set data.encoding_errors: replace"
-UNPACK = "not text; unpack it or leave it out by data.glob"
-DECOMPRESS = "not text; decompress it or leave it out by data.glob"
+LEAVE_OUT = "or leave it out (data.glob, data.on_bad_document: skip)"
+UNPACK = f"not text; unpack it {LEAVE_OUT}"
+DECOMPRESS = f"not text; decompress it {LEAVE_OUT}"
+ARRAY = f"a JSON array; write an object a line (jq -c '.[]') {LEAVE_OUT}"
+VALUE = f"JSON over several lines, not an object a line; convert it (jq -c .) {LEAVE_OUT}"
+LINES = f"JSON lines, not text; name it .jsonl {LEAVE_OUT}"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1000\n"
+POINTER = "a pointer of Git LFS, not the file itself; run `git lfs pull`"
+EXPANDS = "bytes expand to 100 times as many or more; raise data.max_expansion if that is right"
 AMBIGUOUS = "is ambiguous; write a plain decimal number, or quote it if it is text"
 NO_YAML = "not valid YAML: line 1: anchors, aliases and tags are not supported"
 LONG = "a document longer than 64 MiB; cut it into several, by data.separator or, in a .jsonl file, by lines"
@@ -504,7 +532,48 @@ ROWS = [
     data("a.txt", "text".encode("utf-16"), f"given/a.txt: byte 0xff at offset 0 is not UTF-8; {CONVERT}"),
     data("a.txt", "text".encode("utf-16-le"), f"given/a.txt: byte 0x00 at offset 1 is not text; {CONVERT}"),
     data("a.txt", b"\x7fELF\x02\x01\x01\x00\xc8", f"given/a.txt: byte 0xc8 at offset 8 is not UTF-8; {CONVERT}"),
-    data("a.txt", b"\x89PNG\r\n\x1a\n", f"given/a.txt: byte 0x89 at offset 0 is not UTF-8; {CONVERT}"),
+    data("a.txt", b"\x89PNG\r\n\x1a\n", f"given/a.txt: a picture, not text; take it away {LEAVE_OUT}", "data.encoding_errors=replace"),
+    data("a.txt", b"%PDF-1.7\n", f"given/a.txt: a PDF, not text; convert it {LEAVE_OUT}"),
+    data("a.txt", b"SQLite format 3\0", f"given/a.txt: an SQLite database, not text; export its text {LEAVE_OUT}"),
+    data("a.arrow", b"ARROW1\0\0", f"given/a.arrow: an Arrow table, not text; save it as .parquet {LEAVE_OUT}"),
+    data("a.txt", LFS, f"given/a.txt: {POINTER}"),
+    data("a.txt", LFS, f"given/a.txt: {POINTER}", "data.on_bad_document=skip"),
+    data("a.json", LFS, f"given/a.json: {POINTER}"),
+    data("a.csv", LFS, f"given/a.csv: {POINTER}"),
+    data("a.jsonl.gz", LFS, f"given/a.jsonl.gz: {POINTER}"),
+    data("a.txt.zst", LFS, f"given/a.txt.zst: {POINTER}"),
+    data("a.parquet", LFS, f"given/a.parquet: {POINTER}"),
+    data("a.PARQUET.GZ", LFS, f"given/a.PARQUET.GZ: {POINTER}"),
+    data("a.txt", b"/annex/objects/SHA256E-s1--0", "given/a.txt: a pointer of git-annex, not the file itself; run `git annex get`"),
+    data("a.txt", b'{"text": "a"}\n{"text": "b"}\n', f"given/a.txt: {LINES}"),
+    data("a.txt", b'{"text": "a"}\n{"text": "b"}\n', f"given/a.txt: {LINES}", "data.separator=b"),
+    data("a.data.gz", gzip.compress(b'{"text": "' + b"a" * 10_000 + b'"}\n'), f"given/a.data.gz: {LINES}"),
+    data("a.txt", b'\xef\xbb\xbf [\n  {"text": "a"}]', f"given/a.txt: {ARRAY}"),
+    data("a.json", b'[{"text": "a"}, {"text": "b"}]', f"given/a.json: {ARRAY}"),
+    data("a.json.gz", gzip.compress(b'[\n{"text": "a"},\n{"text": "b"}\n]'), f"given/a.json.gz: {ARRAY}"),
+    data("package.json", b'{\n  "name": "a"\n}\n', f"given/package.json: {VALUE}"),
+    data("a.json", b'{"name": "a"}', "given/a.json:1: no field 'text' (has: name)"),
+    data("a.json", b'"text"\n', "given/a.json:1: not an object with a field 'text'"),
+    data("a.NDJSON", b'{"text": "a"}\n{"id": 2}\n', "given/a.NDJSON:2: no field 'text' (has: id)"),
+    data("a.JSONL.GZ", gzip.compress(b'{"id": 2}\n'), "given/a.JSONL.GZ:1: no field 'text' (has: id)"),
+    data("a.ipynb", b'{"cells": []}', f"given/a.ipynb: a notebook; convert it (jupyter nbconvert --to script) {LEAVE_OUT}"),
+    data("a.csv", b"id,body\n1,a\n", "given/a.csv: no column 'text' (has: id, body); name one in data.text_field"),
+    data("a.csv", b"text,text\n1,a\n", "given/a.csv: 2 columns 'text'; name one in data.text_field"),
+    data("a.csv", b'id,text\n1,"a\nb"\n2,a,b\n', "given/a.csv:4: a row of length 3, the first has length 2"),
+    data("a.csv", b'id,text\n1,"a"b\n', "given/a.csv:2: not a row of a table (…)"),
+    data("a.csv", b'id,text\n1,"a\n', "given/a.csv:2: not a row of a table (…)"),
+    data("a.csv", b"id,text\n1,a\xff\n", f"given/a.csv:2: byte 0xff at offset 1 of its text is not UTF-8; {CONVERT}"),
+    data("a.tsv.gz", gzip.compress(b"id\ttext\n1\n"), "given/a.tsv.gz:2: a row of length 1, the first has length 2"),
+    data("a.txt", b"a\n\nb", r'data.separator = "\\n\\n": stands in none of 1 text files; it is a backslash and an n, the text has line breaks: write "\n\n" in params.yaml', r"data.separator=\n\n"),
+    data("a.txt", b"a\r\n\r\nb", r'data.separator = "\n\n": stands in none of 1 text files; the text has Windows line ends: write "\r\n\r\n" in params.yaml', r'data.separator="\n\n"'),
+    data("a.txt", b"a\r\n\r\nb", r'data.separator = "\\n\\n": stands in none of 1 text files; the text has Windows line ends: write "\r\n\r\n" in params.yaml', r"data.separator=\n\n"),
+    Row("data", "tokenizer", [file("given/a.txt", b"a\n\nb"), "data.path=given", "data.separator=--"], 2,
+        'data.separator = "--": stands in none of 1 text files; set it to what stands between two documents, or to null'),
+    data("a.gz", gzip.compress(bytes(100 << 20)), f"given/a.gz: …{EXPANDS}"),
+    data("a.jsonl.zst", zstandard.compress(b" " * (100 << 20)), f"given/a.jsonl.zst: …{EXPANDS}"),
+    data("a.parquet.gz", gzip.compress(bytes(100 << 20)), f"given/a.parquet.gz: …{EXPANDS}"),
+    data("a.txt.gz.gz", gzip.compress(gzip.compress(b"text")), f"given/a.txt.gz.gz: compressed twice, not text; decompress it {LEAVE_OUT}"),
+    data("a.txt.zst", long_window(b"text"), "given/a.txt.zst: compressed with a window longer than 128 MiB; unpack it (zstd -d --long=31)"),
     data("a\nb\x1b[31m.txt", b"\xff", f"given/a\\nb\\x1b[31m.txt: byte 0xff at offset 0 is not UTF-8; {CONVERT}"),
     data("a.txt", b"one<|end|>two\xff", f"given/a.txt#2: byte 0xff at offset 13 is not UTF-8; {CONVERT}", "data.separator=<|end|>"),
     data("a.zip", archive("zip"), f"given/a.zip: a zip archive, {UNPACK}"),
@@ -515,9 +584,9 @@ ROWS = [
     data("a.tar", archive("tar", "/tmp/a"), f"given/a.tar: a tar archive, {UNPACK}"),
     data("a.tar", archive("tar", type=tarfile.SYMTYPE, linkname="/etc/passwd"), f"given/a.tar: a tar archive, {UNPACK}"),
     data("a.tar", archive("tar", type=tarfile.CHRTYPE), f"given/a.tar: a tar archive, {UNPACK}"),
-    data("a.jsonl", gzip.compress(b"{}"), "given/a.jsonl: compressed by gzip, not text; name it .gz or leave it out by data.glob"),
-    data("a.txt", b"\x28\xb5\x2f\xfd\x04\x00", "given/a.txt: compressed by zstd, not text; name it .zst or leave it out by data.glob"),
-    data("a.txt", b"PAR1\x15\x04PAR1", "given/a.txt: a parquet table, not text; name it .parquet or leave it out by data.glob"),
+    data("a.jsonl", gzip.compress(b"{}"), f"given/a.jsonl: compressed by gzip, not text; name it .gz {LEAVE_OUT}"),
+    data("a.txt", b"\x28\xb5\x2f\xfd\x04\x00", f"given/a.txt: compressed by zstd, not text; name it .zst {LEAVE_OUT}"),
+    data("a.txt", b"PAR1\x15\x04PAR1", f"given/a.txt: a parquet table, not text; name it .parquet {LEAVE_OUT}"),
     data("a.tar.gz", gzip.compress(archive("tar", "../a")), f"given/a.tar.gz: a tar archive, {UNPACK}"),
     data("a.zip.gz", gzip.compress(archive("zip")), f"given/a.zip.gz: a zip archive, {UNPACK}"),
     data("a.txt.gz", b"text", "given/a.txt.gz: damaged or cut off (…)"),
@@ -534,6 +603,8 @@ ROWS = [
     data("a.parquet", b"", "given/a.parquet: damaged or no parquet table (…)"),
     data("a.parquet", table(text=["a"])[:-20], "given/a.parquet: damaged or no parquet table (…)"),
     data("a.parquet", table(text=["a" * 5000])[200:], "given/a.parquet: damaged or no parquet table (…)"),
+    data("a.parquet", two_columns("text"), "given/a.parquet: 2 columns 'text'; name one in data.text_field"),
+    data("a.parquet", altered(table(text=["a" * 5000]), 2500), "given/a.parquet: damaged or no parquet table (could not verify page integrity, CRC checksum verification failed…)"),
     data("a.parquet", table(id=[1], body=["a"]), "given/a.parquet: no column 'text' (has: id, body); name one in data.text_field"),
     data("a.parquet", table(text=[1]), "given/a.parquet: column 'text' is int64, not text; name one in data.text_field"),
     data("a.parquet", table(text=[["a"]]), "given/a.parquet: column 'text' is list<element: string>, not text; name one in data.text_field"),
@@ -550,8 +621,11 @@ ROWS = [
     data("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "given/a.jsonl:1: not valid JSON (…)"),
     data("a.jsonl", b"[" * 100_000 + b"\n", "given/a.jsonl:1: not valid JSON (…)"),
     folder(long_file("given/a.txt", 2 << 30), f"given/a.txt: {LONG}"),
-    folder(long_file("given/a.txt", 2 << 30), f"given/a.txt#1: {LONG}", "data.separator=<|end|>"),
+    folder(long_file("given/a.txt", 2 << 30, b"a<|end|>"), f"given/a.txt#2: {LONG}", "data.separator=<|end|>"),
     folder(long_file("given/a.jsonl", 2 << 30), f"given/a.jsonl:1: {LONG}"),
+    folder(long_file("given/a.JSON", 2 << 30), f"given/a.JSON:1: {LONG}"),
+    folder(long_file("given/a.csv", 2 << 30), "given/a.csv:1: not a row of a table (a line longer than 64 MiB)"),
+    folder(long_file("given/a.csv", 2 << 30, b'text\n"a\n'), "given/a.csv:2: not a row of a table (…)"),
     folder(long_file("given/a.jsonl", 2 << 30), "data.path = given: no text", "data.on_bad_document=skip"),
     folder(long_file("given/a.parquet", 2 << 30), "given/a.parquet: damaged or no parquet table (…)"),
     folder(special("given/pipe", os.mkfifo), "given/pipe: a pipe, a device, a broken link or a link to a folder; take it away or leave it out by data.glob"),

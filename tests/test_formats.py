@@ -1,10 +1,13 @@
 """Files to records: every record once, in any stretches, and what is damaged is an error."""
 
+import csv
 import gzip
 import io
 import json
 import random
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import pyarrow
@@ -16,9 +19,11 @@ from hypothesis import strategies as st
 
 from lm.errors import InputError
 from lm.formats import (
+    MARK,
     MAX_DOCUMENT_BYTES,
     PLAIN,
     Bad,
+    Dropped,
     Found,
     JsonLines,
     Layout,
@@ -27,12 +32,12 @@ from lm.formats import (
     records,
 )
 
-ONE_FILE_ONE_RECORD = Layout("text", None, replace=False)
+ONE_FILE_ONE_RECORD = Layout("text", None, replace=False, max_expansion=100)
 TEXTS = ["first", "sec\nond", "", "drei \U0001f600", "x" * 5000, "last"]
 
 
 def parted(separator):
-    return Layout("text", separator, replace=False)
+    return Layout("text", separator, replace=False, max_expansion=100)
 
 
 @contextmanager
@@ -170,19 +175,29 @@ def two_frames(compress, data):
     return compress(data[:7]) + compress(data[7:])
 
 
+def as_rows(texts, delimiter=","):
+    made = io.StringIO()
+    csv.writer(made, delimiter=delimiter).writerows([("text", "id"), *((t, 0) for t in texts)])
+    return made.getvalue().encode()
+
+
 PLAINLY = {".txt": lambda texts: "<|end|>".join(texts).encode(), ".jsonl": as_lines,
-           ".parquet": as_table}  # fmt: skip
+           ".json": as_lines, ".ndjson": as_lines, ".Parquet": as_table, ".csv": as_rows,
+           ".tsv": partial(as_rows, delimiter="\t")}  # fmt: skip
 PACKED = {
     "": lambda data: data,
     ".gz": lambda data: two_frames(gzip.compress, data),
-    ".zst": lambda data: two_frames(zstandard.compress, data),
+    ".ZST": lambda data: two_frames(zstandard.compress, data),
 }
 
 
+def records_of(path, size=1 << 20):
+    found, _, _ = assert_stretches_are_the_whole(format_of(path), path, parted(b"<|end|>"), size)
+    return found
+
+
 def texts_of(path, size=1 << 20):
-    layout = parted(b"<|end|>")
-    whole, _, _ = assert_stretches_are_the_whole(format_of(path), path, layout, size)
-    return [record.data.decode() for record in whole]
+    return [record.data.decode() for record in records_of(path, size)]
 
 
 @pytest.mark.parametrize("packed", PACKED)
@@ -192,6 +207,73 @@ def test_every_format_gives_the_same_texts(tmp_path, kind, packed):
     path.write_bytes(PACKED[packed](PLAINLY[kind](TEXTS)))
     for size in (1, 10, 1 << 20):
         assert texts_of(path, size=size) == TEXTS
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_is_dropped_at_the_beginning_of_a_file_alone(tmp_path, kind, packed):
+    path = tmp_path / f"a{kind}{packed}"
+    texts = ["first", "\ufeffsecond", "th\ufeffird"]
+    data = PLAINLY[kind](texts)
+    path.write_bytes(PACKED[packed](MARK + data))
+    for size in (1, 10, 1 << 20):
+        mark, *found = records_of(path, size)
+        assert mark == Dropped("byte-order mark")
+        assert [record.data.decode() for record in found] == texts
+
+
+def test_offsets_behind_a_byte_order_mark_are_those_of_the_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(MARK + b"a--b\xff--c")
+    _, first, bad, last = PLAIN.read(path, parted(b"--"))
+    assert (first.offset, bad.offset, last.offset) == (3, 6, 10)
+    assert "byte 0xff at offset 7 " in bad.message
+    assert PLAIN.name(path, parted(b"--"), bad.offset) == f"{path}#2"
+    path.write_bytes(MARK + b"a\xff")
+    _, bad = PLAIN.read(path, ONE_FILE_ONE_RECORD)
+    assert "byte 0xff at offset 4 " in bad.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "{",
+        "[1]",
+        "{a}\n",
+        '{"u}ber dem Flu\\ss',
+        '{"a": 1} is JSON\n',
+        '{\n  "a": 1\n}\n',
+        '{"text" => "a"}\n{"text" => "b"}',
+    ],
+)
+def test_a_text_that_begins_like_json_is_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert [*PLAIN.read(tmp_path / "a.txt", ONE_FILE_ONE_RECORD)] == [Found(0, text.encode())]
+
+
+def test_columns_are_found_by_name_whatever_else_a_row_holds(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('id,"text"\r\n\r\n1,"a ""b"",\r\nc"\r\n2,d\n3,\r\n')
+    assert [*format_of(path).read(path, ONE_FILE_ONE_RECORD)] == [
+        Found(3, b'a "b",\r\nc'), Found(5, b"d"), Found(6, b""),
+    ]  # fmt: skip
+    path.write_text("")
+    [bad] = format_of(path).read(path, ONE_FILE_ONE_RECORD)
+    assert bad.message == "no column 'text' (has: ); name one in data.text_field"
+
+
+def test_a_file_that_expands_as_far_as_is_said_is_read(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"x" * 10_000))
+    with in_pieces(MAX_DOCUMENT_BYTES=1000):
+        for limit, found in ((300, "too long"), (100, None)):
+            layout = replace(parted(b"-"), max_expansion=limit)
+            if found:
+                assert [bad.reason for bad in PLAIN.read(path, layout)] == [found]
+            else:
+                with pytest.raises(InputError, match=r"expand to 100 times as many or more"):
+                    list(PLAIN.read(path, layout))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +389,7 @@ def test_what_is_no_utf8_is_replaced_on_request_and_counted(tmp_path):
     bad, _ = Parquet().read(path, parted(None))
     assert bad.reason == "not UTF-8"
     assert "byte 0xff at offset 1 of its text" in bad.message
-    found, _ = Parquet().read(path, Layout("text", None, replace=True))
+    found, _ = Parquet().read(path, Layout("text", None, replace=True, max_expansion=100))
     assert found == Found(0, "a\ufffd\ufffd".encode(), 2)
 
 

@@ -510,6 +510,51 @@ def test_bad_documents_are_left_out_by_request_and_counted(tmp_path):
     )
 
 
+def test_whole_files_that_are_no_text_are_left_out_by_request_and_counted_once(tmp_path):
+    desk = Desk(tmp_path, on_bad_document="skip", separator="<|>", shard_bytes=1 << 16)
+    (tmp_path / "text").mkdir()
+    for i in range(20):
+        (tmp_path / "text" / f"{i}.py").write_text(f"print({i})<|>")
+    _, before = desk.make()
+    long = b"x<|>" * (1 << 16)
+    for name, data in (
+        ("package.json", b'{\n  "name": "a"\n}\n' + long),  # each longer than a shard
+        ("logo.png", b"\x89PNG\r\n\x1a\n" + long),
+        ("log.txt", b'{"a": 1}\n' + long),
+        ("nested.gz.gz", gzip.compress(gzip.compress(b"a"))),
+        ("data.csv", b"id,body\n1,a\n"),
+        ("a.ipynb", b"{}"),
+    ):
+        (tmp_path / "text" / name).write_bytes(data)
+    files, report = desk.make()
+    assert report["left_out"] == {"no text": 1, "not text": 2, "raw JSON": 3}
+    assert report | {"left_out": {}, "sources": 0} == before | {"sources": 0}
+    assert desk.make(num_workers=3) == (files, report)
+
+
+def joined(files, side):
+    return b"".join(files[name] for name in sorted(files) if name.startswith(side))
+
+
+def test_byte_order_marks_are_dropped_and_counted_whatever_the_shards(tmp_path):
+    desk = Desk(tmp_path, separator="--")
+    (tmp_path / "text").mkdir()
+    for i in range(20):
+        text = "--".join(f"{i}.{k} {'x' * 90}\ufeff" for k in range(9 if i % 2 else 1000))
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    cut, many = desk.make()
+    whole, few = desk.elsewhere(shard_bytes=1 << 20).make()
+    for file in (tmp_path / "text").iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    for size, before, expected in ((400, cut, many), (1 << 20, whole, few)):
+        files, report = desk.elsewhere(shard_bytes=size).make()
+        assert report["left_out"] == {"byte-order mark": 20}
+        assert report | {"left_out": {}, "sources": 0} == expected | {"sources": 0}
+        for side in SPLITS:
+            assert joined(files, side) == joined(before, side)
+    assert "Left out: 20 byte-order mark\n" in data_table(report)
+
+
 def test_the_report_is_what_one_counts_by_hand(tmp_path):
     for name, texts in (("a", ["aa", "bbbb", "cccccc"]), ("b", ["aa", "ab\xe9"])):
         (tmp_path / "text" / name).mkdir(parents=True)
@@ -570,6 +615,46 @@ def large(project):
     project.set("tokenizer.kind", "bytes")
     project.prepare("tokenizer")
     return project
+
+
+def test_the_stage_says_what_it_read_and_how(project):
+    """The same whatever the number of workers, and whether shards are found again."""
+    folder = project.folder / "t"
+    folder.mkdir()
+    for i in range(40):
+        line = json.dumps({"text": f"story {i}", "url": "x"})
+        (folder / f"c4-{i:02}.json.gz").write_bytes(gzip.compress(f"{line}\n".encode() * 2))
+        (folder / f"{i}.JSONL").write_text(line)
+    (folder / "a.csv").write_text("id,text\n1,a b c\n")
+    (folder / "README.md").write_text("# A data set\n")
+    (folder / "odd.a|b").write_text("odd")
+    (folder / "none").write_text("none")
+    project.set("tokenizer.kind", "bytes")
+    project.set("data.path", "t")
+    project.prepare("tokenizer")
+    told = set()
+    for workers in (1, 3, 3):
+        project.set("runtime.num_workers", workers)
+        if workers == 1:
+            project.forget_shards()
+        result = project.stage("tokens")
+        told.add(project.read("metrics/data.md").decode())
+        assert project.read("metrics/data.md").decode() in result.stdout
+    [told] = told
+    assert told.splitlines()[2].startswith("| text | 124 |")
+    assert told.splitlines()[4:] == [
+        "| source | suffix | files | read as |",
+        "|--------|--------|------:|---------|",
+        "| text | .json.gz | 40 | JSON lines, field text |",
+        "| text | .jsonl | 40 | JSON lines, field text |",
+        "| text | .csv | 1 | table, column text |",
+        "| text | .md | 1 | text |",
+        "| text | none | 1 | text |",
+        "| text | other | 1 | text |",
+        "",
+        "README.md and 2 more read as text beside 40 .json.gz files: leave out by data.glob what "
+        "is no text to learn",
+    ]
 
 
 def tokens_of(project):

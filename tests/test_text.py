@@ -1,5 +1,6 @@
 """Files to documents to splits: nothing altered, nothing dropped in silence."""
 
+import gzip
 import json
 import os
 from collections import Counter
@@ -75,9 +76,9 @@ def test_a_document_is_as_long_as_allowed_and_no_longer(folder, monkeypatch, sep
     monkeypatch.setattr("lm.formats.MAX_DOCUMENT_BYTES", 100)
     monkeypatch.setattr("lm.formats.CHUNK_BYTES", 30)
     config = replace(config, separator=separator)
-    (path / "a.txt").write_text("x" * 100)
+    (path / "a.txt").write_text("x" * 100 + (separator or ""))
     assert texts(config) == ["x" * 100]
-    (path / "a.txt").write_text("x" * 101)
+    (path / "a.txt").write_text("x" * 101 + (separator or ""))
     with pytest.raises(InputError, match=r"a.txt(#1)?: a document longer than"):
         texts(config)
     (path / "a.txt").unlink()
@@ -87,6 +88,23 @@ def test_a_document_is_as_long_as_allowed_and_no_longer(folder, monkeypatch, sep
     (path / "a.jsonl").write_text(f"{line}\n {line}\n")
     with pytest.raises(InputError, match=r"a.jsonl:2: a document longer than"):
         texts(config)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.txt.gz"])
+def test_a_separator_that_stands_in_one_file_is_enough(folder, monkeypatch, name):
+    path, config = folder
+    monkeypatch.setattr("lm.formats.CHUNK_BYTES", 3)
+    config = replace(config, separator="-<|>-")
+    (path / "a.txt").write_text("--<|>\n-")
+    (path / "c.jsonl").write_text('{"text": "-<|>-"}\n')
+    with pytest.raises(InputError, match=r'"-<\|>-": stands in none of 1 text files'):
+        plan(config)
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    (path / name).write_bytes(pack(b"--<|>-"))
+    assert texts(config) == ["--<|>\n-", "-", "-<|>-"]
+    (path / "a.txt").unlink()
+    (path / name).unlink()
+    assert texts(config) == ["-<|>-"]  # a separator cuts plain text alone
 
 
 def test_links_to_files_are_followed(folder):
