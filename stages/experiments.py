@@ -188,7 +188,7 @@ def table(revisions: list[str]) -> Any:
     """
     from rich.table import Table
 
-    rows = []
+    rows: list[tuple[str, Any, dict[str, Any]]] = []
     with opened() as repo:
         for base in _shown(repo, revisions, hide_workspace=bool(revisions)):
             name = base.rev if base.rev == "workspace" else base.name or base.rev[:7]
