@@ -51,7 +51,7 @@ def _write_package(requirement: str) -> dict[str, Any]:
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     atomic_write(RAW / _file_name(entry), data)
-    say(f"{requirement}: {count(entry['files'], 'file')}, {entry['bytes']:,} bytes of source")
+    say(f"{requirement}: {count(len(sources), 'file')}, {entry['bytes']:,} bytes of source")
     return entry
 
 

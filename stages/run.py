@@ -89,7 +89,7 @@ class Inputs:
 
     def warn_of_edits(self) -> None:
         """Say, once for each edit, what `check` will complain about at the end."""
-        files = map(Path, (PARAMS, *self.code))
+        files = [PARAMS, *map(Path, self.code)]
         try:
             looks = [_signature(file) if file.is_file() else None for file in files]
             if looks == self._looks:
