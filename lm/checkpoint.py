@@ -437,7 +437,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
         weights = {f"model.{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     _restore(str(path), weights, {}, model, None)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
             f"{config.vocab_size}; they do not belong together"

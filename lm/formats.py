@@ -162,7 +162,11 @@ class Text:
         """The records from where the stream of a file stands, its byte `start`."""
         separator = self.separator(layout)
         if separator is None:
-            yield checked(0, stream.read(MAX_DOCUMENT_BYTES + 1), layout, base=start)
+            # a large buffer stays a memory mapping of its own, whatever it is cut to
+            text = stream.read(SEARCH_BYTES)
+            if len(text) == SEARCH_BYTES:
+                text += stream.read(MAX_DOCUMENT_BYTES + 1 - SEARCH_BYTES)
+            yield checked(0, text, layout, base=start)
             return
         for offset, data in records(stream, separator, start, stop):
             record = _too_long(offset) if data is None else self.record(offset, data, layout)
@@ -497,8 +501,10 @@ def holds(file: Path, layout: Layout, part: bytes) -> bool:
 def _chunks(stream: BufferedIOBase, size: int | None = None) -> Iterator[bytes]:
     """The next bytes of a stream, so many or all."""
     left = float("inf") if size is None else size
-    while chunk := stream.read(int(min(CHUNK_BYTES, left))):
+    at_once = min(SEARCH_BYTES, CHUNK_BYTES)  # most files end here: a longer buffer is mapped
+    while chunk := stream.read(int(min(at_once, left))):
         left -= len(chunk)
+        at_once = CHUNK_BYTES
         yield chunk
 
 

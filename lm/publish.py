@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lm.files import writing
 from lm.prepare import FINGERPRINT, Job, Record, kept_file
 from lm.shards import COUNTS, SPLITS, ShardWriter, token_dtype, write_manifest
-from lm.text import REPLACED, Shard, require_both_sides, sources
+from lm.text import REPLACED, Shard, require_both_sides, weights
 from lm.tokenizer import Tokenizer
 
 DOCUMENTS_AT_ONCE = 1 << 20  # compared with each other when duplicates are sought: 50 MB
@@ -59,7 +59,7 @@ def publish(
         vocab_size=tokenizer.vocab_size,
         end_id=tokenizer.end_id,
         tokenizer_sha256=job.tokenizer_sha256,
-        sources=[{"name": s.name, "weight": s.weight} for s in sources(job.config)],
+        sources=[{"name": name, "weight": weight} for name, weight in weights(job.config).items()],
         shards=[part.entry for part in shown],
     )
     return report

@@ -12,22 +12,25 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NamedTuple
 
 from lm.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.errors import InputError
 from lm.formats import PLAIN, WHOLE, Bad, Found, Layout, format_of, holds, suffix_of
-from lm.listing import SUFFIX, listed_folder
+from lm.listing import SUFFIX, is_file, is_hidden_from_dvc, listed_folder, visible, walk, watched
 
 Side = Literal["train", "valid"]
 REPLACED = "replacement characters"  # beside the reasons for which documents are left out
 SHOWN_SUFFIX = re.compile(r"none|\.[a-z0-9.+_-]{1,16}")
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
+OUTPUTS = ("data/tokenizer", "data/tokens", "metrics", "models")  # of stages that read text
 SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
 
 
@@ -86,6 +89,7 @@ class Source(NamedTuple):
     files: list[Path]
     layout: Layout
     weight: float | None
+    left_out: Counter[str]  # files, by why they are not read
 
 
 class Piece(NamedTuple):
@@ -133,20 +137,29 @@ class Document(NamedTuple):
 
 
 def sources(config: DataConfig) -> list[Source]:
-    """The sources with their files, sorted by path; hidden ones are left out.
+    """The sources with their files, sorted by path: those that DVC watches, but for hidden ones.
 
     Raises InputError when there is no file, and for what is neither a file nor a folder: reading a
     pipe or a device need never end, and what lies behind a link to a folder DVC does not watch.
     """
     separator = None if config.separator is None else config.separator.encode()
     replace, root = config.encoding_errors == "replace", text_root(config)
+    is_listed = root != Path(config.path)
+    for output in map(Path.resolve, map(Path, OUTPUTS if root.exists() else ())):
+        if output.is_relative_to(root.resolve()) or root.resolve().is_relative_to(output):
+            raise InputError(
+                f"data.path = {config.path}: the stages write {output.relative_to(Path.cwd())}; "
+                "put your text into a folder of its own and name that"
+            )
     if config.sources is None:
-        files = _files(root, config.glob, "data.path", str(root))
+        files, left_out = _files(root, config.glob, "data.path", str(root), is_listed)
         layout = Layout(config.text_field, separator, replace, config.max_expansion)
-        return [Source("text", files, layout, None)]
+        return [Source("text", files, layout, None, left_out)]
     if not root.is_dir():
         what = "a file; data.sources needs the folder they are in"
         raise InputError(f"data.path = {root}: {what if root.exists() else 'no such folder'}")
+    if not is_listed:
+        deque(watched(root, Counter()), maxlen=0)  # all of it is DVC's to hash, whatever is read
     found = []
     for name, source in config.sources.items():
         key, within = f"data.sources.{name}.path", Path(source.path)
@@ -160,12 +173,13 @@ def sources(config: DataConfig) -> list[Source]:
                 f"{key} = {within}: a link to a folder, which DVC does not watch; name the folder "
                 "itself"
             )
-        if not (root / within).exists() and set("*?[") & set(source.path):
-            files = _files(root, source.path, key, source.path)
-        else:
-            files = _files(root / within, config.glob, key, source.path)
+        is_pattern = not (root / within).exists() and set("*?[") & set(source.path)
+        if not is_listed and is_hidden_from_dvc(root / within):
+            raise InputError(f"{key} = {within}: hidden from DVC by .dvcignore or a nested project")
+        folder, pattern = (root, source.path) if is_pattern else (root / within, config.glob)
+        files, left_out = _files(folder, pattern, key, source.path, is_listed)
         layout = Layout(source.text_field, separator, replace, config.max_expansion)
-        found.append(Source(name, files, layout, source.weight))
+        found.append(Source(name, files, layout, source.weight, left_out))
     return found
 
 
@@ -180,49 +194,127 @@ def source_files(config: DataConfig) -> list[Path]:
     return [file for source in sources(config) for file in source.files]
 
 
-def _files(path: Path, pattern: str, key: str, value: str) -> list[Path]:
-    """The file, or those of the folder that match; `key` = `value` is the setting to blame."""
+def weights(config: DataConfig) -> dict[str, float | None]:
+    """The names of the sources and their shares of the training windows; no file is looked at."""
+    if config.sources is None:
+        return {"text": None}
+    return {name: source.weight for name, source in config.sources.items()}
+
+
+def told(left_out: Counter[str]) -> str:
+    """What is not read, and why, in words."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted((+left_out).items()))
+
+
+def _files(
+    path: Path, pattern: str, key: str, value: str, is_listed: bool
+) -> tuple[list[Path], Counter[str]]:
+    """The file, or those of the folder that match, and how many are left out, by reason.
+
+    `key` = `value` is the setting to blame. What a listing names DVC need not watch.
+    """
+    left_out: Counter[str] = Counter()
     if path.is_file():
-        return [path]
+        if _is_of_dvc(path.name):
+            raise InputError(f"{key} = {value}: a file of DVC's own; name the text it stands for")
+        return [path], left_out
     if path.exists() and not path.is_dir():
         raise InputError(f"{key} = {value}: a pipe or a device; name a file or a folder")
     if not path.is_dir():
-        hint = "; a pattern goes into data.glob" if set("*?[") & set(value) else ""
-        raise InputError(f"{key} = {value}: no such file or folder{hint}")
+        raise InputError(f"{key} = {value}: no such file or folder{_advice(value)}")
     pattern_key = key if pattern == value else "data.glob"
-    try:
-        matches = list(path.glob(pattern))
-    except (ValueError, NotImplementedError) as error:
-        raise InputError(f"{pattern_key} = {pattern}: {error}") from None
-    seen = [
-        match
-        for match in matches
-        if not any(part.startswith(".") for part in match.relative_to(path).parts)
-    ]
-    files = [match for match in seen if match.is_file()]
-    for match in sorted(set(seen) - set(files)):
-        if match.is_symlink() or not match.is_dir():
+    wanted = PurePosixPath(pattern).parts
+    if not wanted or wanted[0] == "/" or any("**" in part and part != "**" for part in wanted):
+        raise InputError(
+            f"{pattern_key} = {pattern}: no pattern of paths in the folder, as **/*.txt is one"
+        )
+    at = len(f"{path}/")
+    texts: list[str] = []
+    links: list[str] = []
+    listed = chain.from_iterable(visible(entries) for _, entries in walk(path))
+    for entry in listed if is_listed else watched(path, left_out):
+        if entry.is_dir(follow_symlinks=False) or not _matches(entry.path[at:].split("/"), wanted):
+            continue
+        if not is_file(entry):
             raise InputError(
-                f"{match}: a pipe, a device, a broken link or a link to a folder; take it away or "
-                "leave it out by data.glob"
+                f"{entry.path}: a pipe, a device, a broken link or a link to a folder; take it "
+                "away or leave it out by data.glob"
             )
-    if not files:
-        raise InputError(f"{key} = {value}: no file matches {pattern_key} = {pattern}")
-    return sorted(files, key=lambda file: file.as_posix())
+        if _is_of_dvc(entry.name):
+            left_out["DVC's own"] += 1
+        else:
+            (links if entry.is_symlink() else texts).append(entry.path)
+    if links:
+        different = _different(sorted(links), texts)
+        left_out["links to texts that are read already"] = len(links) - len(different)
+        texts += different
+    if not texts:
+        hint = "; braces have no meaning, use data.sources" if "{" in pattern else ""
+        hint += f"; left out: {told(left_out)}" if +left_out else ""
+        raise InputError(f"{key} = {value}: no file matches {pattern_key} = {pattern}{hint}")
+    return [Path(text) for text in sorted(texts)], left_out
+
+
+def _advice(value: str) -> str:
+    """What to do about a data.path that names nothing."""
+    if set("*?[") & set(value):
+        return "; a pattern goes into data.glob"
+    if value.startswith("~"):
+        return "; ~ is known to shells alone, write the path in full"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value):
+        return (
+            "; a data set of Hugging Face is not downloaded: "
+            f"hf download {value} --repo-type dataset --local-dir FOLDER"
+        )
+    return ""
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path matches a pattern, in which ** stands for any number of folders."""
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":  # from the end, where most match at once
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts), -1, -1))
+    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _is_of_dvc(name: str) -> bool:
+    """Whether DVC keeps a file of this name beside what it tracks."""
+    return name.endswith(".dvc") or name in ("dvc.yaml", "dvc.lock")
+
+
+def _different(links: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """The links that lead to no text that is read already, each of them once.
+
+    Links into a cache of DVC are its way to store a copy (cache.type): as many as there are.
+    """
+    seen = set(map(_identity, texts))
+    different = []
+    for link in links:
+        identity = _identity(link)
+        if identity not in seen or "/files/md5/" in str(Path(link).readlink()):
+            different.append(link)
+        seen.add(identity)
+    return different
+
+
+def _identity(file: str) -> tuple[int, int]:
+    status = Path(file).stat()
+    return status.st_dev, status.st_ino
 
 
 # --- shards -----------------------------------------------------------------------------
 
 
-def plan(config: DataConfig) -> list[Shard]:
-    """All of the text in shards of about data.shard_bytes, in reading order.
+def plan(config: DataConfig, found: Sequence[Source] | None = None) -> list[Shard]:
+    """All of the text in shards of about data.shard_bytes, in reading order; of what was found.
 
     A long file is cut after multiples of that size, where a record begins. Short ones go together,
     and whether a file is the last of its shard is drawn from its name: so a file that comes or goes
     changes the shard that it stands in and no other (content-defined chunking, Muthitacharoen et
     al. 2001, by names).
     """
-    root, found = text_root(config), sources(config)
+    root, found = text_root(config), sources(config) if found is None else found
     _require_separator(found)
     return [
         Shard(source.name, source.layout, tuple(pieces), size_bytes)
@@ -233,7 +325,7 @@ def plan(config: DataConfig) -> list[Shard]:
 
 def _grouped(source: Source, root: Path, size: int) -> Iterator[tuple[list[Piece], int]]:
     together: list[Piece] = []
-    held = 0
+    held, at = 0, len(f"{root}/")
     for file in source.files:
         starts = format_of(file).starts(file, source.layout, size)
         length = file.stat().st_size
@@ -246,7 +338,7 @@ def _grouped(source: Source, root: Path, size: int) -> Iterator[tuple[list[Piece
             continue
         together.append(Piece(file, 0, None))
         held += length
-        name = file.name if file == root else file.relative_to(root).as_posix()
+        name = file.name if file == root else str(file)[at:]
         if draw(os.fsencode(name)) < length / size or held > 4 * size:
             yield together, held
             together, held = [], 0

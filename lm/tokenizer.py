@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,9 @@ from lm.files import atomic_write, read_json, to_json
 END_TOKEN = "<|endoftext|>"  # noqa: S105 - a separator, not a password
 MAX_VOCAB_SIZE = 1 << 20  # the trainer reserves memory for all at once, and aborts without a word
 MAX_JSON_BYTES = 1 << 26  # of a tokenizer.json: takes 2 GB to open; Gemma's, a large one, has 33 MB
+SAMPLE_CHARACTERS = 5000  # of a text on which a tokenizer from elsewhere is tried
 TRIAL_SECONDS = 60  # for a foreign tokenizer to encode a few megabytes
+LONG_RUN = 1024  # characters without a word break: learning takes time by the square of such a word
 LARGE_BYTES = 32 << 20  # of text: below, gigatoken's training is slower, it is quadratic in ties
 LARGE_VOCAB_SIZE = (1 << 15) + 257  # above, ties are too many again
 # Letters, marks and digits of Unicode 17, which gigatoken knows and tokenizers (16) does not.
@@ -89,9 +92,7 @@ class Tokenizer:
             raise InputError(f"id {twice[0]} stands for several tokens")
         if max(self._ids, default=0) > 2 * len(self._ids):  # ids index tables, the embedding too
             raise InputError(f"id {max(self._ids)} is too large for {len(self._ids)} tokens")
-        if backend.normalizer is not None:
-            kind = type(backend.normalizer).__name__
-            raise InputError(f"its normalizer {kind} alters text; not supported")
+        self.left_out = _drop_normalizer(backend)
         if backend.decoder is None or b"ByteLevel" not in backend.decoder.__getstate__():
             raise InputError("not byte-level; bits per byte would not be exact")
         if dropout := getattr(backend.model, "dropout", None):
@@ -114,6 +115,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id, so that ids index a table of this size."""
         return max(self._ids) + 1
+
+    @property
+    def n_unused(self) -> int:
+        """How many ids below the largest no token has: gaps, as in tiktoken's cl100k_base."""
+        return self.vocab_size - len(self._ids)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids of a text. The text of a special token is plain text unless allowed."""
@@ -142,7 +148,8 @@ class Tokenizer:
     def _bytes_of_id(self) -> dict[int, bytes]:
         special = self.backend.get_added_tokens_decoder()
         bytes_of_character = {c: bytes([b]) for b, c in enumerate(_byte_characters())}
-        return {
+        no_token = dict.fromkeys(range(self.vocab_size), b"")  # transformers passes over these, too
+        return no_token | {
             i: token.encode()
             if i in special
             else b"".join(bytes_of_character.get(c, c.encode()) for c in token)
@@ -165,6 +172,23 @@ class Tokenizer:
         atomic_write(folder / "tokenizer.json", self.backend.to_str(pretty=True).encode() + b"\n")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_token}
         atomic_write(folder / "tokenizer_config.json", to_json(settings))
+
+
+def _drop_normalizer(backend: tokenizers.Tokenizer) -> list[str]:
+    """Take the normalizer away if it is NFC or does nothing; returns what it did.
+
+    Text in NFC has the same ids without it, and other text keeps its bytes. Raises InputError for
+    another one: the model knows its output alone.
+    """
+    if backend.normalizer is None:
+        return []
+    normalizer = json.loads(backend.normalizer.__getstate__())
+    kinds = [part["type"] for part in normalizer.get("normalizers", [normalizer])]
+    for kind in kinds:
+        if kind != "NFC":
+            raise InputError(f"its normalizer {kind} alters text; not supported")
+    backend.normalizer = None
+    return kinds
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -205,7 +229,7 @@ def foreign_tokenizer(file: Path, samples: Iterable[str], end_token: str = END_T
     Raises InputError if it is damaged, alters text or takes too long. The trial is a process of its
     own, because a pattern may backtrack for years and the library, when it gives up, panics aloud.
     """
-    texts = json.dumps([sample[:5000] for sample in samples])
+    texts = json.dumps([sample[:SAMPLE_CHARACTERS] for sample in samples])
     trial = subprocess.run(
         [sys.executable, "-m", "lm.tokenizer", file, end_token, str(TRIAL_SECONDS)],
         input=texts.encode(),
@@ -270,9 +294,10 @@ def train_bpe_large(documents: bytes, vocab_size: int, end_token: str = END_TOKE
     """The same from documents joined by NUL, which none holds: of 32 MiB and more in seconds.
 
     gigatoken learns there what `tokenizers` learns, which does it where the former is missing or
-    runs out of pairs. Both leave out documents with characters that only gigatoken knows.
+    runs out of pairs. Both leave out documents with characters that only gigatoken knows, and take
+    a word of more than LONG_RUN characters for several.
     """
-    tokenizer = None
+    tokenizer, documents = None, _with_long_runs_cut(documents)
     if len(documents) >= LARGE_BYTES:
         if any(map(has_newer_characters, _split(documents))):
             known = (text for text in _split(documents) if not has_newer_characters(text))
@@ -305,6 +330,66 @@ def _train_by_gigatoken(documents: bytes, vocab_size: int, end_token: str) -> To
         return None
     backend.add_special_tokens([end_token])
     return Tokenizer(backend, end_token)
+
+
+def _with_long_runs_cut(documents: bytes) -> bytes:
+    """Documents joined by NUL with a cut after each LONG_RUN characters of a word.
+
+    No word of a language is as long: DNA, tables of digits, rows of marks or of white space are.
+    """
+    half = LONG_RUN // 2
+    blocks = np.frombuffer(documents, np.uint8)[: len(documents) // half * half].reshape(-1, half)
+    is_break, is_space = _byte_kinds()
+    step = (1 << 22) // half
+    in_one_word = np.concatenate(
+        [np.zeros(0, np.bool_)]
+        + [
+            ~is_break[part].any(1) | is_space[part].all(1)
+            for part in (blocks[i : i + step] for i in range(0, len(blocks), step))
+        ]
+    )
+    if not in_one_word.any():  # most text
+        return documents
+    parts, start = [], 0
+    for document in _split(documents):
+        end = start + len(document)
+        has_one = in_one_word[start // half : end // half + 1].any()
+        parts.append(_cut_long_runs(document) if has_one else document)
+        start = end + 1
+    return b"\0".join(parts)
+
+
+def _cut_long_runs(document: bytes) -> bytes:
+    text = document.decode()
+    kinds = _character_kinds()[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
+    changes = np.flatnonzero(kinds[1:] != kinds[:-1]) + 1
+    cuts = [
+        cut
+        for start, end in pairwise([0, *changes.tolist(), len(text)])
+        if end - start > LONG_RUN
+        for cut in range(start + LONG_RUN, end, LONG_RUN)
+    ]
+    return "\0".join(text[a:b] for a, b in pairwise([0, *cuts, len(text)])).encode()
+
+
+@cache
+def _byte_kinds() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Whether a byte surely ends a word, and whether it may be a part of white space, (256,)."""
+    spaces = "".join(filter(str.isspace, map(chr, range(0x3001))))
+    is_break, is_space = np.zeros((2, 256), np.bool_)
+    is_break[[0, *b" \t\n\v\f\r"]] = True
+    is_space[list(spaces.encode())] = True
+    return is_break, is_space
+
+
+@cache
+def _character_kinds() -> NDArray[np.uint8]:
+    """What GPT-2's pattern takes a character for: 1 a letter, 2 a number, 3 white space, 0 else."""
+    kinds = {"L": 1, "N": 2, "Z": 3}
+    categories = (unicodedata.category(chr(code))[0] for code in range(0x110000))
+    table = np.fromiter((kinds.get(category, 0) for category in categories), np.uint8, 0x110000)
+    table[[*b"\t\n\v\f\r", 0x85]] = 3
+    return table
 
 
 def _split(documents: bytes) -> Iterator[bytes]:
@@ -386,7 +471,7 @@ def from_tiktoken(name: str, samples: Iterable[str], end_token: str = END_TOKEN)
     )
     backend.add_special_tokens(list(encoding._special_tokens))
     tokenizer = Tokenizer(backend, end_token)
-    for sample in samples:
+    for sample in (sample[:SAMPLE_CHARACTERS] for sample in samples):
         if tokenizer.encode(sample) != encoding.encode_ordinary(sample):
             raise InputError(
                 f"tokenizer.source = {name}: ids differ from tiktoken's; cannot be used"

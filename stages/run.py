@@ -51,9 +51,12 @@ class Inputs:
             for file in self.watch_untouched(partial(_files, path)):
                 self.files[file] = sha256_file(file)
 
-    def watch_untouched(self, listing: Listing) -> list[Path]:
-        """Remember the look of files that are too large to be hashed twice; returns them."""
-        files = listing()
+    def watch_untouched(self, listing: Listing, files: list[Path] | None = None) -> list[Path]:
+        """Remember the look of files that are too large to be hashed twice; returns them.
+
+        `files` are what `listing` has just given, where it need not be called for them.
+        """
+        files = listing() if files is None else files
         self._listings.append((listing, files))
         self._signatures.update({file: _signature(file) for file in files})
         return files

@@ -48,7 +48,10 @@ def tokenizer(inputs: Inputs) -> None:
         result = foreign_tokenizer(source, texts, config.end_token)
     inputs.check()
     result.save(TOKENIZER)
-    say(f"Tokenizer ({config.kind}) with {result.vocab_size:,} tokens in {TOKENIZER}")
+    if result.left_out:
+        say("Its normalizer NFC is left out: ids of text in NFC stay, other text keeps its bytes")
+    unused = f", {result.n_unused:,} ids without a token," if result.n_unused else ""
+    say(f"Tokenizer ({config.kind}) with {result.vocab_size:,} tokens{unused} in {TOKENIZER}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ One process, or N machines that share this folder: `--shard 1/N` ... `--shard N/
 of the shards, then `dvc repro tokens`, or `--merge`, collects them.
 """
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lm.prepare import Job, drop_unused, encode_all, open_encoder, require_done,
 from lm.publish import publish
 from lm.report import data_table, files_table
 from lm.shards import MANIFEST
-from lm.text import DataConfig, kinds, plan, source_files
+from lm.text import DataConfig, kinds, plan, source_files, sources, told
 from lm.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
 
@@ -28,8 +29,13 @@ def tokens(inputs: Inputs) -> None:
     inputs.watch(TOKENIZER)
     job = Job(data, TOKENIZER, sha256_json(inputs.code), SCRATCH / "lm-shards")
     tokenizer = open_encoder(job).tokenizer  # if it cannot be read, no text needs to be
-    inputs.watch_untouched(partial(source_files, data))
-    shards = plan(data)
+    found = sources(data)
+    files = [file for source in found for file in source.files]
+    inputs.watch_untouched(partial(source_files, data), files)
+    left_out = sum((source.left_out for source in found), Counter())
+    if left_out:
+        say(f"Left out: {told(left_out)}")
+    shards = plan(data, found)
     todo = tasks(data, shards, num_workers)
     if inputs.arguments.shard:
         part = share(todo, inputs.arguments.shard)
@@ -44,7 +50,7 @@ def tokens(inputs: Inputs) -> None:
     inputs.check()
     report = publish(TOKENS, job, tokenizer, shards, records)
     write_json(RESULTS / "data.json", report)
-    tables = f"{data_table(report)}\n{files_table(kinds(shards))}"
+    tables = f"{data_table(report)}\n{files_table(kinds(shards), told(left_out))}"
     atomic_write(RESULTS / "data.md", tables.encode())
     drop_unused(job.kept, {record["key"] for record in records})
     say(tables)

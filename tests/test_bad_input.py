@@ -97,8 +97,9 @@ def file(name, data):
     """Put a file into the project."""
 
     def write(folder):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+        path = folder / os.fsdecode(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
     return write
 
@@ -380,7 +381,20 @@ ROWS = [
     Row("data", "tokens", ['data.glob="a\\0"'], 2, "data.path = text: no file matches data.glob = a\\x00"),
     Row("data", "tokens", [file("given/.hidden", b"x"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*"),
     Row("data", "tokens", ["data.glob=../**/*"], 2, "data.path = text: no file matches data.glob = ../**/*"),
-    Row("data", "tokens", ["data.glob=/etc/*"], 2, "data.glob = /etc/*: Non-relative patterns are unsupported"),
+    Row("data", "tokens", ["data.glob=/etc/*"], 2, "data.glob = /etc/*: no pattern of paths in the folder, as **/*.txt is one"),
+    Row("data", "tokens", ["data.glob='**.txt'"], 2, "data.glob = **.txt: no pattern of paths in the folder, as **/*.txt is one"),
+    Row("data", "tokens", ["data.glob='*.{txt,md}'"], 2, "data.path = text: no file matches data.glob = *.{txt,md}; braces have no meaning, use data.sources"),
+    Row("data", "tokens", ["data.path=~/text"], 2, "data.path = ~/text: no such file or folder; ~ is known to shells alone, write the path in full"),
+    Row("data", "tokens", ["data.path=owner/some-text"], 2,
+        "data.path = owner/some-text: no such file or folder; a data set of Hugging Face is not downloaded: hf download owner/some-text --repo-type dataset --local-dir FOLDER"),
+    *(Row("data", stage, [f"data.path={name}"], 2, f"data.path = {name}: the stages write …; put your text into a folder of its own and name that")
+      for stage in ("tokenizer", "tokens") for name in ("data", ".", "data/tokenizer", "metrics", "models", "text/..")),
+    Row("data", "tokens", [file("given/a.txt.dvc", b"outs: []"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*; left out: 1 DVC's own"),
+    Row("data", "tokens", [file("given.dvc", b"outs: []"), "data.path=given.dvc"], 2, "data.path = given.dvc: a file of DVC's own; name the text it stands for"),
+    Row("data", "tokens", [file("given/.dvcignore", b"*.md"), "data.path=given"], 2,
+        "given/.dvcignore: DVC takes none in a folder that it hashes; move its lines into .dvcignore of the project's root folder"),
+    Row("data", "tokenizer", [file(b"given/caf\xe9.txt", b"text"), "data.path=given"], 2, "given/caf\\xe9.txt: a name that is not UTF-8, which DVC cannot record; rename it, or …"),
+    from_sources(source("a.txt"), "given/b/\\xe9: a name that is not UTF-8, which DVC cannot record; …", file("given/a.txt", b"text"), file(b"given/b/\xe9", b"text"), "data.path=given"),
     Row("data", "tokens", ["data.valid_fraction=0.0001"], 2, "the valid split has no documents; change data.valid_fraction, …"),
     Row("data", "tokenizer", ["data.valid_fraction=0.9999"], 2, "the train split has no documents; change data.valid_fraction, …"),
     Row("data", "corpus", [file("data/raw/mine.txt", b"text")], 2,
@@ -389,7 +403,7 @@ ROWS = [
         "data/corpus.json: not a list of packages; delete it and data/raw, and run again"),
     Row("data", "corpus", ["data.packages=[networkx]"], 2, "data.packages: networkx pins no version; write name==version"),
     Row("data", "corpus", ["data.packages=[no-such==1]"], 3, "data.packages: no-such is not installed; run …"),
-    Row("data", "tokens", ["data.glob=''"], 2, "data.glob = : Unacceptable pattern: ''"),
+    Row("data", "tokens", ["data.glob=''"], 2, "data.glob = : no pattern of paths in the folder, as **/*.txt is one"),
     data("a.txt", b"", "data.path = given: no text"),
     data("a.txt", b" \n\n ", "data.path = given: no text"),
     data("a.txt", "café".encode("latin-1"), f"given/a.txt: byte 0xe9 at offset 3 is not UTF-8; {CONVERT}"),
@@ -543,7 +557,7 @@ ROWS = [
     tokenizer(lambda json: json.update(pre_tokenizer=None), f"{GIVEN}: alters text: …"),
     tokenizer(lambda json: json["pre_tokenizer"].update(add_prefix_space=True), f"{GIVEN}: alters text: b'\\x00\\x01… came back as b' \\x00\\x01…"),
     tokenizer(lambda json: json.update(decoder=None), f"{GIVEN}: not byte-level; bits per byte would not be exact"),
-    tokenizer(lambda json: json.update(normalizer={"type": "NFC"}), f"{GIVEN}: its normalizer NFC alters text; not supported"),
+    tokenizer(lambda json: json.update(normalizer={"type": "NFKC"}), f"{GIVEN}: its normalizer NFKC alters text; not supported"),
     tokenizer(added_token("low", lstrip=True), f"{GIVEN}: alters text: b'a  low  b…' came back as b'alow…"),
     tokenizer(added_token("low", rstrip=True), f"{GIVEN}: alters text: b'  low  blow… came back as b'  lowblow…"),
     tokenizer(added_token("Ġ"), f"{GIVEN}: alters text: …\\x1e\\x1f !… came back as …\\x1f\\xc4\\xa0!…"),

@@ -4,14 +4,18 @@ import gzip
 import json
 import os
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.config import load_params, read_section
 from lm.errors import EnvironmentFault, InputError
+from lm.listing import write_listing
 from lm.packages import python_sources
 from lm.text import (
     DataConfig,
@@ -23,6 +27,7 @@ from lm.text import (
     sources,
     split_documents,
     tail_boundary,
+    told,
 )
 from tests.project import SMOKE
 
@@ -313,14 +318,151 @@ def test_a_file_that_comes_or_goes_changes_its_own_shard_alone(folder):
     assert shards() == before
 
 
-def test_a_file_whose_name_is_no_text_is_read(folder):
+def test_a_file_whose_name_is_not_utf_8_is_named_or_read_by_a_listing(folder, tmp_path_factory):
     path, config = folder
     try:
         (path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
     except OSError:
         pytest.skip("this file system has names of text alone")
+    with pytest.raises(InputError, match=r"/caf\\xe9.txt: a name that is not UTF-8"):
+        sources(config)
+    listing = tmp_path_factory.mktemp("listing") / "a.listing"
+    assert write_listing(path, listing) == 1
+    config = replace(config, path=str(listing))
     assert texts(config) == ["text"]
     assert len(plan(config)) == 1
+
+
+def hide_folder(path):
+    (path / ".dvcignore").write_text("# drafts\nt/drafts\n")
+
+
+def hide_by_pattern(path):
+    (path / ".dvcignore").write_text("*.md\n!keep.md\n")
+
+
+def hide_from_within(path):
+    (path / "t" / ".dvcignore").write_text("drafts\n*.md")
+
+
+def nested_project(path):
+    (path / "t/s/drafts/.dvc").mkdir()
+
+
+def nested_above(path):
+    (path / "t/.dvc").mkdir()
+
+
+@pytest.mark.parametrize("root", ["t/s", "t"])
+@pytest.mark.parametrize(
+    "hide", [hide_folder, hide_by_pattern, hide_from_within, nested_project, nested_above]
+)
+def test_what_is_read_is_what_dvc_watches(tmp_path, data_config, monkeypatch, hide, root):
+    Repo.init(str(tmp_path), no_scm=True).close()
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.md", "keep.md", "drafts/c.txt", "drafts/d.md"):
+        (tmp_path / "t/s" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "t/s" / name).write_text(name)
+    (tmp_path / "t/drafts").mkdir()
+    (tmp_path / "t/drafts/e.txt").write_text("e")
+    hide(tmp_path)
+    with Repo(str(tmp_path)) as repo:
+        watched = sorted(repo.dvcignore.find(repo.fs, str(tmp_path / root)))
+    config = replace(data_config, path=root)
+    if not watched or (hide is hide_from_within and root == "t"):  # which DVC refuses, too
+        with pytest.raises(InputError, match=r"left out|DVC takes none in a folder"):
+            sources(config)
+        return
+    found, *_ = sources(config)
+    assert [str(tmp_path / file) for file in found.files] == watched
+    assert sum(found.left_out.values()) > 0 or (root == "t/s" and hide is hide_folder)
+    # elsewhere DVC hides nothing
+    monkeypatch.chdir(tmp_path / "t/drafts")
+    if hide is not hide_from_within and hide is not nested_above:
+        assert len(texts(replace(config, path=str(tmp_path / "t/s")))) == 5
+
+
+def test_dvcs_own_files_are_left_out_and_counted(folder):
+    path, config = folder
+    for name in ("a.txt", "a.txt.dvc", "dvc.yaml", "b/dvc.lock", "b/not-dvc.yaml"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(name)
+    assert texts(config) == ["a.txt", "b/not-dvc.yaml"]
+    assert told(sources(config)[0].left_out) == "3 DVC's own"
+
+
+def test_links_to_the_same_file_count_once(folder):
+    path, config = folder
+    for name in ("b.txt", ".cache/outside", ".dvc/cache/files/md5/aa/bb"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(name)
+    (path / "a.txt").symlink_to("b.txt")  # comes first, and is left out all the same
+    for name in ("c.txt", "d.txt"):
+        (path / name).symlink_to(path / ".cache/outside")
+    for name in ("e.txt", "f.txt"):  # two texts that are equal, as cache.type symlink keeps them
+        (path / name).symlink_to(path / ".dvc/cache/files/md5/aa/bb")
+    (path / "g.txt").hardlink_to(path / "b.txt")  # so does cache.type hardlink
+    assert [file.name for file in source_files(config)] == [
+        "b.txt",
+        "c.txt",
+        "e.txt",
+        "f.txt",
+        "g.txt",
+    ]
+    assert told(sources(config)[0].left_out) == "2 links to texts that are read already"
+
+
+def test_a_folder_that_cannot_be_read_is_told(folder):
+    path, config = folder
+    (path / "a.txt").write_text("text")
+    (path / "locked").mkdir(mode=0o000)
+    with pytest.raises(PermissionError, match="locked"), as_nobody(path):
+        sources(config)
+
+
+@contextmanager
+def as_nobody(path):
+    """Without the rights of root, for whom no folder is locked."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for folder in (path, *path.parents[:-2]):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_document_keeps_no_memory_mapping_of_its_own(folder):
+    path, config = folder
+    for i in range(2000):
+        (path / f"{i}.txt").write_text("text")
+
+    def mappings():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    before = mappings()
+    kept = list(documents(config, Counter()))
+    assert len(kept) == 2000
+    assert mappings() - before < 100  # the kernel allows 65,530
+
+
+@pytest.mark.parametrize(("given", "found"), [
+    ("**/*", "a.txt b/c.txt b/d/e.md"), ("*", "a.txt"), ("**/*.txt", "a.txt b/c.txt"),
+    ("b/**/*", "b/c.txt b/d/e.md"), ("b/*", "b/c.txt"), ("*/*/*.md", "b/d/e.md"),
+    ("**/d/*", "b/d/e.md"), ("**", "a.txt b/c.txt b/d/e.md"), ("**/[ab].*", "a.txt"),
+    ("./b//c.tx?", "b/c.txt"), ("b/**/**/*.md", "b/d/e.md"),
+])  # fmt: skip
+def test_a_pattern_means_what_it_means_to_python(folder, given, found):
+    path, config = folder
+    for name in ("a.txt", "b/c.txt", "b/d/e.md", "b/.f.txt"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(name)
+    assert texts(replace(config, glob=given)) == found.split()
+    by_pathlib = {file for file in path.glob(given) if file.is_file() and file.name[0] != "."}
+    assert given == "**" or by_pathlib == {path / name for name in found.split()}
 
 
 def test_package_sources_are_the_published_files():

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 
 import gigatoken
@@ -19,9 +20,11 @@ from lm.errors import EnvironmentFault, InputError
 from lm.tokenizer import (
     END_TOKEN,
     LARGE_BYTES,
+    LONG_RUN,
     _byte_characters,
     _split,
     _train_by_gigatoken,
+    _with_long_runs_cut,
     byte_tokenizer,
     foreign_tokenizer,
     from_tiktoken,
@@ -117,6 +120,43 @@ def test_32_megabytes_give_the_same_tokenizer_by_either_library():
     assert (
         fast.backend.to_str() == train_bpe(map(bytes.decode, _split(joined)), 5000).backend.to_str()
     )
+
+
+@given(st.lists(st.text(st.sampled_from("ab1² .-\u0301\n\u3000_é")), max_size=4))
+def test_only_words_of_many_characters_are_cut(texts):
+    """As the words are that `tokenizers` finds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm.tokenizer.LONG_RUN", 4)
+        cut = _with_long_runs_cut("\0".join(texts).encode()).decode().split("\0")
+    assert "".join(cut) == "".join(texts)
+    assert max(map(longest_word, cut)) <= 4
+    longest = max(map(longest_word, texts), default=0)
+    assert longest > 4 or cut == (texts or [""])
+
+
+def longest_word(text):
+    """In characters, the space before it not counted."""
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = (text[a:b] for _, (a, b) in split.pre_tokenize_str(text))
+    return max((len(word if word.isspace() else word.lstrip(" ")) for word in words), default=0)
+
+
+@pytest.mark.parametrize("unit", ["acgt", "é", "\u0301", "7", "=-", " \n\t", "\u3000 "])
+def test_a_run_without_a_word_break_is_learnt_in_pieces(monkeypatch, unit):
+    text = "def f():\n    return 1 " + unit * 1000 + "!"
+    monkeypatch.setattr("lm.tokenizer.LARGE_BYTES", 1 << 30)
+    by_tokenizers = train_bpe_large(text.encode(), 300).backend.to_str()
+    pieces = _with_long_runs_cut(text.encode()).decode().split("\0")
+    assert len(pieces) == 1 + (1000 * len(unit) - 1) // LONG_RUN or unit.isspace()
+    assert max(map(longest_word, pieces)) <= LONG_RUN
+    assert by_tokenizers == train_bpe(pieces, 300).backend.to_str()
+
+
+def test_a_million_letters_are_learnt_in_seconds():
+    letters = np.random.default_rng(0).choice(list(b"acgt"), 1_000_000).astype(np.uint8).tobytes()
+    started = time.process_time()
+    assert train_bpe_large(letters, 400).vocab_size == 400
+    assert time.process_time() - started < 60  # by the square of the length: more than 180
 
 
 def test_a_small_corpus_is_left_to_tokenizers():
@@ -296,6 +336,44 @@ def test_a_foreign_tokenizer_keeps_its_ids(bpe, tmp_path):
     file = with_pattern(bpe, tmp_path / "foreign.json", r" ?\w+|\s+|.")
     foreign = foreign_tokenizer(file, TEXTS)
     assert foreign.encode("low  lower") == open_tokenizer_json(file, END_TOKEN).encode("low  lower")
+
+
+@pytest.mark.parametrize("parts", [None, [], ["NFC"]])
+def test_text_in_nfc_keeps_its_ids_without_the_normalizer_and_other_text_its_bytes(
+    bpe, tmp_path, parts
+):
+    nfc = tokenizers.normalizers.NFC()
+    of_qwen = tokenizers.Tokenizer.from_str(bpe.backend.to_str())
+    of_qwen.normalizer = (
+        nfc if parts is None else tokenizers.normalizers.Sequence([nfc for _ in parts])
+    )
+    of_qwen.save(str(tmp_path / "tokenizer.json"))
+    ours = foreign_tokenizer(tmp_path / "tokenizer.json", TEXTS)
+    for text in [*TEXTS, "café naïve Ωμέγα 각 東京"]:
+        assert ours.encode(text) == of_qwen.encode(text, add_special_tokens=False).ids
+    for text in ("cafe\u0301", "\u2126\u212b", "\u1100\u1161\u11a8"):
+        assert unicodedata.normalize("NFC", text) != text
+        assert ours.decode(ours.encode(text)) == text
+    ours.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs("cafe\u0301").input_ids == ours.encode("cafe\u0301")
+
+
+def test_ids_that_no_token_has_are_known_and_spell_nothing(bpe, tmp_path):
+    content = json.loads(bpe.backend.to_str())
+    moved = {token: i + 7 for token, i in content["model"]["vocab"].items() if i >= 258}
+    content["added_tokens"][0]["id"] += 7
+    content["model"]["vocab"].update(moved, **{END_TOKEN: bpe.end_id + 7})
+    (tmp_path / "gaps.json").write_text(json.dumps(content))
+    with_gaps = foreign_tokenizer(tmp_path / "gaps.json", TEXTS)
+    with_gaps.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [*range(with_gaps.vocab_size)]
+    assert with_gaps.n_unused == 7
+    assert with_gaps.decode(ids) == theirs.decode(ids)
+    assert with_gaps.byte_lengths.sum() == bpe.byte_lengths.sum()
+    with pytest.raises(KeyError):
+        with_gaps.decode([with_gaps.vocab_size])
 
 
 def test_a_pattern_that_takes_years_is_stopped(bpe, tmp_path, monkeypatch):
