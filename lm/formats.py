@@ -162,9 +162,8 @@ class Text:
         """The records from where the stream of a file stands, its byte `start`."""
         separator = self.separator(layout)
         if separator is None:
-            text = stream.read(
-                SEARCH_BYTES
-            )  # a large buffer would stay a memory mapping of its own
+            # a large buffer stays a memory mapping of its own, whatever it is cut to
+            text = stream.read(SEARCH_BYTES)
             if len(text) == SEARCH_BYTES:
                 text += stream.read(MAX_DOCUMENT_BYTES + 1 - SEARCH_BYTES)
             yield checked(0, text, layout, base=start)

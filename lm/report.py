@@ -226,8 +226,8 @@ def data_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]]) -> str:
-    """How many files of each source and suffix were read, and as what (Markdown)."""
+def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]], left_out: str) -> str:
+    """How many files of each suffix were read, and as what, and which were not (Markdown)."""
     order = sorted(kinds, key=lambda kind: (kind[0], -len(kind[3]), kind[1]))
     lines = ["| source | suffix | files | read as |", "|--------|--------|------:|---------|"]
     lines += [
@@ -245,4 +245,6 @@ def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]]) -> str:
             more = f" and {len(texts) - 1:,} more" if texts[1:] else ""
             beside = f"read as text beside {len(others[0][3]):,} {others[0][1]} files"
             lines += ["", f"{name}{more} {beside}: leave out by data.glob what is no text to learn"]
+    if left_out:
+        lines += ["", f"Files not read: {left_out}"]
     return "\n".join(lines) + "\n"

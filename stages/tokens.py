@@ -32,8 +32,7 @@ def tokens(inputs: Inputs) -> None:
     found = sources(data)
     files = [file for source in found for file in source.files]
     inputs.watch_untouched(partial(source_files, data), files)
-    if left_out := sum((source.left_out for source in found), Counter()):
-        say(f"Not read: {told(left_out)}")
+    left_out = sum((source.left_out for source in found), Counter())
     shards = plan(data, found)
     todo = tasks(data, shards, num_workers)
     if inputs.arguments.shard:
@@ -49,7 +48,7 @@ def tokens(inputs: Inputs) -> None:
     inputs.check()
     report = publish(TOKENS, job, tokenizer, shards, records)
     write_json(RESULTS / "data.json", report)
-    tables = f"{data_table(report)}\n{files_table(kinds(shards))}"
+    tables = f"{data_table(report)}\n{files_table(kinds(shards), told(left_out))}"
     atomic_write(RESULTS / "data.md", tables.encode())
     drop_unused(job.kept, {record["key"] for record in records})
     say(tables)

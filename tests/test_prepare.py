@@ -629,6 +629,7 @@ def test_the_stage_says_what_it_read_and_how(project):
     (folder / "README.md").write_text("# A data set\n")
     (folder / "odd.a|b").write_text("odd")
     (folder / "none").write_text("none")
+    (folder / "a.csv.dvc").write_text("outs: []")
     project.set("tokenizer.kind", "bytes")
     project.set("data.path", "t")
     project.prepare("tokenizer")
@@ -654,6 +655,8 @@ def test_the_stage_says_what_it_read_and_how(project):
         "",
         "README.md and 2 more read as text beside 40 .json.gz files: leave out by data.glob what "
         "is no text to learn",
+        "",
+        "Files not read: 1 DVC's own",
     ]
 
 
