@@ -118,7 +118,19 @@ class Counting(torch.optim.Optimizer):
         lambda params: AdamW(params, fused=False),
         lambda params: Counting(params, np.float32(0.1)),
     ],
-    ids=str,
+    ids=[
+        "momentum",
+        "sgd",
+        "adamw",
+        "tensor-lr",
+        "amsgrad",
+        "adagrad",
+        "rmsprop",
+        "adafactor",
+        "numpy-lr",
+        "loops",
+        "counting",
+    ],  # fmt: skip
 )
 def test_state_dict_is_the_same_before_and_after_types_included(
     model_config, tmp_path, make_optimizer
