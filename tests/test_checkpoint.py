@@ -130,7 +130,7 @@ class Counting(torch.optim.Optimizer):
         "numpy-lr",
         "loops",
         "counting",
-    ],  # fmt: skip
+    ],
 )
 def test_state_dict_is_the_same_before_and_after_types_included(
     model_config, tmp_path, make_optimizer
