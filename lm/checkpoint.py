@@ -53,11 +53,13 @@ from lm.fitting import (
 )
 from lm.model import ModelConfig, TransformerLM
 from lm.processes import ALONE, Processes
+from lm.settings import THREADS
 from lm.shares import cut_like, whole
 from lm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 HEADER = "header.json"
+MAX_HEADER_BYTES = 1 << 24  # of safetensors: what it says of 100,000 tensors
 PROBED = 16  # ids whose logits are computed when a model is opened
 PROVENANCE = ("model", "train", "inputs", "code", "environment")
 BinaryFile = io.BufferedIOBase | io.RawIOBase
@@ -369,6 +371,7 @@ def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], 
             header = _header(str(src), file.metadata())
             return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
     data, name = src.read(), _name(src)
+    _require_short_header(name, data)
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
@@ -381,10 +384,20 @@ def _read(src: str | os.PathLike[str] | BinaryFile) -> tuple[dict[str, Tensor], 
 def open_safetensors(path: Path) -> Any:
     """A safetensors file, to be used by `with`. Raises InputError if it is none."""
     require_file(path)
+    with open(path, "rb") as file:
+        _require_short_header(str(path), file.read(8))
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from None
+
+
+def _require_short_header(name: str, head: bytes) -> None:
+    if (length := int.from_bytes(head[:8], "little")) > MAX_HEADER_BYTES:
+        raise InputError(
+            f"{name}: not a safetensors file (a header of {length:,} bytes; no model needs more "
+            f"than {MAX_HEADER_BYTES:,})"
+        )
 
 
 def _header(name: str, metadata: dict[str, str] | None) -> dict[str, Any]:
@@ -594,9 +607,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     if not (
         isinstance(provenance, dict)
         and all(isinstance(provenance.get(part), dict) for part in PROVENANCE)
+        and _is_threads(provenance["train"].get("num_threads"))
     ):
         raise InputError(f"{folder / 'provenance.json'}: not a record of stage train; run it again")
     return provenance
+
+
+def _is_threads(value: Any) -> bool:
+    return value is None or (type(value) is int and THREADS.holds(value))
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:

@@ -314,10 +314,14 @@ class Parquet:
             number = _column(file, table, layout.text_field)
             groups = range(table.num_row_groups)
             row = sum(table.metadata.row_group(i).num_rows for i in groups[:start])
+            columns = (table.metadata.row_group(i).column(number) for i in groups[start:stop])
+            size, made = sum(column.total_compressed_size for column in columns), 0
             for data in _values(table, number, layout.text_field, groups[start:stop]):
                 if data is None:
                     yield Bad(row, "no text", f"column '{layout.text_field}' is null")
                 else:
+                    made += len(data)
+                    _refuse_expansion(file, size, made, layout.max_expansion)
                     yield checked(row, data, layout)
                 row += 1
 
@@ -601,7 +605,7 @@ def _refuse_expansion(file: Path, size: int, expanded: int, limit: int) -> None:
 def _table(file: Path, layout: Layout) -> Iterator[Any]:
     """A parquet file, opened; a compressed one is unpacked into a temporary file first."""
     import pyarrow
-    from pyarrow.parquet import ParquetFile
+    from pyarrow.parquet import ParquetFile, read_metadata
 
     with ExitStack() as stack:
         source: Any = str(file)
@@ -613,8 +617,15 @@ def _table(file: Path, layout: Layout) -> Iterator[Any]:
             _refuse_pointer(file)
         try:
             # buffered: a row group is not read as a whole
+            metadata = read_metadata(source)
+            stored = {metadata.schema.column(i).path for i in range(metadata.num_columns)}
             table = ParquetFile(
-                source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+                source,
+                metadata=metadata,
+                buffer_size=1 << 20,
+                pre_buffer=False,
+                page_checksum_verification=True,
+                read_dictionary=list(stored & {layout.text_field}),  # what many rows share, once
             )
             yield stack.enter_context(table)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -638,6 +649,9 @@ def _column(file: Path, table: Any, name: str) -> int:
             f"{file}: column '{name}' is {kind}, not text; name one in data.text_field"
         )
     stored = [table.schema.column(i).path for i in range(len(table.schema))]
+    problem = _not_one(name, stored)  # the field b of a column a has the path of a column "a.b"
+    if problem is not None:
+        raise InputError(f"{file}: {problem}; name one in data.text_field")
     return stored.index(name)
 
 
@@ -655,11 +669,13 @@ def _column_bytes(column: Any) -> Iterator[bytes | None]:
     """The values of an Arrow array of text, None for a null, without a str in between."""
     import pyarrow
 
-    array = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+    array, places = column, np.arange(len(column))
+    if pyarrow.types.is_dictionary(column.type):
+        array, places = column.dictionary, column.indices.fill_null(0).to_numpy()
     array = array.cast(pyarrow.large_binary())
     _, offsets, data = array.buffers()
-    ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    ends = np.frombuffer(offsets or bytes(8), dtype=np.int64)[array.offset :]
     view = memoryview(data) if data is not None else memoryview(b"")
-    is_valid = array.is_valid().to_numpy(zero_copy_only=False)
-    for start, end, valid in zip(ends[:-1], ends[1:], is_valid, strict=True):
-        yield bytes(view[start:end]) if valid else None
+    is_valid = column.is_valid().to_numpy(zero_copy_only=False)
+    for place, valid in zip(places.tolist(), is_valid, strict=True):
+        yield bytes(view[ends[place] : ends[place + 1]]) if valid else None

@@ -25,6 +25,7 @@ from lm.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampling = Literal["random", "epochs", "documents"]
+MAX_SAMPLES = 1 << 16  # to be read
 SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")  # to be read
 THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
 
@@ -231,3 +232,10 @@ class EvaluateConfig:
     top_k: Count | None
     top_p: Annotated[float, ABOVE_ZERO_UP_TO_ONE] | None
     seed: Annotated[int, SEED]
+
+    def __post_init__(self) -> None:
+        if (samples := len(self.prompts) * len(self.temperatures)) > MAX_SAMPLES:
+            raise InputError(
+                f"evaluate.prompts times evaluate.temperatures are {samples:,} samples: must be "
+                f"<= {MAX_SAMPLES:,}"
+            )

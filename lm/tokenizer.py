@@ -103,7 +103,7 @@ class Tokenizer:
         if end_token not in special:
             raise InputError(
                 f"no special token {end_token!r}; set tokenizer.end_token to one that it has: "
-                f"{', '.join(list(special)[:20]) or 'none'}"
+                f"{', '.join(list(special)[:20])[:400] or 'none'}"
             )
         backend.no_truncation()
         backend.no_padding()
@@ -273,6 +273,8 @@ def _trial(file: str, end_token: str, seconds: str) -> None:
             raise InputError(
                 f"{file}: alters text: {given[at : at + 20]!r} came back as {kept[at : at + 20]!r}"
             )
+        if tokenizer.backend.decode(ids, skip_special_tokens=False) != text:  # as others will
+            raise InputError(f"{file}: its decoder alters text; set decoder to type ByteLevel")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = END_TOKEN) -> Tokenizer:
