@@ -12,8 +12,6 @@ from statistics import fmean
 from typing import Annotated, Any
 from unicodedata import bidirectional
 
-import vl_convert
-
 from lm.config import Bound
 from lm.errors import InputError
 from lm.report import data_table, loss_table
@@ -311,4 +309,6 @@ def loss_curve(curves: str, font: str = "sans-serif") -> str:
         ],
         "config": {"font": font, "view": {"stroke": None}, "axis": {"gridColor": "#e8e8e8"}},
     }  # fmt: skip
+    import vl_convert  # takes 0.1 s, which every stage's check of settings would wait for
+
     return vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE) + "\n"

@@ -111,13 +111,13 @@ class Clock:
         return cls(until, runs=max(times, default=0) >= resumed_at)
 
 
-def ended_worse(train: Mapping[str, Any], early_stopping: int | None) -> str | None:
+def ended_worse(train: Mapping[str, Any], publishes_best: bool) -> str | None:
     """That a training ended worse than it was, of its metrics/train.json, in words; None if not.
 
     With early stopping the best model is published, and all is well.
     """
     best, last = train["best_valid_loss"], train["valid_loss"]
-    if early_stopping is not None or last <= (1 + WORSE) * best:
+    if publishes_best or last <= (1 + WORSE) * best:
         return None
     return (
         f"best validation was step {train['best_step']:,} ({best:.4f}), published step "

@@ -385,7 +385,7 @@ class Run:
             f"in {duration(self.progress.elapsed_s())}; model in {models / 'model'}, "
             f"checkpoints in {checkpoints}, curves in {metrics / 'curves.csv'}"
         )
-        if worse := ended_worse(figures, self.config.early_stopping):
+        if worse := ended_worse(figures, self.config.early_stopping is not None):
             say(f"warning: {worse}")
 
     def _write_times(self) -> None:

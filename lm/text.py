@@ -367,8 +367,7 @@ def _require_separator(found: Sequence[Source]) -> None:
             hint = f"{cause}: write {shown(meant.decode())} in params.yaml"
             break
     raise InputError(
-        f"data.separator = {shown(separator.decode())}: stands in none of {len(plain):,} text "
-        f"files; {hint}"
+        f"data.separator = {shown(separator.decode())}: stands in no text file; {hint}"
     )
 
 

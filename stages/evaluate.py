@@ -115,7 +115,8 @@ def _remarks(
     if TRAIN.is_file():  # a model may come without
         train = read_json(TRAIN)
         require_shape(train, SHAPES[TRAIN.name], str(TRAIN))
-        found.append(ended_worse(train, provenance["train"].get("early_stopping")))
+        stopping = provenance["train"].get("early_stopping")
+        found.append(ended_worse(train, stopping is not None))
     return [remark for remark in found if remark]
 
 

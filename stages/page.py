@@ -223,7 +223,7 @@ def results(runs: list[Run]) -> Section:
     stopping = run.provenance["train"].get("early_stopping")
     remarks = (
         behind_bigram(run.evaluation, run.evaluation["baseline_loss_nats"]),
-        ended_worse(run.train, stopping),
+        ended_worse(run.train, stopping is not None),
     )
     told = "".join(f'<p class="note">Warning: {text(remark)}.</p>' for remark in remarks if remark)
     body = f'<dl class="tiles">{tiles}</dl>{told}{table(caption, head, rows, "figures")}'

@@ -295,7 +295,9 @@ def test_evaluation_tells_how_far_the_floor_is(grammar_project):
         f"{math.exp(nats):>11.1f} ",
         f"{floor:>14.4f} ",
     ]
-    project.set("data.path", "text")  # what is of no grammar has no floor
+    other = project.folder / "data" / "raw" / "other"  # what is of no grammar has no floor
+    (project.folder / "text").rename(other)
+    project.set("data.path", "data/raw/other")
     project.prepare("tokens")
     result = project.stage("evaluate")
     assert result.returncode == 2

@@ -258,7 +258,7 @@ def test_an_experiment_that_runs_in_another_worktree_is_left_alone(project):
     git(project, "worktree", "add", "-q", str(other))
     git(project, "update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD")
     runner = subprocess.Popen(["bash", "-c", "exec -a dvc sleep 3000"], cwd=other)
-    while psutil.Process(runner.pid).cmdline()[0] != "dvc":  # it is still bash
+    while psutil.Process(runner.pid).cmdline()[:1] != ["dvc"]:  # it is still bash
         assert runner.poll() is None
     try:
         assert heal(project) == ""

@@ -32,7 +32,7 @@ def test_two_clones_reproduce_the_same_lock_and_a_second_run_does_nothing(tmp_pa
         given = [f"{key}={value}" for key, value in environment.items()]
         done = run(project, "env", *given, "sh", "-c", f"umask {umask}; exec dvc repro")
         assert ran(done.stdout) == list(STAGES), done.stdout
-        assert "Device: cpu (1 threads" in done.stdout
+        assert "Device: cpu (1 thread," in done.stdout
         (entry,) = json.loads(project.read("data/corpus.json"))
         assert (entry["package"], entry["version"]) == ("networkx", "3.6.1")
         assert (
@@ -73,7 +73,7 @@ def test_provenance_says_what_made_the_model_and_no_clock_path_or_commit(baselin
     environment = provenance["environment"]
     assert environment["torch"] == torch.__version__
     assert environment["numpy"] == np.__version__
-    assert environment["device"].startswith("cpu (1 threads, ")
+    assert environment["device"].startswith("cpu (1 thread, ")
     commits = [commit[:12] for commit in git(project, "rev-list", "HEAD").split()]
     for forbidden in (*commits, str(project.folder), os.uname().nodename):
         assert forbidden not in text, forbidden

@@ -209,7 +209,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     with pytest.raises(EnvironmentFault, match=r"with 2 windows .* try train.micro_batch_size: 1 "):
         run(model_config, replace(train_config, micro_batch_size=2))
     out_of_memory_above(monkeypatch, 0)
-    with pytest.raises(EnvironmentFault, match="with 1 windows at a time; try a smaller model or"):
+    with pytest.raises(EnvironmentFault, match="with 1 window at a time; try a smaller model or"):
         run(model_config, train_config)
 
 

@@ -656,7 +656,7 @@ def test_the_stage_says_what_it_read_and_how(project):
         "README.md and 2 more read as text beside 40 .json.gz files: leave out by data.glob what "
         "is no text to learn",
         "",
-        "Files not read: 1 DVC's own",
+        "Files not read: files of DVC's own: 1",
     ]
 
 

@@ -493,8 +493,9 @@ def test_auto_does_not_compile_where_the_result_cannot_be_loaded(prepared, tmp_p
         raise AssertionError(auto.stderr.read())
     done = prepared.run(*unshare, "sh", "-c", command + "true", **places)
     assert done.returncode == 3
-    assert re.match(f"error: torch.compile: {because}", one_line(done))
-    assert "or set train.compile: false" in one_line(done)
+    *_, said = done.stderr.splitlines()  # behind what a broken compiler says itself
+    assert re.match(f"error: torch.compile: {because}", said)
+    assert "or set train.compile: false" in said
 
 
 def test_a_model_whose_loss_is_not_finite_is_refused_and_nothing_is_written(prepared):
@@ -506,8 +507,9 @@ def test_a_model_whose_loss_is_not_finite_is_refused_and_nothing_is_written(prep
         save_file(weights, file, opened.metadata())
     result = prepared.stage("evaluate")
     assert result.returncode == 2
-    line = r"error: models/model: its loss on the validation split is (nan|inf): the weights are "
-    assert re.match(line, one_line(result))
+    assert one_line(result).startswith(
+        "error: models/model/model.safetensors: weights too large: logits are not finite; "
+    )
     assert not (prepared.folder / "metrics" / "eval.json").exists()
 
 

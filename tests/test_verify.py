@@ -182,7 +182,7 @@ def test_replay_computes_the_same_weights_again(project):
     _, error = verify(project, "--replay", "21", code=2)
     assert "the run had 20 steps" in error
     _, error = verify(project, "--replay", "8", code=3, OMP_NUM_THREADS="2")
-    assert "device is cpu (1 threads" in error
+    assert "device is cpu (1 thread," in error
     assert "here device is cpu (2 threads" in error
 
 
