@@ -111,7 +111,7 @@ class Clock:
         return cls(until, runs=max(times, default=0) >= resumed_at)
 
 
-def ended_worse(train: Mapping[str, Any], early_stopping: int | None) -> str | None:
+def ended_worse(train: Mapping[str, Any], early_stopping: object) -> str | None:
     """That a training ended worse than it was, of its metrics/train.json, in words; None if not.
 
     With early stopping the best model is published, and all is well.

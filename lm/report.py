@@ -51,7 +51,7 @@ SHAPES: dict[str, Any] = {
     },
     "train.json": {
         **dict.fromkeys(("step", "tokens", "parameters", "best_step"), SOME),
-        **dict.fromkeys(("train_loss", "valid_loss"), NUMBER),
+        **dict.fromkeys(("train_loss", "valid_loss", "best_valid_loss"), NUMBER),
     },
     "eval.json": {
         **dict.fromkeys(("loss_nats", "bits_per_byte"), POSITIVE),

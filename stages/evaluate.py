@@ -27,7 +27,7 @@ from lm.generate import complete
 from lm.grammar import STORIES
 from lm.history import ended_worse
 from lm.model import TransformerLM
-from lm.report import behind_bigram, samples, summary
+from lm.report import SHAPES, behind_bigram, require_shape, samples, summary
 from lm.resume import remove_finished, run_folder
 from lm.text import DataConfig
 from lm.tokenizer import Tokenizer
@@ -113,7 +113,9 @@ def _remarks(
     """What the model's owner should know, a line each."""
     found = [behind_bigram(metrics, baselines)]
     if TRAIN.is_file():  # a model may come without
-        found.append(ended_worse(read_json(TRAIN), provenance["train"].get("early_stopping")))
+        train = read_json(TRAIN)
+        require_shape(train, SHAPES[TRAIN.name], str(TRAIN))
+        found.append(ended_worse(train, provenance["train"].get("early_stopping")))
     return [remark for remark in found if remark]
 
 
