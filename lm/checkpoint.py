@@ -237,12 +237,12 @@ def read_run(path: Path) -> Extra:
     known |= {"identity": identity, "scaler": known.get("scaler") or None}
     run = read_section(_OfRun, {"extra": known}, "extra", str(path))
     history, best = run.history, run.best
-    whole = len(history.rows) * history.interval
+    merged = len(history.rows) * history.interval
     steps = [
-        *range(history.interval, whole + 1, history.interval),
-        *range(whole + 1, iteration + 1),
+        *range(history.interval, merged + 1, history.interval),
+        *range(merged + 1, iteration + 1),
     ]
-    if whole > iteration or [row.step for row in (*history.rows, *history.pending)] != steps:
+    if merged > iteration or [row.step for row in (*history.rows, *history.pending)] != steps:
         raise InputError(f"{path}: its history is not of {iteration} steps")
     if (best.step is None) != (best.valid_loss is None) or (
         best.step is not None and not (best.step <= iteration and str(best.step) in run.weights)
@@ -278,7 +278,7 @@ def _checked(
         tensors = _read_folder(Path(src), stored, model, optimizer)
     else:
         tensors, header = _read(src)
-        groups = _require_fitting(name, described(tensors), header, model, optimizer)
+        groups = _require_fitting(name, as_stored(tensors), header, model, optimizer)
     weights = _part(tensors, "model.")
     if optimizer is None:
         tensors = {f"model.{key}": tensor for key, tensor in weights.items()}
@@ -322,7 +322,7 @@ def _require_fitting(
 def stored_weights(path: Path) -> dict[str, Stored]:
     """What a checkpoint's file says of the weights of its model, without reading them."""
     with open_safetensors(path) as file:
-        return _part(described({k: file.get_tensor(k) for k in file.keys()}), "model.")  # noqa: SIM118
+        return _part(as_stored({k: file.get_tensor(k) for k in file.keys()}), "model.")  # noqa: SIM118
 
 
 def _part(tensors: Mapping[str, Value], prefix: str, whole: bool = False) -> dict[str, Value]:
@@ -331,7 +331,7 @@ def _part(tensors: Mapping[str, Value], prefix: str, whole: bool = False) -> dic
     return {k.removeprefix(skipped): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def described(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
     """What a file's header would say of these."""
     return {key: Stored(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
 
@@ -630,10 +630,10 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
     path = folder / "model.safetensors"
     with open_safetensors(path) as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    require_settings(str(path), config, described(weights))
+    require_settings(str(path), config, as_stored(weights))
     _require_room(folder / "config.json", config)
     model = TransformerLM(config)
-    require_weights(str(path), model.state_dict(), described(weights), FLOATS)
+    require_weights(str(path), model.state_dict(), as_stored(weights), FLOATS)
     require_finite(str(path), weights, weights)
     model.load_state_dict(weights)
     tokenizer = load_tokenizer(folder)

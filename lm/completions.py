@@ -16,6 +16,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from threading import Event, Lock, Semaphore
 from typing import Annotated, Any, NamedTuple
 
@@ -320,13 +321,7 @@ def _choice(piece: Piece, names: _Names, asked: Request) -> dict[str, Any]:
 
 def begun(parts: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The parts, when the first is there: what fails before it still has a status of its own."""
-    first = next(parts)
-
-    def everything() -> Iterator[dict[str, Any]]:
-        yield first
-        yield from parts
-
-    return everything()
+    return chain([next(parts)], parts)
 
 
 def merged(parts: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -329,7 +329,8 @@ def free_memory_bytes(device: torch.device, sharing: int = 1) -> int | None:
     tell.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held  # torch keeps what was freed
     if sys.platform != "linux":
         return None
     available = _field("/proc/meminfo", "MemAvailable")

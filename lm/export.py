@@ -172,9 +172,7 @@ def _compared(
         )
     difference = (logits - theirs(ids).logits).abs().max().item()
     said = f"Logits agree with those of transformers to {difference:.1e}"
-    if (
-        not difference <= TOLERANCE
-    ):  # nan, or a long context: they round the angles of rotary positions
+    if not difference <= TOLERANCE:  # a long context: they round the angles of rotary positions
         assert model.rope is not None
         cos, sin = theirs.model.rotary_emb(ids.float(), torch.arange(length)[None])  # (1, T, D)
         model.rope.cos.copy_(cos[0, :, : cos.shape[-1] // 2])

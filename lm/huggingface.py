@@ -38,11 +38,11 @@ INNER = {
 TURNED = ("q_proj.weight", "k_proj.weight", "q_norm.weight", "k_norm.weight")  # by positions
 STOCK = {"norm": "rmsnorm", "norm_position": "pre", "position_embedding": "rope", "ffn": "swiglu"}
 KINDS = {
-    "model_type": (str,),
-    "head_dim": (int,),
-    "layer_types": (list,),
-    "rope_scaling": (dict,),
-    "rope_parameters": (dict,),
+    "model_type": str,
+    "head_dim": int,
+    "layer_types": list,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
 }
 # what a tokenizer.json says of the ids of a text; the rest is of truncation, padding and templates
 MEANING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
@@ -187,10 +187,9 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
 def _require_same_settings(file: Path, config: ModelConfig) -> None:
     """Raise InputError unless config.json describes a model of these settings."""
     theirs = _read_object(file)
-    for key, kinds in KINDS.items():
-        if theirs.get(key) is not None and type(theirs[key]) not in kinds:
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise InputError(f"{file}: {key} = {str(theirs[key])[:40]}, expected {wanted}")
+    for key, wanted in KINDS.items():
+        if theirs.get(key) is not None and type(theirs[key]) is not wanted:
+            raise InputError(f"{file}: {key} = {str(theirs[key])[:40]}, expected {wanted.__name__}")
     kind = theirs.get("model_type")
     if kind not in ARCHITECTURES or theirs.get("architectures") not in (
         None,

@@ -53,11 +53,6 @@ SHAPES: dict[str, Any] = {
         **dict.fromkeys(("step", "tokens", "parameters", "best_step"), SOME),
         **dict.fromkeys(("train_loss", "valid_loss", "best_valid_loss"), NUMBER),
     },
-    "train.json of a run that diverged": {
-        **dict.fromkeys(("step", "tokens"), COUNT),
-        **dict.fromkeys(("parameters", "diverged_at_step"), SOME),
-        **dict.fromkeys(("train_loss", "valid_loss"), MAYBE),
-    },
     "eval.json": {
         **dict.fromkeys(("loss_nats", "bits_per_byte"), POSITIVE),
         **dict.fromkeys(("perplexity", "accuracy", "calibration_error"), NUMBER),

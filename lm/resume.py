@@ -31,6 +31,7 @@ from lm.checkpoint import (
     contents,
     discard,
     read_extra,
+    read_run,
     verify,
     write_checkpoint,
     write_folder,
@@ -218,11 +219,14 @@ def nearest(folders: Iterable[Path], identity: dict[str, Any]) -> str:
     """
     found = []
     for path in (path for folder in folders for path in _newest_first(folder)[:1]):
-        with suppress(InputError, OSError, KeyError):  # its trainer may drop it meanwhile
-            extra, written = read_extra(path), path.stat().st_mtime
+        with suppress(InputError, OSError):  # its trainer may drop it meanwhile
+            extra, written = read_run(path), path.stat().st_mtime
             why = differences(decided(extra["identity"]), identity)
             found.append((len(why), -written, extra["iteration"], few(why)))
-    return f"at step {min(found)[2]}, is another by {min(found)[3]}" if found else ""
+    if not found:
+        return ""
+    _, _, step, words = min(found)
+    return f"at step {step}, is not resumed because of {words}"
 
 
 def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:

@@ -35,7 +35,7 @@ from lm.config import RuntimeConfig
 from lm.console import Progress, count, duration, say
 from lm.device import performance
 from lm.errors import Diverged, EnvironmentFault, InputError, Interrupted
-from lm.files import atomic_copy, atomic_write, sha256_file, write_json
+from lm.files import atomic_copy, atomic_write, require_file, sha256_file, write_json
 from lm.history import DIVERGED, Clock, History, ended_worse
 from lm.model import TransformerLM
 from lm.plan import Forecast
@@ -174,14 +174,12 @@ class Run:
         for path, fault in kept_checkpoints(self.directory.folder, self.processes):
             try:
                 fault = fault or self._fault(path)
-                if fault is None:
-                    self._restore(path)
+                theirs = {} if fault else self._restore(path)["identity"]
             except InputError as error:
                 fault = str(error)
             if fault is not None:
                 say(f"warning: {fault}; passed over")
                 continue
-            theirs = read_run(path)["identity"]
             self._keep_windows_at_once(theirs[MICRO_BATCH_SIZES])
             if NUM_PROCESSES in theirs:
                 self.identity[NUM_PROCESSES] = dict(theirs[NUM_PROCESSES])
@@ -221,7 +219,8 @@ class Run:
         return None
 
     def _check_continuation(self, path: Path) -> None:
-        """Raise InputError unless a checkpoint is whole and of the same model and data."""
+        """Raise InputError unless a checkpoint is a file, whole, of the same model and data."""
+        require_file(path)
         verify(path)
         extra = read_run(path)
         for part in ("model", "inputs"):
@@ -256,7 +255,8 @@ class Run:
         atomic_copy(best, file)
         commit(file)
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path) -> dict[str, Any]:
+        """Bring everything to where a checkpoint was; returns what was saved beside the state."""
         extra = read_run(path)
         self.state.step = load_checkpoint(
             path, self.state.model, self.state.optimizer, self.processes
@@ -270,6 +270,7 @@ class Run:
         self.best, self.valid_loss = extra["best"], extra["valid_loss"]
         self.weights = extra["weights"]
         self.state.skipped_steps, self.state.skipped_in_a_row = extra["skipped"]
+        return extra
 
     def _extra(self) -> dict[str, Any]:
         return {

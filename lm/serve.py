@@ -32,6 +32,7 @@ from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 from lm.checkpoint import load_model
 from lm.completions import (
     LOOK_SECONDS,
+    MAX_SEATS,
     PATH,
     Refused,
     Served,
@@ -52,9 +53,7 @@ HOST_NAMES = [HOST, "localhost"]  # by which programs of this machine call it
 CONNECTION = "lm.connection"  # of the environment that WSGI hands to the application
 PAGE = Path(__file__).with_name("playground.html")
 MAX_BODY_BYTES, MAX_HEADER_BYTES = 1 << 20, 1 << 16
-THREADS = (
-    128  # twice lm.completions.MAX_SEATS, so that half of them read requests and serve the page
-)
+THREADS = 2 * MAX_SEATS  # so that half of them read requests and serve the page
 MAX_CONNECTIONS = 256  # that are idle, and as many with a request that waits for a thread
 READ_SECONDS = 5  # from the first byte of a request to its last
 SECONDS = 10  # an idle connection is closed; so is that of a client that does not read its answer

@@ -12,7 +12,8 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,19 @@ from lm.config import parse_yaml
 from lm.console import say
 from lm.errors import InputError, one_line_errors
 from lm.files import atomic_write, sha256_file
-from lm.history import DIVERGED
-from lm.report import SHAPES, require_shape
-from stages.page import Run, page
+from lm.history import COLUMNS, DIVERGED
+from lm.report import COUNT, MAYBE, SHAPES, SOME, require_shape
+from stages.page import Rows, Run, page
 from stages.repository import commit_of, git, is_under_git, opened, run_git
 from stages.vega import script
 
 ONE, TWO = Path("metrics/report.html"), Path("metrics/report-compare.html")
+CURVES_ALONE = {  # of metrics/train.json of a run that diverged, perhaps in its first step
+    **dict.fromkeys(("step", "tokens"), COUNT),
+    **dict.fromkeys(("parameters", DIVERGED), SOME),
+    **dict.fromkeys(("train_loss", "valid_loss"), MAYBE),
+}
+CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
 Read = Callable[[str], bytes]
 
 
@@ -41,59 +48,51 @@ def read_run(name: str, read: Read, commit: str, clocks: bool) -> Run:
                 raise
             raise InputError(f"{file}: not valid JSON ({error}); run `make repro`") from None
         diverged = isinstance(content, dict) and DIVERGED in content
-        shape = Path(file).name + " of a run that diverged" * diverged
-        require_shape(content, SHAPES.get(shape, SHAPES[Path(file).name]), file)
+        require_shape(content, CURVES_ALONE if diverged else SHAPES[Path(file).name], file)
         return content
 
-    def rows(file: str) -> list[dict[str, float]]:
+    def rows(file: str, columns: Iterable[str]) -> Rows:
         try:
             table = csv.DictReader(io.StringIO(read(file).decode()))
-            return [{key: float(cell) for key, cell in row.items()} for row in table]
-        except (ValueError, TypeError, csv.Error) as error:
+            return [{key: float(row[key]) for key in columns} for row in table]
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{file}: not a table of numbers; run `make repro`") from None
 
-    curves, train = rows("metrics/curves.csv"), parsed("metrics/train.json")
-    if DIVERGED in train:  # other results that lie there are not of this run
-        return Run(
-            name=name,
-            commit=commit,
-            params=parse_yaml(read("params.yaml").decode(), "params.yaml"),
-            data=parsed("metrics/data.json"),
-            train=train,
-            curves=curves,
-        )
-    return Run(
+    def timed() -> bool:
+        """Whether the clocks in metrics/ are of the training whose curves are there.
+
+        They are of the last training on this machine, and DVC may have put another run's results
+        in place since. That training's curves stand in wall_clock.csv, with their times.
+        """
+        try:
+            read("metrics/performance.json")
+            return repr(rows("metrics/wall_clock.csv", COLUMNS)) == repr(curves)  # nan != nan
+        except InputError:
+            return False
+
+    curves, train = rows("metrics/curves.csv", COLUMNS), parsed("metrics/train.json")
+    run = Run(
         name=name,
         commit=commit,
         params=parse_yaml(read("params.yaml").decode(), "params.yaml"),
-        provenance=parsed("models/model/provenance.json"),
         data=parsed("metrics/data.json"),
         train=train,
-        evaluation=parsed("metrics/eval.json"),
         curves=curves,
-        positions=rows("metrics/loss_by_position.csv"),
-        calibration=rows("metrics/calibration.csv"),
+    )
+    if DIVERGED in train:  # other results that lie there are not of this run
+        return run
+    return replace(
+        run,
+        provenance=parsed("models/model/provenance.json"),
+        evaluation=parsed("metrics/eval.json"),
+        positions=rows("metrics/loss_by_position.csv", ("position", "loss_nats")),
+        calibration=rows("metrics/calibration.csv", CALIBRATION),
         samples=parsed("metrics/samples.json"),
         held_out=parsed("metrics/held_out.json"),
-        performance=parsed("metrics/performance.json") if clocks and _timed(read, rows) else None,
+        performance=parsed("metrics/performance.json") if clocks and timed() else None,
     )
-
-
-def _timed(read: Read, rows: Callable[[str], list[dict[str, float]]]) -> bool:
-    """Whether the clocks in metrics/ are of the training whose curves are there.
-
-    They are of the last training on this machine, and DVC may have put another run's results in
-    place since. That training's curves stand in wall_clock.csv, with their times.
-    """
-    try:
-        read("metrics/performance.json")
-        timed = rows("metrics/wall_clock.csv")
-    except InputError:
-        return False
-    without = [{key: value for key, value in row.items() if key != "elapsed_s"} for row in timed]
-    return repr(without) == repr(rows("metrics/curves.csv"))  # nan is not equal to itself
 
 
 def workspace() -> Run:

@@ -322,6 +322,7 @@ def test_clocks_and_code_of_another_run_are_not_taken_for_its_own(project):
         ("metrics/eval.json", None, "metrics/eval.json: no such file; run `make repro`"),
         ("metrics/samples.json", "{", "metrics/samples.json: not valid JSON"),
         ("metrics/curves.csv", "a\nb\n", "metrics/curves.csv: not a table of numbers"),
+        ("metrics/calibration.csv", "a\n1\n", "metrics/calibration.csv: not a table of numbers"),
         ("params.yaml", None, "params.yaml: no such file; run `make repro`"),
     ],
 )

@@ -237,8 +237,8 @@ def test_nothing_of_a_run_is_reused_after_a_change_and_it_says_why(killed, chang
     change(project)
     result = project.stage("train")
     assert result.returncode == 0, result.stderr
-    line = re.search(r"^1 other run keeps .* MB in .*; that, at step (\d+), is another by (.*)$",
-                     result.stdout, re.M)  # fmt: skip
+    line = re.search(r"^1 other run keeps .* MB in .*; that, at step (\d+), is not resumed because "
+                     "of (.*)$", result.stdout, re.M)  # fmt: skip
     assert int(line[1]) >= 30
     assert line[2].startswith(differing)
     assert line[2] == differing or "data/" in differing
@@ -412,6 +412,17 @@ def test_divergence_exits_4_and_publishes_nothing(prepared, max_steps):
     assert not (prepared.folder / "models" / "model").exists()
     assert not (prepared.folder / "models" / "checkpoints").exists()
     assert not (prepared.folder / "metrics" / "train.json").exists()
+
+
+def test_a_run_that_diverged_before_a_validation_has_a_report(prepared):
+    result = prepared.stage("train", "train.lr=1e30", "train.max_grad_norm=null",
+                            "train.warmup_steps=0", "train.weight_decay=0",
+                            DVC_ROOT=str(prepared.folder))  # fmt: skip
+    assert "is nan at step 2" in one_line(result)
+    assert json.loads(prepared.read("metrics/train.json"))["best_step"] is None
+    reported = prepared.run("python", "-m", "stages.report")
+    assert reported.returncode == 0, reported.stderr
+    assert "then it diverged, at step 2: there is" in prepared.read("metrics/report.html").decode()
 
 
 @pytest.mark.skipif(
