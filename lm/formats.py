@@ -146,7 +146,7 @@ class Text:
             if start:  # what is compressed has one stretch, and no way back
                 stream.seek(start)
             else:
-                head = stream.peek(HEAD_BYTES)
+                head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
                 foreign = self.foreign(file, head)
                 if foreign is not None:
                     yield foreign
