@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from dvc.repo import Repo
 from hypothesis import given
@@ -327,10 +329,14 @@ def test_a_file_whose_name_is_not_utf_8_is_named_or_read_by_a_listing(folder, tm
         pytest.skip("this file system has names of text alone")
     with pytest.raises(InputError, match=r"/caf\\xe9.txt: a name that is not UTF-8"):
         sources(config)
+    (path / os.fsdecode(b"caf\xe9.txt.gz")).write_bytes(gzip.compress(b"packed"))
+    table = pyarrow.table({"text": ["row"]})
+    with open(path / os.fsdecode(b"caf\xe9.parquet"), "wb") as file:
+        pyarrow.parquet.write_table(table, file)
     listing = tmp_path_factory.mktemp("listing") / "a.listing"
-    assert write_listing(path, listing) == 1
+    assert write_listing(path, listing) == 3
     config = replace(config, path=str(listing))
-    assert texts(config) == ["text"]
+    assert texts(config) == ["row", "text", "packed"]
     assert len(plan(config)) == 1
 
 
