@@ -146,7 +146,7 @@ class Text:
             if start:  # what is compressed has one stretch, and no way back
                 stream.seek(start)
             else:
-                head = stream.peek(HEAD_BYTES)
+                head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
                 foreign = self.foreign(file, head)
                 if foreign is not None:
                     yield foreign
@@ -565,7 +565,8 @@ class _Decompressed(RawIOBase):
         _refuse_pointer(file)
         self.file, self.size, self.made = file, file.stat().st_size, 0
         self.max_expansion = layout.max_expansion
-        self.stream = pyarrow.input_stream(str(file), compression=compression(file))
+        raw = open(file, "rb")  # noqa: SIM115 - pyarrow closes it; by name it opens UTF-8 alone
+        self.stream = pyarrow.input_stream(raw, compression=compression(file))
 
     def readable(self) -> bool:
         return True
@@ -608,13 +609,13 @@ def _table(file: Path, layout: Layout) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile, read_metadata
 
     with ExitStack() as stack:
-        source: Any = str(file)
         if compression(file):
-            source = stack.enter_context(tempfile.TemporaryFile())
+            source: Any = stack.enter_context(tempfile.TemporaryFile())
             unpacked = stack.enter_context(_Decompressed(file, layout))
             shutil.copyfileobj(unpacked, source, CHUNK_BYTES)
         else:
             _refuse_pointer(file)
+            source = stack.enter_context(open(file, "rb"))
         try:
             # buffered: a row group is not read as a whole
             metadata = read_metadata(source)

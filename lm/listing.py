@@ -146,16 +146,19 @@ def _absolute(path: Path) -> Path:
 def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
     """DVC's own filter, if anything above a folder says that some of it is hidden from DVC."""
     project = Path.cwd()
-    above = [path, *path.parents][: len(path.relative_to(project).parts) + 1]
+    parts = path.relative_to(project).parts
+    above = [path, *path.parents][: len(parts) + 1]
     is_nested = any((folder / ".dvc").exists() for folder in above[:-1])
     lines = chain.from_iterable(
         file.read_text(encoding="utf-8").splitlines()
         for folder in above
         if (file := folder / ".dvcignore").is_file()
     )
-    if not is_nested and all(not line.strip() or line.startswith("#") for line in lines):
+    # as /.venv: what is hidden is left out anyhow
+    idle = ("#",) if any(part.startswith(".") for part in parts) else ("#", "/.")
+    if not is_nested and all(not line.strip() or line.startswith(idle) for line in lines):
         return None
-    from dvc.fs import localfs  # takes 0.2 s: only where it is needed
+    from dvc.fs import localfs  # takes time, as each name does then: only where it is needed
     from dvc.ignore import DvcIgnoreFilter
 
     ignores: Callable[..., tuple[list[str], list[str]]] = DvcIgnoreFilter(localfs, str(project))

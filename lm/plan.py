@@ -228,7 +228,7 @@ def told_what_it_takes(plan: Plan) -> Iterator[None]:
 
 def _takes(plan: Plan) -> str:
     """What is trained, for a line on its memory."""
-    at_once = f"{plan.windows:,} window{'s' * (plan.windows > 1)} at a time"
+    at_once = f"{count(plan.windows, 'window')} at a time"
     return f"training {sum(parameters(plan.model).values()):,} parameters with {at_once} takes"
 
 

@@ -275,7 +275,8 @@ def shard_key(job: Job, task: Task) -> str:
         content = hashlib.sha256()
         for chunk in text_format.content(file, task.shard.layout, start, stop):
             content.update(chunk)
-        pieces.append([type(text_format).__name__, compression(file), content.hexdigest()])
+        form = type(text_format).__name__, compression(file), start > 0  # a file's head has a say
+        pieces.append([*form, content.hexdigest()])
     separator = task.shard.layout.separator
     layout = asdict(task.shard.layout) | {"separator": separator and separator.hex()}
     del layout["max_expansion"]  # stops or does not

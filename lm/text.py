@@ -88,7 +88,6 @@ class Source(NamedTuple):
     name: str
     files: list[Path]
     layout: Layout
-    weight: float | None
     left_out: Counter[str]  # files, by why they are not read
 
 
@@ -145,16 +144,17 @@ def sources(config: DataConfig) -> list[Source]:
     separator = None if config.separator is None else config.separator.encode()
     replace, root = config.encoding_errors == "replace", text_root(config)
     is_listed = root != Path(config.path)
-    for output in map(Path.resolve, map(Path, OUTPUTS if root.exists() else ())):
-        if output.is_relative_to(root.resolve()) or root.resolve().is_relative_to(output):
+    for output in OUTPUTS if root.exists() else ():
+        place, text = Path(output).resolve(), root.resolve()
+        if place.is_relative_to(text) or text.is_relative_to(place):
             raise InputError(
-                f"data.path = {config.path}: the stages write {output.relative_to(Path.cwd())}; "
-                "put your text into a folder of its own and name that"
+                f"data.path = {config.path}: the stages write {output}; put your text into a "
+                "folder of its own and name that"
             )
     if config.sources is None:
         files, left_out = _files(root, config.glob, "data.path", str(root), is_listed)
         layout = Layout(config.text_field, separator, replace, config.max_expansion)
-        return [Source("text", files, layout, None, left_out)]
+        return [Source("text", files, layout, left_out)]
     if not root.is_dir():
         what = "a file; data.sources needs the folder they are in"
         raise InputError(f"data.path = {root}: {what if root.exists() else 'no such folder'}")
@@ -179,7 +179,7 @@ def sources(config: DataConfig) -> list[Source]:
         folder, pattern = (root, source.path) if is_pattern else (root / within, config.glob)
         files, left_out = _files(folder, pattern, key, source.path, is_listed)
         layout = Layout(source.text_field, separator, replace, config.max_expansion)
-        found.append(Source(name, files, layout, source.weight, left_out))
+        found.append(Source(name, files, layout, left_out))
     return found
 
 

@@ -366,12 +366,13 @@ def _with_long_runs_cut(documents: bytes) -> bytes:
 def _cut_long_runs(document: bytes) -> bytes:
     text = document.decode()
     kinds = _character_kinds()[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
-    changes = np.flatnonzero(kinds[1:] != kinds[:-1]) + 1
+    ends = np.append(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1, len(text))
+    sizes = np.diff(ends, prepend=0)
+    is_long = sizes > LONG_RUN
     cuts = [
         cut
-        for start, end in pairwise([0, *changes.tolist(), len(text)])
-        if end - start > LONG_RUN
-        for cut in range(start + LONG_RUN, end, LONG_RUN)
+        for end, size in zip(ends[is_long].tolist(), sizes[is_long].tolist(), strict=True)
+        for cut in range(end - size + LONG_RUN, end, LONG_RUN)
     ]
     return "\0".join(text[a:b] for a, b in pairwise([0, *cuts, len(text)])).encode()
 

@@ -555,6 +555,18 @@ def test_byte_order_marks_are_dropped_and_counted_whatever_the_shards(tmp_path):
     assert "Left out: 20 byte-order mark\n" in data_table(report)
 
 
+def test_a_stretch_is_not_taken_for_a_file_of_the_same_bytes(tmp_path):
+    desk = Desk(tmp_path, separator="--", valid_fraction=0.5)
+    (tmp_path / "text").mkdir()
+    file = b"\xef\xbb\xbf" + b"".join(b"%d %s--" % (k, b"x" * 90) for k in range(4))
+    (tmp_path / "text" / "a.txt").write_bytes(b"y" * 398 + b"--" + file)  # at a cut
+    _, report = desk.make()
+    assert report["left_out"] == {}  # the mark is a character within the text
+    (tmp_path / "text" / "b.txt").write_bytes(file)
+    _, report = desk.make()
+    assert report["left_out"] == {"byte-order mark": 1}
+
+
 def test_the_report_is_what_one_counts_by_hand(tmp_path):
     for name, texts in (("a", ["aa", "bbbb", "cccccc"]), ("b", ["aa", "ab\xe9"])):
         (tmp_path / "text" / name).mkdir(parents=True)

@@ -3,11 +3,15 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from dvc.repo import Repo
 from hypothesis import given
@@ -28,8 +32,9 @@ from lm.text import (
     split_documents,
     tail_boundary,
     told,
+    weights,
 )
-from tests.project import SMOKE
+from tests.project import ROOT, SMOKE
 
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
 
@@ -265,10 +270,8 @@ def library(folder):
 def test_sources_are_read_in_the_order_of_the_settings_each_its_own_way(library):
     path, config = library
     assert texts(config) == ["text of c", "text of d", "text of a"]
-    assert [(source.name, source.weight) for source in sources(config)] == [
-        ("web", 2.0),
-        ("books", 1.0),
-    ]
+    assert [source.name for source in sources(config)] == ["web", "books"]
+    assert weights(config) == {"web": 2.0, "books": 1.0}
     assert [shard.source for shard in plan(config)] == ["web", "books"]
     assert source_files(replace(config, glob="**/*.txt")) == [
         path / "web/1/c.txt",
@@ -326,10 +329,14 @@ def test_a_file_whose_name_is_not_utf_8_is_named_or_read_by_a_listing(folder, tm
         pytest.skip("this file system has names of text alone")
     with pytest.raises(InputError, match=r"/caf\\xe9.txt: a name that is not UTF-8"):
         sources(config)
+    (path / os.fsdecode(b"caf\xe9.txt.gz")).write_bytes(gzip.compress(b"packed"))
+    table = pyarrow.table({"text": ["row"]})
+    with open(path / os.fsdecode(b"caf\xe9.parquet"), "wb") as file:
+        pyarrow.parquet.write_table(table, file)
     listing = tmp_path_factory.mktemp("listing") / "a.listing"
-    assert write_listing(path, listing) == 1
+    assert write_listing(path, listing) == 3
     config = replace(config, path=str(listing))
-    assert texts(config) == ["text"]
+    assert texts(config) == ["row", "text", "packed"]
     assert len(plan(config)) == 1
 
 
@@ -380,6 +387,35 @@ def test_what_is_read_is_what_dvc_watches(tmp_path, data_config, monkeypatch, hi
     monkeypatch.chdir(tmp_path / "t/drafts")
     if hide is not hide_from_within and hide is not nested_above:
         assert len(texts(replace(config, path=str(tmp_path / "t/s")))) == 5
+
+
+def test_dvc_is_not_asked_where_the_project_hides_hidden_files_alone(tmp_path):
+    """Importing it takes a second, and each of its answers is kept in memory."""
+    (tmp_path / ".dvcignore").write_text("# by dvc init\n\n/.venv*\n")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/a.txt").write_text("a")
+    program = (
+        "import sys; from collections import Counter; from pathlib import Path\n"
+        "from lm.listing import watched\n"
+        "print([e.name for e in watched(Path('t'), Counter())], 'dvc' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("['a.txt'] False\n", "")
+
+
+def test_text_beside_a_linked_output_is_refused(tmp_path, data_config, monkeypatch):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "disk/models").mkdir(parents=True)
+    (tmp_path / "project/models").symlink_to("../disk/models")
+    monkeypatch.chdir(tmp_path / "project")
+    with pytest.raises(InputError, match=r"/disk: the stages write models; put your text"):
+        sources(replace(data_config, path=str(tmp_path / "disk")))
 
 
 def test_dvcs_own_files_are_left_out_and_counted(folder):
