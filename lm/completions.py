@@ -164,7 +164,7 @@ class Served:
     def require(self, name: str) -> None:
         """Raises Refused if this is another model's name."""
         if name != self.name:
-            message = f"the model {name!r} does not exist; this server has {self.name!r}"
+            message = f"the model {name[:80]!r} does not exist; this server has {self.name!r}"
             raise Refused(404, message, "model_not_found")
 
     def read(self, body: Any) -> tuple[Request, list[Prompt]]:
@@ -181,9 +181,10 @@ class Served:
         asked = read_section(Request, {"request": DEFAULTS | given}, "request", PATH)
         self.require(asked.model)
         several = isinstance(prompt, list) and any(isinstance(p, str | list) for p in prompt)
-        prompts = [self._read_prompt(item) for item in (prompt if several else [prompt])]
-        if len(prompts) * asked.n > MAX_ROWS:
+        items = prompt if several else [prompt]
+        if len(items) * asked.n > MAX_ROWS:
             raise InputError(f"request.n = {asked.n}: times prompts it is more than {MAX_ROWS}")
+        prompts = [self._read_prompt(item) for item in items]
         longest, context = max(len(p.ids) for p in prompts), self.model.config.context_length
         if asked.echo and asked.logprobs is not None and longest > context:
             raise InputError(

@@ -97,7 +97,7 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
         raise InputError(f"{path}: holds no sections; expected {', '.join(SECTIONS)}")
     for name, section in params.items():
         if name not in SECTIONS:
-            raise InputError(f"{path}: unknown section {name}{_suggest(str(name), SECTIONS)}")
+            raise InputError(f"{path}: unknown section {_brief(name)}{_suggest(name, SECTIONS)}")
         if not isinstance(section, dict):
             raise InputError(f"{path}: section {name} holds no keys")
     for override in overrides:
@@ -165,7 +165,7 @@ def _build(kind: type[Config], values: Mapping[str, Any], section: str) -> Confi
         if key not in hints:
             known = [f"{section}.{name}" for name in hints]
             suggestion = _suggest(f"{section}.{key}", known)
-            raise InputError(f"unknown key {section}.{key}{suggestion}")
+            raise InputError(f"unknown key {_brief(f'{section}.{key}')}{suggestion}")
     for key in hints:
         if key not in values:
             raise InputError(f"missing key {section}.{key}")

@@ -215,13 +215,15 @@ class JsonLines(Text):
         return b"\n"
 
     def record(self, offset: int, data: bytes, layout: Layout) -> Found | Bad | None:
+        if not data or data.isspace():
+            return None
         try:
             text = orjson.loads(data)[layout.text_field]
         except (ValueError, LookupError, TypeError):
             text = None
         if isinstance(text, str):
             return checked(offset, text.encode(), layout)
-        return _unusual_line(offset, data, layout) if data.strip() else None
+        return _unusual_line(offset, data, layout)
 
     def name(self, file: Path, layout: Layout, offset: int) -> str:
         return f"{file}:{self.number(file, layout, offset)}"
@@ -263,7 +265,8 @@ class CommaSeparated(Text):
         """The rows below the names; the offset of each is its first line, from 1."""
         csv.field_size_limit(MAX_DOCUMENT_BYTES)
         with TextIOWrapper(stream, "utf-8", "surrogateescape", newline="") as lines:  # bytes as is
-            rows = csv.reader(_short_lines(lines), delimiter=self.delimiter, strict=True)
+            short = _ShortRows(lines)
+            rows = csv.reader(short, delimiter=self.delimiter, strict=True)
             line = 1
             try:
                 names = next(rows, [])
@@ -272,7 +275,9 @@ class CommaSeparated(Text):
                     yield Bad(WHOLE, "no text", f"{problem}; name one in data.text_field")
                     return
                 column, line = names.index(layout.text_field), rows.line_num + 1
+                short.held = 0
                 for row in rows:
+                    short.held = 0
                     if len(row) == len(names):
                         yield checked(line, row[column].encode("utf-8", "surrogateescape"), layout)
                     elif row:
@@ -399,12 +404,23 @@ def checked(offset: int, data: bytes, layout: Layout, base: int | None = None) -
     return Bad(offset, what, f"byte 0x{data[bad]:02x} at {where} is {what}; {CONVERT}")
 
 
-def _short_lines(lines: TextIOWrapper) -> Iterator[str]:
-    """The lines, so that memory holds none that is longer than a document."""
-    while line := lines.readline(MAX_DOCUMENT_BYTES + 1):
-        if len(line) > MAX_DOCUMENT_BYTES:
-            raise csv.Error(f"a line longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
-        yield line
+class _ShortRows:
+    """Lines for a reader of rows, so that memory holds no row that is longer than a document."""
+
+    def __init__(self, lines: TextIOWrapper):
+        self.lines, self.held = lines, 0  # characters of the row that is being read
+
+    def __iter__(self) -> "_ShortRows":
+        return self
+
+    def __next__(self) -> str:
+        line = self.lines.readline(MAX_DOCUMENT_BYTES + 1)
+        self.held += len(line)
+        if self.held > MAX_DOCUMENT_BYTES:
+            raise csv.Error(f"a row longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+        if not line:
+            raise StopIteration
+        return line
 
 
 def _json_kind(head: bytes) -> str | None:

@@ -58,6 +58,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     model, tokenizer = load_model(MODEL, device)
     provenance = read_provenance(MODEL)
     remove_finished(run_folder(UNFINISHED, provenance))  # by now DVC has recorded what it made
+    training = _training()
     make_deterministic(device, provenance["train"].get("num_threads"))
     tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"), tokenizer)
     require_logits_fit(config, model, tokens.valid, device)
@@ -70,6 +71,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     baselines = _baselines(tokens)
     texts = _samples(model, tokenizer, config)
     held_out = excerpt(model, tokens.valid, tokenizer)
+    remarks = _remarks(metrics, baselines, training, provenance)
     inputs.check()
     write_json(RESULTS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
     _write_csv("loss_by_position.csv", ["position", "loss_nats"], loss_by_position(sums))
@@ -78,7 +80,6 @@ def evaluate_stage(inputs: Inputs) -> None:
     atomic_write(RESULTS / "samples.md", samples(texts).encode())
     atomic_write(RESULTS / "held_out.json", excerpt_json(held_out))
     (prompt, _, completion), *_ = texts
-    remarks = _remarks(metrics, baselines, provenance)
     text = summary(metrics, baselines, (prompt, completion), PLACES, remarks)
     atomic_write(RESULTS / "summary.md", text.encode())
     say(
@@ -107,16 +108,26 @@ def _baselines(tokens: Tokens) -> dict[str, float]:
     return {"uniform": uniform_loss_nats(vocab_size), "unigram": unigram, "bigram": bigram}
 
 
+def _training() -> dict[str, Any] | None:
+    """Return what stage train says of its results, None for a model that comes without."""
+    if not TRAIN.is_file():
+        return None
+    figures = read_json(TRAIN)
+    require_shape(figures, SHAPES[TRAIN.name], str(TRAIN))
+    return dict(figures)
+
+
 def _remarks(
-    metrics: dict[str, Any], baselines: dict[str, float], provenance: dict[str, Any]
+    metrics: dict[str, Any],
+    baselines: dict[str, float],
+    training: dict[str, Any] | None,
+    provenance: dict[str, Any],
 ) -> list[str]:
     """What the model's owner should know, a line each."""
     found = [behind_bigram(metrics, baselines)]
-    if TRAIN.is_file():  # a model may come without
-        train = read_json(TRAIN)
-        require_shape(train, SHAPES[TRAIN.name], str(TRAIN))
+    if training is not None:
         stopping = provenance["train"].get("early_stopping")
-        found.append(ended_worse(train, stopping is not None))
+        found.append(ended_worse(training, stopping is not None))
     return [remark for remark in found if remark]
 
 

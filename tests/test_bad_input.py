@@ -198,6 +198,14 @@ def table(**columns):
     return made.getvalue()
 
 
+def repeated(value, rows):
+    """The bytes of a parquet table in which all rows share one long value."""
+    made = io.BytesIO()
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows), [value])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), made)
+    return made.getvalue()
+
+
 def two_columns(name):
     """The bytes of a parquet table with two columns of one name."""
     made = io.BytesIO()
@@ -310,6 +318,13 @@ def weights(change, name="lm_head.weight"):
         save_file(tensors, file)
 
     return write
+
+
+def many_tensors(count):
+    """The bytes of a safetensors file of tensors without a number in them."""
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{i}": nothing for i in range(count)}).encode()
+    return len(header).to_bytes(8, "little") + header
 
 
 def poked(value):
@@ -437,6 +452,7 @@ ROWS = [
     setting("data.path", "''", "params.yaml: data.path = : must not be empty"),
     setting("evaluate.top_p", "1.5", "params.yaml: evaluate.top_p = 1.5: must be in (0, 1]"),
     setting("evaluate.prompts", "[]", "params.yaml: evaluate.prompts = []: must not be empty"),
+    written("tokens", "params.yaml: evaluate.prompts times evaluate.temperatures are 90,000 samples: must be <= 65,536", evaluate={"prompts": ["a"] * 300, "temperatures": [n / 100 for n in range(300)]}),
     setting("train.lrr", "1", "-S train.lrr=1: unknown key train.lrr (did you mean train.lr?)"),
     setting("train", "1", "-S train=1: expected section.key=value, as in -S train.lr=1e-3"),
     setting("model.vocab_size", "7", "-S model.vocab_size=7: unknown key model.vocab_size…"),
@@ -477,6 +493,8 @@ ROWS = [
     settings("data: {}", "missing key data.source"),
     settings("train: 3", "section train holds no keys"),
     settings("data: {<<: {lr: 1}}", "unknown key data.<<…"),
+    settings(f"data: {{? {'k' * 2000} : 1}}", f"unknown key data.{'k' * 75}..."),
+    settings(f"? {'k' * 2000}\n: {{}}\n", f"unknown section {'k' * 80}..."),
     settings("data: {pakages: []}", "unknown key data.pakages (did you mean data.packages?)"),
     settings("train: {lr: 1, lr: 2}", "not valid YAML: line 1: key lr stands twice"),
     settings("train: {1: 2}", "not valid YAML: line 1: key 1 is not text"),
@@ -563,6 +581,7 @@ ROWS = [
     data("a.csv", b'id,text\n1,"a"b\n', "given/a.csv:2: not a row of a table (…)"),
     data("a.csv", b'id,text\n1,"a\n', "given/a.csv:2: not a row of a table (…)"),
     data("a.csv", b"id,text\n1,a\xff\n", f"given/a.csv:2: byte 0xff at offset 1 of its text is not UTF-8; {CONVERT}"),
+    folder(special("given/a.csv", lambda path: path.write_bytes(b"text\n" + b'"\n",' * 25_000_000)), "given/a.csv:2: not a row of a table (a row longer than 64 MiB)"),
     data("a.tsv.gz", gzip.compress(b"id\ttext\n1\n"), "given/a.tsv.gz:2: a row of length 1, the first has length 2"),
     data("a.txt", b"a\n\nb", r'data.separator = "\\n\\n": stands in no text file; it is a backslash and an n, the text has line breaks: write "\n\n" in params.yaml', r"data.separator=\n\n"),
     data("a.txt", b"a\r\n\r\nb", r'data.separator = "\n\n": stands in no text file; the text has Windows line ends: write "\r\n\r\n" in params.yaml', in_params(data={"separator": "\n\n"})),
@@ -604,6 +623,9 @@ ROWS = [
     data("a.parquet", table(text=["a"])[:-20], "given/a.parquet: damaged or no parquet table (…)"),
     data("a.parquet", table(text=["a" * 5000])[200:], "given/a.parquet: damaged or no parquet table (…)"),
     data("a.parquet", two_columns("text"), "given/a.parquet: 2 columns 'text'; name one in data.text_field"),
+    data("a.parquet", table(**{"a": [{"text": 1}], "a.text": ["a"]}), "given/a.parquet: 2 columns 'a.text'; name one in data.text_field", "data.text_field=a.text"),
+    data("a.parquet", repeated("word " * 2_000_000, 1000), f"given/a.parquet: …{EXPANDS}"),
+    data("a.parquet.gz", gzip.compress(repeated("word " * 2_000_000, 1000)), f"given/a.parquet.gz: …{EXPANDS}"),
     data("a.parquet", altered(table(text=["a" * 5000]), 2500), "given/a.parquet: damaged or no parquet table (could not verify page integrity, CRC checksum verification failed…)"),
     data("a.parquet", table(id=[1], body=["a"]), "given/a.parquet: no column 'text' (has: id, body); name one in data.text_field"),
     data("a.parquet", table(text=[1]), "given/a.parquet: column 'text' is int64, not text; name one in data.text_field"),
@@ -624,7 +646,7 @@ ROWS = [
     folder(long_file("given/a.txt", 2 << 30, b"a<|end|>"), f"given/a.txt#2: {LONG}", "data.separator=<|end|>"),
     folder(long_file("given/a.jsonl", 2 << 30), f"given/a.jsonl:1: {LONG}"),
     folder(long_file("given/a.JSON", 2 << 30), f"given/a.JSON:1: {LONG}"),
-    folder(long_file("given/a.csv", 2 << 30), "given/a.csv:1: not a row of a table (a line longer than 64 MiB)"),
+    folder(long_file("given/a.csv", 2 << 30), "given/a.csv:1: not a row of a table (a row longer than 64 MiB)"),
     folder(long_file("given/a.csv", 2 << 30, b'text\n"a\n'), "given/a.csv:2: not a row of a table (…)"),
     folder(long_file("given/a.jsonl", 2 << 30), "data.path = given: no text", "data.on_bad_document=skip"),
     folder(long_file("given/a.parquet", 2 << 30), "given/a.parquet: damaged or no parquet table (…)"),
@@ -678,6 +700,10 @@ ROWS = [
     tokenizer(splitting(r"(a+)+$"), f"{GIVEN}: the tokenizer cannot encode a text: Onig: Regex search error: retry-limit-in-match over"),
     tokenizer(lambda json: json.update(pre_tokenizer=None), f"{GIVEN}: alters text: …"),
     tokenizer(lambda json: json["pre_tokenizer"].update(add_prefix_space=True), f"{GIVEN}: alters text: b'\\x00\\x01… came back as b' \\x00\\x01…"),
+    *(tokenizer(lambda json, kind=kind: json.update(decoder=kind), f"{GIVEN}: its decoder alters text; set decoder to type ByteLevel") for kind in (
+        {"type": "Replace", "pattern": {"String": "ByteLevel"}, "content": ""},
+        {"type": "Sequence", "decoders": [json.loads(TOKENIZER)["decoder"], {"type": "Strip", "content": "a", "start": 1, "stop": 0}]},
+    )),
     tokenizer(lambda json: json.update(decoder=None), f"{GIVEN}: not byte-level; bits per byte would not be exact"),
     tokenizer(lambda json: json.update(normalizer={"type": "NFKC"}), f"{GIVEN}: its normalizer NFKC alters text; not supported"),
     tokenizer(added_token("low", lstrip=True), f"{GIVEN}: alters text: b'a  low  b…' came back as b'alow…"),
@@ -685,6 +711,7 @@ ROWS = [
     tokenizer(added_token("Ġ"), f"{GIVEN}: alters text: …\\x1e\\x1f !… came back as …\\x1f\\xc4\\xa0!…"),
     tokenizer(TOKENIZER.encode(), f"{GIVEN}: no special token '</s>'; set tokenizer.end_token to one that it has: <|endoftext|>", "</s>"),
     tokenizer(added_token("low"), f"{GIVEN}: no special token 'low'; set …", "low"),
+    tokenizer(lambda json: json["added_tokens"][0].update(content="e" * 5000), f"{GIVEN}: no special token '<|endoftext|>'; set tokenizer.end_token to one that it has: {'e' * 400}"),
     Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer_config.json", b'{"eos_token": 3}')], 2,
         "data/tokenizer/tokenizer_config.json: names no text as eos_token"),
     Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer_config.json", b"[]")], 2,
@@ -742,6 +769,7 @@ ROWS = [
             (file(WEIGHTS, b"\xff" * 8 + b"{}"), "not a safetensors file (…)"),
             (file(WEIGHTS, (100).to_bytes(8, "little") + b"{}"), "not a safetensors file (…)"),
             (file(WEIGHTS, (10**8 + 1).to_bytes(8, "little") + b" " * 10**8), "not a safetensors file (…)"),
+            (lambda folder: file(WEIGHTS, many_tensors(300_000))(folder), "not a safetensors file (a header of … bytes; no model needs more than 16,777,216)"),
             (file(WEIGHTS, b"\2" + bytes(7) + b"[]"), "not a safetensors file (…)"),
             (file(WEIGHTS, b"\2" + bytes(7) + b"{}"), "another model: …"),
             (special(WEIGHTS, os.mkfifo), "not a file"),
@@ -759,6 +787,13 @@ ROWS = [
     Row("model", "evaluate", [settings_of(rope_theta=10**400)], 2, f"{MODEL}/config.json: model.rope_theta = inf: must be finite"),
     Row("model", "evaluate", [settings_of(rope_theta=float("nan"))], 2, f"{MODEL}/config.json: model.rope_theta = nan: must be …"),
     Row("model", "evaluate", [saved(edited(f"{MODEL}/provenance.json"))], 2, f"{MODEL}/provenance.json: not a record of stage train; run it again"),
+    *(Row("model", "evaluate", [saved(edited(f"{MODEL}/provenance.json", train={"num_threads": value}))], 2, f"{MODEL}/provenance.json: not a record of stage train; run it again")
+      for value in ("two", [1], 1.5, -1, 10**9)),
+    *(Row("model", "evaluate", [saved(file("metrics/train.json", json.dumps(content).encode()))], 2, f"metrics/train.json{line}; run `dvc repro`") for content, line in (
+        ([], " = [], expected keys and values"),
+        (dict.fromkeys(("step", "tokens", "parameters", "best_step"), 1) | dict.fromkeys(("train_loss", "valid_loss"), 1.0), ": no best_valid_loss in it"),
+        (dict.fromkeys(("step", "tokens", "parameters", "best_step"), {}), ": step = {}, expected a count of 1 or more"),
+    )),
     Row("model", "evaluate", [saved(edited(f"{MODEL}/provenance.json", train=[]))], 2, f"{MODEL}/provenance.json: not a record of stage train; run it again"),
 ]  # fmt: skip
 

@@ -223,6 +223,7 @@ def test_echo_scores_a_prompt(complete):
         ({"n": 129}, "n"),
         ({"n": True}, "n"),
         ({"prompt": ["a", "b"], "n": 65}, "n"),
+        ({"prompt": ["a"] * 128 + [[-1]]}, "n"),  # counted before any is read
         ({"logprobs": 21}, "logprobs"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 5}, "stop"),
