@@ -792,7 +792,7 @@ ROWS = [
     *(Row("model", "evaluate", [saved(file("metrics/train.json", json.dumps(content).encode()))], 2, f"metrics/train.json{line}; run `dvc repro`") for content, line in (
         ([], " = [], expected keys and values"),
         (dict.fromkeys(("step", "tokens", "parameters", "best_step"), 1) | dict.fromkeys(("train_loss", "valid_loss"), 1.0), ": no best_valid_loss in it"),
-        (dict.fromkeys(("step", "tokens", "parameters", "best_step"), {}), ": step = {}, expected a count of 1 or more"),
+        ({key: {} for key in ("step", "tokens", "parameters", "best_step")}, ": step = {}, expected a count of 1 or more"),
     )),
     Row("model", "evaluate", [saved(edited(f"{MODEL}/provenance.json", train=[]))], 2, f"{MODEL}/provenance.json: not a record of stage train; run it again"),
 ]  # fmt: skip
