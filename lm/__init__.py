@@ -23,7 +23,7 @@ from types import TracebackType
 
 if sys.argv[:1] == ["-m"]:  # a command is starting; what can happen while torch is imported
 
-    def _told(
+    def _report(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
         limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
@@ -35,7 +35,7 @@ if sys.argv[:1] == ["-m"]:  # a command is starting; what can happen while torch
         else:
             sys.__excepthook__(kind, error, traceback)
 
-    sys.excepthook = _told
+    sys.excepthook = _report
 
 if not {"LOGNAME", "USER"} & os.environ.keys():  # DVC and torch.compile name folders after the user
     try:

@@ -211,8 +211,8 @@ def require_room_for_processes(num_processes: int) -> None:
 
 
 @contextmanager
-def told_what_it_takes(plan: Plan) -> Iterator[None]:
-    """Within this context a lack of memory is told with what was planned and what to try."""
+def naming_what_it_takes(plan: Plan) -> Iterator[None]:
+    """Name what was planned and what to try where memory runs out within this context."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:  # an OSError of a mapping

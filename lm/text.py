@@ -201,7 +201,7 @@ def weights(config: DataConfig) -> dict[str, float | None]:
     return {name: source.weight for name, source in config.sources.items()}
 
 
-def told(left_out: Counter[str]) -> str:
+def in_words(left_out: Counter[str]) -> str:
     """What is not read, and why, in words."""
     return "; ".join(f"{reason}: {count:,}" for reason, count in sorted((+left_out).items()))
 
@@ -254,7 +254,7 @@ def _files(
         texts += different
     if not texts:
         hint = "; braces have no meaning, use data.sources" if "{" in pattern else ""
-        hint += f"; not read: {told(left_out)}" if +left_out else ""
+        hint += f"; not read: {in_words(left_out)}" if +left_out else ""
         raise InputError(f"{key} = {value}: no file matches {pattern_key} = {pattern}{hint}")
     return [Path(text) for text in sorted(texts)], left_out
 

@@ -15,7 +15,7 @@ from lm.prepare import Job, drop_unused, encode_all, open_encoder, require_done,
 from lm.publish import publish
 from lm.report import data_table, files_table
 from lm.shards import MANIFEST
-from lm.text import DataConfig, kinds, plan, source_files, sources, told
+from lm.text import DataConfig, in_words, kinds, plan, source_files, sources
 from lm.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
 
@@ -48,7 +48,7 @@ def tokens(inputs: Inputs) -> None:
     inputs.check()
     report = publish(TOKENS, job, tokenizer, shards, records)
     write_json(RESULTS / "data.json", report)
-    tables = f"{data_table(report)}\n{files_table(kinds(shards), told(left_out))}"
+    tables = f"{data_table(report)}\n{files_table(kinds(shards), in_words(left_out))}"
     atomic_write(RESULTS / "data.md", tables.encode())
     drop_unused(job.kept, {record["key"] for record in records})
     say(tables)

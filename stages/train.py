@@ -19,9 +19,9 @@ from lm.plan import (
     Plan,
     begin,
     make_plan,
+    naming_what_it_takes,
     require_room,
     require_room_for_processes,
-    told_what_it_takes,
 )
 from lm.processes import Processes, joined
 from lm.run import Run, due
@@ -67,12 +67,12 @@ def train_stage(inputs: Inputs) -> None:
         }
         processes.require_same(told | made_of)
         initialise = partial(_initialise, asked, tokenizer, processes)
-        with told_what_it_takes(plan):
+        with naming_what_it_takes(plan):
             state = begin(plan, asked, processes, initialise)
         resume_from = inputs.arguments.resume_from
         live = METRICS if "DVC_ROOT" in os.environ else None
         run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
-        with told_what_it_takes(plan), run_ as this_run:
+        with naming_what_it_takes(plan), run_ as this_run:
             _train(inputs, this_run, tokens, Forecast(plan, state.step))
             this_run.publish(tokenizer, MODELS, METRICS)
 

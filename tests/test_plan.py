@@ -40,10 +40,10 @@ from lm.plan import (
     compiling,
     largest_micro_batch,
     make_plan,
+    naming_what_it_takes,
     require_room,
     require_room_for_processes,
     table,
-    told_what_it_takes,
 )
 from lm.processes import Processes
 from lm.resume import run_folder
@@ -587,9 +587,9 @@ def test_out_of_memory_is_told_with_what_was_planned(model_config, train_config)
         r"^out of memory: training \d+,\d+ parameters with 4 windows at a time takes about "
         r"[\d,]+ MB; try train.micro_batch_size: 2$"
     )
-    with pytest.raises(EnvironmentFault, match=line), told_what_it_takes(plan):
+    with pytest.raises(EnvironmentFault, match=line), naming_what_it_takes(plan):
         torch.empty(1 << 60)
-    with pytest.raises(RuntimeError, match="^another$"), told_what_it_takes(plan):
+    with pytest.raises(RuntimeError, match="^another$"), naming_what_it_takes(plan):
         raise RuntimeError("another")
 
 
