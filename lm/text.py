@@ -63,7 +63,7 @@ class DataConfig:
     split: Literal["hash", "tail"]
     valid_fraction: Annotated[float, INSIDE_ONE]
     shard_bytes: Annotated[Count, SHORTEST_SHARD]  # of text, about, in one shard of tokens
-    max_expansion: Count  # times its size that a .gz or .zst file may hold
+    max_expansion: Count  # times its size that a .gz, .zst or parquet file may hold
 
     def __post_init__(self) -> None:
         if self.sources is None:
