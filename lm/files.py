@@ -13,6 +13,7 @@ from typing import Any
 from lm.errors import EnvironmentFault, InputError
 
 _CHUNK_BYTES = 1 << 20
+MAX_JSON_BYTES = 1 << 28  # of a file of ours: in memory it takes up to twenty times as much
 _TOO_LITTLE_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -94,13 +95,17 @@ def require_file(path: Path, remedy: str = "") -> None:
         raise InputError(f"{path}: {problem}")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises InputError when it is missing or torn."""
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
+    """The content of a JSON file. Raises InputError when it is missing, torn or too long."""
     require_file(path, "; run `dvc repro` to make it")
     try:
+        if path.stat().st_size > most:
+            raise InputError(f"{path}: longer than {most >> 20:,} MiB; run `dvc repro` again")
         return json.loads(path.read_bytes())
     except FileNotFoundError:  # until now it was there
         raise InputError(f"{path}: no such file; run `dvc repro` to make it") from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); run `dvc repro` again") from None
 

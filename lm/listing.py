@@ -21,6 +21,7 @@ from lm.files import atomic_write, read_json
 
 SUFFIX = ".listing"
 FORMAT = 1
+MAX_BYTES = 1 << 30  # of a listing: some ten million files
 Entry = os.DirEntry[str]
 
 
@@ -41,7 +42,7 @@ def write_listing(root: Path, file: Path) -> int:
 
 def listed_folder(file: Path) -> Path:
     """The folder that a listing describes. Raises InputError if it is not as it was."""
-    listing = read_json(file)
+    listing = read_json(file, MAX_BYTES)
     kinds = {"format": int, "root": str, "files": dict}
     if not isinstance(listing, dict) or any(
         not isinstance(listing.get(key), kind) for key, kind in kinds.items()

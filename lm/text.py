@@ -63,7 +63,7 @@ class DataConfig:
     split: Literal["hash", "tail"]
     valid_fraction: Annotated[float, INSIDE_ONE]
     shard_bytes: Annotated[Count, SHORTEST_SHARD]  # of text, about, in one shard of tokens
-    max_expansion: Count  # times its size that a .gz or .zst file may hold
+    max_expansion: Count  # times its size that a .gz, .zst or parquet file may hold
 
     def __post_init__(self) -> None:
         if self.sources is None:
@@ -275,11 +275,20 @@ def _advice(value: str) -> str:
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     """Whether a path matches a pattern, in which ** stands for any number of folders."""
-    if not pattern or not parts:
-        return not parts and all(part == "**" for part in pattern)
-    if pattern[0] == "**":  # from the end, where most match at once
-        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts), -1, -1))
-    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+    parts, pattern = list(parts), list(pattern)
+    while pattern and pattern[-1] != "**":  # from the end, where most are decided at once
+        if not parts or not fnmatchcase(parts.pop(), pattern.pop()):
+            return False
+    reached = {0}  # how many parts the pattern so far can stand for
+    for wanted in pattern:
+        if wanted == "**":
+            reached = set(range(min(reached), len(parts) + 1))
+        else:
+            inside = (i for i in reached if i < len(parts))
+            reached = {i + 1 for i in inside if fnmatchcase(parts[i], wanted)}
+        if not reached:
+            return False
+    return len(parts) in reached
 
 
 def _is_of_dvc(name: str) -> bool:

@@ -521,6 +521,7 @@ ROWS = [
     Row("data", "tokens", [in_params(data={"glob": "a\0"})], 2, "data.path = text: no file matches data.glob = a\\x00"),
     Row("data", "tokens", [file("given/.hidden", b"x"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*; not read: names that begin with a dot: 1"),
     Row("data", "tokens", ["data.glob=../**/*"], 2, "data.path = text: no file matches data.glob = ../**/*"),
+    folder(file(f"given/{'a/' * 30}a.txt", b"text"), f"data.path = given: no file matches data.glob = {'**/' * 12}b", f"data.glob='{'**/' * 12}b'"),
     Row("data", "tokens", ["data.glob=/etc/*"], 2, "data.glob = /etc/*: no pattern of paths in the folder, as **/*.txt is one"),
     Row("data", "tokens", ["data.glob='**.txt'"], 2, "data.glob = **.txt: no pattern of paths in the folder, as **/*.txt is one"),
     Row("data", "tokens", ["data.glob='*.{txt,md}'"], 2, "data.path = text: no file matches data.glob = *.{txt,md}; braces have no meaning, use data.sources"),
@@ -725,6 +726,7 @@ ROWS = [
     Row("tokenizer", "tokens", [special("data/tokenizer/tokenizer.json", lambda path: None)], 2, "data/tokenizer/tokenizer.json: no such file; run `dvc repro tokenizer`"),
     Row("tokens", "train", [file("data/tokens/tokens.json", b"[" * 100_000)], 2,
         "data/tokens/tokens.json: not valid JSON (…); run `dvc repro` again"),
+    Row("tokens", "train", [long_file("data/tokens/tokens.json", 1 << 29, b"{}")], 2, "data/tokens/tokens.json: longer than 256 MiB; run `dvc repro` again"),
     Row("tokens", "train", [file("data/tokens/tokens.json", b"[]")], 2, "data/tokens/tokens.json: not a token manifest; run `dvc repro tokens`"),
     Row("tokens", "train", [special("data/tokens/tokens.json", lambda path: None)], 2, "data/tokens/tokens.json: no such file; run `dvc repro` to make it"),
     Row("tokens", "train", [special("data/tokens/valid/text-00000.bin", lambda path: None)], 2, f"data/tokens/valid/text-00000.bin: no such file; {AGAIN}"),
@@ -743,6 +745,7 @@ ROWS = [
     Row("tokens", "train", [edited(f"{TOKENS}/tokens.json", end_id=300)], 2, f"{TOKENS}/tokens.json: not a token manifest; {AGAIN}"),
     Row("tokens", "train", [edited(f"{TOKENS}/tokens.json", train={"tokens": 10**30, "bytes": 1, "documents": 1})], 2, f"{TOKENS}/tokens.json: not a token manifest; {AGAIN}"),
     Row("tokens", "train", [special("data/tokens/tokens.json", os.mkfifo)], 2, "data/tokens/tokens.json: not a file"),
+    Row("model", "evaluate", [long_file("models/model/config.json", 1 << 29)], 2, "models/model/config.json: longer than 256 MiB; run `dvc repro` again"),
     Row("model", "evaluate", [file("models/model/config.json", b"[]")], 2, "models/model/config.json: section model holds no keys"),
     Row("model", "evaluate", [file("models/model/config.json", b"{}")], 2, "models/model/config.json: missing key model.vocab_size"),
     Row("model", "evaluate", [file("models/model/config.json", b"{")], 2, "models/model/config.json: not valid JSON (…); run `dvc repro` again"),
@@ -792,7 +795,7 @@ ROWS = [
     *(Row("model", "evaluate", [saved(file("metrics/train.json", json.dumps(content).encode()))], 2, f"metrics/train.json{line}; run `dvc repro`") for content, line in (
         ([], " = [], expected keys and values"),
         (dict.fromkeys(("step", "tokens", "parameters", "best_step"), 1) | dict.fromkeys(("train_loss", "valid_loss"), 1.0), ": no best_valid_loss in it"),
-        ({key: {} for key in ("step", "tokens", "parameters", "best_step")}, ": step = {}, expected a count of 1 or more"),
+        ({"step": {}}, ": step = {}, expected a count of 1 or more"),
     )),
     Row("model", "evaluate", [saved(edited(f"{MODEL}/provenance.json", train=[]))], 2, f"{MODEL}/provenance.json: not a record of stage train; run it again"),
 ]  # fmt: skip
