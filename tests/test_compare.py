@@ -357,7 +357,8 @@ def test_a_grid_goes_seed_by_seed_and_refuses_a_gap():
         points(["train.lr=1,,2"])
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", pytest.param("kill", marks=pytest.mark.soak)])
+@pytest.mark.soak  # a minute
+@pytest.mark.parametrize("how", ["ctrl-c", "kill"])
 def test_a_stopped_sweep_goes_on_and_failures_are_named(project, how):
     project.set("train.max_steps", 400)  # not committed
     (project.folder / "lm" / "new.py").touch()

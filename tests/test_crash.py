@@ -84,8 +84,8 @@ def assert_finished(project, outputs):
         ("evaluate", signal.SIGKILL, 1, 1),
         *(("train", signal.SIGKILL, first, 3) for first in (1, 2, 3)),
         ("train", signal.SIGTERM, 1, 4),
-        ("train", signal.SIGINT, 3, 4),
-        ("evaluate", signal.SIGTERM, 1, 4),
+        pytest.param("train", signal.SIGINT, 3, 4, marks=pytest.mark.soak),
+        pytest.param("evaluate", signal.SIGTERM, 1, 4, marks=pytest.mark.soak),
         ("export", signal.SIGKILL, 3, 11),
     ],
 )
