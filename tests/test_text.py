@@ -31,7 +31,7 @@ from lm.text import (
     sources,
     split_documents,
     tail_boundary,
-    told,
+    in_words,
     weights,
 )
 from tests.project import ROOT, SMOKE
@@ -424,7 +424,7 @@ def test_dvcs_own_files_are_left_out_and_counted(folder):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(name)
     assert texts(config) == ["a.txt", "b/not-dvc.yaml"]
-    assert told(sources(config)[0].left_out) == "files of DVC's own: 3"
+    assert in_words(sources(config)[0].left_out) == "files of DVC's own: 3"
 
 
 def test_links_to_the_same_file_count_once(folder):
@@ -446,7 +446,7 @@ def test_links_to_the_same_file_count_once(folder):
         "g.txt",
     ]
     left_out = "links to a text that is read already: 2; names that begin with a dot: 2"
-    assert told(sources(config)[0].left_out) == left_out
+    assert in_words(sources(config)[0].left_out) == left_out
 
 
 def test_links_to_folders_that_a_pattern_leaves_out_are_told(folder):
@@ -455,7 +455,7 @@ def test_links_to_folders_that_a_pattern_leaves_out_are_told(folder):
     (path / "a.txt").write_text("a")
     (path / "link").symlink_to(".elsewhere")
     found, *_ = sources(replace(config, glob="**/*.txt"))
-    assert told(found.left_out) == "links to folders: 1; names that begin with a dot: 1"
+    assert in_words(found.left_out) == "links to folders: 1; names that begin with a dot: 1"
 
 
 def test_a_folder_that_cannot_be_read_is_told(folder):
