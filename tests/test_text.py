@@ -25,13 +25,13 @@ from lm.text import (
     DataConfig,
     SourceConfig,
     documents,
+    in_words,
     plan,
     sides,
     source_files,
     sources,
     split_documents,
     tail_boundary,
-    in_words,
     weights,
 )
 from tests.project import ROOT, SMOKE
