@@ -126,6 +126,17 @@ class Project:
         return (self.folder / name).read_bytes()
 
 
+def change(value: Any, keys: list[str], new: Any) -> None:
+    """Set, or with None delete, what stands under keys and numbers within a JSON value."""
+    *outer, last = [int(key) if key.isdigit() else key for key in keys]
+    for key in outer:
+        value = value[key]
+    if new is None:
+        del value[last]
+    else:
+        value[last] = new
+
+
 def wait_for(process: "subprocess.Popen[str]", text: str) -> None:
     """Read a program's output until a line contains `text`; fails if it ends before."""
     for line in process.stdout:

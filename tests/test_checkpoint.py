@@ -33,7 +33,7 @@ from lm.model import ModelConfig, TransformerLM
 from lm.optim import OPTIMIZERS, AdamW
 from lm.tokenizer import byte_tokenizer
 from lm.train import TrainConfig
-from tests.project import SMOKE
+from tests.project import SMOKE, change
 
 
 def trained(model_config, train_config, steps=3, optimizer="adamw", seed=0):
@@ -267,14 +267,7 @@ def say(place, value):
     """Change, or with None delete, a value of the header."""
 
     def do(tensors, header):
-        *outer, last = [int(k) if k.isdigit() else k for k in place.split("/")]
-        inner = header
-        for key in outer:
-            inner = inner[key]
-        if value is None:
-            del inner[last]
-        else:
-            inner[last] = value
+        change(header, place.split("/"), value)
 
     return do
 

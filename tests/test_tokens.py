@@ -20,7 +20,7 @@ from lm.sampling import DocumentWindows, deal
 from lm.shards import ShardWriter, write_manifest
 from lm.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from lm.tokens import OPEN_FILES, Split, open_tokens, windows
-from tests.project import write_tokens
+from tests.project import change, write_tokens
 
 DOCUMENTS = [
     ("train", "first text"),
@@ -119,13 +119,7 @@ def test_foreign_past_and_future_folders_are_refused(folder):
 def changed(manifest, place, value):
     """A manifest with another value, or none, at a place such as "shards.0.train.file"."""
     manifest = json.loads(json.dumps(manifest))
-    inner, (*outer, last) = manifest, [int(k) if k.isdigit() else k for k in place.split(".")]
-    for key in outer:
-        inner = inner[key]
-    if value is None:
-        del inner[last]
-    else:
-        inner[last] = value
+    change(manifest, place.split("."), value)
     return manifest
 
 
