@@ -1,10 +1,12 @@
 """Optimizers, chosen by name, and gradient clipping."""
 
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lm.settings import OptimizerConfig
@@ -14,7 +16,7 @@ from lm.shares import collect, group_of, hand_out, is_shared, local, sums_of_squ
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
 
         m <- b1 m + (1 - b1) g          theta <- theta - lr * weight_decay * theta
@@ -24,6 +26,12 @@ class AdamW(torch.optim.Optimizer):
     The arithmetic is torch's fused kernel where there is one (CPU, CUDA, MPS): it reads each
     number once. `fused=False` runs one tensor operation after the other.
     """
+
+    # torch's guards around these keep its compiler out, and import it: 1.5 s at every start
+    add_param_group = unwrap(Optimizer.add_param_group)
+    state_dict = unwrap(Optimizer.state_dict)
+    load_state_dict = unwrap(Optimizer.load_state_dict)
+    zero_grad = unwrap(Optimizer.zero_grad)
 
     def __init__(
         self,

@@ -52,12 +52,16 @@ class Project:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params))
 
     def environment(self) -> dict[str, str]:
-        """One thread, this Python first, and nothing of a dvc or a make that may run the tests."""
+        """One thread, this Python first, and nothing of a dvc or a make that may run the tests.
+
+        Without transformers, as a user has it, which take seconds to import: `stage` has them.
+        """
         outer = ("DVC_", "MAKE", "MFLAGS")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         site = str(self.folder.with_name(self.folder.name + ".site"))  # else in /var/tmp
-        return clean | {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site}
+        fixed = {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site}
+        return clean | fixed | {"PYTHONPATH": str(ROOT / "tests" / "without")}
 
     def start(self, *command: str, **environment: str) -> "subprocess.Popen[str]":
         """Start a program in the folder. It cannot run far ahead of who reads its output."""
