@@ -38,7 +38,13 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
 
+LONG = ("compare", "pipeline", "experiments", "launch", "kill", "crash", "demo", "remotes", "plots")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: else one worker ends with a long one while the others wait."""
+    order = [f"test_{name}.py" for name in LONG]
+    items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else 99)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

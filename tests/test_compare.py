@@ -44,15 +44,17 @@ def logs(project):
 
 
 def test_make_sweep_runs_the_grid_once_and_tells_what_dvc_recorded(project):
-    command = sweep(project, SET="train.lr=1e-3,1e-2,1e30", SEEDS="1,2")
+    alone = run(project, *sweep(project, SET="train.lr=1e30", SEEDS="1"), timeout=300)
+    how = "diverged at step 2: loss is nan"
+    assert alone.returncode == 0, alone.stdout
+    assert alone.stdout.count(f"train.lr=1e30 train.seed=1: {how} (") == 1
+    command = sweep(project, SET="train.lr=1e-3,1e-2", SEEDS="1,2")
     done = run(project, *command, timeout=300)
     assert done.returncode == 0, done.stdout
     assert logs(project).count("Running stage 'tokens'") == 1
-    assert logs(project).count("Running stage 'train'") == 6
+    assert logs(project).count("Running stage 'train'") == 5
     table = {float(cells[0]): cells for cells in cells_of(done.stdout)}
-    how = "diverged at step 2: loss is nan"
-    assert done.stdout.count(f"train.lr=1e30 train.seed=1: {how} (") == 1
-    assert table.pop(1e30)[1:] == ["2", "", "", "", how, ""]
+    assert table.pop(1e30)[1:] == ["1", "", "", "", how, ""]
     assert "Left out" not in done.stdout
     kept = project.folder / re.findall(r"curves up to there: .*/(\.dvc/tmp/\S+)", logs(project))[0]
     assert [row.split(",")[0] for row in kept.read_text().splitlines()] == ["step", "1"]
@@ -71,9 +73,7 @@ def test_make_sweep_runs_the_grid_once_and_tells_what_dvc_recorded(project):
     assert git(project, "status", "--porcelain", "-uno") == ""
     again = run(project, *command)
     assert again.returncode == 0
-    assert again.stdout.startswith("6 in the grid, 0 to queue\n**Validation loss"), again.stdout
-    alone = run(project, *sweep(project, SET="train.lr=1e30", SEEDS="1,2"))
-    assert (alone.returncode, cells_of(alone.stdout)) == (0, cells_of(again.stdout))
+    assert again.stdout.startswith("4 in the grid, 0 to queue\n**Validation loss"), again.stdout
 
 
 @pytest.mark.soak

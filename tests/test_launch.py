@@ -288,7 +288,7 @@ def test_hosts_with_other_code_data_settings_or_folders_stop_all(
 @pytest.mark.parametrize(
     ("parallel", "more"),
     [
-        ("fsdp", []),
+        pytest.param("fsdp", [], marks=pytest.mark.soak),
         pytest.param("ddp", [], marks=pytest.mark.soak),
         pytest.param(
             "fsdp",
