@@ -26,7 +26,8 @@ HOLES = 0.55  # of each block that is computed again, as its input stays between
 GATHERED_HOLES = 2.0
 KERNEL_BYTES = 20e6  # of torch's libraries, in memory once they have been used
 SURELY = 1.2  # times what is free: the plan is within a tenth or two
-COMPILER_BYTES = 120e6  # torch's compiler in the process, once it has been used
+# torch's compiler in the process, once it has been used; or imported, which some of torch does
+COMPILER_BYTES, IMPORTED_COMPILER_BYTES = 120e6, 75e6
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
@@ -271,7 +272,10 @@ def peak_memory(
             parts["checkpoint's copy"] = weights + state
         parts["heap, lost between"] = (HEAP - 1) * sum(parts.values())
         parts["interpreter and torch"] = base_bytes + KERNEL_BYTES
-        parts["compiler"] = COMPILER_BYTES * (config.compile is True)
+        if config.compile is True:
+            parts["compiler"] = COMPILER_BYTES
+        elif config.gradient_checkpointing or config.parallel != "none":
+            parts["compiler"] = IMPORTED_COMPILER_BYTES
     return {part: size for part, size in parts.items() if size}
 
 
