@@ -34,46 +34,46 @@ _place:
 	@touch $@
 
 # what `dvc plots` fills: with Vega inside, where DVC's own page loads it from the network
-.dvc/plots-page.html: .venv/.ready stages/plots.py stages/vega.py
-	@python -m stages.plots --template
-	@python -m stages.heal
+.dvc/plots-page.html: .venv/.ready tools/report/plots.py tools/report/vega.py
+	@python -m tools.report.plots --template
+	@python -m tools.heal
 	@dvc config --local plots.html_template plots-page.html
 
 repro: setup heal
-	@python -m lm.check
+	@python -m stages.check
 	@dvc repro
 	@echo
 	@cat metrics/summary.md
-	@python -m stages.report
+	@python -m tools.report
 
 # one page with all that a run gave: metrics/report.html; beside another one: make report REV=main
 report: setup
-	@python -m stages.report $(if $(REV),--compare $(REV))
+	@python -m tools.report $(if $(REV),--compare $(REV))
 
 # every curve as SVG and one page; experiments over each other: make plots REV="workspace NAME"
 plots: REV ?= workspace
 plots: setup
-	@python -m stages.plots $(REV)
+	@python -m tools.report.plots $(REV)
 
 # put right what a killed DVC left torn; then any dvc command goes on
 heal: setup
-	@python -m stages.heal
+	@python -m tools.heal
 
 # the experiments beside their baseline: results, and the settings that differ; of an older commit: REV=main~1
 experiments: setup
-	@python -m stages.experiments $(REV)
+	@python -m tools.experiments $(REV)
 
 # a grid of settings and seeds as DVC experiments, one after the other, and what they show:
 #   make sweep SET='train.lr=3e-3,6e-3 train.weight_decay=0,0.1' SEEDS=1,2,3,4,5
 sweep: SET ?= train.lr=3e-3,6e-3,1.2e-2
 sweep: SEEDS ?= 1,2,3
 sweep: setup heal
-	@python -m stages.sweep $(SET) train.seed=$(SEEDS)
+	@python -m tools.experiments.sweep $(SET) train.seed=$(SEEDS)
 
 # each part of the model left out or moved, over seeds: docs/ABLATIONS.md. make ablations SEEDS=1,2,3
 ablations: SEEDS ?= 1,2,3,4,5
 ablations: setup heal
-	@python -m stages.ablations --seeds $(SEEDS)
+	@python -m tools.experiments.ablations --seeds $(SEEDS)
 
 test: setup .venv/.ready-dev
 	@pytest
@@ -85,7 +85,7 @@ lint: setup .venv/.ready-dev
 
 # is dvc.lock of this code and these settings? Needs no data
 lock: setup
-	@python -m stages.lock
+	@python -m tools.lock
 
 check: lint lock test
 

@@ -19,12 +19,12 @@ from typing import get_args
 import numpy as np
 import torch
 
-from lm.config import load_params, read_section
-from lm.model import ModelConfig
-from lm.sampling import Sampling
-from lm.shards import ShardWriter, token_dtype, write_manifest
-from lm.tokens import Split, open_tokens
-from lm.train import TrainConfig, new_state, train
+from lm.base.config import load_params, read_section
+from lm.data.batches import Split, open_tokens
+from lm.data.order import Sampling
+from lm.data.shards import ShardWriter, token_dtype, write_manifest
+from lm.model.transformer import ModelConfig
+from lm.train.step import TrainConfig, new_state, train
 
 BATCH_SIZE, CONTEXT_LENGTH = 32, 1024
 N_TOKENS, VOCAB_SIZE, END_ID = 50_000_000, 50_257, 50_256

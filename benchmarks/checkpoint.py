@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from lm.checkpoint import commit, contents, save_checkpoint
-from lm.device import describe
-from lm.functional import cross_entropy
-from lm.model import ModelConfig, TransformerLM
-from lm.optim import AdamW
-from lm.resume import ResumeDirectory
+from lm.machine.device import describe
+from lm.model.kernels import cross_entropy
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.runs.checkpoint import commit, contents, save_checkpoint
+from lm.runs.resume import ResumeDirectory
+from lm.train.optim import AdamW
 
 SHAPE = ModelConfig(
     vocab_size=50304, context_length=64, d_model=768, num_layers=12, num_heads=12,

@@ -307,18 +307,18 @@ def ours(shape: Shape, file: Path, device: torch.device, **train_settings: Any) 
 def training(
     shape: Shape, file: Path, device: torch.device, **train_settings: Any
 ) -> tuple[Any, Iterator[dict[str, Any]]]:
-    """The TrainState and lm.train.train as stage train has them.
+    """The TrainState and lm.train.step.train as stage train has them.
 
     The settings are those of params.yaml but for these. With parallel = ddp or fsdp the process is
     joined to those that RANK and the like name.
     """
-    from lm.config import load_params, read_section
-    from lm.device import prepare
-    from lm.files import sha256_file
-    from lm.model import ModelConfig
-    from lm.processes import joined
-    from lm.tokens import Split, TokenStream
-    from lm.train import TrainConfig, new_state, train
+    from lm.base.config import load_params, read_section
+    from lm.base.files import sha256_file
+    from lm.data.batches import Split, TokenStream
+    from lm.machine.device import prepare
+    from lm.machine.processes import joined
+    from lm.model.transformer import ModelConfig
+    from lm.train.step import TrainConfig, new_state, train
 
     model = dict(zip(Shape._fields[1:-1], shape[1:-1], strict=True))
     settings = train_settings | {"batch_size": shape.batch_size, "max_steps": 10**9}

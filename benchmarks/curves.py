@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lm.config import RuntimeConfig, load_params, read_section
-from lm.device import describe, make_deterministic
-from lm.history import COLUMNS, MAX_ROWS
-from lm.model import ModelConfig
-from lm.run import REFRESH_S, Run
-from lm.tokens import Split
-from lm.train import TrainConfig, new_state, train
+from lm.base.config import RuntimeConfig, load_params, read_section
+from lm.data.batches import Split
+from lm.machine.device import describe, make_deterministic
+from lm.model.transformer import ModelConfig
+from lm.runs.history import COLUMNS, MAX_ROWS
+from lm.runs.run import REFRESH_S, Run
+from lm.train.step import TrainConfig, new_state, train
 
 STEPS = 100
 MADE_OF: dict[str, dict[str, str]] = {"inputs": {}, "code": {}, "environment": {}}

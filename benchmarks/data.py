@@ -94,9 +94,9 @@ def nanogpt(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
 def learn_by_tokenizers(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
     """The vocabulary by Hugging Face tokenizers, from the training split that ours learns from."""
     os.environ["RAYON_NUM_THREADS"] = str(cores)
-    from lm.config import load_params, read_section
-    from lm.text import DataConfig, split_documents
-    from lm.tokenizer import load_tokenizer, train_bpe
+    from lm.base.config import load_params, read_section
+    from lm.data.tokenizer import load_tokenizer, train_bpe
+    from lm.prepare.documents import DataConfig, split_documents
 
     params = load_params(ROOT / "params.yaml")
     params["data"] |= {"path": str(file), "separator": END.decode()}
@@ -149,7 +149,7 @@ def _open_tiktoken(tokenizer: Path) -> None:
     global _encoder, _end_id
     import tiktoken
 
-    from lm.tokenizer import load_tokenizer
+    from lm.data.tokenizer import load_tokenizer
 
     ours = load_tokenizer(tokenizer.parent)
     ranks = {ours.decode_bytes([i]): i for i in range(ours.vocab_size) if i != ours.end_id}
@@ -164,7 +164,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 def _open_tokenizers(tokenizer: Path) -> None:
     global _encoder, _end_id
-    from lm.tokenizer import load_tokenizer
+    from lm.data.tokenizer import load_tokenizer
 
     _encoder = load_tokenizer(tokenizer.parent)
     _end_id = _encoder.end_id

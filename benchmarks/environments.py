@@ -14,13 +14,13 @@ from string import ascii_uppercase
 
 import numpy as np
 
-from lm import rng
-from lm.checkpoint import weights_sha256
-from lm.config import load_params, read_section
-from lm.device import choose_device, describe, make_deterministic
-from lm.model import ModelConfig
-from lm.tokens import Split
-from lm.train import TrainConfig, new_state, train
+from lm.base import rng
+from lm.base.config import load_params, read_section
+from lm.data.batches import Split
+from lm.machine.device import choose_device, describe, make_deterministic
+from lm.model.transformer import ModelConfig
+from lm.runs.checkpoint import weights_sha256
+from lm.train.step import TrainConfig, new_state, train
 
 STEPS, VOCABULARY = 20, 2048
 ONE_CORE = ("taskset", "-c", "0")

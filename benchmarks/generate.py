@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lm.config import load_params, read_section
-from lm.device import describe
-from lm.errors import one_line_errors
-from lm.generate import generate
-from lm.huggingface import stock_config, stock_weights
-from lm.model import ModelConfig, TransformerLM
+from lm.base.config import load_params, read_section
+from lm.base.errors import one_line_errors
+from lm.generate.stream import generate
+from lm.machine.device import describe
+from lm.model.huggingface import stock_config, stock_weights
+from lm.model.transformer import ModelConfig, TransformerLM
 
 PROMPT = 8  # ids
 SHAPES = {  # of params.yaml but for these

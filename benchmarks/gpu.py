@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.contestants import SHAPES, Shape
 from benchmarks.worker import Failed, Worker, token_file
-from lm.device import choose_device, describe, matmul_flops_per_second
-from lm.errors import one_line_errors
+from lm.base.errors import one_line_errors
+from lm.machine.device import choose_device, describe, matmul_flops_per_second
 
 NAMES = (
     "nanoGPT, bfloat16, compiled",

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lm.checkpoint import load_model
-from lm.errors import EnvironmentFault, InputError, one_line_errors
-from lm.files import atomic_write, read_json, sha256_file
-from lm.model import TransformerLM
-from lm.tokens import open_tokens
+from lm.base.errors import EnvironmentFault, InputError, one_line_errors
+from lm.base.files import atomic_write, read_json, sha256_file
+from lm.data.batches import open_tokens
+from lm.model.files import load_model
+from lm.model.transformer import TransformerLM
 from stages.evaluate import MODEL, RESULTS, TOKENS, documents
 
 EXPORTED, TASKS = Path("models/huggingface"), Path("benchmarks/tasks")

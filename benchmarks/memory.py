@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.contestants import CHECKPOINTING, SHAPES
 from benchmarks.worker import Failed, Worker, token_file
-from lm.device import describe
-from lm.errors import one_line_errors
+from lm.base.errors import one_line_errors
+from lm.machine.device import describe
 
 OURS = ("ours, float32", "ours, float32, compiled", "ours, bfloat16, compiled")
 PEERS = ("nanoGPT", "nanoGPT, compiled", "Hugging Face Llama", "by the book")

@@ -30,8 +30,8 @@ import torch
 from benchmarks.contestants import PARALLEL, SHAPES, Shape
 from benchmarks.saver import Saver, seconds
 from benchmarks.worker import Child, Failed, Worker, token_file
-from lm.device import describe
-from lm.errors import one_line_errors
+from lm.base.errors import one_line_errors
+from lm.machine.device import describe
 
 Place = dict[str, str]  # RANK and the like, the variables of the environment
 TABLES = "eager", "compiled", "checkpoint"

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.worker import Child, Failed, Tell, begin
-from lm.config import add_overrides
-from lm.errors import InputError, one_line_errors
-from lm.signals import sigterm_raises
+from lm.base.config import add_overrides
+from lm.base.errors import InputError, one_line_errors
+from lm.base.signals import sigterm_raises
 
 SIZES = (128, 4, 4, 344, 64, 12)  # d_model, layers, heads, (d_ff), context, batch of nanoGPT's side
 
@@ -63,15 +63,15 @@ def nanogpt(vocab_size: int, folder: Path, max_iters: int) -> tuple[Iterator[flo
 
 
 def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> Any:
-    """The same of lm.train.train with the settings of a params file."""
+    """The same of lm.train.step.train with the settings of a params file."""
     import torch
 
-    from lm.config import load_params, read_section
-    from lm.device import autocast, prepare
-    from lm.model import ModelConfig
-    from lm.plan import compiling
-    from lm.tokens import Split
-    from lm.train import TrainConfig, new_state, train
+    from lm.base.config import load_params, read_section
+    from lm.data.batches import Split
+    from lm.machine.device import autocast, prepare
+    from lm.model.transformer import ModelConfig
+    from lm.plan.plan import compiling
+    from lm.train.step import TrainConfig, new_state, train
 
     params = load_params(Path(preset), overrides)
     config = read_section(TrainConfig, params, "train")

@@ -2,8 +2,9 @@
 
     python -m benchmarks.scale
 
-Nothing is run: lm.footprint's formulas for models, batches and GPUs that are named here. "even at"
-is the bandwidth at which sending takes as long as computing: with less, it decides the speed.
+Nothing is run: the formulas of lm.plan.footprint for models, batches and GPUs that are named
+here. "even at" is the bandwidth at which sending takes as long as computing: with less, it decides
+the speed.
 """
 
 import dataclasses
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lm.config import load_params, read_section
-from lm.footprint import communication, flops_per_token, parameters, peak_memory
-from lm.model import ModelConfig, TransformerLM
-from lm.plan import MARGIN, largest_micro_batch
-from lm.settings import share_of_batch
-from lm.train import TrainConfig
+from lm.base.config import load_params, read_section
+from lm.base.settings import share_of_batch
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.plan.footprint import communication, flops_per_token, parameters, peak_memory
+from lm.plan.plan import MARGIN, largest_micro_batch
+from lm.train.step import TrainConfig
 
 PRESET = Path(__file__).parent.parent / "presets" / "gpt2-124m.yaml"
 CUDA = torch.device("cuda")

@@ -3,14 +3,14 @@
     python -m benchmarks.seeds
 
 The share of sweeps in which at least one setting is "worse than the best", by how many comparisons
-the intervals allow for. lm/compare.py takes the last row.
+the intervals allow for. tools/experiments/statistics.py takes the last row.
 """
 
 import math
 
 import numpy as np
 
-from lm.compare import difference
+from tools.experiments.statistics import difference
 
 SETTINGS, SEEDS, SWEEPS = 9, 5, 2000
 ROWS = {

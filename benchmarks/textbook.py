@@ -1,8 +1,9 @@
 """A Transformer language model by the book: what one writes from the papers, formula by formula.
 
 Separate layers, an explicit mask and softmax, cross-entropy by logsumexp, AdamW and clipping as
-loops over the parameters. The names of the parameters are those of lm.model, which lends it no
-line: whoever gives both the same weights has an independent oracle.
+loops over the parameters. The names of the parameters are those of
+lm.model.transformer, which lends it no line: whoever gives both the same weights has an
+independent oracle.
 """
 
 import math

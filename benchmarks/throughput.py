@@ -21,8 +21,8 @@ import torch
 
 from benchmarks.contestants import SHAPES, Shape
 from benchmarks.worker import Failed, Worker, token_file
-from lm.device import describe
-from lm.errors import one_line_errors
+from lm.base.errors import one_line_errors
+from lm.machine.device import describe
 
 ALL = (
     "nanoGPT",

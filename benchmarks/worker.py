@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lm.signals import end_with_parent, sigterm_raises
+from lm.base.signals import end_with_parent, sigterm_raises
 
 ROOT = Path(__file__).parent.parent
 Tell = Callable[..., None]  # keyword arguments, to the parent as a line of JSON

@@ -17,21 +17,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lm.baselines import Bigram, uniform_loss_nats
-from lm.checkpoint import load_checkpoint, save_checkpoint
-from lm.console import say
-from lm.errors import one_line_errors
-from lm.evaluate import METRICS, evaluate
-from lm.files import sha256_file
-from lm.footprint import parameters
-from lm.functional import cross_entropy
-from lm.generate import generate
-from lm.grammar import STORIES, stories
-from lm.model import ModelConfig, TransformerLM
-from lm.optim import AdamW, gradient_clipping
-from lm.schedule import get_lr_cosine_schedule
-from lm.tokens import Split
-from lm.train import get_batch
+from lm.base.console import say
+from lm.base.errors import one_line_errors
+from lm.base.files import sha256_file
+from lm.corpus.grammar import STORIES, stories
+from lm.data.batches import Split
+from lm.evaluate.baselines import Bigram, uniform_loss_nats
+from lm.generate.stream import generate
+from lm.model.kernels import cross_entropy
+from lm.model.loss import METRICS, evaluate
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.plan.footprint import parameters
+from lm.runs.checkpoint import load_checkpoint, save_checkpoint
+from lm.train.optim import AdamW, gradient_clipping
+from lm.train.schedule import get_lr_cosine_schedule
+from lm.train.step import get_batch
 
 SEED = 1337
 TEXT_BYTES, HELD_OUT = 400_000, 0.05
@@ -80,7 +80,7 @@ def dataset() -> tuple[Ids, list[str]]:
     n_held_out = math.ceil(HELD_OUT * len(texts))
     training, held_out = encode(texts[n_held_out:]), texts[:n_held_out]
     x, y = get_batch(training, BATCH, CONTEXT, "cpu", seed=SEED, step=1)
-    heading("Dataset", "lm/grammar.py, lm/train.py")
+    heading("Dataset", "lm/corpus/grammar.py, lm/train/step.py")
     explain(
         f"{len(texts):,} short stories, made here; {n_held_out} of them, drawn before anything is "
         f"learnt, are held out. A token is a byte: {len(training):,} tokens to train on.",
@@ -106,7 +106,7 @@ def new_model() -> TransformerLM:
     torch.manual_seed(SEED)
     model = TransformerLM(MODEL)
     by_part = ", ".join(f"{part} {count:,}" for part, count in parameters(MODEL).items())
-    heading("Model", "lm/model.py")
+    heading("Model", "lm/model/transformer.py")
     explain(
         f"A TransformerLM of {MODEL.num_layers} layers, {MODEL.d_model} wide, gives each of the "
         f"{MODEL.vocab_size} tokens a score to be the next.",
@@ -119,7 +119,7 @@ def new_optimizer(model: TransformerLM) -> AdamW:
     """What moves the weights."""
     optimizer = AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
     rates = [get_lr_cosine_schedule(it, LR, MIN_LR, WARMUP, STEPS) for it in (1, WARMUP, STEPS)]
-    heading("Optimizer and schedule", "lm/optim.py, lm/schedule.py")
+    heading("Optimizer and schedule", "lm/train/optim.py, lm/train/schedule.py")
     explain(
         f"AdamW keeps two running means for each parameter: {2 * model.num_parameters():,} numbers "
         "more, which a checkpoint has to hold as well.",
@@ -149,7 +149,7 @@ def train(model: TransformerLM, optimizer: AdamW, training: Ids, done: int, unti
 def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, folder: Path) -> None:
     """Train to the end with a checkpoint half-way; then go on from that once more."""
     half, start = STEPS // 2, time.perf_counter()
-    heading("Training", "lm/train.py")
+    heading("Training", "lm/train/step.py")
     explain(
         "One step: schedule, batch, forward, loss, backward, clip, step. Guessing every byte alike "
         f"costs ln {MODEL.vocab_size} = {uniform_loss_nats(MODEL.vocab_size):.4f} nats.",
@@ -162,7 +162,7 @@ def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, fold
     save_checkpoint(model, optimizer, STEPS, folder / "straight.safetensors")
     say(f"   {STEPS} steps in {time.perf_counter() - start:.1f} s")
 
-    heading("Checkpoint and resume", "lm/checkpoint.py")
+    heading("Checkpoint and resume", "lm/runs/checkpoint.py")
     size_mb = (folder / "half.safetensors").stat().st_size / 1e6
     explain(
         f"save_checkpoint wrote weights and running means after step {half}: {size_mb:.1f} MB. "
@@ -186,7 +186,7 @@ def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
     sums = evaluate(model, Split("held out", ids, len(ids)), 32, one_byte_each)
     unigram, bigram = Bigram(training, MODEL.vocab_size).losses_nats(ids)
     floor = sum(map(STORIES.bits, held_out)) * math.log(2) / len(ids)
-    heading("Metrics", "lm/evaluate.py, lm/baselines.py")
+    heading("Metrics", "lm/model/loss.py, lm/evaluate/baselines.py")
     explain(
         f"On {len(ids):,} held-out bytes, each but the first predicted once: nats per token, "
         "perplexity e^nats, and bits per byte, which compares models with different tokenizers.",
@@ -216,7 +216,7 @@ def sample(model: TransformerLM) -> None:
     prompt = list(b"Once upon a time")
     steps = generate(model, [prompt], SAMPLE_BYTES, temperature=TEMPERATURE, seed=SEED)
     text = decode(prompt + [token.id for (token,) in steps if token is not None])
-    heading("Sample", "lm/generate.py")
+    heading("Sample", "lm/generate/stream.py")
     explain(
         f"Each byte is drawn from softmax(logits / {TEMPERATURE}) and read again to give the next; "
         f"{SAMPLE_BYTES} bytes after {decode(prompt)!r}:",

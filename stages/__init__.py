@@ -57,7 +57,7 @@ if absent or sys.version_info < (3, 11):
     )
     raise SystemExit(3)
 
-from lm.signals import end_with_parent  # noqa: E402 - from source
+from lm.base.signals import end_with_parent  # noqa: E402 - from source
 
 if "RANK" in os.environ:  # one of several processes: torch's C++ warnings come with a traceback
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,6 +1,6 @@
 """Stage corpus: the default text and its manifest, by data.source.
 
-packages: the source code of data.packages, one .jsonl file each; grammar: stories (lm/grammar.py).
+packages: the source code of data.packages, one .jsonl file each; grammar: stories (lm.corpus).
 """
 
 import hashlib
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm.console import ByteProgress, count, say
-from lm.errors import EnvironmentFault, InputError
-from lm.files import atomic_write, read_json, write_json
-from lm.grammar import STORIES, stories
-from lm.packages import python_sources
-from lm.text import DataConfig
+from lm.base.console import ByteProgress, count, say
+from lm.base.errors import EnvironmentFault, InputError
+from lm.base.files import atomic_write, read_json, write_json
+from lm.corpus.grammar import STORIES, stories
+from lm.corpus.packages import python_sources
+from lm.prepare.documents import DataConfig
 from stages.run import Inputs, run
 
 RAW, MANIFEST = Path("data/raw"), Path("data/corpus.json")

@@ -13,25 +13,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from lm.baselines import Bigram, uniform_loss_nats
-from lm.checkpoint import load_model, read_provenance
-from lm.config import RuntimeConfig
-from lm.console import say
-from lm.device import choose_device, free_memory_bytes, make_deterministic
-from lm.errors import InputError
-from lm.evaluate import METRICS, EvaluateConfig, Sums, calibration, evaluate, loss_by_position
-from lm.excerpt import excerpt, excerpt_json
-from lm.files import atomic_write, read_json, sha256_file, write_json
-from lm.footprint import require_memory, validation_logits
-from lm.generate import complete
-from lm.grammar import STORIES
-from lm.history import ended_worse
-from lm.model import TransformerLM
-from lm.report import SHAPES, behind_bigram, require_shape, samples, summary
-from lm.resume import remove_finished, run_folder
-from lm.text import DataConfig
-from lm.tokenizer import Tokenizer
-from lm.tokens import Split, Tokens, open_tokens
+from lm.base.config import RuntimeConfig
+from lm.base.console import say
+from lm.base.errors import InputError
+from lm.base.files import atomic_write, read_json, sha256_file, write_json
+from lm.base.tables import SHAPES, behind_bigram, require_shape, samples, summary
+from lm.corpus.grammar import STORIES
+from lm.data.batches import Split, Tokens, open_tokens
+from lm.data.tokenizer import Tokenizer
+from lm.evaluate.baselines import Bigram, uniform_loss_nats
+from lm.evaluate.excerpt import excerpt, excerpt_json
+from lm.generate.stream import complete
+from lm.machine.device import choose_device, free_memory_bytes, make_deterministic
+from lm.model.files import load_model, read_provenance
+from lm.model.loss import METRICS, EvaluateConfig, Sums, calibration, evaluate, loss_by_position
+from lm.model.transformer import TransformerLM
+from lm.plan.footprint import require_memory, validation_logits
+from lm.prepare.documents import DataConfig
+from lm.runs.history import ended_worse
+from lm.runs.resume import remove_finished, run_folder
 from stages.run import UNFINISHED, Inputs, run
 
 PLACES = {

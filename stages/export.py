@@ -1,7 +1,7 @@
 """Stage export: models/model/ as a folder that Hugging Face opens, with its model card."""
 
-from lm.export import CORPUS, MEASURED, MODEL, OUT, ExportConfig, export, read_results, write
-from lm.text import DataConfig
+from lm.export.folder import CORPUS, MEASURED, MODEL, OUT, ExportConfig, export, read_results, write
+from lm.prepare.documents import DataConfig
 from stages.run import Inputs, run
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from uuid import uuid4
 
-from lm.errors import EnvironmentFault
+from lm.base.errors import EnvironmentFault
 
 
 def launched() -> bool:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lm
-from lm.config import add_overrides, load_params, read_section
-from lm.console import changes, say
-from lm.errors import EnvironmentFault, InputError, one_line_errors
-from lm.files import sha256_file
+from lm.base.config import add_overrides, load_params, read_section
+from lm.base.console import changes, say
+from lm.base.errors import EnvironmentFault, InputError, one_line_errors
+from lm.base.files import sha256_file
 from stages import EXECUTED, ROOT
 
 PARAMS = Path("params.yaml")
@@ -48,7 +48,7 @@ class Inputs:
         self._looks: list[Signature | None] = []  # of code and settings, when last compared
 
     def section(self, kind: type[Config], name: str, **derived: Any) -> Config:
-        """A section of params.yaml as its dataclass; see lm.config.read_section."""
+        """A section of params.yaml as its dataclass; see lm.base.config.read_section."""
         return read_section(kind, self.params, name, str(PARAMS), **derived)
 
     def watch(self, *paths: Path) -> None:
@@ -162,7 +162,7 @@ def _check_all(params: Params, stage: str) -> None:
     if "RANK" in os.environ:  # who launched this process has checked
         return
     get = multiprocessing.get_context
-    context = get("fork") if sys.platform == "linux" else get("spawn")  # see lm.workers
+    context = get("fork") if sys.platform == "linux" else get("spawn")  # see lm.prepare.workers
     process = context.Process(target=_check, args=(params, stage))
     process.start()
     process.join()
@@ -173,7 +173,7 @@ def _check_all(params: Params, stage: str) -> None:
 def _check(params: Params, stage: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the stage tells that it was interrupted
     with one_line_errors():
-        importlib.import_module("lm.check").check(params, str(PARAMS), stage)
+        importlib.import_module("stages.check").check(params, str(PARAMS), stage)
 
 
 def _files(path: Path) -> list[Path]:

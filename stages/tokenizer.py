@@ -6,18 +6,18 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from lm.config import RuntimeConfig
-from lm.console import say
-from lm.sample import write_sample
-from lm.text import DataConfig, source_files, split_documents
-from lm.tokenizer import (
+from lm.base.config import RuntimeConfig
+from lm.base.console import say
+from lm.data.tokenizer import (
     TokenizerConfig,
     byte_tokenizer,
     foreign_tokenizer,
     from_tiktoken,
     train_bpe_large,
 )
-from lm.workers import number_of_workers
+from lm.prepare.documents import DataConfig, source_files, split_documents
+from lm.prepare.learning_sample import write_sample
+from lm.prepare.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
 
 TOKENIZER, OWN_TOKENIZERS = Path("data/tokenizer"), Path("data/tokenizers")

@@ -8,15 +8,23 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from lm.config import RuntimeConfig
-from lm.console import say
-from lm.files import atomic_write, sha256_json, write_json
-from lm.prepare import Job, drop_unused, encode_all, open_encoder, require_done, share, tasks
-from lm.publish import publish
-from lm.report import data_table, files_table
-from lm.shards import MANIFEST
-from lm.text import DataConfig, in_words, kinds, plan, source_files, sources
-from lm.workers import number_of_workers
+from lm.base.config import RuntimeConfig
+from lm.base.console import say
+from lm.base.files import atomic_write, sha256_json, write_json
+from lm.base.tables import data_table, files_table
+from lm.data.shards import MANIFEST
+from lm.prepare.collect import publish
+from lm.prepare.documents import DataConfig, in_words, kinds, plan, source_files, sources
+from lm.prepare.encode_shards import (
+    Job,
+    drop_unused,
+    encode_all,
+    open_encoder,
+    require_done,
+    share,
+    tasks,
+)
+from lm.prepare.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
 
 TOKENIZER, TOKENS, RESULTS = Path("data/tokenizer"), Path("data/tokens"), Path("metrics")

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import torch
 
-from lm.config import RuntimeConfig
-from lm.console import say
-from lm.device import choose_device, describe, environment, prepare
-from lm.evaluate import evaluate, loss_nats
-from lm.files import sha256_file
-from lm.huggingface import start_from
-from lm.model import ModelConfig, TransformerLM
-from lm.plan import (
+from lm.base.config import RuntimeConfig
+from lm.base.console import say
+from lm.base.files import sha256_file
+from lm.base.settings import share_of_batch
+from lm.data.batches import Split, Tokens, open_tokens
+from lm.data.tokenizer import Tokenizer, load_tokenizer
+from lm.machine.device import choose_device, describe, environment, prepare
+from lm.machine.processes import Processes, joined
+from lm.model.huggingface import start_from
+from lm.model.loss import evaluate, loss_nats
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.plan.plan import (
     Forecast,
     Plan,
     begin,
@@ -23,12 +27,8 @@ from lm.plan import (
     require_room,
     require_room_for_processes,
 )
-from lm.processes import Processes, joined
-from lm.run import Run, due
-from lm.settings import share_of_batch
-from lm.tokenizer import Tokenizer, load_tokenizer
-from lm.tokens import Split, Tokens, open_tokens
-from lm.train import TrainConfig, TrainState, train
+from lm.runs.run import Run, due
+from lm.train.step import TrainConfig, TrainState, train
 from stages.launch import launch, launched
 from stages.run import UNFINISHED, Inputs, run
 

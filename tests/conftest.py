@@ -24,10 +24,10 @@ import hypothesis
 import pytest
 import torch
 
-from lm.config import load_params, read_section
-from lm.model import ModelConfig, TransformerLM
-from lm.text import DataConfig
-from lm.train import TrainConfig
+from lm.base.config import load_params, read_section
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.prepare.documents import DataConfig
+from lm.train.step import TrainConfig
 from tests.kill import commit, copied, dvc, lent, outputs, versioned
 from tests.project import SMOKE, Project
 from tests.servers import reserved_port

@@ -104,7 +104,7 @@ def ran(output: str) -> list[str]:
 
 def heal(project: Project) -> str:
     """What the healing says."""
-    done = run(project, "python", "-m", "stages.heal")
+    done = run(project, "python", "-m", "tools.heal")
     assert done.returncode == 0, done.stdout
     return done.stdout
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lm.shards import SPLITS, ShardWriter, token_dtype, write_manifest
-from lm.tokenizer import Tokenizer
+from lm.data.shards import SPLITS, ShardWriter, token_dtype, write_manifest
+from lm.data.tokenizer import Tokenizer
 from tests.faults import run_warm
 
 ROOT = Path(__file__).parent.parent

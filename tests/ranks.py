@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from lm.errors import EnvironmentFault
-from lm.processes import joined
+from lm.base.errors import EnvironmentFault
+from lm.machine.processes import joined
 from tests.servers import reserved_port
 
 # not a fork of the process of the tests, which has threads by now

@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 
-from lm.config import load_params, read_section
-from lm.errors import InputError
-from lm.model import ModelConfig, TransformerLM
-from stages.ablations import page, variants
-from stages.compare import BITS, LOSS
-from stages.experiments import Experiment
+from lm.base.config import load_params, read_section
+from lm.base.errors import InputError
+from lm.model.transformer import ModelConfig, TransformerLM
 from tests.kill import commit, run, survivors, versioned
 from tests.project import ROOT
 from tests.test_compare import cells_of
+from tools.experiments.ablations import page, variants
+from tools.experiments.compare import BITS, LOSS
+from tools.experiments.read import Experiment
 
 
 def result(variant, seed, loss):

@@ -27,11 +27,11 @@ import yaml
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from lm.checkpoint import PROVENANCE, save_model
-from lm.config import load_params, read_section
-from lm.files import sha256_file, write_json
-from lm.model import ModelConfig, TransformerLM
-from lm.tokenizer import END_TOKEN, load_tokenizer, train_bpe
+from lm.base.config import load_params, read_section
+from lm.base.files import sha256_file, write_json
+from lm.data.tokenizer import END_TOKEN, load_tokenizer, train_bpe
+from lm.model.files import PROVENANCE, save_model
+from lm.model.transformer import ModelConfig, TransformerLM
 from tests.project import SMOKE, Project
 
 OUTPUTS = ("data", "models", "metrics")
@@ -759,7 +759,7 @@ ROWS = [
             (poked(float("-inf")), "lm_head.weight: 1 of … values are not finite"),
             (weights(lambda t: t * 3e38), "weights too large: logits are not finite; lower train.lr"),
         )
-        for stage in ("evaluate", "lm.gguf")
+        for stage in ("evaluate", "lm.export.gguf")
     ),
     *(
         Row("model", "evaluate", [saved(change)], 2, f"{WEIGHTS}: {line}")
@@ -780,7 +780,7 @@ ROWS = [
         )
     ),
     Row("model", "evaluate", [settings_of(num_layers=2_000_000)], 2, f"{WEIGHTS}: another model: num_layers = 2000000 in its settings, 2 in its weights"),
-    Row("model", "lm.gguf", [settings_of(num_layers=2_000_000)], 2, f"{WEIGHTS}: another model: num_layers = 2000000 in its settings, 2 in its weights"),
+    Row("model", "lm.export.gguf", [settings_of(num_layers=2_000_000)], 2, f"{WEIGHTS}: another model: num_layers = 2000000 in its settings, 2 in its weights"),
     Row("model", "evaluate", [settings_of(d_model=10**9)], 2, f"{WEIGHTS}: another model: d_model = 1000000000 in its settings, … in its weights"),
     Row("model", "evaluate", [settings_of(d_ff=10**9)], 2, f"{WEIGHTS}: another model: d_ff = 1000000000 in its settings, … in its weights"),
     Row("model", "evaluate", [settings_of(vocab_size=10**9)], 2, f"{WEIGHTS}: another model: vocab_size = 1000000000 in its settings, 300 in its weights"),

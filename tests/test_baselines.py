@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lm.baselines import Bigram, uniform_loss_nats
+from lm.evaluate.baselines import Bigram, uniform_loss_nats
 
 
 def by_hand(train, valid, vocab_size):
@@ -27,7 +27,7 @@ def by_hand(train, valid, vocab_size):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 22])
 def test_losses_equal_counts_by_hand(monkeypatch, chunk):
-    monkeypatch.setattr("lm.baselines.CHUNK_TOKENS", chunk)
+    monkeypatch.setattr("lm.evaluate.baselines.CHUNK_TOKENS", chunk)
     random = np.random.default_rng(0)
     train, valid = random.zipf(1.5, 500) % 20, random.zipf(1.5, 90) % 25
     got = Bigram(train, 25).losses_nats(valid)

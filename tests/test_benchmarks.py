@@ -22,9 +22,9 @@ from benchmarks.parallel import Way, measure_saving, started, table
 from benchmarks.race import Curve, Point, report, validation_loss
 from benchmarks.scaling import scaled
 from benchmarks.worker import Worker
-from lm.functional import cross_entropy
-from lm.model import TransformerLM
-from lm.optim import AdamW, gradient_clipping
+from lm.model.kernels import cross_entropy
+from lm.model.transformer import TransformerLM
+from lm.train.optim import AdamW, gradient_clipping
 from tests.kill import gone
 from tests.project import ROOT
 

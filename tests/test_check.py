@@ -4,10 +4,10 @@ import subprocess
 
 import pytest
 
-from lm import plan
-from lm.check import check
-from lm.config import load_params
-from lm.errors import InputError
+from lm.base.config import load_params
+from lm.base.errors import InputError
+from lm.plan.plan import plan
+from stages.check import check
 from tests.kill import ran, run, versioned
 from tests.project import ROOT, SMOKE
 
@@ -35,7 +35,7 @@ def test_the_plan_checks_without_planning(capsys):
 def test_make_repro_checks_before_dvc_looks():
     command = ["make", "-n", "repro"]
     steps = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    assert steps.index("python -m lm.check") < steps.index("dvc repro")
+    assert steps.index("python -m stages.check") < steps.index("dvc repro")
 
 
 def test_what_dvc_brings_or_makes_need_not_be_there(tmp_path, monkeypatch):

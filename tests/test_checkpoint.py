@@ -17,22 +17,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lm.checkpoint import (
-    commit,
-    load_checkpoint,
-    load_model,
-    read_extra,
-    save_checkpoint,
-    save_model,
-    verify,
-)
-from lm.config import load_params, read_section
-from lm.errors import EnvironmentFault, InputError
-from lm.functional import cross_entropy
-from lm.model import ModelConfig, TransformerLM
-from lm.optim import OPTIMIZERS, AdamW
-from lm.tokenizer import byte_tokenizer
-from lm.train import TrainConfig
+from lm.base.config import load_params, read_section
+from lm.base.errors import EnvironmentFault, InputError
+from lm.data.tokenizer import byte_tokenizer
+from lm.model.files import load_model, save_model
+from lm.model.kernels import cross_entropy
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.runs.checkpoint import commit, load_checkpoint, read_extra, save_checkpoint, verify
+from lm.train.optim import OPTIMIZERS, AdamW
+from lm.train.step import TrainConfig
 from tests.project import SMOKE, change
 
 
@@ -505,7 +498,7 @@ def test_a_mask_with_infinities_is_restored(tmp_path):
 
 
 def test_a_checkpoint_from_the_future_is_refused(model, train_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("lm.checkpoint.FORMAT", 9)
+    monkeypatch.setattr("lm.runs.checkpoint.FORMAT", 9)
     path = tmp_path / "a.safetensors"
     save_checkpoint(model, OPTIMIZERS["adamw"](model, train_config), 0, path)
     monkeypatch.undo()

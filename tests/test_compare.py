@@ -11,13 +11,13 @@ import pytest
 import vl_convert
 from scipy import stats
 
-from lm.compare import compare, difference, interval
-from lm.errors import InputError
-from stages.compare import BITS, LOSS, report
-from stages.experiments import Experiment
-from stages.sweep import points
+from lm.base.errors import InputError
 from tests.kill import Victim, commit, git, living, run, survivors, versioned
 from tests.project import ROOT
+from tools.experiments.compare import BITS, LOSS, report
+from tools.experiments.read import Experiment
+from tools.experiments.statistics import compare, difference, interval
+from tools.experiments.sweep import points
 
 
 @pytest.fixture
@@ -390,9 +390,12 @@ def test_a_stopped_sweep_goes_on_and_failures_are_named(project, how):
 def test_what_cannot_be_compared_is_told_in_one_line(tmp_path):
     project = versioned(tmp_path / "project")
     for command, words in (
-        (("stages.compare",), "fewer than two finished experiments"),
-        (("stages.compare", "no-such-rev"), "unknown Git revision 'no-such-rev'"),
-        (("stages.sweep", "train.lrr=1,2"), "unknown key train.lrr (did you mean train.lr?)"),
+        (("tools.experiments.compare",), "fewer than two finished experiments"),
+        (("tools.experiments.compare", "no-such-rev"), "unknown Git revision 'no-such-rev'"),
+        (
+            ("tools.experiments.sweep", "train.lrr=1,2"),
+            "unknown key train.lrr (did you mean train.lr?)",
+        ),
     ):
         done = run(project, "python", "-m", *command)
         assert done.returncode == 2
@@ -401,7 +404,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path):
         assert done.stdout.count("\n") == 1
     shutil.rmtree(project.folder / ".git")
     for state in ("no git", "no commit"):
-        done = run(project, "python", "-m", "stages.compare")
+        done = run(project, "python", "-m", "tools.experiments.compare")
         code = 3 if state == "no git" else 2
         assert (done.returncode, done.stdout.count("\n")) == (code, 1), (state, done.stdout)
         git(project, "init", "-q")

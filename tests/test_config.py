@@ -9,14 +9,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from ruamel.yaml import YAMLError
 
-from lm.config import RuntimeConfig, load_params, parse_yaml, read_section
-from lm.errors import InputError
-from lm.evaluate import EvaluateConfig
-from lm.export import ExportConfig
-from lm.model import ModelConfig
-from lm.text import DataConfig, SourceConfig
-from lm.tokenizer import TokenizerConfig
-from lm.train import TrainConfig
+from lm.base.config import RuntimeConfig, load_params, parse_yaml, read_section
+from lm.base.errors import InputError
+from lm.data.tokenizer import TokenizerConfig
+from lm.export.folder import ExportConfig
+from lm.model.loss import EvaluateConfig
+from lm.model.transformer import ModelConfig
+from lm.prepare.documents import DataConfig, SourceConfig
+from lm.train.step import TrainConfig
 from tests.project import ROOT, SMOKE
 
 KINDS = {

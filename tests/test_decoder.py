@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lm.decoder import SPAN, Decoder
-from lm.errors import InputError
+from lm.base.errors import InputError
+from lm.generate.decoder import SPAN, Decoder
 from tests.test_model import END, PACKED, VARIANTS, as_llama, variant_model
 
 PROMPTS = [[7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 5, 5]]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lm.config import SECTIONS, load_params
+from lm.base.config import SECTIONS, load_params
 from tests.kill import copied
 from tests.project import ROOT
 
@@ -21,9 +21,15 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 HISTORY = {"CHANGELOG.md", "docs/LOG.md"}  # tell of what was there
 CURRENT = {name: text for name, text in PAGES.items() if name not in HISTORY}
 # processes that others start, which nobody types
-INTERNAL = {"lm.tokenizer", "benchmarks.saver", "benchmarks.worker"}
+INTERNAL = {"lm.data.tokenizer", "benchmarks.saver", "benchmarks.worker"}
 # not run here: what has tests of its own, takes experiments to work on, or goes on for ever
-ELSEWHERE = {"lm.demo", "lm.serve", "stages.ablations", "stages.compare", "stages.sweep"}
+ELSEWHERE = {
+    "lm.demo",
+    "lm.serve.app",
+    "tools.experiments.ablations",
+    "tools.experiments.compare",
+    "tools.experiments.sweep",
+}
 
 
 def code(text):

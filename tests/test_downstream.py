@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from benchmarks.harness import document_nats
-from lm.checkpoint import save_model
-from lm.errors import InputError
-from lm.generate import generate
-from lm.gguf import main, write
-from lm.tokenizer import GPT2_PATTERN, Tokenizer, byte_tokenizer, train_bpe
+from lm.base.errors import InputError
+from lm.data.tokenizer import GPT2_PATTERN, Tokenizer, byte_tokenizer, train_bpe
+from lm.export.gguf import main, write
+from lm.generate.stream import generate
+from lm.model.files import save_model
 from tests.project import ROOT
 from tests.test_model import variant_model
 

@@ -15,10 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
-import lm.encoder
-from lm.encoder import DocumentRefused, Encoder, EncodersDiffer
-from lm.errors import InputError
-from lm.tokenizer import (
+import lm.prepare.encoder
+from lm.base.errors import InputError
+from lm.data.tokenizer import (
     END_TOKEN,
     NEWER_CHARACTERS,
     Tokenizer,
@@ -27,6 +26,7 @@ from lm.tokenizer import (
     from_tiktoken,
     train_bpe,
 )
+from lm.prepare.encoder import DocumentRefused, Encoder, EncodersDiffer
 from tests.project import ROOT
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -89,7 +89,7 @@ def test_ids_equal_tokenizers_and_tiktoken(encoder, encoding, bpe, texts):
 def test_both_libraries_and_both_ways_of_gigatoken_give_the_same(bpe, encoder, monkeypatch):
     documents = [line.encode() for text in MIXED for line in text.splitlines() if line] * 3
     one_by_one = encoder.encode(documents)
-    monkeypatch.setattr(lm.encoder, "SHORT_RUN", 0)
+    monkeypatch.setattr(lm.prepare.encoder, "SHORT_RUN", 0)
     batched = encoder.encode(documents)
     slow = Encoder(bpe, "tokenizers")
     assert slow.library == "tokenizers"
@@ -105,21 +105,21 @@ def test_a_long_document_is_encoded_in_pieces_and_nobody_can_tell(bpe, library, 
     expected = bpe.encode_batch([document.decode() for document in documents])
     encoder = Encoder(bpe, library)
     for size in (1000, 5003):
-        monkeypatch.setattr(lm.encoder, "GROUP_BYTES", size)
+        monkeypatch.setattr(lm.prepare.encoder, "GROUP_BYTES", size)
         assert len(encoder._pieces(0, documents[1])) > len(text) // size // 4
         assert split(*encoder.encode(documents)) == expected
 
 
 def test_where_all_words_are_joined_the_search_for_a_cut_has_an_end():
-    ends = list(lm.encoder._word_ends(b"ab " * (1 << 20), 1 << 20, 1 << 24))
+    ends = list(lm.prepare.encoder._word_ends(b"ab " * (1 << 20), 1 << 20, 1 << 24))
     assert len(ends) == 32 * 100
     assert ends[0] > 1 << 20
-    assert not list(lm.encoder._word_ends(b"x" * (1 << 21), 0, 1 << 24))
+    assert not list(lm.prepare.encoder._word_ends(b"x" * (1 << 21), 0, 1 << 24))
 
 
 def test_a_run_that_cannot_be_cut_has_a_limit(encoder, monkeypatch):
-    monkeypatch.setattr(lm.encoder, "GROUP_BYTES", 1000)
-    monkeypatch.setattr(lm.encoder, "RUN_BYTES", 1 << 20)
+    monkeypatch.setattr(lm.prepare.encoder, "GROUP_BYTES", 1000)
+    monkeypatch.setattr(lm.prepare.encoder, "RUN_BYTES", 1 << 20)
     assert encoder.encode([b"x" * 5000])[1].tolist() == [len(encoder.encode([b"x" * 5000])[0])]
     with pytest.raises(DocumentRefused, match="1 MiB without a place where the tokenizer") as e:
         encoder.encode([b"x", b"x" * (1 << 20) + b"x"])
@@ -229,7 +229,7 @@ def test_every_call_compares_a_sample_so_that_a_wrong_library_is_found_out(bpe, 
 
 def test_a_document_that_gets_lost_is_noticed(encoder, monkeypatch):
     """gigatoken drops empty ones from some sources; we pass none, and count."""
-    monkeypatch.setattr(lm.encoder, "SHORT_RUN", 0)
+    monkeypatch.setattr(lm.prepare.encoder, "SHORT_RUN", 0)
     lose = encoder._by_gigatoken
     monkeypatch.setattr(encoder, "_by_gigatoken", lambda texts: lose(texts[1:]))
     with pytest.raises(EncodersDiffer, match="made 2 texts of 3"):
@@ -239,11 +239,11 @@ def test_a_document_that_gets_lost_is_noticed(encoder, monkeypatch):
 GROWTH = """
 import random, sys
 import psutil
-import lm.encoder
-from lm.encoder import Encoder
-from lm.tokenizer import byte_tokenizer, train_bpe
+import lm.prepare.encoder
+from lm.prepare.encoder import Encoder
+from lm.data.tokenizer import byte_tokenizer, train_bpe
 
-lm.encoder.CACHE_BYTES = int(sys.argv[1]) << 20
+lm.prepare.encoder.CACHE_BYTES = int(sys.argv[1]) << 20
 encoder = Encoder(train_bpe(["low lower lowest"], 300), "gigatoken")
 letters = bytes(b"abcdefghijklmnopqrstuvwxyz      "[i % 32] for i in range(256))
 before = psutil.Process().memory_info().rss
@@ -265,8 +265,8 @@ def test_memory_stays_bounded_when_every_word_is_new():
 BLOCKED = """
 import sys
 sys.modules["gigatoken"] = None  # import gigatoken raises ImportError
-from lm.encoder import Encoder
-from lm.tokenizer import train_bpe
+from lm.prepare.encoder import Encoder
+from lm.data.tokenizer import train_bpe
 text = open("README.md").read()
 encoder = Encoder(train_bpe([text], 500))
 ids, lengths = encoder.encode([text.encode(), b"another"])
@@ -287,8 +287,8 @@ def test_without_gigatoken_the_ids_are_the_same():
 
 FORKED = """
 import multiprocessing, os, sys, threading
-from lm.encoder import Encoder
-from lm.tokenizer import train_bpe
+from lm.prepare.encoder import Encoder
+from lm.data.tokenizer import train_bpe
 text = open("README.md").read()
 encoder = Encoder(train_bpe([text], 500), sys.argv[1])
 encoder.encode([text.encode()])
@@ -366,7 +366,7 @@ def test_refusals_travel_between_processes():
 
 
 def test_words_in_any_order_keep_their_ids_while_the_cache_is_renewed(bpe, monkeypatch):
-    monkeypatch.setattr(lm.encoder, "CACHE_BYTES", 0)
+    monkeypatch.setattr(lm.prepare.encoder, "CACHE_BYTES", 0)
     encoder = Encoder(bpe, "gigatoken")
     words = ENGLISH.split(" ")
     for i in range(5):

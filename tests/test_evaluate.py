@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lm.errors import InputError
-from lm.evaluate import METRICS, bits_per_byte, calibration, evaluate, loss_by_position
-from lm.model import TransformerLM
-from lm.tokens import Split
+from lm.base.errors import InputError
+from lm.data.batches import Split
+from lm.model.loss import METRICS, bits_per_byte, calibration, evaluate, loss_by_position
+from lm.model.transformer import TransformerLM
 
 TOKENS = np.random.default_rng(1).integers(0, 96, 203)
 SPLIT = Split("valid", TOKENS.astype(np.uint16), 0)

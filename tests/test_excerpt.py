@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from lm import excerpt as excerpts
-from lm.excerpt import excerpt, excerpt_json
-from lm.model import TransformerLM
-from lm.tokenizer import byte_tokenizer
-from lm.tokens import Split
+from lm.data.batches import Split
+from lm.data.tokenizer import byte_tokenizer
+from lm.evaluate.excerpt import excerpt, excerpt_json
+from lm.model.loss import excerpt as excerpts
+from lm.model.transformer import TransformerLM
 
 TOKENIZER = byte_tokenizer()
 

@@ -57,7 +57,7 @@ def test_an_experiment_is_compared_renamed_branched_and_applied(finished):
     loss = difference["metrics"]["metrics/eval.json"]["loss_nats"]
     assert loss == metrics["metrics/eval.json"]["loss_nats"]
     for name in ("higher", git(finished, "rev-parse", "--short", "HEAD")):
-        done = run(finished, "python", "-m", "stages.report", "--compare", name)
+        done = run(finished, "python", "-m", "tools.report", "--compare", name)
         assert done.stdout == "Report in metrics/report-compare.html\n"
         page = finished.folder / "metrics/report-compare.html"
         assert f"<h1>{name} and workspace</h1>" in page.read_text()
@@ -104,7 +104,7 @@ def test_a_queued_grid_runs_the_code_and_settings_of_its_time(finished):
         settings = lock["params"]["params.yaml"]["evaluate"]
         assert (settings["seed"], settings["max_new_tokens"]) == (seed, 16)
         md5 = {entry["path"]: entry["md5"] for entry in lock["deps"]}
-        assert md5["lm/report.py"] == hashlib.md5(queued.encode()).hexdigest()
+        assert md5["lm/base/tables.py"] == hashlib.md5(queued.encode()).hexdigest()
     said = dvc(finished, "queue", "logs", "mine")
     assert "error: data.path = mine: no such file or folder" in said
 
@@ -132,7 +132,7 @@ def test_results_and_changed_settings_of_experiments_are_read_at_80_columns(fini
     assert sliding[4:] == ["evaluate.stride=16"]
     assert queued[:5] == ["moved", "(queued)", "-", "-", "-"]
     assert queued[5].startswith("data.path=/")
-    named = run(finished, "python", "-m", "stages.experiments", "sliding").stdout
+    named = run(finished, "python", "-m", "tools.experiments", "sliding").stdout
     assert named.splitlines()[1].split() == ["sliding", *sliding[1:4]]
 
 
@@ -173,9 +173,9 @@ def test_a_temporary_experiment_leaves_the_workspace_alone_until_it_is_applied(f
     dvc(finished, "exp", "apply", "aside")
     assert outputs(finished) != before
     assert code.read_text() != edited  # swept away without a word
-    git(finished, "checkout", "refs/exps/apply/stash", "--", "lm/schedule.py")
+    git(finished, "checkout", "refs/exps/apply/stash", "--", "lm/train/schedule.py")
     assert code.read_text() == edited
-    git(finished, "checkout", "HEAD", "--", "lm/schedule.py")
+    git(finished, "checkout", "HEAD", "--", "lm/train/schedule.py")
     # it took back what was committed since, too
     assert "team" not in dvc(finished, "remote", "list")
     assert heal(finished).endswith("by: git checkout HEAD -- .dvc/config\n")

@@ -21,17 +21,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lm.card import MARK, aligned, loss_curve
-from lm.checkpoint import load_model, save_model
-from lm.config import read_section
-from lm.errors import InputError
-from lm.export import ExportConfig, _compared, export, main, write
-from lm.files import write_json
-from lm.generate import generate
-from lm.huggingface import start_from, stock_config, stock_weights
-from lm.model import TransformerLM
-from lm.report import samples
-from lm.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from lm.base.config import read_section
+from lm.base.errors import InputError
+from lm.base.files import write_json
+from lm.base.tables import samples
+from lm.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from lm.export.card import MARK, aligned, loss_curve
+from lm.export.folder import ExportConfig, _compared, export, main, write
+from lm.generate.stream import generate
+from lm.model.files import load_model, save_model
+from lm.model.huggingface import start_from, stock_config, stock_weights
+from lm.model.transformer import TransformerLM
 from tests.kill import copied, dvc, ran
 from tests.project import ROOT, one_line
 from tests.test_model import variant_model
@@ -183,7 +183,7 @@ def test_a_folder_of_others_is_left_as_it_is_and_ours_is_written_again(saved, tm
     (out / "deep").mkdir(parents=True)
     (out / "README.md").write_text("somebody's card")
     for place in (out, folder, tmp_path / "out" / "README.md"):
-        with pytest.raises(InputError, match=r"not written by lm.export|not a folder"):
+        with pytest.raises(InputError, match=r"not written by lm.export.folder|not a folder"):
             write(export(folder, NO_LICENSE, None), place)
     assert [file.name for file in sorted(out.iterdir())] == ["README.md", "deep"]
     assert (out / "README.md").read_text() == "somebody's card"
@@ -475,5 +475,5 @@ def test_verify_replays_a_run_that_started_from_a_folder(finished):
     )
     finished.set("train.init_from", "mine")
     assert ran(dvc(finished, "repro")) == ["train", "evaluate", "export"]
-    done = finished.run("python", "-m", "lm.verify", "--replay", "20", "--device", "cpu")
+    done = finished.run("python", "-m", "tools.verify", "--replay", "20", "--device", "cpu")
     assert "replayed steps 1 to 20: the weights at step 8, step 16, step 20" in done.stdout

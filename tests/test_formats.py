@@ -17,8 +17,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.errors import InputError
-from lm.formats import (
+from lm.base.errors import InputError
+from lm.prepare.formats import (
     MARK,
     MAX_DOCUMENT_BYTES,
     PLAIN,
@@ -45,7 +45,7 @@ def in_pieces(**sizes):
     """Read so many bytes at a time: CHUNK_BYTES, SEARCH_BYTES, MAX_DOCUMENT_BYTES."""
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
-            patch.setattr(f"lm.formats.{name}", size)
+            patch.setattr(f"lm.prepare.formats.{name}", size)
         yield patch
 
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lm.checkpoint import save_model
-from lm.decoder import Decoder, memory_bytes
-from lm.generate import Completion, complete, complete_many, generate, main, sample, stream
-from lm.model import TransformerLM
-from lm.tokenizer import byte_tokenizer
+from lm.data.tokenizer import byte_tokenizer
+from lm.generate.decoder import Decoder, memory_bytes
+from lm.generate.stream import Completion, complete, complete_many, generate, main, sample, stream
+from lm.model.files import save_model
+from lm.model.transformer import TransformerLM
 from tests.test_model import as_llama, variant_model
 
 

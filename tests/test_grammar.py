@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import yaml
 
-from lm.baselines import Bigram
-from lm.config import read_section
-from lm.files import sha256_file
-from lm.grammar import STORIES, Grammar, stories, story
-from lm.text import DataConfig, split_documents
-from lm.tokenizer import load_tokenizer
+from lm.base.config import read_section
+from lm.base.files import sha256_file
+from lm.corpus.grammar import STORIES, Grammar, stories, story
+from lm.data.tokenizer import load_tokenizer
+from lm.evaluate.baselines import Bigram
+from lm.prepare.documents import DataConfig, split_documents
 from tests.project import ROOT, one_line, write_tokens
 
 TINY = """

@@ -1,4 +1,4 @@
-"""stages.heal: what stops DVC is a state of files; after healing the same command works."""
+"""tools.heal: what stops DVC is a state of files; after healing the same command works."""
 
 import copy
 import fcntl
@@ -12,9 +12,9 @@ import psutil
 import pytest
 import yaml
 
-from stages.heal import fault_of_dvc_lock
 from tests.kill import Victim, commit, git, heal, outputs, run, survivors
 from tests.project import ROOT
+from tools.heal import fault_of_dvc_lock
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def test_what_is_whole_is_left_as_it_is_without_a_word_or_a_heavy_import(project
     before = {f: f.read_bytes() for f in project.folder.rglob("*") if f.is_file()}
     assert heal(project) == ""
     assert {f: f.read_bytes() for f in before} == before
-    program = "import sys, stages.heal; sys.exit(bool({'torch', 'dvc', 'psutil'} & {*sys.modules}))"
+    program = "import sys, tools.heal; sys.exit(bool({'torch', 'dvc', 'psutil'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_make_repro_heals_first():
     plan = subprocess.run(["make", "-n", "repro"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert plan.index("python -m stages.heal") < plan.index("dvc repro")
+    assert plan.index("python -m tools.heal") < plan.index("dvc repro")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_nothing_is_healed_while_a_training_runs_that_cannot_be_seen(project, de
     (project.folder / ".dvc/tmp/rwlock").write_text("")
     with open(lock) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = run(project, "python", "-m", "stages.heal")
+        done = run(project, "python", "-m", "tools.heal")
         assert done.returncode == 75
         assert "cannot be seen" in done.stdout
     assert "rwlock was torn" in heal(project)
@@ -245,7 +245,7 @@ def test_a_torn_dvc_lock_is_healed_without_git(project, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     (project.folder / "dvc.lock").write_text("")
-    program = [sys.executable, "-m", "stages.heal"]
+    program = [sys.executable, "-m", "tools.heal"]
     environment = os.environ | {"PATH": str(tmp_path / "bin")}
     done = subprocess.run(program, cwd=project.folder, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -329,7 +329,7 @@ def test_a_branch_comes_back_where_git_keeps_no_folder_in_the_project(project, p
 
 def test_a_project_without_git_works_and_uses_git_once_it_is_there(project):
     (project.folder / ".git").rename(project.folder / "kept")
-    modules = ("lm.verify", "stages.plots")
+    modules = ("tools.verify", "tools.report.plots")
     for module in modules:
         done = run(project, "python", "-m", module)
         assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
@@ -340,7 +340,7 @@ def test_a_project_without_git_works_and_uses_git_once_it_is_there(project):
     for module in modules:
         done = run(project, "python", "-m", module)
         assert done.returncode == 0, done.stdout
-    done = run(project, "python", "-m", "stages.compare")
+    done = run(project, "python", "-m", "tools.experiments.compare")
     assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
     assert "git init" in done.stdout
     (project.folder / "kept").rename(project.folder / ".git")
@@ -366,7 +366,7 @@ def test_the_repository_of_a_git_hook_is_not_taken_for_the_projects(project, tmp
     git(project, "init", "-q", "--bare", str(tmp_path / "other"))
     git(project, "update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD")
     git(project, "checkout", "-q", "--detach")
-    done = run(project, "env", f"GIT_DIR={tmp_path}/other", "python", "-m", "stages.heal")
+    done = run(project, "env", f"GIT_DIR={tmp_path}/other", "python", "-m", "tools.heal")
     assert "back on branch" in done.stdout
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from lm.history import MAX_ROWS, Clock, History
+from lm.runs.history import MAX_ROWS, Clock, History
 
 
 def record(step):

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from lm.config import load_params
-from lm.model import ModelConfig, TransformerLM
+from lm.base.config import load_params
+from lm.model.transformer import ModelConfig, TransformerLM
 from tests.project import ROOT, SMOKE
 
 FLOORS = [
@@ -43,7 +43,7 @@ MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem !
 
 
 def imports(path: Path) -> set[str]:
-    """Project modules that a file imports, e.g. {"lm.text", "stages.run"}."""
+    """Project modules that a file imports, e.g. {"lm.prepare.documents", "stages.run"}."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -94,7 +94,7 @@ def test_bytes_and_torch_never_meet_below_the_joins():
 
 
 def test_preparing_data_loads_no_torch():
-    stages = "lm.check, stages.corpus, stages.tokenizer, stages.tokens"
+    stages = "stages.check, stages.corpus, stages.tokenizer, stages.tokens"
     program = f"import sys, {stages}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import stages.run
-from lm.errors import InputError
+from lm.base.errors import InputError
 from stages.run import Inputs
 from tests.kill import copied, outputs
 from tests.project import wait_for
@@ -20,13 +20,13 @@ from tests.project import wait_for
 def inputs(tmp_path, monkeypatch, project):
     """The inputs of a stage that reads data/ and the sections model and train."""
     monkeypatch.chdir(project.folder)
-    monkeypatch.setattr(stages.run, "_imported_code", partial(dict, {"lm/rng.py": "?"}))
+    monkeypatch.setattr(stages.run, "_imported_code", partial(dict, {"lm/base/rng.py": "?"}))
     arguments = argparse.Namespace(overrides=["train.lr=0.5"])
     (project.folder / "data" / "some").mkdir()
     for name in ("a", "b"):
         (project.folder / "data" / "some" / name).write_text(name)
     inputs = Inputs(arguments, ["model", "train", "runtime"])
-    inputs.code = {"lm/rng.py": stages.run.sha256_file(Path("lm/rng.py"))}
+    inputs.code = {"lm/base/rng.py": stages.run.sha256_file(Path("lm/base/rng.py"))}
     inputs.watch(Path("data/some"))
     return inputs
 
@@ -50,8 +50,8 @@ def flip_keeping_the_time(file):
         (lambda p: os.truncate("data/some/b", 0), "data/some/b"),
         (lambda p: Path("data/some/a").unlink(), "data/some/a"),
         (lambda p: append("data/some/new"), "data/some/new"),
-        (lambda p: append("lm/rng.py"), "lm/rng.py"),
-        (lambda p: Path("lm/rng.py").unlink(), "lm/rng.py"),
+        (lambda p: append("lm/base/rng.py"), "lm/base/rng.py"),
+        (lambda p: Path("lm/base/rng.py").unlink(), "lm/base/rng.py"),
         (lambda p: p.set("model.d_ff", 96), r"params.yaml: model.d_ff \(64 -> 96\)"),
         (lambda p: p.set("train.seed", 5), r"params.yaml: train.seed \(1337 -> 5\)"),
     ],
@@ -144,7 +144,7 @@ def test_an_edit_during_training_is_no_wrong_record_and_loses_nothing(long):
     process = project.train_until("step  40/")
     code.write_text(before + "# an edit\n")
     project.set("train.lr", 0.5)
-    edits = "lm/optim.py, params.yaml: train.lr (0.01 -> 0.5)"
+    edits = "lm/train/optim.py, params.yaml: train.lr (0.01 -> 0.5)"
     warning = f"warning: {edits} has changed since the stage read it; it goes on as it began"
     wait_for(process, warning)
     assert warning not in ends_with(process, f"{edits} has changed since the stage read it; noth")

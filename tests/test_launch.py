@@ -255,7 +255,7 @@ def only_another_folder(project):
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        (other_code, 2, "rank 1: code: lm/schedule.py not as on rank 0"),
+        (other_code, 2, "rank 1: code: lm/train/schedule.py not as on rank 0"),
         pytest.param(other_data, 2, "rank 1: inputs: data/token", marks=pytest.mark.soak),
         pytest.param(
             other_settings,

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from lm.errors import InputError
-from lm.listing import listed_folder, write_listing
-from lm.text import documents, plan
+from lm.base.errors import InputError
+from lm.prepare.documents import documents, plan
+from lm.prepare.listing import listed_folder, write_listing
 from tests.project import ROOT
 
 
@@ -21,7 +21,7 @@ def listed(tmp_path):
     (folder / "a").mkdir(parents=True)
     for name in ("a/one.txt", "two.txt", ".hidden"):
         (folder / name).write_text(f"text of {name}")
-    command = [sys.executable, "-m", "lm.listing", folder, listing]
+    command = [sys.executable, "-m", "lm.prepare.listing", folder, listing]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "2 files\n", "")
     return folder, listing
@@ -38,7 +38,9 @@ def test_the_text_behind_a_listing_is_that_of_the_folder(listed, data_config):
 
 def test_a_folder_that_is_not_as_listed_is_refused_by_name(listed):
     folder, listing = listed
-    again = rf"since {listing} was made; make it again: python -m lm.listing {folder} {listing}"
+    again = (
+        rf"since {listing} was made; make it again: python -m lm.prepare.listing {folder} {listing}"
+    )
     (folder / "new.txt").write_text("new")
     with pytest.raises(InputError, match=rf"new.txt: is new {again}"):
         listed_folder(listing)
@@ -73,9 +75,9 @@ def test_what_cannot_be_listed_or_is_no_listing_is_told(tmp_path):
     (tmp_path / "x.listing").write_text('{"format": 1, "root": "/gone", "files": {}}')
     with pytest.raises(InputError, match=r"x.listing: lists /gone, which is no folder here"):
         listed_folder(tmp_path / "x.listing")
-    command = [sys.executable, "-m", "lm.listing", tmp_path]
+    command = [sys.executable, "-m", "lm.prepare.listing", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: expected: python -m lm.listing FOLDER NAME.listing\n",
+        "error: expected: python -m lm.prepare.listing FOLDER NAME.listing\n",
     )

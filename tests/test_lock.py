@@ -17,7 +17,7 @@ def clone(baseline, tmp_path):
 
 
 def check(project):
-    done = run(project, "python", "-m", "stages.lock")
+    done = run(project, "python", "-m", "tools.lock")
     return done.returncode, done.stdout.strip()
 
 
@@ -27,15 +27,15 @@ def test_a_fresh_clone_of_what_ran_is_up_to_date(clone):
 
 
 def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
-    files = {name: clone.read(name).decode() for name in ("lm/rng.py", "dvc.yaml", "dvc.lock")}
+    files = {name: clone.read(name).decode() for name in ("lm/base/rng.py", "dvc.yaml", "dvc.lock")}
     lock = files["dvc.lock"]
     model = lock[lock.index("path: models/model\n") :].split("md5: ")[1][:32]
     for name, changed, fault in [
-        ("lm/rng.py", files["lm/rng.py"] + "# edited\n", "lm/rng.py: modified"),
+        ("lm/base/rng.py", files["lm/base/rng.py"] + "# edited\n", "lm/base/rng.py: modified"),
         ("dvc.yaml", files["dvc.yaml"].replace("stages.train", "stages.train -S train.lr=1"),
          "stage train: changed command"),
-        ("dvc.yaml", files["dvc.yaml"].replace("      - lm/schedule.py\n", ""),
-         "stage train: lm/schedule.py is only in one of dvc.yaml and dvc.lock"),
+        ("dvc.yaml", files["dvc.yaml"].replace("      - lm/train/schedule.py\n", ""),
+         "stage train: lm/train/schedule.py is only in one of dvc.yaml and dvc.lock"),
         ("dvc.yaml", files["dvc.yaml"].replace("stages:\n", f"stages:\n{NEW_STAGE}"),
          "stage new: never ran"),
         ("dvc.lock", lock.replace(model, "0" * 32, 1),
@@ -49,7 +49,7 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
         )
         (clone.folder / name).write_text(files[name])
     (clone.folder / "lm" / "generate.py").unlink()
-    assert "lm/generate.py: deleted" in check(clone)[1]
+    assert "lm/generate/stream.py: deleted" in check(clone)[1]
     clone.set("train.lr", 0.5)
     assert "params.yaml: train: modified" in check(clone)[1]
 

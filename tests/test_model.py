@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm.config import load_params, read_section
-from lm.errors import InputError
-from lm.functional import cross_entropy
-from lm.model import (
+from lm.base.config import load_params, read_section
+from lm.base.errors import InputError
+from lm.model.kernels import cross_entropy
+from lm.model.transformer import (
     ModelConfig,
     RMSNorm,
     RotaryEmbedding,
     TransformerLM,
 )
-from lm.optim import AdamW
+from lm.train.optim import AdamW
 from tests import reference
 from tests.project import ROOT
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lm.model import TransformerLM
-from lm.optim import OPTIMIZERS, AdamW, Muon, gradient_clipping, parameter_groups
+from lm.model.transformer import TransformerLM
+from lm.train.optim import OPTIMIZERS, AdamW, Muon, gradient_clipping, parameter_groups
 
 SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -11,11 +11,19 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor
 
-from lm.evaluate import evaluate
-from lm.parallel import PairwiseSum, own_micro_batches, pairwise
-from lm.processes import ALONE, Processes
-from lm.shares import collect, cut_like, group_of, hand_out, local, sums_of_squares, whole
-from lm.train import new_state, train
+from lm.machine.processes import ALONE, Processes
+from lm.machine.sharded_tensors import (
+    collect,
+    cut_like,
+    group_of,
+    hand_out,
+    local,
+    sums_of_squares,
+    whole,
+)
+from lm.model.loss import evaluate
+from lm.train.parallel import PairwiseSum, own_micro_batches, pairwise
+from lm.train.step import new_state, train
 from tests.ranks import together
 from tests.test_train import CPU, SPLIT
 

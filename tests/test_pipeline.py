@@ -116,7 +116,7 @@ def test_a_diverged_training_leaves_its_curves_to_plots_and_report(finished):
     curves = finished.read("metrics/curves.csv").decode().splitlines()
     assert curves[-1].startswith(f"{int(step) - 1},")
     assert json.loads(finished.read("metrics/train.json"))["diverged_at_step"] == int(step)
-    for tool in ("stages.report", "stages.plots"):
+    for tool in ("tools.report.report", "tools.report.plots"):
         done = run(finished, "python", "-m", tool)
         assert done.returncode == 0, done.stdout
     report = finished.read("metrics/report.html").decode()

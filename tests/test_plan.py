@@ -21,20 +21,22 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scale
-from lm import plan as planning
-from lm.config import read_section
-from lm.device import autocast, free_memory_bytes
-from lm.errors import EnvironmentFault, InputError
-from lm.footprint import (
+from lm.base.config import read_section
+from lm.base.errors import EnvironmentFault, InputError
+from lm.base.settings import EvaluateConfig, share_of_batch
+from lm.data.batches import Split
+from lm.machine.device import autocast, free_memory_bytes
+from lm.machine.processes import Processes
+from lm.machine.sharded_tensors import local
+from lm.model.transformer import TransformerLM
+from lm.plan.footprint import (
     activations,
     communication,
     flops_per_token,
     parameters,
     peak_memory,
 )
-from lm.model import TransformerLM
-from lm.parallel import Replicated, Sharded
-from lm.plan import (
+from lm.plan.plan import (
     Plan,
     calibrate,
     compiling,
@@ -45,12 +47,10 @@ from lm.plan import (
     require_room_for_processes,
     table,
 )
-from lm.processes import Processes
-from lm.resume import run_folder
-from lm.settings import EvaluateConfig, share_of_batch
-from lm.shares import local
-from lm.tokens import Split
-from lm.train import new_state, train
+from lm.plan.plan import plan as planning
+from lm.runs.resume import run_folder
+from lm.train.parallel import Replicated, Sharded
+from lm.train.step import new_state, train
 from stages.evaluate import require_logits_fit
 from tests import test_run
 from tests.project import ROOT
@@ -270,12 +270,12 @@ PEAK = """
 import sys, numpy as np, torch
 from dataclasses import replace
 from pathlib import Path
-from lm.config import load_params, read_section
-from lm.device import peak_memory_bytes, prepare
-from lm.model import ModelConfig
-from lm.plan import make_plan
-from lm.tokens import Split
-from lm.train import TrainConfig, new_state, train
+from lm.base.config import load_params, read_section
+from lm.machine.device import peak_memory_bytes, prepare
+from lm.model.transformer import ModelConfig
+from lm.plan.plan import make_plan
+from lm.data.batches import Split
+from lm.train.step import TrainConfig, new_state, train
 device = torch.device("cpu")
 prepare(device, 1)
 params = load_params(Path("params.yaml"), sys.argv[2:])

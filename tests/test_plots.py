@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from lm.checkpoint import read_extra
-from lm.history import COLUMNS
+from lm.runs.checkpoint import read_extra
+from lm.runs.history import COLUMNS
 from tests.browser import BROWSER, needs_browser
 from tests.kill import (
     Victim,
@@ -41,7 +41,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def draw(project, *revisions, code=0):
-    done = run(project, "python", "-m", "stages.plots", *revisions)
+    done = run(project, "python", "-m", "tools.report.plots", *revisions)
     assert done.returncode == code, done.stdout
     return done.stdout
 

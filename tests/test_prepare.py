@@ -22,17 +22,25 @@ import pytest
 import tokenizers
 import zstandard
 
-import lm.prepare
-from lm.config import load_params, read_section
-from lm.console import ByteProgress
-from lm.errors import InputError
-from lm.prepare import Job, drop_unused, encode_all, encode_shard, require_done, share, tasks
-from lm.publish import publish
-from lm.report import data_table
-from lm.shards import SPLITS
-from lm.text import DataConfig, SourceConfig, plan, split_documents
-from lm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from lm.tokens import open_tokens
+import lm.prepare.encode_shards
+from lm.base.config import load_params, read_section
+from lm.base.console import ByteProgress
+from lm.base.errors import InputError
+from lm.base.tables import data_table
+from lm.data.batches import open_tokens
+from lm.data.shards import SPLITS
+from lm.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from lm.prepare.collect import publish
+from lm.prepare.documents import DataConfig, SourceConfig, plan, split_documents
+from lm.prepare.encode_shards import (
+    Job,
+    drop_unused,
+    encode_all,
+    encode_shard,
+    require_done,
+    share,
+    tasks,
+)
 from tests.kill import gone
 from tests.project import SMOKE, one_line
 
@@ -197,13 +205,13 @@ def test_the_bytes_do_not_depend_on_workers_or_chunks(desk, monkeypatch, setting
     assert len(expected[0]) > 30
     for num_workers in (2, 3):
         assert desk.elsewhere().make(num_workers) == expected
-    monkeypatch.setattr(lm.prepare, "encode_shard", finish_late)
+    monkeypatch.setattr(lm.prepare.encode_shards, "encode_shard", finish_late)
     assert desk.elsewhere().make(2) == expected
     monkeypatch.undo()
-    monkeypatch.setattr(lm.prepare, "BATCH_BYTES", 50)
+    monkeypatch.setattr(lm.prepare.encode_shards, "BATCH_BYTES", 50)
     for name in ("CHUNK_BYTES", "SEARCH_BYTES"):
-        monkeypatch.setattr(f"lm.formats.{name}", 13)
-    monkeypatch.setattr("lm.publish.ROWS", 3)
+        monkeypatch.setattr(f"lm.prepare.formats.{name}", 13)
+    monkeypatch.setattr("lm.prepare.collect.ROWS", 3)
     assert desk.elsewhere().make() == expected
 
 
@@ -449,7 +457,7 @@ def without_duplicates(config):
 @pytest.mark.parametrize("at_once", [1, 7, 1 << 20])
 @pytest.mark.parametrize("split", ["hash", "tail"])
 def test_of_equal_documents_one_stays(desk, monkeypatch, split, at_once):
-    monkeypatch.setattr("lm.publish.DOCUMENTS_AT_ONCE", at_once)
+    monkeypatch.setattr("lm.prepare.collect.DOCUMENTS_AT_ONCE", at_once)
     (desk.text / "990.jsonl").write_bytes(as_lines(["same", "same", "Note 5 says 25.\n" * 3]))
     (desk.text / "000.jsonl").write_bytes(as_lines(["same", "other"]))
     other = desk.elsewhere(split=split, deduplicate=True)

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from lm import demo
-from lm.config import load_params, read_section
-from lm.errors import InputError
-from lm.evaluate import EvaluateConfig
-from lm.model import ModelConfig, TransformerLM
-from lm.plan import main, make_plan, table
-from lm.text import DataConfig, plan
-from lm.tokenizer import TokenizerConfig, byte_tokenizer
-from lm.tokens import Split
-from lm.train import TrainConfig, new_state, train
+from lm.base.config import load_params, read_section
+from lm.base.errors import InputError
+from lm.data.batches import Split
+from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
+from lm.model.loss import EvaluateConfig
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.plan.plan import main, make_plan, table
+from lm.prepare.documents import DataConfig, plan
+from lm.train.step import TrainConfig, new_state, train
 from tests.project import ROOT
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -98,7 +98,7 @@ def test_a_preset_is_planned_as_it_stands_whatever_tokens_are_there(tmp_path, mo
 
 def test_a_long_step_is_reckoned_from_a_part_of_its_windows(monkeypatch):
     """A step of so many windows that whole it would take the nominal rates a minute."""
-    from lm import plan as planning
+    from lm.plan.plan import plan as planning
 
     _, model, config = settings(ROOT / "presets" / "smoke.yaml")
     seconds = {}

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from lm.checkpoint import verify
-from lm.config import RuntimeConfig, read_section
-from lm.errors import Diverged, EnvironmentFault, InputError, Interrupted
-from lm.run import Run
-from lm.shares import whole
-from lm.train import new_state, train
+from lm.base.config import RuntimeConfig, read_section
+from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
+from lm.machine.sharded_tensors import whole
+from lm.runs.checkpoint import verify
+from lm.runs.run import Run
+from lm.train.step import new_state, train
 from tests.ranks import outcomes, together
 from tests.test_run import MADE_OF
 from tests.test_train import CPU, SPLIT
@@ -79,11 +79,17 @@ def comparing(processes, parts):
 
 
 def test_processes_that_differ_are_named_with_what_differs():
-    parts = {"code": {"lm/model.py": "a", "lm/run.py": "b"}, "inputs": {"tokens": "c"}}
+    parts = {
+        "code": {"lm/model/transformer.py": "a", "lm/runs/run.py": "b"},
+        "inputs": {"tokens": "c"},
+    }
     assert together(2, comparing, [parts, parts]) == ["went on"] * 2
     for changed, said in (
-        ({"code": parts["code"] | {"lm/model.py": "z"}}, "rank 2: code: lm/model.py not as"),
-        ({"code": {"lm/model.py": "a"}}, "rank 2: code: lm/run.py not as"),
+        (
+            {"code": parts["code"] | {"lm/model/transformer.py": "z"}},
+            "rank 2: code: lm/model/transformer.py not as",
+        ),
+        ({"code": {"lm/model/transformer.py": "a"}}, "rank 2: code: lm/runs/run.py not as"),
         ({"inputs": {"tokens": "z"}}, "rank 2: inputs: tokens not as on rank 0"),
         ({"inputs": {f"text{i}": "z" for i in range(5)} | parts["inputs"]},
          "rank 2: inputs: text0, text1, text2 and 2 more not as on rank 0"),

@@ -300,7 +300,7 @@ def test_damage_in_a_remote_is_found_by_verify_and_by_dvc_where_asked(kind, trai
         configure(trusting, url=remote.url, **remote.secrets)
         dvc(trusting, "pull")
         assert "up to date" in dvc(trusting, "status")
-        done = run(trusting, "python", "-m", "lm.verify")
+        done = run(trusting, "python", "-m", "tools.verify")
         assert done.returncode == 2
         cached = weights(trained, trusting.folder / ".dvc" / "cache")
         assert f"fault: {cached}: md5" in done.stdout

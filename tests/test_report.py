@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from lm.card import Results, card
-from lm.errors import InputError
-from lm.report import SHAPES, require_shape
-from stages.page import page
-from stages.report import read_run
+from lm.base.errors import InputError
+from lm.base.tables import SHAPES, require_shape
+from lm.export.card import Results, card
 from tests.browser import BROWSER, needs_browser
 from tests.kill import run
 from tests.project import Project
+from tools.report.page import page
+from tools.report.report import read_run
 
 ATTACK = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>"
 HEBREW, LONG = "שלום עולם", "x" * 3000
@@ -24,7 +24,7 @@ PAGE = "metrics/report.html"
 
 
 def report(project, *arguments, code=0):
-    done = run(project, "python", "-m", "stages.report", *arguments)
+    done = run(project, "python", "-m", "tools.report", *arguments)
     assert done.returncode == code, done.stdout
     return done.stdout
 
@@ -313,7 +313,7 @@ def test_clocks_and_code_of_another_run_are_not_taken_for_its_own(project):
     text = project.read(PAGE).decode()
     assert "No clocks: this run was not the last training on this machine" in text
     assert "Predicted before the training" not in text
-    assert "changed since: lm/schedule.py" in text
+    assert "changed since: lm/train/schedule.py" in text
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from lm.checkpoint import load_checkpoint, save_checkpoint, verify
-from lm.errors import Busy, EnvironmentFault, InputError
-from lm.optim import OPTIMIZERS
-from lm.resume import ResumeDirectory, kept_checkpoints, remove_finished
+from lm.base.errors import Busy, EnvironmentFault, InputError
+from lm.runs.checkpoint import load_checkpoint, save_checkpoint, verify
+from lm.runs.resume import ResumeDirectory, kept_checkpoints, remove_finished
+from lm.train.optim import OPTIMIZERS
 from tests.test_checkpoint import assert_same, trained
 
 
@@ -191,7 +191,7 @@ def test_what_is_no_file_or_folder_of_a_run_is_refused_by_name(trainee, tmp_path
     put(path)
     with pytest.raises(InputError, match=rf"{path}: {said}; move it away"):
         ResumeDirectory(tmp_path / "run", keep=2)
-    if name.startswith("step-00000005"):  # as lm.verify, which only reads
+    if name.startswith("step-00000005"):  # as tools.verify, which only reads
         faults = dict(kept_checkpoints(tmp_path / "run"))
         assert "step-00000005" in faults[tmp_path / "run" / "step-00000005.safetensors"]
 

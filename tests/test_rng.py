@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import rng
+from lm.base import rng
 
 
 def test_random_bits_are_splitmix64():

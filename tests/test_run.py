@@ -16,15 +16,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lm.checkpoint import read_extra
-from lm.config import RuntimeConfig, load_params, read_section
-from lm.errors import Diverged, InputError
-from lm.model import ModelConfig
-from lm.resume import publishing
-from lm.run import Run
-from lm.tokenizer import byte_tokenizer
-from lm.tokens import Split
-from lm.train import TrainConfig, new_state, train
+from lm.base.config import RuntimeConfig, load_params, read_section
+from lm.base.errors import Diverged, InputError
+from lm.data.batches import Split
+from lm.data.tokenizer import byte_tokenizer
+from lm.model.transformer import ModelConfig
+from lm.runs.checkpoint import read_extra
+from lm.runs.resume import publishing
+from lm.runs.run import Run
+from lm.train.step import TrainConfig, new_state, train
 from tests.project import SMOKE
 from tests.test_checkpoint import drop, put, rewritten, say, spoilt
 from tests.test_train import poisoned

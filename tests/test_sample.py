@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from lm.errors import InputError
-from lm.sample import BINS, SEPARATOR, write_sample
-from lm.text import SourceConfig, split_documents
+from lm.base.errors import InputError
+from lm.prepare.documents import SourceConfig, split_documents
+from lm.prepare.learning_sample import BINS, SEPARATOR, write_sample
 
 # of Python 3.12; the threads of this process are those of the test runner
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lm.schedule import (
+from lm.train.schedule import (
     get_lr_constant_schedule,
     get_lr_cosine_schedule,
     get_lr_wsd_schedule,

@@ -22,13 +22,13 @@ import pytest
 import torch
 from playwright.sync_api import sync_playwright
 
-from lm.checkpoint import save_model
-from lm.completions import Served, Usage, fault
-from lm.config import load_params, read_section
-from lm.errors import EnvironmentFault
-from lm.model import ModelConfig, TransformerLM
-from lm.serve import READ_SECONDS, main
-from lm.tokenizer import byte_tokenizer
+from lm.base.config import load_params, read_section
+from lm.base.errors import EnvironmentFault
+from lm.data.tokenizer import byte_tokenizer
+from lm.model.files import save_model
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.serve.app import READ_SECONDS, main
+from lm.serve.completions import Served, Usage, fault
 from tests.browser import BROWSER
 from tests.project import ROOT, SMOKE
 from tests.servers import HOST
@@ -76,7 +76,7 @@ def server(folder):
     command = [
         sys.executable,
         "-m",
-        "lm.serve",
+        "lm.serve.app",
         "--port",
         "0",
         "--device",

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm.checkpoint import (
+from lm.base.errors import EnvironmentFault, InputError
+from lm.machine.processes import ALONE
+from lm.machine.sharded_tensors import whole
+from lm.runs.checkpoint import (
     as_one_file,
     commit,
     load_checkpoint,
@@ -17,11 +20,8 @@ from lm.checkpoint import (
     save_checkpoint,
     verify,
 )
-from lm.errors import EnvironmentFault, InputError
-from lm.processes import ALONE
-from lm.resume import ResumeDirectory, kept_checkpoints
-from lm.shares import whole
-from lm.train import new_state, train
+from lm.runs.resume import ResumeDirectory, kept_checkpoints
+from lm.train.step import new_state, train
 from tests.ranks import outcomes, together
 from tests.test_checkpoint import Bomb
 from tests.test_train import CPU, SPLIT

@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lm.config import read_section
-from lm.text import DataConfig, split_documents
-from lm.tokenizer import train_bpe
+from lm.base.config import read_section
+from lm.data.tokenizer import train_bpe
+from lm.prepare.documents import DataConfig, split_documents
 from tests.kill import copied, lent, outputs
 from tests.project import ROOT, one_line, wait_for
 from tests.test_baselines import by_hand
@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(long, number, code):
     assert outputs(project) == straight
 
 
-@pytest.mark.parametrize("command", ["stages.train", "lm.plan"])
+@pytest.mark.parametrize("command", ["stages.train", "lm.plan.plan"])
 def test_ctrl_c_while_torch_is_imported_is_no_traceback(prepared, command):
     (prepared.folder / "torch.py").write_text("raise KeyboardInterrupt\n")
     result = prepared.run("python", "-m", command)
@@ -225,7 +225,7 @@ def change_code(project):
     ("change", "differing"),
     [
         (change_text, "data/tokens/tokens.json, data/tokens/train/text-00000.bin"),
-        (change_code, "lm/model.py"),
+        (change_code, "lm/model/transformer.py"),
         (change_tokenizer, "model.vocab_size 300 -> 301, data/tokenizer/tokenizer.json, data/"),
         (lambda project: project.set("train.lr", 9e-3), "train.lr 0.01 -> 0.009"),
         (lambda project: project.set("model.dropout", 0.1), "model.dropout 0.0 -> 0.1"),
@@ -393,7 +393,7 @@ def test_a_model_worse_than_it_was_and_than_the_bigram_says_so_everywhere(prepar
     said = prepared.stage("evaluate").stdout.splitlines()
     assert re.match(r"warning: the model \(.*\) is worse than the bigram baseline \(", said[-2])
     assert said[-1] == trained
-    assert prepared.run("python", "-m", "stages.report").returncode == 0
+    assert prepared.run("python", "-m", "tools.report").returncode == 0
     report = prepared.read("metrics/report.html").decode()
     for line in said[-2:]:
         assert line.capitalize() in prepared.read("metrics/summary.md").decode()
@@ -420,7 +420,7 @@ def test_a_run_that_diverged_before_a_validation_has_a_report(prepared):
                             DVC_ROOT=str(prepared.folder))  # fmt: skip
     assert "is nan at step 2" in one_line(result)
     assert json.loads(prepared.read("metrics/train.json"))["best_step"] is None
-    reported = prepared.run("python", "-m", "stages.report")
+    reported = prepared.run("python", "-m", "tools.report")
     assert reported.returncode == 0, reported.stderr
     assert "then it diverged, at step 2: there is" in prepared.read("metrics/report.html").decode()
 

@@ -17,11 +17,10 @@ from dvc.repo import Repo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config import load_params, read_section
-from lm.errors import EnvironmentFault, InputError
-from lm.listing import write_listing
-from lm.packages import python_sources
-from lm.text import (
+from lm.base.config import load_params, read_section
+from lm.base.errors import EnvironmentFault, InputError
+from lm.corpus.packages import python_sources
+from lm.prepare.documents import (
     DataConfig,
     SourceConfig,
     documents,
@@ -34,6 +33,7 @@ from lm.text import (
     tail_boundary,
     weights,
 )
+from lm.prepare.listing import write_listing
 from tests.project import ROOT, SMOKE
 
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
@@ -71,15 +71,15 @@ def test_documents_are_cut_at_the_separator_across_chunks(folder, monkeypatch):
     (path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n\nstill two<|endoftext|>three\n")
     config = replace(config, separator="<|endoftext|>")
     for chunk in (1, 5, 1 << 20):
-        monkeypatch.setattr("lm.formats.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("lm.prepare.formats.CHUNK_BYTES", chunk)
         assert texts(config) == ["one", "two\n\nstill two", "three"]
 
 
 @pytest.mark.parametrize("separator", [None, "<|end|>"])
 def test_a_document_is_as_long_as_allowed_and_no_longer(folder, monkeypatch, separator):
     path, config = folder
-    monkeypatch.setattr("lm.formats.MAX_DOCUMENT_BYTES", 100)
-    monkeypatch.setattr("lm.formats.CHUNK_BYTES", 30)
+    monkeypatch.setattr("lm.prepare.formats.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("lm.prepare.formats.CHUNK_BYTES", 30)
     config = replace(config, separator=separator)
     (path / "a.txt").write_text("x" * 100 + (separator or ""))
     assert texts(config) == ["x" * 100]
@@ -98,7 +98,7 @@ def test_a_document_is_as_long_as_allowed_and_no_longer(folder, monkeypatch, sep
 @pytest.mark.parametrize("name", ["b.txt", "b.txt.gz"])
 def test_a_separator_that_stands_in_one_file_is_enough(folder, monkeypatch, name):
     path, config = folder
-    monkeypatch.setattr("lm.formats.CHUNK_BYTES", 3)
+    monkeypatch.setattr("lm.prepare.formats.CHUNK_BYTES", 3)
     config = replace(config, separator="-<|>-")
     (path / "a.txt").write_text("--<|>\n-")
     (path / "c.jsonl").write_text('{"text": "-<|>-"}\n')
@@ -160,7 +160,7 @@ def test_replaced_bytes_are_counted_on_request(folder):
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_offsets_of_bad_bytes_count_from_the_start_of_the_file(folder, monkeypatch, chunk):
     path, config = folder
-    monkeypatch.setattr("lm.formats.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("lm.prepare.formats.CHUNK_BYTES", chunk)
     (path / "a.txt").write_bytes("é".encode() * 500 + b"<|end|>ab\xff")
     with pytest.raises(InputError, match=r"a.txt#2: byte 0xff at offset 1009 is not UTF-8"):
         texts(replace(config, separator="<|end|>"))
@@ -396,7 +396,7 @@ def test_dvc_is_not_asked_where_the_project_hides_hidden_files_alone(tmp_path):
     (tmp_path / "t/a.txt").write_text("a")
     program = (
         "import sys; from collections import Counter; from pathlib import Path\n"
-        "from lm.listing import watched\n"
+        "from lm.prepare.listing import watched\n"
         "print([e.name for e in watched(Path('t'), Counter())], 'dvc' in sys.modules)"
     )
     done = subprocess.run(

@@ -12,14 +12,14 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import rng
-from lm.baselines import Bigram
-from lm.errors import InputError
-from lm.files import sha256_file
-from lm.sampling import DocumentWindows, deal
-from lm.shards import ShardWriter, write_manifest
-from lm.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-from lm.tokens import OPEN_FILES, Split, open_tokens, windows
+from lm.base import rng
+from lm.base.errors import InputError
+from lm.base.files import sha256_file
+from lm.data.batches import OPEN_FILES, Split, open_tokens, windows
+from lm.data.order import DocumentWindows, deal
+from lm.data.shards import ShardWriter, write_manifest
+from lm.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from lm.evaluate.baselines import Bigram
 from tests.project import change, write_tokens
 
 DOCUMENTS = [

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from lm.checkpoint import load_checkpoint, save_checkpoint
-from lm.device import choose_device
-from lm.errors import Diverged, EnvironmentFault, InputError
-from lm.functional import cross_entropy
-from lm.optim import AdamW, gradient_clipping
-from lm.schedule import get_lr_cosine_schedule
-from lm.tokens import Split
-from lm.train import get_batch, new_state, train
+from lm.base.errors import Diverged, EnvironmentFault, InputError
+from lm.data.batches import Split
+from lm.machine.device import choose_device
+from lm.model.kernels import cross_entropy
+from lm.runs.checkpoint import load_checkpoint, save_checkpoint
+from lm.train.optim import AdamW, gradient_clipping
+from lm.train.schedule import get_lr_cosine_schedule
+from lm.train.step import get_batch, new_state, train
 
 CPU = torch.device("cpu")
 SPLIT = Split("train", (np.arange(3000) * 7919 % 96).astype(np.uint16), 0, end_id=7)
@@ -268,7 +268,7 @@ def test_an_absent_device_is_an_error_and_never_replaced():
 
 @pytest.mark.cuda
 def test_cuda_resumes_bit_for_bit(model_config, train_config):
-    from lm.device import make_deterministic
+    from lm.machine.device import make_deterministic
 
     device = torch.device("cuda")
     make_deterministic(device)

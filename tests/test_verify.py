@@ -1,4 +1,4 @@
-"""`python -m lm.verify`: what DVC's trust in sizes and times lets through is found and named."""
+"""`python -m tools.verify`: what DVC's trust in sizes and times lets through is found and named."""
 
 import json
 import os
@@ -20,8 +20,8 @@ def project(finished):
 
 
 def verify(project, *arguments, code=0):
-    """Standard output of `python -m lm.verify`, and its one line on stderr."""
-    done = project.warm("lm.verify", *arguments, environment=project.environment())
+    """Standard output of `python -m tools.verify`, and its one line on stderr."""
+    done = project.warm("tools.verify", *arguments, environment=project.environment())
     assert done["status"] == code, done["out"] + done["err"]
     result = subprocess.CompletedProcess(arguments, code, done["out"], done["err"])
     return result.stdout, one_line(result) if code else ""
@@ -91,7 +91,7 @@ def test_a_flipped_bit_in_the_cache_is_found(project):
 DAMAGE = """
 import sys
 from pathlib import Path
-from lm import verify
+from tools import verify
 from dvc.repo import Repo
 repo = Repo()
 for name in sys.argv[1:]:
@@ -151,8 +151,8 @@ def test_what_does_not_belong_together_is_named(project):
         "model.safetensors: lm_head.weight: 1 of",
         "models/model/tokenizer.json: differs from data/tokenizer/tokenizer.json",
         "models/checkpoints/last.safetensors: of another run than models/model/provenance.json",
-        "lm/optim.py: differs from what the stages read",
-        "lm/optim.py: not what the model was made with",
+        "lm/train/optim.py: differs from what the stages read",
+        "lm/train/optim.py: not what the model was made with",
     ):
         assert words in out, words
 
@@ -182,7 +182,7 @@ def test_replay_computes_the_same_weights_again(project):
     assert "the next recorded weights are of step 8; use --replay 8" in error
     _, error = verify(project, "--replay", "21", code=2)
     assert "the run had 20 steps" in error
-    other = project.run("python", "-m", "lm.verify", "--replay", "8", OMP_NUM_THREADS="2")
+    other = project.run("python", "-m", "tools.verify", "--replay", "8", OMP_NUM_THREADS="2")
     assert other.returncode == 3
     error = one_line(other)
     assert "device is cpu (1 thread," in error

@@ -11,8 +11,8 @@ from contextlib import closing
 import psutil
 import pytest
 
-from lm.errors import EnvironmentFault, InputError
-from lm.workers import number_of_workers, ordered_map
+from lm.base.errors import EnvironmentFault, InputError
+from lm.prepare.workers import number_of_workers, ordered_map
 from tests.kill import gone
 from tests.project import ROOT
 
@@ -91,7 +91,7 @@ def test_there_are_as_many_workers_as_wanted_or_as_cores():
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot confine a process here")
 def test_a_process_confined_to_one_core_has_one_worker():
     program = (
-        "import os; from lm.workers import number_of_workers\n"
+        "import os; from lm.prepare.workers import number_of_workers\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "print(number_of_workers(None), number_of_workers(3))"
     )
@@ -102,8 +102,8 @@ def test_a_process_confined_to_one_core_has_one_worker():
 
 SLEEPERS = """
 import os, sys, time
-from lm.errors import one_line_errors
-from lm.workers import ordered_map
+from lm.base.errors import one_line_errors
+from lm.prepare.workers import ordered_map
 
 def sleep(number):
     os.write(1, f"{os.getpid()}\\n".encode())

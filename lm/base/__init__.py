@@ -1,0 +1,4 @@
+"""What everything stands on: errors, settings, files, console, signals, random bits.
+
+Begin with errors.py, then settings.py: every setting of model and training.
+"""

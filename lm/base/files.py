@@ -1,0 +1,121 @@
+"""Files that are either the old version or the new one, never something between."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm.base.errors import EnvironmentFault, InputError
+
+_CHUNK_BYTES = 1 << 20
+MAX_JSON_BYTES = 1 << 28  # of a file of ours: in memory it takes up to twenty times as much
+_TOO_LITTLE_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def atomic_write(path: Path, chunks: bytes | Iterable[bytes], durable: bool = True) -> None:
+    """Write `path`, its folder too, so that a crash or a power cut leaves the old file or the new.
+
+    The data reach the disk under another name first; the rename publishes them. Not `durable`, it
+    does not wait for the disk and only a power cut may tear the file. Raises EnvironmentFault if
+    they do not fit, or cannot be written for another reason.
+    """
+    scratch = path.with_name(path.name + ".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(scratch, "wb") as file:
+                for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+                    file.write(chunk)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            scratch.replace(path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        if durable:
+            sync_directory(path.parent)
+
+
+def atomic_copy(source: Path, target: Path) -> None:
+    """Copy a file as `atomic_write` writes one."""
+    with open(source, "rb") as file:
+        atomic_write(target, iter(lambda: file.read(_CHUNK_BYTES), b""))
+
+
+@contextmanager
+def writing(path: Path, size_bytes: int | None = None) -> Iterator[None]:
+    """Tell a write that fails in one line: which file, why, how much it needs and what is free."""
+    try:
+        yield
+    except OSError as error:
+        space = _space(path.parent, size_bytes) if error.errno in _TOO_LITTLE_SPACE else ""
+        raise EnvironmentFault(
+            f"{path}: {error.strerror or error}{space}; what was finished before is intact: "
+            "mend it and run again"
+        ) from None
+
+
+def _space(folder: Path, size_bytes: int | None) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    needed = "" if size_bytes is None else f"needs {size_bytes / 1e6:,.1f} MB, "
+    free = shutil.disk_usage(folder).free
+    return f" ({needed}{free / 1e6:,.1f} MB are free in {folder})"
+
+
+def sync_directory(path: Path) -> None:
+    """Make the renames in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> bytes:
+    """JSON for people and for diffs: two spaces, keys in the order given, one final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
+    """Write a JSON file as `atomic_write` does."""
+    atomic_write(path, to_json(value), durable)
+
+
+def require_file(path: Path, remedy: str = "") -> None:
+    """Raise InputError unless there is a file: reading a pipe would never end."""
+    if not path.is_file():
+        problem = "not a file" if path.exists() else f"no such file{remedy}"
+        raise InputError(f"{path}: {problem}")
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
+    """The content of a JSON file. Raises InputError when it is missing, torn or too long."""
+    require_file(path, "; run `dvc repro` to make it")
+    try:
+        if path.stat().st_size > most:
+            raise InputError(f"{path}: longer than {most >> 20:,} MiB; run `dvc repro` again")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:  # until now it was there
+        raise InputError(f"{path}: no such file; run `dvc repro` to make it") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); run `dvc repro` again") from None
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """The SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

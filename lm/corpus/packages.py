@@ -1,0 +1,41 @@
+"""Source code of installed Python packages: a real corpus that needs no download."""
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+
+from lm.base.errors import EnvironmentFault, InputError
+
+# Tests repeat what the code says; benchmarks and _antlr are tables and parsers written by programs.
+LEFT_OUT = {"tests", "conftest.py", "benchmarks", "_antlr"}
+
+
+def python_sources(requirement: str) -> Iterator[tuple[str, str]]:
+    """Path and text of each .py file of an installed package, given as name==version.
+
+    Sorted by path. Files are checked against the hashes the package was published with, so the
+    same requirement gives the same bytes on every machine. Raises InputError for a malformed
+    requirement and EnvironmentFault when the package is not there as asked.
+    """
+    name, pinned, version = (part.strip() for part in requirement.partition("=="))
+    if not (name and pinned):
+        raise InputError(f"data.packages: {requirement} pins no version; write name==version")
+    reinstall = f"run `pip install --force-reinstall {requirement}`"
+    try:
+        package = distribution(name)
+    except PackageNotFoundError:
+        raise EnvironmentFault(f"data.packages: {name} is not installed; {reinstall}") from None
+    if package.version != version:
+        raise EnvironmentFault(
+            f"data.packages: {requirement} wanted, {package.version} installed; {reinstall} "
+            "or change params.yaml"
+        )
+    for file in sorted(package.files or [], key=lambda file: file.as_posix()):
+        if file.suffix != ".py" or LEFT_OUT.intersection(file.parts):
+            continue
+        data = file.read_binary()
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        if file.hash is None or file.hash.value != digest:
+            raise EnvironmentFault(f"{file.locate()}: differs from {requirement}; {reinstall}")
+        yield file.as_posix(), data.decode()

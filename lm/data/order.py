@@ -1,0 +1,152 @@
+"""Which windows make a batch: arithmetic on (seed, step), with no state and no files.
+
+    window n of the run --deal--> window i of a source --random | epochs | documents--> its start
+
+Shares of sources are exact: see `deal`. An order is a permutation computed, not stored.
+"""
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm.base import rng
+from lm.base.settings import Sampling as Sampling
+
+Numbers = NDArray[np.int64]
+GROUP = 64  # documents whose windows are counted anew for each look-up
+PART = 4096  # groups whose counts are held as 8-byte numbers at a time
+
+
+@dataclass(frozen=True)
+class Node:
+    """Sources, and how windows are shared between the lighter and the heavier half of them."""
+
+    weight: Fraction
+    source: int  # of a leaf
+    halves: tuple["Node", "Node"] | None  # of a branch
+
+
+@lru_cache
+def tree(weights: tuple[float, ...]) -> Node:
+    """Huffman's tree of the sources: the two lightest parts are joined until one is left.
+
+    A weight counts as the decimal number that it is written as: 0.1 is one tenth.
+    """
+    parts = [(Fraction(str(w)), i, Node(Fraction(str(w)), i, None)) for i, w in enumerate(weights)]
+    heapq.heapify(parts)
+    for number in range(len(weights), 2 * len(weights) - 1):
+        (light, _, one), (heavy, _, other) = heapq.heappop(parts), heapq.heappop(parts)
+        heapq.heappush(parts, (light + heavy, number, Node(light + heavy, -1, (one, other))))
+    return parts[0][2]
+
+
+def deal(weights: tuple[float, ...], numbers: Numbers) -> tuple[Numbers, Numbers]:
+    """The source of each window of the run, and its number among the windows of that source.
+
+    At every branch of the tree the heavier half has had round(n q) of the first n windows, q its
+    exact share. The errors of at most 1/2 a branch shrink on the way down: after any n windows
+    a source has had n times its share to within 1/2 of two sources, less than 1 of three, and
+    less than 1.68 of any number (half the sum of the reciprocals of Fibonacci's numbers).
+    """
+    sources, within = np.empty_like(numbers), np.empty_like(numbers)
+
+    def descend(node: Node, places: Numbers, numbers: Numbers) -> None:
+        if node.halves is None:
+            sources[places], within[places] = node.source, numbers
+        elif len(places):
+            light, heavy = node.halves
+            share = heavy.weight / node.weight
+            before, after = _rounded(numbers, share), _rounded(numbers + 1, share)
+            taken = after > before
+            descend(heavy, places[taken], before[taken])
+            descend(light, places[~taken], (numbers - before)[~taken])
+
+    descend(tree(weights), np.arange(len(numbers)), numbers)
+    return sources, within
+
+
+def _rounded(numbers: Numbers, share: Fraction) -> Numbers:
+    """round(numbers * share), halves up, exactly."""
+    top, bottom = 2 * share.numerator, 2 * share.denominator
+    exact: NDArray[np.object_] | Numbers = numbers
+    if int(numbers.max()) * top + bottom >= 1 << 63:
+        exact = numbers.astype(object)  # Python's integers have no end
+    return ((exact * top + share.denominator) // bottom).astype(np.int64)
+
+
+def drawn(seed: int, steps: range, batch_size: int, size: int) -> Numbers:
+    """Places in range(size) for the batches of some steps, drawn with replacement."""
+    return np.concatenate(
+        [rng.random_integers(rng.seed(seed, "batch", step), batch_size, size) for step in steps]
+    )
+
+
+def ordered(seed: int, numbers: Numbers, size: int, *stream: int) -> Numbers:
+    """The places that are visited at `numbers` of an endless walk through range(size).
+
+    Each epoch visits every place once, in an order of its own; `stream` tells walks apart.
+    """
+    epochs, within = np.divmod(numbers, size)
+    places = np.empty_like(numbers)
+    for epoch in np.unique(epochs).tolist():
+        mine, key = epochs == epoch, rng.seed(seed, "epoch", epoch, *stream)
+        places[mine] = rng.permuted(key, within[mine], size)
+    return places
+
+
+class DocumentWindows:
+    """The windows of a text cut document by document, at 4.25 bytes a document.
+
+    A document of n tokens and its end token has ceil(n / T) windows, the first at its start, so
+    that each of its tokens but the first, and its end, is a target. The last window runs on into
+    the text that follows.
+    """
+
+    def __init__(self, chunks: Iterable[NDArray[Any]], end_id: int, context_length: int):
+        """Find the documents of a text, given as consecutive pieces of its ids."""
+        self.context_length = context_length
+        lengths, size, last_end = [], 0, -1
+        for chunk in chunks:
+            ends = np.flatnonzero(chunk == end_id) + size
+            lengths.append(np.diff(ends, prepend=last_end).astype(np.uint32))
+            size, last_end = size + len(chunk), int(ends[-1]) if len(ends) else last_end
+        rest = [size - 1 - last_end] if size - 1 > last_end else []  # a document without an end
+        n_documents = sum(map(len, lengths)) + len(rest)
+        padding = np.ones(-n_documents % GROUP, dtype=np.uint32)  # empty documents
+        self._lengths = np.concatenate([*lengths, np.array(rest, dtype=np.uint32), padding])
+        self._lengths = self._lengths.reshape(-1, GROUP)
+        parts = [self._lengths[i : i + PART] for i in range(0, len(self._lengths), PART)]
+        tokens = [part.sum(axis=1, dtype=np.int64) for part in parts]
+        windows = [self._counts(part).sum(axis=1) for part in parts]
+        self._tokens, self._windows = (
+            np.cumsum(np.concatenate([[0], *s])) for s in (tokens, windows)
+        )
+
+    def __len__(self) -> int:
+        return int(self._windows[-1])
+
+    def _counts(self, lengths: NDArray[np.uint32]) -> Numbers:
+        return -(-(lengths.astype(np.int64) - 1) // self.context_length)
+
+    def starts(self, numbers: Numbers) -> Numbers:
+        """The place of the first token of windows, by their numbers in the text."""
+        groups = np.searchsorted(self._windows, numbers, side="right") - 1
+        lengths = self._lengths[groups]  # (B, GROUP)
+        counts = self._counts(lengths)
+        before = counts.cumsum(axis=1) - counts
+        within = numbers - self._windows[groups]
+        # the last document that begins at or before the window and is not empty
+        documents = ((before <= within[:, None]) & (counts > 0)).cumsum(axis=1).argmax(axis=1)
+        rows = np.arange(len(numbers))
+        tokens = lengths.cumsum(axis=1, dtype=np.int64) - lengths
+        return (
+            self._tokens[groups]
+            + tokens[rows, documents]
+            + (within - before[rows, documents]) * self.context_length
+        )

@@ -1,0 +1,5 @@
+"""`python -m lm.export`."""
+
+from lm.export.folder import main
+
+main()

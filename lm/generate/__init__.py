@@ -1,0 +1,4 @@
+"""Decoding and sampling: `python -m lm.generate`.
+
+Begin with stream.py.
+"""

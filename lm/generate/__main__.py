@@ -1,0 +1,5 @@
+"""`python -m lm.generate`."""
+
+from lm.generate.stream import main
+
+main()

@@ -1,0 +1,445 @@
+"""The machine: which device, in which precision, and how fast it can be."""
+
+import ctypes
+import functools
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lm.base.console import count
+from lm.base.errors import EnvironmentFault
+from lm.base.settings import Dtype as Dtype
+
+# variables that make the numeric libraries choose other instructions or cut sums otherwise
+_SWITCHES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_DYNAMIC",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_DYNAMIC",
+    "ONEDNN_MAX_CPU_ISA",
+)
+# of mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
+_MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
+_COMPILERS = ("c++", "g++", "clang++")
+# of torch.compile: calls without Python between them, and recomputation left where it was put
+_CPU_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "reorder_for_locality": False,
+}
+# FLOP/s of dense products by the vendors' data sheets: bfloat16 or float16, TF32, float32. NVIDIA
+# H100 Tensor Core GPU (SXM, PCIe), H200 Tensor Core GPU, A100 Tensor Core GPU data sheets; Ada GPU
+# architecture white paper, appendix A (with sums in float32). Sparsity, which doubles them, is off.
+_DATA_SHEETS = {
+    "H100 PCIe": (756e12, 378e12, 51e12),
+    "H100": (989e12, 494e12, 67e12),
+    "H200": (989e12, 494e12, 67e12),
+    "A100": (312e12, 156e12, 19.5e12),
+    "RTX 4090": (165.2e12, 82.6e12, 82.6e12),
+}
+# (rows, inner, columns) of products that threads share: on Zen 4 the second, with AMX the others
+_CUT_DIFFERENTLY = ((64, 64, 64), (128, 128, 128), (768, 128, 384))
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def available_devices() -> list[str]:
+    """The kinds of device this torch can use here, the fastest first."""
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    return [name for name, there in found.items() if there]
+
+
+def choose_device(name: str) -> torch.device:
+    """The named device, or for "auto" CUDA, else MPS, else the CPU.
+
+    Raises EnvironmentFault for one that is not there: it is never replaced in silence.
+    """
+    available = available_devices()
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise EnvironmentFault(
+            f"device {name}: not available (this torch {torch.__version__} has: "
+            f"{', '.join(available)}); set runtime.device: auto"
+        )
+    return torch.device(name)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, e.g. "cpu (2 threads, AVX512)"."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"cpu ({count(torch.get_num_threads(), 'thread')}, {capability})"
+    return device.type
+
+
+def environment(device: torch.device, compiles: bool) -> dict[str, str]:
+    """What decides, beside code, settings and data, which bits a computation gives."""
+    found = {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": torch.__version__,
+        **{package: version(package) for package in ("numpy", "safetensors", "tokenizers")},
+        "device": describe(device),
+        "processor": _processor(),
+    }
+    if device.type == "cuda":
+        found["cuda"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    if compiles:
+        found["compiler"] = _compiler()
+    return found | {name: os.environ[name] for name in _SWITCHES if name in os.environ}
+
+
+def _processor() -> str:
+    """Maker and matrix instructions of the CPU: libraries choose their kernels by these."""
+    maker = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        maker = _field("/proc/cpuinfo", "vendor_id") or maker
+    cpu: Any = torch.cpu  # the checks are there, but not in the type stubs
+    extras = {"avx512_bf16": cpu._is_avx512_bf16_supported(), "amx": cpu._is_amx_tile_supported()}
+    return " ".join([maker, *(name for name, there in extras.items() if there)])
+
+
+def _field(file: str, name: str, separator: str = ":") -> str | None:
+    with open(file, encoding="utf-8") as lines:
+        return next(
+            (line.partition(separator)[2].strip() for line in lines if line.startswith(name)), None
+        )
+
+
+def _compiler() -> str:
+    """The C++ compiler that torch.compile uses on a CPU, by its own first line."""
+    found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if found is None:
+        return "none"
+    said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+    return said.partition("\n")[0]
+
+
+def prepare(device: torch.device, num_threads: int | None) -> None:
+    """Set torch and the process up for training: deterministic, and with memory kept at hand."""
+    make_deterministic(device, num_threads)
+    keep_freed_memory()
+
+
+def make_deterministic(device: torch.device, num_threads: int | None) -> None:
+    """Make torch choose kernels that give the same bits every time, and fail where it has none.
+
+    On a CPU the number of threads decides how sums are cut into parts: null leaves it to torch.
+    Raises EnvironmentFault if OpenMP gives fewer threads than it promises: oneDNN then leaves
+    parts of a product unwritten.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    torch.set_deterministic_debug_mode("error")  # without importing the compiler; see compiled()
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matmul
+        torch.backends.cudnn.benchmark = False
+    if device.type == "cpu" and not all(map(_product_is_whole, _CUT_DIFFERENTLY)):
+        raise EnvironmentFault(
+            f"OpenMP promises {torch.get_num_threads()} threads and gives fewer; unset "
+            "OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS or set train.num_threads: 1"
+        )
+
+
+def _product_is_whole(shape: tuple[int, int, int]) -> bool:
+    rows, inner, columns = shape
+    left, right = (
+        torch.ones(*size, dtype=torch.bfloat16) for size in ((rows, inner), (inner, columns))
+    )
+    return bool((left @ right == inner).all())
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, where it is the allocator: each step needs the same again.
+
+    By default a large tensor is a mapping of its own, and the kernel clears its pages each time:
+    on a CPU up to a third of a step.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, value in _MALLOPT.items():
+            libc.mallopt(parameter, value)
+
+
+def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
+    """Matrix products in `dtype`; parameters, norms and losses stay float32."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def compiled(function: Function, device: torch.device) -> Function:
+    """`function` by torch.compile. Raises EnvironmentFault, now or when called, where it fails."""
+    otherwise = "or set train.compile: false"
+    if reason := no_compiling(device) or no_loading(device):
+        raise EnvironmentFault(f"torch.compile: {reason} {otherwise}")
+    from torch._dynamo import config  # costs 1.5 s: only who compiles pays
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    config.trace_autograd_ops = True  # the function may take gradients inside
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(True)  # the same, and the compiler knows of it
+    options = _CPU_COMPILER if device.type == "cpu" else None
+    fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return fast(*arguments)
+        except BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            raise EnvironmentFault(
+                f"torch.compile: {reason}; mend the compiler {otherwise}"
+            ) from error
+
+    return call  # type: ignore[return-value]
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor on the device; to a GPU without waiting for the copy."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: by torch on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(FileNotFoundError):  # on Linux, where ru_maxrss begins with what the parent held
+        if peak := _field("/proc/self/status", "VmHWM"):
+            return int(peak.split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def matmul_flops_per_second(device: torch.device, dtype: Dtype) -> float:
+    """The rate of a large matrix product here and now: the ceiling that MFU is a share of."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    seconds = []
+    for _ in range(4):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ a
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def data_sheet_flops_per_second(device: torch.device, dtype: Dtype) -> float | None:
+    """The peak that the maker promises for dense products; None for a device not known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = next((peaks for known, peaks in _DATA_SHEETS.items() if known in name), None)
+    if peaks is None:
+        return None
+    if dtype != "float32":
+        return peaks[0]
+    return peaks[1] if torch.get_float32_matmul_precision() != "highest" else peaks[2]
+
+
+def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
+    """Whether products in a 16-bit type are faster here than in float32."""
+    if device.type == "cpu":
+        cpu: Any = torch.cpu
+        fast = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+        return dtype == "bfloat16" and bool(fast)
+    return dtype != "float32"
+
+
+def no_compiling(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, and what to do; None if it can."""
+    if device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
+        return "no C++ compiler found; install g++"
+    if device.type == "cpu" and " " in torch.__file__:
+        # it hands its own path to the linker without quotes
+        return (
+            f"torch.compile fails where torch's path has a space ({Path(torch.__file__).parent}); "
+            "move the project"
+        )
+    return None
+
+
+@functools.cache
+def no_loading(device: torch.device) -> str | None:
+    """Why nothing that torch.compile builds can be loaded, and what to do; None if it can.
+
+    It takes some tenths of a second: a library of a line is built, in torch's folder for such.
+    """
+    if device.type != "cpu":
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler  # costs seconds
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    elsewhere = "set TORCHINDUCTOR_CACHE_DIR to another folder"
+    try:
+        compiler = get_cpp_compiler()
+    except RuntimeError:
+        return "no C++ compiler works; mend the one that CXX names, or g++"
+    try:
+        if " " in (folder := cache_dir()):
+            return f"its folder must have no space ({folder}); {elsewhere}"
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            source, library = Path(place, "probe.cpp"), Path(place, "probe.so")
+            source.write_text('extern "C" int probe() { return 0; }\n')
+            command = [compiler, "-shared", "-fPIC", "-o", str(library), str(source)]
+            built = subprocess.run(command, capture_output=True, text=True)
+            if built.returncode != 0:
+                said = built.stderr.strip().partition("\n")[0]
+                return f"{compiler} fails ({said}); mend it"
+            ctypes.CDLL(str(library))  # not where the folder is mounted noexec
+    except OSError as error:
+        return (
+            f"it cannot build and load a library ({str(error).partition(chr(10))[0]}); {elsewhere}"
+        )
+    return None
+
+
+def free_memory_bytes(device: torch.device, sharing: int = 1) -> int | None:
+    """What a process can still take: of a GPU, or of RAM, which `sharing` processes share.
+
+    RAM within the limits of its cgroups and its own (ulimit -v). None where the system does not
+    tell.
+    """
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held  # torch keeps what was freed
+    if sys.platform != "linux":
+        return None
+    available = _field("/proc/meminfo", "MemAvailable")
+    free = [int(available.split()[0]) * 1024] if available else []
+    shares = [size // sharing for size in free + _left_in_cgroups()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        shares.append(max(0, limit - pages * os.sysconf("SC_PAGE_SIZE")))
+    return min(shares, default=None)
+
+
+def _left_in_cgroups() -> list[int]:
+    """What each limit above this process leaves (cgroups v2 and v1); page cache counts as free."""
+    left = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        own = root / path.lstrip("/")
+        for group in (own, *own.parents[: len(own.relative_to(root).parts)]):
+            with suppress(OSError, ValueError):  # not mounted here, or "max": no limit
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                cache = _field(str(group / "memory.stat"), names[2], separator=" ") or "0"
+                left.append(max(0, limit - used + int(cache)))
+    return left
+
+
+def resident_memory_bytes() -> int:
+    """What the process holds now (on Linux), or held at most so far."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory_bytes(torch.device("cpu"))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Stopwatch:
+    """Seconds that a device has worked, without waiting for it; a GPU is asked when it is done."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.seconds = device.type == "cuda", 0.0
+        self.laps: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def lap(self) -> Iterator[None]:
+        """Add the time of what is done within."""
+        if self.on_gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self.laps.append((start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - began
+
+    def take(self) -> float:
+        """The seconds since the last time it was asked; of a GPU that has been waited for."""
+        laps, self.laps = self.laps, []
+        seconds = self.seconds + sum(start.elapsed_time(end) / 1000 for start, end in laps)
+        self.seconds = 0.0
+        return seconds
+
+
+def performance(
+    device: torch.device,
+    dtype: Dtype,
+    step_seconds: list[float],
+    tokens_per_step: int,
+    flops_per_token: float,
+    num_devices: int = 1,
+) -> dict[str, Any]:
+    """Speed and memory of a finished run.
+
+    MFU is the share of the data sheet's peak, or where none is known of a measured product's rate,
+    of all devices; memory and these rates are of one.
+    """
+    step_s = statistics.median(step_seconds) if step_seconds else float("nan")
+    measured = matmul_flops_per_second(device, dtype)
+    promised = data_sheet_flops_per_second(device, dtype)
+    peak = promised or measured
+    tokens_per_second = tokens_per_step / step_s
+    return {
+        "device": describe(device),
+        "num_devices": num_devices,
+        "dtype": dtype,
+        "tokens_per_second": round(tokens_per_second, 1),
+        "step_seconds_median": round(step_s, 6),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "flops_per_token": flops_per_token,
+        "matmul_flops_per_second": round(measured),
+        "data_sheet_flops_per_second": promised,
+        "mfu_is_of": "matmul_flops_per_second"
+        if promised is None
+        else "data_sheet_flops_per_second",
+        "mfu": round(tokens_per_second * flops_per_token / (peak * num_devices), 4),
+    }

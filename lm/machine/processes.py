@@ -1,0 +1,306 @@
+"""The processes that train one model together: who they are and what they tell each other.
+
+    torchrun or stages.launch -- RANK, WORLD_SIZE, MASTER_ADDR --> joined --> Processes
+
+Each runs the same program on its share of every batch. What one of them learns and all must act on
+(a signal, a fault, a file that has changed) is exchanged, so that all leave at the same step. Only
+rank 0 speaks and writes. A rank that dies or hangs is named by those that waited for it.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from lm.base import console
+from lm.base.errors import (
+    Busy,
+    Diverged,
+    EnvironmentFault,
+    InputError,
+    Interrupted,
+    is_out_of_memory,
+)
+
+FAULTS = (InputError, EnvironmentFault, Busy, OSError)
+GRACE_S = 20.0  # for the others to notice, too; torch's launcher kills after 30
+Result = TypeVar("Result")
+
+
+class Processes:
+    """A process among its equals; alone, nothing is sent and nothing waited for."""
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        store: Store | None = None,
+        timeout: timedelta | None = None,
+    ):
+        """With a store, a group for messages is made, which is not that of the gradients."""
+        self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
+        self.messages = None
+        if store is not None:
+            self.messages = dist.new_group(backend="gloo", timeout=timeout)
+
+    def with_own_group(self) -> "Processes":
+        """The same in another group, so that a thread of each may speak with the others'."""
+        return Processes(self.rank, self.size, self.store, self.timeout)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that speaks and writes."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has passed, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.messages)
+        return values
+
+    def gather_numbers(self, numbers: list[float]) -> NDArray[Any]:
+        """The same for equally many numbers of each: (size, count), float64."""
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        if self.size == 1:
+            return mine[None].numpy()
+        everyones = torch.empty(self.size * len(mine), dtype=torch.float64)
+        dist.all_gather_single(everyones, mine, group=self.messages)
+        return everyones.view(self.size, -1).numpy()
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Do it on every rank; if it fails on one, all raise what that one raised, named."""
+        if self.size == 1:
+            return action()
+        result, fault = _outcome(action)
+        faults = self.gather(fault)
+        for rank, theirs in enumerate(faults):
+            if theirs is not None:
+                of_all = len({str(other) for other in faults}) == 1
+                raise common(theirs if of_all else of_rank(rank, theirs))
+        return cast(Result, result)
+
+    def lead(self, action: Callable[[], Result]) -> Result:
+        """Do it on rank 0 alone; what it gives, or raises, all get."""
+        if self.size == 1:
+            return action()
+        box = [_outcome(action) if self.leads else (None, None)]
+        dist.broadcast_object_list(box, group=self.messages, group_src=0)
+        result, fault = box[0]
+        if fault is not None:
+            raise common(fault)
+        return cast(Result, result)
+
+    def require_same(self, parts: dict[str, dict[str, Any]]) -> None:
+        """Raise InputError naming rank and part unless all have passed the same as rank 0."""
+        first, *others = self.gather(parts)
+        for rank, theirs in enumerate(others, start=1):
+            for part in first:
+                keys = first[part].keys() | theirs[part].keys()
+                if odd := sorted(k for k in keys if first[part].get(k) != theirs[part].get(k)):
+                    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+                    raise common(
+                        InputError(
+                            f"rank {rank}: {part}: {', '.join(odd[:3])}{more} not as on rank 0; "
+                            "every process needs the same code, data, settings and environment"
+                        )
+                    )
+
+    def part(self) -> None:
+        """Wait until all are about to leave: who hangs up first breaks what others still read."""
+        with suppress(RuntimeError):
+            self.gather(None)
+
+    def tells(self) -> None:
+        """Note that this rank says why it leaves, so that those who lose it need not."""
+        if self.store is not None:
+            with suppress(dist.DistError):
+                self.store.set("told", "")
+
+    def at(self, step: int) -> None:
+        """Note where this rank is, for those who might wait for it in vain."""
+        if self.size > 1 and self.store is not None:
+            self.store.set(f"at/{self.rank}", str(step))
+
+    def lost(self, reason: str) -> EnvironmentFault | SystemExit:
+        """What to leave with after a connection broke: the fault, or if another tells it, its code.
+
+        Every rank that notices says so in the store and hangs up, so that the next one notices. The
+        store is a launcher's; without one it is rank 0's, and gone with that.
+        """
+        assert self.store is not None
+        hangs = "imed out" in reason
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        end, left = time.monotonic() + GRACE_S, {self.rank}
+        try:
+            self.store.set(f"leaves/{self.rank}", "")
+            _hang_up()
+            while time.monotonic() < end and len(left) < self.size - 1:
+                time.sleep(0.05)
+                left = self._left()
+            time.sleep(1)  # the last, too, may be alive
+            if self.store.check(["told"]):
+                return SystemExit(EnvironmentFault.exit_code)
+            left = self._left()
+            missing = sorted(set(range(self.size)) - left)
+        except dist.DistError:
+            missing = [] if launched else [0]
+            left |= {0} if launched else set()
+        if self.rank != min(left):
+            return SystemExit(EnvironmentFault.exit_code)
+        return EnvironmentFault(
+            f"lost {', '.join(map(self._whereabouts, missing)) or 'a connection'}: "
+            f"{'no answer within runtime.process_timeout_s' if hangs else 'it has ended'}; "
+            "what was saved is intact: run again to go on"
+        )
+
+    def _left(self) -> set[int]:
+        """Those that have said that they leave."""
+        assert self.store is not None
+        return {rank for rank in range(self.size) if self.store.check([f"leaves/{rank}"])}
+
+    def _whereabouts(self, rank: int) -> str:
+        with suppress(dist.DistError):
+            if self.store is not None and self.store.check([f"at/{rank}"]):
+                return f"rank {rank} in step {self.store.get(f'at/{rank}').decode()}"
+        return f"rank {rank}"
+
+
+ALONE = Processes()
+
+
+def _outcome(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    try:
+        return action(), None
+    except FAULTS as fault:
+        return None, fault
+
+
+def common(fault: Exception) -> Exception:
+    """The fault, to be raised by all and told by rank 0."""
+    fault.common = True  # type: ignore[attr-defined]
+    return fault
+
+
+def of_rank(rank: int, fault: Exception) -> Exception:
+    """The fault with the rank's name before it."""
+    if isinstance(fault, OSError):
+        where = f"{fault.filename}: " if fault.filename else ""
+        return EnvironmentFault(f"rank {rank}: {where}{fault.strerror or fault}")
+    fault.args = (f"rank {rank}: {fault}",)
+    return fault
+
+
+@contextmanager
+def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Processes]:
+    """Among the processes that torchrun started, or as the only one of its kind.
+
+    With train.parallel = none there is nobody to join. Raises InputError if there are several
+    processes nevertheless, EnvironmentFault if they do not find each other in `timeout_s` seconds.
+    Within, faults that all ranks raise are told by rank 0 alone.
+    """
+    rank, size = (int(os.environ.get(*given)) for given in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if parallel == "none" and size == 1:
+        yield ALONE
+        return
+    if parallel == "none":
+        if rank > 0:
+            raise SystemExit(InputError.exit_code)  # rank 0 says it
+        raise InputError(
+            f"train.parallel = none is for one process, here are {size}; set ddp or fsdp"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise EnvironmentFault(f"train.parallel = {parallel}: works on cpu and cuda, not {device}")
+    if rank > 0:
+        console.mute()
+    processes = _join(rank, size, device, timedelta(seconds=timeout_s))
+    try:
+        yield processes
+    except (*FAULTS, Diverged, Interrupted) as fault:
+        of_all = getattr(fault, "common", False) or isinstance(fault, Diverged | Interrupted)
+        if of_all:
+            processes.part()
+        else:
+            processes.tells()
+        _hang_up()
+        if of_all and not processes.leads:
+            raise SystemExit(getattr(fault, "exit_code", EnvironmentFault.exit_code)) from None
+        if of_all or size == 1:
+            raise
+        raise of_rank(rank, fault) from None
+    except RuntimeError as error:
+        if not _is_of_a_connection(error):
+            raise
+        raise processes.lost(str(error)) from None
+    processes.part()
+    _hang_up()
+
+
+def _hang_up() -> None:
+    """Close the connections; those of a GPU would be waited for if another is lost."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        with suppress(RuntimeError):  # another may have left before
+            dist.destroy_process_group()
+
+
+def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Processes:
+    if device.type == "cuda":
+        local_rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= found:
+            raise EnvironmentFault(
+                f"rank {rank}: number {local_rank + 1} on a host that has {found} GPUs; start one "
+                "process for each"
+            )
+        torch.cuda.set_device(local_rank)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    try:
+        store: Store = dist.HashStore()  # type: ignore[attr-defined]
+        if "RANK" in os.environ:
+            store = next(rendezvous("env://", timeout=timeout))[0]
+        store = PrefixStore(_meeting(store, rank, size, timeout), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        return Processes(rank, size, store, timeout)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise EnvironmentFault(f"rank {rank}: the {size} processes do not meet: {said}") from None
+
+
+def _meeting(store: Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name on which exactly the processes that are there now agree.
+
+    A launcher keeps its store over restarts, with what ended processes have left in it, and hosts
+    count restarts differently. So rank 0 invites under a new name, the others answer with theirs,
+    and who is not on its list waits for the next invitation.
+    """
+    me, end = uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set("invitation", me)
+        names = [store.get(f"{me}/{other}").decode() for other in range(1, size)]
+        store.set(f"{me}/list", " ".join(names))
+        return me
+    while time.monotonic() < end:
+        name = store.get("invitation").decode()
+        store.set(f"{name}/{rank}", me)
+        with suppress(dist.DistStoreError):  # no list yet, perhaps never
+            store.wait([f"{name}/list"], timedelta(seconds=1))
+            if me in store.get(f"{name}/list").decode():
+                return name
+        time.sleep(0.1)
+    raise RuntimeError("rank 0 does not come")
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    texts = ("Connection", "Broken pipe", "imed out", "timeout", "NCCL")
+    return not is_out_of_memory(error) and (
+        isinstance(error, dist.DistError) or any(text in str(error) for text in texts)
+    )

@@ -1,0 +1,4 @@
+"""The Transformer, its kernels, its loss, its files, its names in Hugging Face.
+
+Begin with transformer.py.
+"""

@@ -1,0 +1,179 @@
+"""A model as files: written whole, checked when opened, safe to open.
+
+    models/model/   model.safetensors, config.json, tokenizer.json, provenance.json
+
+Opening one runs no code.
+"""
+
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lm.base.config import read_section
+from lm.base.errors import InputError
+from lm.base.files import (
+    read_json,
+    require_file,
+    sync_directory,
+    write_json,
+    writing,
+)
+from lm.base.settings import THREADS
+from lm.data.tokenizer import Tokenizer, load_tokenizer
+from lm.machine.device import free_memory_bytes
+from lm.model.fitting import (
+    FLOATS,
+    as_stored,
+    require_finite,
+    require_settings,
+    require_weights,
+)
+from lm.model.transformer import ModelConfig, TransformerLM
+
+MAX_HEADER_BYTES = 1 << 24  # of safetensors: what it says of 100,000 tensors
+PROBED = 16  # ids whose logits are computed when a model is opened
+PROVENANCE = ("model", "train", "inputs", "code", "environment")
+
+
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file, to be used by `with`. Raises InputError if it is none."""
+    require_file(path)
+    with open(path, "rb") as file:
+        _require_short_header(str(path), file.read(8))
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({error})") from None
+
+
+def _require_short_header(name: str, head: bytes) -> None:
+    if (length := int.from_bytes(head[:8], "little")) > MAX_HEADER_BYTES:
+        raise InputError(
+            f"{name}: not a safetensors file (a header of {length:,} bytes; no model needs more "
+            f"than {MAX_HEADER_BYTES:,})"
+        )
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous, each with memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        if tensor.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        result[name] = tensor
+    return result
+
+
+def write_checkpoint(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Write tensors that share no memory to `path`, atomically.
+
+    Raises EnvironmentFault if they do not fit, or cannot be written for another reason.
+    """
+    scratch = path.with_name(path.name + ".tmp")
+    with writing(path, sum(tensor.nbytes for tensor in tensors.values())):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.touch()
+            mode = scratch.stat().st_mode  # safetensors would make it readable by the owner alone
+            safetensors.torch.save_file(tensors, scratch, metadata)
+            with open(scratch, "rb") as file:
+                os.fsync(file.fileno())
+            scratch.chmod(mode)
+            scratch.replace(path)
+        except BaseException as error:
+            scratch.unlink(missing_ok=True)
+            if isinstance(error, SafetensorError):
+                raise _os_error(error) from None
+            raise
+        sync_directory(path.parent)
+
+
+def _os_error(error: SafetensorError) -> Exception:
+    """The OSError that the library speaks of in words: "I/O error: ... (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
+
+
+def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write weights, configuration and tokenizer: all that using the model needs."""
+    tokenizer.save(folder)
+    write_json(folder / "config.json", asdict(model.config))
+    weights = _unshared(model.state_dict())
+    write_checkpoint(weights, {"format": "pt"}, folder / "model.safetensors")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What a model was made of: settings, hashes of inputs and code, environment.
+
+    Raises InputError if the file is missing or something else.
+    """
+    provenance = read_json(folder / "provenance.json")
+    if not (
+        isinstance(provenance, dict)
+        and all(isinstance(provenance.get(part), dict) for part in PROVENANCE)
+        and _is_threads(provenance["train"].get("num_threads"))
+    ):
+        raise InputError(f"{folder / 'provenance.json'}: not a record of stage train; run it again")
+    return provenance
+
+
+def _is_threads(value: Any) -> bool:
+    return value is None or (type(value) is int and THREADS.holds(value))
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:
+    """A saved model, in evaluation mode, and its tokenizer.
+
+    Raises InputError if a file is missing, torn or does not fit the others.
+    """
+    file = folder / "config.json"
+    settings = read_json(file)
+    if isinstance(settings, dict):  # models from before there was the choice
+        settings.setdefault("intra_document_masking", False)
+    config = read_section(ModelConfig, {"model": settings}, "model", str(file))
+    path = folder / "model.safetensors"
+    with open_safetensors(path) as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    require_settings(str(path), config, as_stored(weights))
+    _require_room(folder / "config.json", config)
+    model = TransformerLM(config)
+    require_weights(str(path), model.state_dict(), as_stored(weights), FLOATS)
+    require_finite(str(path), weights, weights)
+    model.load_state_dict(weights)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{config.vocab_size}; they do not belong together"
+        )
+    _require_finite_logits(str(path), model.eval(), tokenizer.end_id)
+    return model.to(device), tokenizer
+
+
+def _require_room(file: Path, config: ModelConfig) -> None:
+    """Raise InputError if the angles of all positions, of which weights say nothing, do not fit."""
+    needed = 12 * config.context_length * config.head_dim  # two of float64, and one of float32
+    free = free_memory_bytes(torch.device("cpu"))
+    if config.position_embedding == "rope" and free is not None and needed > free:
+        raise InputError(
+            f"{file}: context_length = {config.context_length} takes {needed / 1e9:,.1f} GB for "
+            f"rotary positions, {free / 1e9:,.1f} GB are free"
+        )
+
+
+@torch.no_grad()
+def _require_finite_logits(name: str, model: TransformerLM, end_id: int) -> None:
+    """Raise InputError if weights, each of them finite, are too large to compute with."""
+    ids = torch.arange(min(PROBED, model.config.vocab_size, model.config.context_length))[None]
+    if not model(ids, model.documents(ids, end_id)).isfinite().all():
+        raise InputError(f"{name}: weights too large: logits are not finite; lower train.lr")

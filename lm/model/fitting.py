@@ -1,0 +1,96 @@
+"""Whether what a file says of a model can be its weights.
+
+A hash shows that a file is as it was written, not that it makes sense: integers in place of
+weights load without a word, NaN among them makes text. All is looked at before anything is changed.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lm.base.errors import InputError
+from lm.machine.sharded_tensors import local
+from lm.model.transformer import ModelConfig
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # become float32 without loss
+
+
+def require_settings(name: str, config: ModelConfig, stored: Mapping[str, Stored]) -> None:
+    """Raise InputError if settings are of a model that the weights in a file cannot be of.
+
+    Cheap, and to be done before the model is built: its settings may ask for any amount of memory.
+    """
+    layers = {key.split(".")[1] for key in stored if key.startswith("layers.")}
+    embedding = _shape(stored, "token_embeddings.weight", 2)
+    (d_ff, _) = _shape(stored, "layers.0.ffn.w1.weight", 2)
+    found = {"num_layers": len(layers), "d_ff": d_ff}
+    found |= dict(zip(("vocab_size", "d_model"), embedding, strict=True))
+    if differing := [
+        f"{key} = {getattr(config, key)} in its settings, {number or 'none'} in its weights"
+        for key, number in found.items()
+        if getattr(config, key) != number
+    ]:
+        raise InputError(f"{name}: another model: {', '.join(differing)}")
+
+
+def _shape(stored: Mapping[str, Stored], key: str, dimensions: int) -> tuple[int, ...]:
+    shape = stored[key].shape if key in stored else ()
+    return shape if len(shape) == dimensions else (0,) * dimensions
+
+
+def require_weights(
+    name: str,
+    own: Mapping[str, Tensor],
+    stored: Mapping[str, Stored],
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> None:
+    """Raise InputError unless the tensors of a model are stored, and no others.
+
+    Their types are the model's own, or with `dtypes` among these.
+    """
+    for key in sorted(own.keys() | stored.keys()):
+        here = tuple(own[key].shape) if key in own else "nothing"
+        there = stored[key].shape if key in stored else "nothing"
+        if here != there:
+            raise InputError(f"{name}: another model: {key} is {there}, expected {here}")
+        if stored[key].dtype not in (dtypes or (own[key].dtype,)):
+            expected = " or ".join(map(word_of, dtypes or (own[key].dtype,)))
+            raise InputError(f"{name}: {key} is {word_of(stored[key].dtype)}, expected {expected}")
+
+
+def word_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def require_finite(name: str, tensors: Mapping[str, Tensor], keys: Iterable[str]) -> None:
+    """Raise InputError if one of some tensors has a number that is none; `name` holds them."""
+    for key in keys:
+        tensor = local(tensors[key])
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise InputError(f"{name}: {key}: {count} of {tensor.numel()} values are not finite")
+        if key.endswith(".step") and (tensor < 0).any():
+            raise InputError(f"{name}: {key} is negative")
+
+
+def finite_keys(model: nn.Module, stored: Iterable[str]) -> list[str]:
+    """The tensors of a checkpoint that must be finite: a buffer, as of a mask, may not be."""
+    buffers = {f"model.{key}" for key, _ in model.named_buffers()}
+    return [key for key in stored if key not in buffers]
+
+
+# --- optimizers -------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """What the header of a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """What a file's header would say of these."""
+    return {key: Stored(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}

@@ -1,0 +1,226 @@
+"""Functions with gradients of their own: the same numbers in less memory, or less time.
+
+    rms_norm               keeps its input and a number a row
+    causal_attention       keeps a number a row instead of the weights
+    swiglu                 keeps its inputs instead of what it computed on the way
+    linear_cross_entropy   makes its gradients with the loss instead of keeping logits
+
+Letters in shapes as in transformer.py, and N = B T rows. Each has its plain formula in the tests.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 4  # queries at a time; their number
+LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # in training
+CROSS_ENTROPY_CHUNK = 1 << 26  # logits turned into float32 at once: 256 MiB
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch C"], weight: Float[Tensor, " C"], eps: float
+) -> Float[Tensor, "*batch C"]:
+    """Give x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4).
+
+    Computed in float32 whatever the dtype of x, which is also the result's.
+    """
+    normed: Tensor = _RMSNorm.apply(x, weight, eps)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With n = x / rms(x): dx = (dy weight - n mean(dy weight n)) / rms(x), dweight = sum(dy n)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        by_rms = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, by_rms)
+        return (x.float() * by_rms * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, by_rms = ctx.saved_tensors
+        gradient, normed = gradients[0].float(), x.float() * by_rms
+        by_weight = (gradient * normed).reshape(-1, len(weight)).sum(dim=0).to(weight.dtype)
+        gradient = gradient * weight.float()
+        along = (gradient * normed).mean(dim=-1, keepdim=True)
+        by_x = gradient.sub_(normed.mul_(along)).mul_(by_rms)
+        return by_x.to(x.dtype), by_weight, None
+
+
+def causal_attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B H T D"],
+    v: Float[Tensor, "B H T D"],
+    mask: Bool[Tensor, "B 1 T T"] | None = None,
+) -> Float[Tensor, "B H T D"]:
+    """softmax(q k^T / sqrt(D)) v, a block of queries at a time with the keys that it may see.
+
+    Weights are computed again in the backward pass (Dao et al. 2022, algorithm 4). For a compiler
+    on a CPU: it makes more of these formulas than torch's ready kernel gives (docs/LOG.md).
+    """
+    mixed: Tensor = _CausalAttention.apply(q, k, v, mask)
+    return mixed
+
+
+class _CausalAttention(torch.autograd.Function):
+    """P = exp(S - log_sum), mixed = P v; dS = P * (dmixed v^T - rowsum(dmixed * mixed))."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        mixed, log_sums = [], []
+        for start, end in attention_blocks(q.shape[2]):
+            scores = _scores(q, k, mask, start, end)
+            largest = scores.amax(dim=3, keepdim=True)
+            e = (scores - largest).exp()
+            total = e.sum(dim=3, keepdim=True)  # (B, H, size, 1)
+            mixed.append(((e.to(v.dtype) @ v[:, :, :end]).float() / total).to(v.dtype))
+            log_sums.append(largest + total.log())
+        whole = torch.cat(mixed, dim=2)
+        ctx.save_for_backward(q, k, v, mask, whole, torch.cat(log_sums, dim=2))
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, mask, mixed, log_sum = ctx.saved_tensors
+        gradient = gradients[0]
+        along = (gradient.float() * mixed.float()).sum(dim=3, keepdim=True)  # (B, H, T, 1)
+        blocks, by_q, by_k, by_v = attention_blocks(q.shape[2]), [], [], []
+        for start, end in blocks:
+            weights = (_scores(q, k, mask, start, end) - log_sum[:, :, start:end]).exp()
+            by_weights = (gradient[:, :, start:end] @ v[:, :, :end].mT).float()
+            by_scores = weights * (by_weights - along[:, :, start:end]) / q.shape[3] ** 0.5
+            by_scores = by_scores.to(q.dtype)  # (B, H, size, end)
+            by_q.append(by_scores @ k[:, :, :end])
+            by_k.append(by_scores.mT @ q[:, :, start:end])
+            by_v.append(weights.to(v.dtype).mT @ gradient[:, :, start:end])
+
+        def summed(parts: list[Tensor]) -> Tensor:
+            """Over the blocks of queries that see a key; the first sees the fewest keys."""
+            segments = [
+                torch.stack([part[:, :, start:end].float() for part in parts[i:]]).sum(dim=0)
+                for i, (start, end) in enumerate(blocks)
+            ]
+            return torch.cat(segments, dim=2).to(q.dtype)
+
+        return torch.cat(by_q, dim=2), summed(by_k), summed(by_v), None
+
+
+def attention_blocks(length: int) -> list[tuple[int, int]]:
+    """First and last + 1 of the queries that causal_attention takes at once."""
+    size = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, start: int, end: int) -> Tensor:
+    """float32 scores of queries start to end and the keys before end; -inf where hidden."""
+    if mask is None:
+        seen = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
+    else:
+        seen = mask[:, :, start:end, :end]
+    scores = (q[:, :, start:end] @ k[:, :, :end].mT).float() / q.shape[3] ** 0.5
+    return scores.masked_fill(~seen, -math.inf)
+
+
+def swiglu(
+    gate: Float[Tensor, "*batch F"], up: Float[Tensor, "*batch F"]
+) -> Float[Tensor, "*batch F"]:
+    """silu(gate) * up (Shazeer 2020)."""
+    product: Tensor = _SwiGLU.apply(gate, up)
+    return product
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        by_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
+        return by_gate, F.silu(gate).mul_(gradients[0])  # in place: no third tensor of this size
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*batch V"], targets: Int[Tensor, "*batch"]
+) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the targets, in nats, computed in float32.
+
+    Where a float32 copy of all logits would weigh on memory, chunks of rows are converted one
+    at a time, in the forward pass and again in the backward pass.
+    """
+    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)  # (N, V), (N,)
+    rows = max(1, CROSS_ENTROPY_CHUNK // logits.shape[1])
+    if len(targets) <= rows:
+        return _summed_cross_entropy(logits, targets) / len(targets)
+    parts = [
+        checkpoint(_summed_cross_entropy, chunk, target, use_reentrant=False)
+        for chunk, target in zip(logits.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(targets)
+
+
+def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def linear_cross_entropy(
+    features: Float[Tensor, "N C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, " N"]
+) -> Float[Tensor, ""]:
+    """cross_entropy(features @ weight.T, targets) in a fraction of the memory and time.
+
+    The gradients are made together with the loss, for some rows at a time, so that the logits of
+    no more rows are held (Wijmans et al. 2024, "Cut your losses", at the level of tensors).
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(features, weight, targets)
+    return loss
+
+
+def rows_at_once(count: int, vocab_size: int) -> int:
+    """How many of `count` rows of logits linear_cross_entropy holds."""
+    n_chunks = min(MAX_LOGITS_CHUNKS, -(-count * vocab_size // LOGITS_AT_ONCE))
+    return -(-count // n_chunks)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """With e = exp(logits - max) and s = sum(e): loss = log(s) + max - logits[target].
+
+    Its gradient by the logits is e / s - onehot(target). Dividing by s is left to the products'
+    narrow side, and the one-hot part is a gather and an index_add: no second pass over e.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = features.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else features.dtype
+        narrow, count = weight.to(dtype), len(targets)
+        rows = rows_at_once(count, len(weight))
+        nats, by_features, by_weight = [], [], []
+        for x, y in zip(features.split(rows), targets.split(rows), strict=True):
+            logits = x.to(dtype) @ narrow.t()  # (rows, V)
+            largest = logits.amax(dim=1, keepdim=True).float()  # (rows, 1)
+            at_target = logits.gather(1, y[:, None]).float()  # (rows, 1)
+            e = (logits.float() - largest).exp().to(dtype)
+            s = e.float().sum(dim=1, keepdim=True)  # (rows, 1)
+            nats.append((s.log() + largest - at_target).sum())
+            by_features.append((e @ narrow).float() / s - narrow[y])
+            by_weight.append(e.t() @ (x.float() / s).to(dtype))
+        total = by_weight[0].float()
+        for part in by_weight[1:]:
+            total = total + part
+        total = total.index_add(0, targets, features.float(), alpha=-1)
+        ctx.save_for_backward(torch.cat(by_features) / count, total / count)
+        return torch.stack(nats).sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        by_features, by_weight = ctx.saved_tensors
+        return gradients[0] * by_features, gradients[0] * by_weight, None

@@ -1,0 +1,4 @@
+"""What a run will hold, compute and cost, before it begins.
+
+Begin with plan.py.
+"""

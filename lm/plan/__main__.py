@@ -1,0 +1,5 @@
+"""`python -m lm.plan`."""
+
+from lm.plan.plan import main
+
+main()

@@ -1,0 +1,175 @@
+"""Which files lie in a folder: as DVC watches it, or as a listing names them in its place.
+
+    python -m lm.prepare.listing /data/corpus corpus.listing      then data.path: corpus.listing
+
+A listing is for a folder too large to be hashed. It names every file with its size and time of
+change, and nothing is read through it unless they still are as it says. The text itself is hashed
+where it is read: by the key of its shard.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from lm.base.errors import InputError, one_line_errors
+from lm.base.files import atomic_write, read_json
+
+SUFFIX = ".listing"
+FORMAT = 1
+MAX_BYTES = 1 << 30  # of a listing: some ten million files
+Entry = os.DirEntry[str]
+
+
+def write_listing(root: Path, file: Path) -> int:
+    """List the files of a folder, hidden ones left out; returns how many there are."""
+    if not root.is_dir():
+        raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    if file.suffix != SUFFIX:
+        raise InputError(f"{file}: the name of a listing ends in {SUFFIX}")
+    if file.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{file}: lies in the folder that it lists; write it elsewhere")
+    files = _found(root)
+    listing = {"format": FORMAT, "root": str(root.absolute()), "files": files}
+    # ASCII alone: names that are not UTF-8 have escapes
+    atomic_write(file, json.dumps(listing, indent=2).encode() + b"\n")
+    return len(files)
+
+
+def listed_folder(file: Path) -> Path:
+    """The folder that a listing describes. Raises InputError if it is not as it was."""
+    listing = read_json(file, MAX_BYTES)
+    kinds = {"format": int, "root": str, "files": dict}
+    if not isinstance(listing, dict) or any(
+        not isinstance(listing.get(key), kind) for key, kind in kinds.items()
+    ):
+        raise InputError(
+            f"{file}: not a listing; make one by python -m lm.prepare.listing FOLDER {file}"
+        )
+    root = Path(listing["root"])
+    if not root.is_dir():
+        raise InputError(f"{file}: lists {root}, which is no folder here; make it again")
+    found, again = _found(root), f"make it again: python -m lm.prepare.listing {root} {file}"
+    for name in sorted(found.keys() | listing["files"].keys()):
+        before, now = listing["files"].get(name), found.get(name)
+        if before != now:
+            what = "is gone" if now is None else "is new" if before is None else "has changed"
+            raise InputError(f"{root / name}: {what} since {file} was made; {again}")
+    return root
+
+
+def _found(root: Path) -> dict[str, Any]:
+    """Size and time of change, in nanoseconds, of every file by its path in the folder."""
+    at, found = len(f"{root}/"), {}
+    for entry in chain.from_iterable(visible(entries) for _, entries in walk(root)):
+        if is_file(entry):
+            status = entry.stat()
+            found[entry.path[at:]] = [status.st_size, status.st_mtime_ns]
+    return dict(sorted(found.items()))
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[Entry]]]:
+    """Each folder from `root` down with its entries; those that are taken out are not entered.
+
+    Hidden folders and links are not entered. Raises OSError for a folder that cannot be read:
+    passed over, its text would be missing in silence.
+    """
+    folders = [str(root)]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(folder) as found:
+            entries = list(found)
+        yield folder, entries
+        folders += [e.path for e in visible(entries) if e.is_dir(follow_symlinks=False)]
+
+
+def is_file(entry: Entry) -> bool:
+    """Whether it is a file or leads to one; a link in a circle leads nowhere."""
+    return Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()
+
+
+def visible(entries: list[Entry]) -> Iterator[Entry]:
+    """Those that are not hidden."""
+    return (entry for entry in entries if not entry.name.startswith("."))
+
+
+# --- what DVC watches -------------------------------------------------------------------
+
+
+def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
+    """What DVC watches in a folder, but for hidden entries; it counts in `left_out` what it hides.
+
+    Raises InputError for what DVC refuses without naming the file or the cure.
+    """
+    path = _absolute(root)
+    inside = path.is_relative_to(Path.cwd())  # elsewhere it hides nothing
+    ignores = _ignores(path) if inside else None
+    for folder, entries in walk(root):
+        names = {entry.name for entry in entries}
+        n_visible = sum(1 for _ in visible(entries))
+        left_out["names that begin with a dot"] += len(entries) - n_visible
+        if ignores is not None:
+            folders = [entry.name for entry in entries if Path(entry.path).is_dir()]
+            kept = set(chain(*ignores(folder, folders, list(names.difference(folders)))))
+            entries[:] = [entry for entry in entries if entry.name in kept]
+        elif inside and ".dvc" in names:
+            entries.clear()  # a DVC project of its own
+        left_out["hidden from DVC"] += n_visible - sum(1 for _ in visible(entries))
+        for entry in entries:
+            try:
+                entry.name.encode()
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{str(os.fsencode(entry.path))[2:-1]}: a name that is not UTF-8, which DVC "
+                    "cannot record; rename it, or name the folder by a listing (docs/SCALE.md)"
+                ) from None
+            if entry.name == ".dvcignore":
+                raise InputError(
+                    f"{entry.path}: DVC takes none in a folder that it hashes; move its lines into "
+                    ".dvcignore of the project's root folder"
+                )
+        yield from visible(entries)
+
+
+def is_hidden_from_dvc(file: Path) -> bool:
+    """Whether DVC, when it hashes a folder above, passes over this file."""
+    folder = _absolute(file.parent)
+    ignores = _ignores(folder) if folder.is_relative_to(Path.cwd()) else None
+    return ignores is not None and not any(ignores(str(folder), [], [file.name]))
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - like DVC, which follows no link here
+
+
+def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
+    """DVC's own filter, if anything above a folder says that some of it is hidden from DVC."""
+    project = Path.cwd()
+    parts = path.relative_to(project).parts
+    above = [path, *path.parents][: len(parts) + 1]
+    is_nested = any((folder / ".dvc").exists() for folder in above[:-1])
+    lines = chain.from_iterable(
+        file.read_text(encoding="utf-8").splitlines()
+        for folder in above
+        if (file := folder / ".dvcignore").is_file()
+    )
+    # as /.venv: what is hidden is left out anyhow
+    idle = ("#",) if any(part.startswith(".") for part in parts) else ("#", "/.")
+    if not is_nested and all(not line.strip() or line.startswith(idle) for line in lines):
+        return None
+    from dvc.fs import localfs  # takes time, as each name does then: only where it is needed
+    from dvc.ignore import DvcIgnoreFilter
+
+    ignores: Callable[..., tuple[list[str], list[str]]] = DvcIgnoreFilter(localfs, str(project))
+    return ignores
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        if len(sys.argv) != 3:
+            raise InputError(f"expected: python -m lm.prepare.listing FOLDER NAME{SUFFIX}")
+        print(f"{write_listing(Path(sys.argv[1]), Path(sys.argv[2])):,} files")  # noqa: T201

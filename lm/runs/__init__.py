@@ -1,0 +1,4 @@
+"""A run's life on disk: checkpoints, resuming, history, publishing.
+
+Begin with run.py.
+"""

@@ -1,0 +1,4 @@
+"""The model behind an API and a playground: `python -m lm.serve`.
+
+Begin with app.py.
+"""

@@ -1,0 +1,5 @@
+"""`python -m lm.serve`."""
+
+from lm.serve.app import main
+
+main()

@@ -1,0 +1,247 @@
+"""Optimizers, chosen by name, and gradient clipping."""
+
+from collections.abc import Callable, Iterable
+from inspect import unwrap
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from lm.base.settings import OptimizerConfig
+from lm.machine.sharded_tensors import (
+    collect,
+    group_of,
+    hand_out,
+    is_shared,
+    local,
+    sums_of_squares,
+)
+
+# Newton-Schulz coefficients of Jordan et al. 2024, chosen for a steep slope at zero
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
+
+        m <- b1 m + (1 - b1) g          theta <- theta - lr * weight_decay * theta
+        v <- b2 v + (1 - b2) g^2        theta <- theta - lr * m / (1 - b1^t)
+                                                 / (sqrt(v / (1 - b2^t)) + eps)
+
+    The arithmetic is torch's fused kernel where there is one (CPU, CUDA, MPS): it reads each
+    number once. `fused=False` runs one tensor operation after the other.
+    """
+
+    # torch's guards around these keep its compiler out, and import it: 1.5 s at every start
+    add_param_group = unwrap(Optimizer.add_param_group)
+    state_dict = unwrap(Optimizer.state_dict)
+    load_state_dict = unwrap(Optimizer.load_state_dict)
+    zero_grad = unwrap(Optimizer.zero_grad)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        fused: bool = True,
+    ):
+        """Raises ValueError for a rate, beta, eps or decay outside of its range."""
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"AdamW: {lr=}, {betas=}, {eps=}, {weight_decay=} out of range")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"fused": fused})
+
+    def state_names(self, group: dict[str, Any]) -> set[str]:
+        """What the state of each parameter of a group has after its first step."""
+        return {"step", "exp_avg", "exp_avg_sq"}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update(group)
+        return loss
+
+    def _update(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for p in parameters:
+            if not self.state[p]:
+                counter = p.device if group["fused"] else "cpu"  # where the kernels expect it
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=counter)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [],
+            [self.state[p]["step"] for p in parameters],
+            fused=group["fused"],
+            foreach=False,
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+
+class Muon(AdamW):
+    """Momentum orthogonalised by Newton-Schulz for matrices, AdamW for all else (Jordan 2024).
+
+        m <- momentum m + (1 - momentum) g;   u = (1 - momentum) g + momentum m
+        theta <- theta (1 - lr * weight_decay) - lr * scale * UV^T,   where u = U S V^T
+
+    scale = sqrt(max(1, rows / columns)), as torch.optim.Muon has it. A parameter group with
+    "momentum" holds matrices; the others are AdamW's. Equal shapes are stacked and
+    orthogonalised together.
+    """
+
+    def state_names(self, group: dict[str, Any]) -> set[str]:
+        return {"momentum_buffer"} if "momentum" in group else super().state_names(group)
+
+    def _update(self, group: dict[str, Any]) -> None:
+        if "momentum" not in group:
+            super()._update(group)
+            return
+        lr, momentum = group["lr"], group["momentum"]
+        stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                gradient = local(p.grad)
+                buffer = local(self.state[p]["momentum_buffer"]).lerp_(gradient, 1 - momentum)
+                stacks.setdefault(p.shape, []).append((p, gradient.lerp(buffer, momentum)))
+        for shape, stack in stacks.items():
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            updates = [u for _, u in stack]
+            if is_shared(stack[0][0]):
+                directions = _orthogonalise_shared(updates, shape, stack[0][0])
+            else:
+                directions = list(orthogonalise(torch.stack(updates)))
+            for (p, _), direction in zip(stack, directions, strict=True):
+                rows = local(p)
+                rows.mul_(1 - lr * group["weight_decay"])
+                rows.add_(direction.to(p.dtype), alpha=-lr * scale)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Roughly the nearest orthogonal matrices: five Newton-Schulz steps in bfloat16, (N, R, C)."""
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    if transposed := x.shape[1] > x.shape[2]:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if transposed else x
+
+
+def _orthogonalise_shared(updates: list[Tensor], shape: torch.Size, like: Tensor) -> list[Tensor]:
+    """The same for matrices of which each process has rows: N at a time, a whole one in each."""
+    group, directions = group_of(like), []
+    for first in range(0, len(updates), group.size()):
+        some = updates[first : first + group.size()]
+        matrix = collect(some, shape[0], group)
+        direction = None if matrix is None else orthogonalise(matrix[None])[0]
+        directions += hand_out(direction, len(some), shape, torch.bfloat16, like)
+    return directions
+
+
+def parameter_groups(
+    model: nn.Module, decay_embeddings: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The trainable parameters as (hidden matrices, other decayed ones, undecayed ones).
+
+    Norms never decay; embeddings, and a head tied to them, only on request.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices: list[Tensor] = []
+    decayed: list[Tensor] = []
+    undecayed: list[Tensor] = []
+    for name, p in model.named_parameters():
+        if id(p) in embeddings:
+            (decayed if decay_embeddings else undecayed).append(p)
+        elif p.ndim < 2:
+            undecayed.append(p)
+        else:
+            (decayed if name == "lm_head.weight" else matrices).append(p)
+    return matrices, decayed, undecayed
+
+
+def make_adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over all parameters."""
+    matrices, decayed, undecayed = parameter_groups(model, config.decay_embeddings)
+    return AdamW(_adamw_groups(config, matrices + decayed, undecayed))
+
+
+def make_muon(model: nn.Module, config: OptimizerConfig) -> Muon:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, head and norms."""
+    matrices, decayed, undecayed = parameter_groups(model, config.decay_embeddings)
+    muon_group = {
+        "params": matrices,
+        "lr": config.muon_lr,
+        "initial_lr": config.muon_lr,
+        "momentum": config.muon_momentum,
+        "weight_decay": config.weight_decay,
+    }
+    return Muon([muon_group, *_adamw_groups(config, decayed, undecayed)])
+
+
+def _adamw_groups(
+    config: OptimizerConfig, decayed: list[Tensor], undecayed: list[Tensor]
+) -> list[dict[str, Any]]:
+    common = {
+        "lr": config.lr,
+        "initial_lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+    }
+    groups = [(decayed, config.weight_decay), (undecayed, 0.0)]
+    return [common | {"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig], AdamW]] = {
+    "adamw": make_adamw,
+    "muon": make_muon,
+}
+
+
+def gradient_clipping(
+    parameters: Iterable[Tensor], max_l2_norm: float, by_rows: bool = False
+) -> Tensor:
+    """Scale all gradients by min(1, max / (norm + 1e-6)), norm being their joint L2 norm.
+
+    Parameters without gradient are skipped. `by_rows` adds the squares row by row in float64, so
+    that the norm is the same for any number of processes that share the rows. Returns the norm
+    before clipping, a scalar.
+    """
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if by_rows:
+        norm = sums_of_squares(gradients).sum().sqrt().float()
+    else:
+        norm = nn.utils.get_total_norm(gradients)
+    if not norm + 1e-6 <= max_l2_norm:  # nan, too: it shall reach the gradients
+        nn.utils.clip_grads_with_norm_(parameters, max_l2_norm, norm)
+    return norm

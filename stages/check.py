@@ -1,0 +1,89 @@
+"""Every setting of every section, and what only several decide, before anything runs.
+
+    python -m stages.check    the first step of `make repro`; silent if all is well
+
+Each stage begins with it as well, but by name and in a process of its own: it decides no byte of an
+output, so no stage depends on its code. It loads little (no torch), so nobody waits for it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lm.base.config import RuntimeConfig, load_params, read_section
+from lm.base.errors import InputError, one_line_errors
+from lm.base.settings import EvaluateConfig, ModelConfig, TrainConfig, share_of_batch
+from lm.data.tokenizer import TokenizerConfig
+from lm.export.card import ExportConfig
+from lm.prepare.documents import DataConfig, sources
+
+PARAMS, RAW = Path("params.yaml"), Path("data/raw")  # the text of stage corpus
+
+
+def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") -> None:
+    """Raise InputError for a wrong setting, and for a file that one names and that is missing.
+
+    A stage looks only for files that a later one reads; a file is for its own reader to judge.
+    """
+    data = read_section(DataConfig, params, "data", where)
+    tokenizer = read_section(TokenizerConfig, params, "tokenizer", where)
+    read_section(ModelConfig, params, "model", where, vocab_size=1)  # is known from the tokens
+    train = read_section(TrainConfig, params, "train", where)
+    read_section(EvaluateConfig, params, "evaluate", where)
+    read_section(ExportConfig, params, "export", where)
+    runtime = read_section(RuntimeConfig, params, "runtime", where)
+    share_of_batch(train, runtime.num_processes)
+    _refuse_other_text_than_the_grammar(data)
+    if stage in ("", "corpus"):
+        _require_text(data)
+        _require_tokenizer(tokenizer)
+    if stage in ("", "corpus", "tokenizer", "tokens"):
+        _require_weights(train)
+
+
+def _refuse_other_text_than_the_grammar(data: DataConfig) -> None:
+    if data.source == "grammar" and not (_is_raw(data) and data.split == "hash"):
+        raise InputError(
+            f"data.source = grammar: needs data.path: {RAW} and data.split: hash, found "
+            f"{data.path} and {data.split}; for text of your own set data.source: packages"
+        )
+
+
+def _is_raw(data: DataConfig) -> bool:
+    return Path(data.path).is_relative_to(RAW)
+
+
+def _require_text(data: DataConfig) -> None:
+    if not _is_raw(data) and (Path(data.path).exists() or not _dvc_makes(Path(data.path))):
+        sources(data)
+
+
+def _dvc_makes(path: Path) -> bool:
+    """Whether DVC brings or makes what is missing: it has a .dvc file or stands in dvc.yaml."""
+    pipeline = Path("dvc.yaml")
+    text = pipeline.read_text(encoding="utf-8") if pipeline.is_file() else ""
+    return any(
+        Path(f"{part}.dvc").exists()
+        or re.search(rf"^ *- ['\"]?{re.escape(str(part))}['\"]?/?:? *$", text, re.MULTILINE)
+        for part in (path, *path.parents)
+    )
+
+
+def _require_tokenizer(config: TokenizerConfig) -> None:
+    file = Path("data/tokenizers", str(config.source))
+    if config.kind == "file" and not file.exists():
+        raise InputError(f"{file}: no such file; copy it there (tokenizer.source names it)")
+
+
+def _require_weights(config: TrainConfig) -> None:
+    folder = Path("models/pretrained", str(config.init_from))
+    if config.init_from is not None and not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; copy the model's there (train.init_from names it)"
+        )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        check(load_params(PARAMS), str(PARAMS))

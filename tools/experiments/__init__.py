@@ -1,0 +1,4 @@
+"""Experiments of DVC: read, compared, drawn, swept.
+
+Begin with read.py.
+"""

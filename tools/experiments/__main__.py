@@ -1,0 +1,5 @@
+"""`python -m tools.experiments`."""
+
+from tools.experiments.read import main
+
+main()

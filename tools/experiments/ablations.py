@@ -1,0 +1,136 @@
+"""What each part of the model is worth: `python -m tools.experiments.ablations --seeds 1,2,3,4,5`.
+
+No stage of dvc.yaml: `make ablations` calls it, after tools.heal. Each variant is params.yaml with
+some settings changed, run with every seed in the queue of tools.experiments.sweep and compared by
+tools.experiments.compare. A variant that diverges is a result, and is told as one.
+"""
+
+import argparse
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lm.base.config import load_params
+from lm.base.console import count, say
+from lm.base.errors import InputError, one_line_errors
+from lm.base.files import atomic_write
+from stages.run import PARAMS
+from tools.experiments.compare import report
+from tools.experiments.read import CODE, SEED, TEXT, Experiment
+from tools.experiments.sweep import DONE, ENDED, find, run_all
+
+PAGE, PLOT = Path("docs/ABLATIONS.md"), Path("docs/images/ablations.svg")
+PARAMETERS = "metrics/train.json:parameters"
+Point = tuple[str, ...]
+
+
+def variants(model: Mapping[str, Any]) -> dict[str, Point]:
+    """The settings of each variant by its name, at about the default's number of parameters.
+
+    SiLU has two matrices where SwiGLU has three, so they are 3/2 as wide (Shazeer 2020, sec. 2).
+    Raises InputError if that is no whole number.
+    """
+    if model["d_ff"] % 2:
+        raise InputError(f"model.d_ff = {model['d_ff']}: must be even, SiLU takes 3/2 of it")
+    return {
+        "default": (),
+        "no norm": ("model.norm=none",),
+        "post-norm": ("model.norm_position=post",),
+        "no RoPE": ("model.position_embedding=none",),
+        "SiLU": ("model.ffn=silu", f"model.d_ff={model['d_ff'] * 3 // 2}"),
+    }
+
+
+def ablations(seeds: list[str]) -> None:
+    """Run what is missing, and write the page. Raises InputError if an experiment failed."""
+    params = load_params(PARAMS)
+    changes = variants(params["model"])
+    grid = {(name, seed): (*changes[name], f"{SEED}={seed}") for seed in seeds for name in changes}
+    after = run_all(list(grid.values()))
+    results: dict[str, list[Experiment]] = {name: [] for name in changes}
+    failed = []
+    for (name, seed), point in grid.items():
+        ended = find(after, point, DONE) or find(after, point, ENDED)
+        results[name] += ended[:1]
+        if not ended:
+            failed.append(f"{name}, seed {seed}")
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(grid)} experiments failed: {'; '.join(failed)}; `dvc queue "
+            "status` names them, `dvc queue logs NAME` shows why, `make ablations` runs them again"
+        )
+    publish(*page(changes, results, budget(params)))
+
+
+def page(
+    changes: Mapping[str, Point],
+    results: Mapping[str, Sequence[Experiment]],
+    trained_for: str,
+) -> tuple[str, dict[str, Any]]:
+    """What is written to docs/ (Markdown) and the plot (Vega-Lite)."""
+    named = [
+        identified(name, experiment)
+        for name, experiments in results.items()
+        for experiment in experiments
+    ]
+    text, plot = report(named, None)
+    what = ["| variant | settings | parameters |", "|---|---|---:|"]
+    for name, settings in changes.items():
+        sizes = [f"{e.metrics[PARAMETERS]:,.0f}" for e in results[name] if e.metrics][:1]
+        shown = ", ".join(f"`{setting}`" for setting in settings) or "as in `params.yaml`"
+        what.append(f"| {name} | {shown} | {''.join(sizes)} |")
+    parts = {"budget": trained_for, "what": "\n".join(what), "table": text}
+    return PROSE.format(**parts, plot=PLOT.name), plot
+
+
+def budget(params: Mapping[str, Any]) -> str:
+    """How long each variant is trained, in words."""
+    train, context = params["train"], params["model"]["context_length"]
+    return f"{count(train['max_steps'], 'step')} of {train['batch_size']} x {context} tokens"
+
+
+def identified(name: str, experiment: Experiment) -> Experiment:
+    """The experiment, its settings told by the variant's name."""
+    if experiment.diverged:
+        return replace(experiment, params={"variant": name, SEED: experiment.params[SEED]})
+    kept = {key: experiment.made_by[key] for key in (SEED, CODE, TEXT)}
+    return replace(experiment, made_by={"variant": name} | kept)
+
+
+def publish(text: str, spec: dict[str, Any]) -> None:
+    """Print the page; write it and its plot."""
+    import vl_convert
+
+    atomic_write(PAGE, text.encode())
+    atomic_write(PLOT, vl_convert.vegalite_to_svg(spec).encode())
+    say(f"{text}\nWritten to {PAGE}, plot in {PLOT}")
+
+
+PROSE = """# Ablations: what each part of the model is worth
+
+Written by `make ablations`, which trains each variant of the settings in `params.yaml` with several
+seeds, here for {budget}.
+
+One part of the model is taken away or moved at a time; all else stays: text, tokenizer, batches,
+steps, optimizer and learning rate, which were chosen for the default. A variant might do better
+with a rate of its own: what is compared is parts under one recipe, not the best of each.
+
+{what}
+
+{table}
+![Validation loss of each variant: its seeds and their mean](images/{plot})
+
+A variant that diverged reached a loss or gradient norm that is not finite, and stopped there.
+How the verdicts come about: `tools/experiments/statistics.py`.
+"""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", default="1,2,3", metavar="SEED,SEED", help="default: 1,2,3")
+    seeds = parser.parse_args().seeds.split(",")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with one_line_errors():
+        ablations(seeds)

@@ -1,0 +1,238 @@
+"""The experiments that git and DVC know: what each gave, and what made it.
+
+    python -m tools.experiments [REV ...]    a table: results, and the settings that differ
+
+What made a result is read from its dvc.lock, which DVC writes with it; params.yaml may have been
+edited since.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lm.base.config import parse_yaml
+from lm.base.errors import Diverged, EnvironmentFault, InputError, one_line_errors
+from lm.base.files import sha256_json
+from tools.repository import commit_of, opened
+
+SEED, CODE, TEXT = "train.seed", "code", "text"
+RESULTS = {  # the columns of the table, and where they come from
+    "loss_nats": "metrics/eval.json",
+    "bits_per_byte": "metrics/eval.json",
+    "valid_loss": "metrics/train.json",
+}
+
+
+@dataclass
+class Experiment:
+    """A row of `dvc exp show`, and what its dvc.lock says of it."""
+
+    name: str
+    rev: str
+    state: str  # success, running, queued, failed, diverged; of a commit: baseline
+    params: dict[str, Any]  # of params.yaml, by section.key
+    metrics: dict[str, float] = field(default_factory=dict)  # by file:key
+    made_by: dict[str, Any] = field(default_factory=dict)  # settings, code and text of the results
+    tokenizer: str | None = None  # its hash
+    environment: dict[str, str] = field(default_factory=dict)
+    diverged: str | None = None  # how, in words
+
+
+def read_experiments(revisions: list[str]) -> list[Experiment]:
+    """Revisions and their experiments, as `dvc exp show` lists them; HEAD's if none is given.
+
+    Raises InputError for what git and DVC do not know.
+    """
+    found = []
+    with opened() as repo:
+        for base in _shown(repo, revisions, hide_workspace=True):
+            found.append(_read(repo, base, base.name, "baseline"))
+            for one in base.experiments or []:
+                found.append(_read(repo, one[0], one.name, _state(one)))
+    return found
+
+
+def _shown(repo: Any, revisions: list[str], hide_workspace: bool) -> list[Any]:
+    """What `dvc exp show` shows, named as asked for.
+
+    It stumbles over a task that a worker is just setting up.
+    """
+    from dvc.exceptions import NotDvcRepoError
+
+    if repo.scm.no_commits:
+        raise InputError("git has no commit, and an experiment starts from one: commit")
+    names = {commit_of(repo, revision): revision for revision in revisions}
+    for _ in range(10):
+        with suppress(FileNotFoundError, NotADirectoryError, NotDvcRepoError):
+            shown = repo.experiments.show(revs=revisions, hide_workspace=hide_workspace)
+            return [replace(s, name=names.get(s.rev) or s.name) for s in shown]
+        time.sleep(0.5)
+    raise EnvironmentFault("`dvc exp show` fails; run it to see why")
+
+
+def _state(experiment: Any) -> str:
+    return str(experiment.executor.state) if experiment.executor else "success"
+
+
+def _read(repo: Any, shown: Any, name: str | None, state: str) -> Experiment:
+    params = shown.data.params.get("params.yaml", {}).get("data", {}) if shown.data else {}
+    experiment = Experiment(name or shown.rev[:7], shown.rev, state, flat(params))
+    if state == "failed":
+        experiment.diverged = divergence(log(repo.experiments.celery_queue, shown.rev))
+        experiment.state = "diverged" if experiment.diverged else state
+    if shown.data and state in ("success", "baseline"):
+        with repo.switch(shown.rev):
+            if repo.dvcfs.exists("dvc.lock"):
+                lock = parse_yaml(repo.dvcfs.read_text("dvc.lock"), "dvc.lock")
+                _read_lock(repo, experiment, lock)
+    if experiment.made_by:
+        experiment.metrics = {
+            f"{path}:{key}": value
+            for path, file in shown.data.metrics.items()
+            for key, value in flat(file.get("data", {})).items()
+            if is_number(value)
+        }
+    return experiment
+
+
+def log(tasks: Any, rev: str) -> list[str]:
+    """The last lines that a queued experiment has written, while DVC lists it."""
+    process = tasks.proc.get(rev)
+    if process is None:
+        return []
+    with open(process.stdout, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - 4096))
+        return file.read().decode(errors="replace").split("\n")[1:-1]
+
+
+def divergence(lines: list[str]) -> str | None:
+    """How a training diverged that wrote these last lines; None if it ended otherwise."""
+    text = "\n".join(lines)
+    found = re.search(r"^error: ([a-z ]+ is \S+) at step (\d+)", text, re.M)
+    if found is None or f"exited with {Diverged.exit_code}" not in text:
+        return None
+    return f"diverged at step {found[2]}: {found[1]}"
+
+
+def _read_lock(repo: Any, experiment: Experiment, lock: dict[str, Any]) -> None:
+    """Take in what made the results, unless a stage was run again and not yet those after it."""
+    facts: dict[str, set[str]] = defaultdict(set)
+    read, made, settings = set[str](), set[str](), dict[str, Any]()
+    for stage in lock.get("stages", {}).values():
+        deps, outs = stage.get("deps", []), stage.get("outs", [])
+        read |= {file["path"] for file in deps}
+        made |= {file["path"] for file in outs}
+        for file in deps + outs:
+            facts[file["path"]].add(json.dumps(file.get("md5", file)))
+        for key, value in flat(stage.get("params", {}).get("params.yaml", {})).items():
+            facts[f"setting {key}"].add(json.dumps(value))
+            settings[key] = value
+    if SEED in settings and all(len(values) == 1 for values in facts.values()):
+        sources = {name: min(facts[name]) for name in sorted(read - made)}
+        code = {name: md5 for name, md5 in sources.items() if name.endswith(".py")}
+        text = [md5 for name, md5 in sources.items() if name not in code]
+        ids = {CODE: sha256_json(code)[:7], TEXT: sha256_json(text)[:7]}
+        experiment.made_by = settings | ids
+        experiment.tokenizer = min(facts["data/tokenizer"], default=None)
+        experiment.environment = _environment(repo, json.loads(min(facts["models/model"])))
+
+
+def _environment(repo: Any, model_md5: str) -> dict[str, str]:
+    """Of the model's provenance; empty if the model is not in the cache."""
+    cache = repo.cache.local
+    try:
+        files = json.loads(Path(cache.oid_to_path(model_md5)).read_text())
+        (md5,) = (file["md5"] for file in files if file["relpath"] == "provenance.json")
+        return dict(json.loads(Path(cache.oid_to_path(md5)).read_text())["environment"])
+    except (OSError, ValueError):
+        return {}
+
+
+def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, with dots in its keys."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": leaf for inner, leaf in flat(value).items()}
+        else:
+            found[key] = value
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting or a metric is a number: true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def show(value: Any) -> str:
+    """A value as params.yaml has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def label(setting: Mapping[str, Any], names: list[str]) -> str:
+    """A setting as DVC is told of it."""
+    return " ".join(f"{name}={show(setting.get(name, ''))}" for name in names) or "the setting"
+
+
+def table(revisions: list[str]) -> Any:
+    """Revisions and their experiments as a table; of the workspace and HEAD if none is given.
+
+    A baseline shows all settings that differ anywhere, an experiment those that it changed.
+    """
+    from rich.table import Table
+
+    rows: list[tuple[str, Any, dict[str, Any]]] = []
+    with opened() as repo:
+        for base in _shown(repo, revisions, hide_workspace=bool(revisions)):
+            name = base.rev if base.rev == "workspace" else base.name or base.rev[:7]
+            rows.append((name, base, {}))
+            for one in base.experiments or []:
+                state = "" if _state(one) == "success" else f" ({_state(one)})"
+                rows.append((f"  {one.name or one[0].rev[:7]}{state}", one[0], _settings(base)))
+    several = [settings for _, shown, _ in rows if (settings := _settings(shown))]
+    keys = dict.fromkeys(key for settings in several for key in settings)
+    differing = [key for key in keys if len({show(s.get(key)) for s in several}) > 1]
+    found = Table(box=None, pad_edge=False)
+    found.add_column("experiment", overflow="fold")
+    for name in RESULTS:
+        found.add_column(name, justify="right", no_wrap=True)
+    found.add_column("settings that differ", overflow="fold")
+    for name, shown, before in rows:
+        settings = _settings(shown)
+        changed = [k for k in differing if k in settings and settings[k] != before.get(k, ...)]
+        found.add_row(name, *_results(shown), label(settings, changed) if changed else "")
+    return found
+
+
+def _settings(shown: Any) -> dict[str, Any]:
+    """The settings of a row of `dvc exp show` that can change a result."""
+    params = shown.data.params.get("params.yaml", {}).get("data", {}) if shown.data else {}
+    return {key: value for key, value in flat(params).items() if not key.startswith("runtime.")}
+
+
+def _results(shown: Any) -> list[str]:
+    """Its cells under RESULTS."""
+    files = shown.data.metrics if shown.data else {}
+    values = [files.get(file, {}).get("data", {}).get(name) for name, file in RESULTS.items()]
+    return [f"{value:.4f}" if is_number(value) else "-" for value in values]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = "a commit, with its experiments, or an experiment by name; default: HEAD"
+    parser.add_argument("revisions", nargs="*", metavar="REV", help=which)
+    arguments = parser.parse_args()
+    with one_line_errors():
+        from rich.console import Console
+
+        Console(markup=False, highlight=False, emoji=False).print(table(arguments.revisions))

@@ -1,0 +1,81 @@
+"""Is dvc.lock of this code and these settings? Needs no data, so that a fresh clone can tell.
+
+`dvc repro --dry --allow-missing` ends with 0 even if it would run something, and `dvc status` calls
+everything changed where the outputs were not pulled yet.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dvc.repo import Repo
+
+from lm.base.config import parse_yaml
+from lm.base.console import say
+from lm.base.errors import InputError, one_line_errors
+from tools.repository import opened
+
+LOCK = Path("dvc.lock")
+ABSENT = ("deleted", "not in cache")  # not pulled yet: no sign of a change
+
+
+def changes(repo: Repo) -> Iterator[str]:
+    """What of code, settings and commands has changed since dvc.lock was written."""
+    for stage, entries in repo.status().items():
+        for entry in entries:
+            if isinstance(entry, str):  # "changed command"
+                yield f"stage {stage}: {entry}"
+                continue
+            for found in entry.values():
+                yield from (f"{name}: {what}" for name, what in _flat(found) if what not in ABSENT)
+
+
+def gaps(repo: Repo, recorded: dict[str, Any]) -> Iterator[str]:
+    """Where dvc.lock does not fit dvc.yaml, the files that git has, or itself."""
+    made = {str(out): out.hash_info.value for stage in repo.index.stages for out in stage.outs}
+    for stage in repo.index.stages:
+        if not stage.cmd:  # a .dvc file
+            continue
+        if stage.name not in recorded:
+            yield f"stage {stage.name}: never ran"
+            continue
+        for kind, files in (("deps", stage.deps), ("outs", stage.outs)):
+            hashes = {entry["path"]: entry["md5"] for entry in recorded[stage.name].get(kind, [])}
+            names = {str(file) for file in files if not hasattr(file, "params")}
+            for path in sorted(names ^ hashes.keys()):
+                yield f"stage {stage.name}: {path} is only in one of dvc.yaml and {LOCK}"
+            for path, md5 in hashes.items() if kind == "deps" else ():
+                if made.get(path, md5) != md5:
+                    yield f"stage {stage.name}: recorded with another {path} than was made"
+                inside = not Path(path).is_absolute() and ".." not in Path(path).parts
+                if path not in made and inside and not Path(path).exists():
+                    yield f"{path}: deleted"
+
+
+def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and change; a file of settings has both for each of its sections."""
+    for name, what in found.items():
+        if isinstance(what, dict):
+            yield from ((f"{name}: {section}", change) for section, change in _flat(what))
+        else:
+            yield name, what
+
+
+def faults() -> list[str]:
+    """Why dvc.lock is stale; empty if it is not. Raises InputError if a file cannot be read."""
+    if not LOCK.is_file():
+        raise InputError(f"{LOCK}: no such file; run `make repro` and commit it")
+    try:
+        recorded = parse_yaml(LOCK.read_text(encoding="utf-8"), str(LOCK)).get("stages", {})
+        with opened() as repo:
+            return list(dict.fromkeys([*gaps(repo, recorded), *changes(repo)]))
+    except (AttributeError, LookupError, TypeError, UnicodeDecodeError):
+        raise InputError(f"{LOCK}: torn; `make heal` mends it") from None
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        if found := faults():
+            shown = [*found[:5], *([f"{len(found) - 5} more"] if len(found) > 5 else [])]
+            raise InputError(f"{LOCK} is stale: {'; '.join(shown)}; run `make repro` and commit it")
+        say(f"{LOCK} is of this code and these settings")

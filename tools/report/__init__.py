@@ -1,0 +1,4 @@
+"""A run on a page, and its curves.
+
+Begin with report.py.
+"""

@@ -1,0 +1,5 @@
+"""`python -m tools.report`."""
+
+from tools.report.report import main
+
+main()

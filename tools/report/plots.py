@@ -1,0 +1,146 @@
+"""Every curve as SVG, and one page that needs no network; revisions lie over each other.
+
+    python -m tools.report.plots [REV ...]    experiments, commits, workspace (the default): plots/
+    python -m tools.report.plots --template   the page that DVC's own `plots show` and `diff` fill
+
+What is drawn stands in dvc.yaml and .dvc/plots/curve.json, and DVC fills it in. Only the loss by
+wall-clock time is added here: times do not reproduce, so no stage may declare them, and what DVC
+does not track it has for no other revision.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import vl_convert
+from dvc.fs import LocalFileSystem
+from dvc.render.match import match_defs_renderers
+from dvc.repo import Repo
+from dvc.repo.experiments.brancher import switch_repo
+from dvc_data.index import DataIndexDirError
+from dvc_render import VegaRenderer, render_html
+
+from lm.base.console import say
+from lm.base.errors import InputError, one_line_errors
+from lm.base.files import atomic_write
+from lm.runs.history import Clock
+from lm.runs.resume import clock_file
+from stages.run import UNFINISHED
+from tools.report.vega import VEGA_LITE, script
+from tools.repository import opened
+
+PLOTS, TEMPLATE = Path("plots"), Path(".dvc/plots-page.html")
+# DVC puts its plots in; each calls vegaEmbed(place, spec) from a script of its own
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{refresh_tag}
+<title>Training curves</title>
+<style>
+body { font: 16px system-ui, sans-serif; color: #222; margin: 24px; }
+h1 { font-size: 22px; margin: 0 0 16px; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(580px, 1fr)); gap: 28px 16px; }
+</style>
+<script>
+VEGA
+(embed => window.vegaEmbed = (place, spec) => embed(place, spec, {
+    renderer: "svg", actions: {export: true, source: false, compiled: false, editor: false}
+}))(vegaEmbed);
+</script>
+</head>
+<body>
+<h1>Training curves</h1>
+<main>
+{plot_divs}
+</main>
+</body>
+</html>
+"""
+
+
+def write_template() -> None:
+    """Write the page that holds Vega instead of loading it."""
+    atomic_write(TEMPLATE, PAGE.replace("VEGA", script()).encode())
+
+
+def draw(revisions: list[str]) -> list[Path]:
+    """Write plots/*.svg and plots/index.html. Raises InputError for an unknown revision."""
+    with opened() as repo:
+        found = match_defs_renderers(
+            repo.plots.show(revs=revisions), templates_dir=repo.plots.templates_dir
+        )
+        clocks = {revision: clock(repo, revision) for revision in revisions}
+    for revision in sorted({revision for each in found for revision in each.source_errors}):
+        say(f"{revision}: some results are not here: still to come, or for `dvc pull` to get")
+    plots = [each.renderer for each in found if each.renderer.datapoints]
+    if not plots:
+        raise InputError(f"nothing to draw of {', '.join(revisions)}; run `dvc repro`")
+    for plot in plots:
+        if "<" in json.dumps([plot.name, plot.datapoints]):  # the page would run it as HTML
+            raise InputError(f"{plot.name}: '<' in the data or in a revision's name; not drawn")
+    by_time = [by_wall_clock(plot, clocks) for plot in plots if plot.name == "loss"]
+    plots[1:1] = [plot for plot in by_time if plot.datapoints]
+    PLOTS.mkdir(exist_ok=True)
+    for old in PLOTS.glob("*.svg"):
+        old.unlink()
+    written = []
+    for plot in plots:
+        written.append(PLOTS / f"{plot.name.replace(' ', '_')}.svg")
+        svg = vl_convert.vegalite_to_svg(plot.get_filled_template(), vl_version=VEGA_LITE)
+        atomic_write(written[-1], svg.encode())
+    if not TEMPLATE.exists():
+        write_template()
+    render_html(plots, PLOTS / "index.html", TEMPLATE)
+    return [*written, PLOTS / "index.html"]
+
+
+def clock(repo: Repo, revision: str) -> Clock:
+    """The times of a revision's training, as far as they are known on this machine."""
+    with switch_repo(repo, revision) as (there, _):
+        in_folder = isinstance(there.fs, LocalFileSystem)  # a workspace, or else a commit
+        files, root = (there.fs, there.root_dir) if in_folder else (there.dvcfs, "")
+        try:
+            provenance = files.read_text(Path(root, "models/model/provenance.json").as_posix())
+            times = clock_file(UNFINISHED, json.loads(provenance))
+        except (FileNotFoundError, DataIndexDirError, ValueError):  # not in the cache, or torn
+            if not in_folder:
+                return Clock()
+            times = Path(root, "metrics/wall_clock.csv")  # the training is still running
+    return Clock.from_csv(times.read_bytes() if times.is_file() else b"")
+
+
+def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRenderer:
+    """The losses again, by the time of training."""
+    points = [
+        {**point, "elapsed_s": clocks[point["rev"]].elapsed_s.get(_number(point["step"]))}
+        for point in losses.datapoints
+    ]
+    points = [point for point in points if point["elapsed_s"] is not None]
+    known = [revision for revision in losses.get_revs() if clocks[revision].elapsed_s]
+    for revision in losses.get_revs():
+        if revision not in known:
+            say(f"{revision}: trained elsewhere, no times for the loss by wall-clock time")
+    texts = {"title": "Loss by wall-clock time", "x": "elapsed_s", "x_label": "seconds of training"}
+    properties = {**losses.properties, **texts, "revs_with_datapoints": known}
+    return VegaRenderer(points, "loss by wall-clock", **properties)
+
+
+def _number(step: str) -> int:
+    """A step of curves.csv; -1 if it is none."""
+    return int(step) if step.isdecimal() else -1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("revisions", nargs="*", metavar="REV", default=["workspace"])
+    parser.add_argument("--template", action="store_true", help="write the page for DVC to fill")
+    arguments = parser.parse_args()
+    with one_line_errors():
+        if arguments.template:
+            write_template()
+        else:
+            for path in draw(arguments.revisions):
+                say(str(path))

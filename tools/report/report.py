@@ -1,0 +1,150 @@
+"""One page with all that a run gave: `python -m tools.report` writes metrics/report.html.
+
+    python -m tools.report --compare REV    beside another run: metrics/report-compare.html
+
+No stage of dvc.yaml: it shows clocks, which do not reproduce. It reads what the stages left, needs
+no torch and takes a second. Of another revision DVC has all but the clocks.
+
+    metrics/, params.yaml, provenance --> Run --page.py--> sections --> metrics/report.html
+"""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lm.base.config import parse_yaml
+from lm.base.console import say
+from lm.base.errors import InputError, one_line_errors
+from lm.base.files import atomic_write, sha256_file
+from lm.base.tables import COUNT, MAYBE, SHAPES, SOME, require_shape
+from lm.runs.history import COLUMNS, DIVERGED
+from tools.report.page import Rows, Run, page
+from tools.report.vega import script
+from tools.repository import commit_of, git, is_under_git, opened, run_git
+
+ONE, TWO = Path("metrics/report.html"), Path("metrics/report-compare.html")
+CURVES_ALONE = {  # of metrics/train.json of a run that diverged, perhaps in its first step
+    **dict.fromkeys(("step", "tokens"), COUNT),
+    **dict.fromkeys(("parameters", DIVERGED), SOME),
+    **dict.fromkeys(("train_loss", "valid_loss"), MAYBE),
+}
+CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
+Read = Callable[[str], bytes]
+
+
+def read_run(name: str, read: Read, commit: str, clocks: bool) -> Run:
+    """What is known of a run. Raises InputError for a file that is missing or torn."""
+
+    def parsed(file: str) -> Any:
+        try:
+            content = json.loads(read(file))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{file}: not valid JSON ({error}); run `make repro`") from None
+        diverged = isinstance(content, dict) and DIVERGED in content
+        require_shape(content, CURVES_ALONE if diverged else SHAPES[Path(file).name], file)
+        return content
+
+    def rows(file: str, columns: Iterable[str]) -> Rows:
+        try:
+            table = csv.DictReader(io.StringIO(read(file).decode()))
+            return [{key: float(row[key]) for key in columns} for row in table]
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{file}: not a table of numbers; run `make repro`") from None
+
+    def timed() -> bool:
+        """Whether the clocks in metrics/ are of the training whose curves are there.
+
+        They are of the last training on this machine, and DVC may have put another run's results
+        in place since. That training's curves stand in wall_clock.csv, with their times.
+        """
+        try:
+            read("metrics/performance.json")
+            return repr(rows("metrics/wall_clock.csv", COLUMNS)) == repr(curves)  # nan != nan
+        except InputError:
+            return False
+
+    curves, train = rows("metrics/curves.csv", COLUMNS), parsed("metrics/train.json")
+    run = Run(
+        name=name,
+        commit=commit,
+        params=parse_yaml(read("params.yaml").decode(), "params.yaml"),
+        data=parsed("metrics/data.json"),
+        train=train,
+        curves=curves,
+    )
+    if DIVERGED in train:  # other results that lie there are not of this run
+        return run
+    return replace(
+        run,
+        provenance=parsed("models/model/provenance.json"),
+        evaluation=parsed("metrics/eval.json"),
+        positions=rows("metrics/loss_by_position.csv", ("position", "loss_nats")),
+        calibration=rows("metrics/calibration.csv", CALIBRATION),
+        samples=parsed("metrics/samples.json"),
+        held_out=parsed("metrics/held_out.json"),
+        performance=parsed("metrics/performance.json") if clocks and timed() else None,
+    )
+
+
+def workspace() -> Run:
+    """The run whose results lie here."""
+
+    def read(name: str) -> bytes:
+        try:
+            return Path(name).read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"{name}: no such file; run `make repro`") from None
+
+    commit = "none: not under git"
+    if is_under_git(Path()):
+        head = run_git(Path(), "rev-parse", "-q", "--verify", "HEAD").stdout
+        commit = head.strip() or "none yet"
+        if git("status", "--porcelain", "--untracked-files=no"):
+            commit += ", with uncommitted changes"
+    run = read_run("workspace", read, commit, clocks=True)
+    for file, sha256 in run.provenance.get("code", {}).items():
+        if not Path(file).is_file() or sha256_file(Path(file)) != sha256:
+            run.changed_code.append(file)
+    return run
+
+
+def revision(name: str) -> Run:
+    """A run that git and DVC know. Raises InputError for a revision that has no results here."""
+    with opened() as repo:
+        from dvc_data.index import DataIndexDirError
+
+        commit = commit_of(repo, name)
+        with repo.switch(commit):
+
+            def read(file: str) -> bytes:
+                try:
+                    return bytes(repo.dvcfs.read_bytes(file))
+                except (FileNotFoundError, DataIndexDirError):
+                    raise InputError(
+                        f"{name}: {file}: not in git or DVC's cache; `dvc pull`, or evaluate that "
+                        "revision with this code"
+                    ) from None
+
+            return read_run(name, read, commit, clocks=False)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--compare", metavar="REV", help="a commit or an experiment by name")
+    arguments = parser.parse_args()
+    with one_line_errors():
+        runs, target = [workspace()], ONE
+        if arguments.compare is not None:
+            runs, target = [revision(arguments.compare), *runs], TWO
+        atomic_write(target, page(runs, script()).encode(), durable=False)
+        say(f"Report in {target}")

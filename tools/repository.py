@@ -1,0 +1,96 @@
+"""The project as git and DVC know it: its commits by name, and in one line what git refuses."""
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm.base.errors import EnvironmentFault, InputError
+
+# git sets these for its hooks; there they lead to the repository of the hook, which may be another
+OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
+CURES = {  # by what git or DVC says
+    "dubious ownership": "the repository belongs to another user, so that git does not trust it; "
+    "run: git config --global --add safe.directory {root}",
+    "not a git repository": "{root} is not under git; run `make heal` to let DVC work without",
+    "Only supported for Git": "{root} is not under git, which experiments and other revisions "
+    "need; run: git init && git add -A && git commit -m begin && make heal",
+    "name and email": "git does not know who you are; run: git config --global user.name NAME && "
+    "git config --global user.email ADDRESS",
+}
+KNOWN = "`dvc exp list` and `git log` name those that there are"
+
+
+def run_git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a git command in the project. Raises FileNotFoundError if git is not installed."""
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # names of files need not be text
+        check=False,
+        env={k: v for k, v in os.environ.items() if k not in OF_A_HOOK} | {"LC_ALL": "C"},
+    )
+
+
+def git(*arguments: str) -> str:
+    """What a git command prints. Raises EnvironmentFault, with the cure, if git refuses it."""
+    try:
+        done = run_git(Path(), *arguments)
+    except FileNotFoundError:
+        raise EnvironmentFault("git is not installed, and DVC's experiments need it") from None
+    if done.returncode != 0:
+        raise EnvironmentFault(cure(done.stderr) or f"git: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def is_under_git(root: Path) -> bool:
+    """Whether git works in the project. Raises EnvironmentFault if it refuses to."""
+    try:
+        done = run_git(root, "rev-parse")
+    except FileNotFoundError:
+        return False
+    if done.returncode != 0 and "not a git repository" not in done.stderr:
+        raise EnvironmentFault(cure(done.stderr) or f"git: {' '.join(done.stderr.split())}")
+    return done.returncode == 0
+
+
+def cure(said: str) -> str | None:
+    """What is wrong, and what to type, if git or DVC said something that is known here."""
+    found = [text for words, text in CURES.items() if words in said]
+    place = re.search("repository at '(.*)'", said)  # further up, if this is a subfolder
+    return (
+        found[0].format(root=shlex.quote(place[1] if place else str(Path.cwd()))) if found else None
+    )
+
+
+@contextmanager
+def opened() -> Iterator[Any]:
+    """Open the project with DVC; what git or DVC refuse meanwhile is told in one line."""
+    from dvc.exceptions import DvcException  # takes a second
+    from dvc.repo import Repo
+    from dvc.scm import RevError
+    from pygit2 import GitError
+    from scmrepo.exceptions import SCMError
+
+    try:
+        with Repo() as repo:
+            yield repo
+    except (DvcException, SCMError, GitError) as error:
+        if isinstance(error, GitError):  # libgit2 does not say what to do
+            git("rev-parse")
+        said = " ".join(str(error).split())
+        if known := cure(said):
+            raise EnvironmentFault(known) from None
+        raise InputError(f"{said}; {KNOWN}" if isinstance(error, RevError) else said) from None
+
+
+def commit_of(repo: Any, revision: str) -> str:
+    """The commit of an experiment, branch, tag or hash; to be called within opened()."""
+    from dvc.scm import resolve_rev
+
+    return str(resolve_rev(repo.scm, revision))

@@ -1,0 +1,329 @@
+"""Are the results what dvc.lock says, and do they belong together?  python -m tools.verify
+
+DVC trusts size and modification time, so a byte that flipped on disk passes `dvc status`, and a
+damaged cache hands it out. Here every byte is hashed again, in the workspace and in the cache;
+then tokens, tokenizer, model and checkpoints are checked against each other and against the
+model's provenance. With --replay N, N steps are trained again and the weights compared.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lm.base.config import parse_yaml, read_section
+from lm.base.console import count, say
+from lm.base.errors import EnvironmentFault, InputError, one_line_errors
+from lm.base.files import sha256_file
+from lm.data.batches import open_tokens
+from lm.data.tokenizer import load_tokenizer
+from lm.machine.device import choose_device, environment, make_deterministic
+from lm.machine.processes import Processes, joined
+from lm.model.files import load_model, read_provenance
+from lm.model.fitting import require_finite, require_settings
+from lm.model.huggingface import start_from
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.runs.checkpoint import load_checkpoint, read_run, stored_weights, verify, weights_sha256
+from lm.runs.resume import MICRO_BATCH_SIZES, NUM_PROCESSES, kept_checkpoints
+from lm.train.step import TrainConfig, TrainState, new_state, train
+
+PIPELINE, LOCK, UNFINISHED = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/lm-resume")
+TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
+MODEL, PRETRAINED, LAST, BEST = (
+    Path("models/model"),
+    Path("models/pretrained"),
+    Path("models/checkpoints/last.safetensors"),
+    Path("models/checkpoints/best.safetensors"),
+)
+Fault = str
+
+
+def recorded_faults(lock: Path, repo: Repo) -> Iterator[Fault]:
+    """What differs from the hashes that DVC recorded, in the workspace or in its cache."""
+    recorded = _stages(lock)
+    for name in _stages(PIPELINE).keys() - {name.partition("@")[0] for name in recorded}:
+        yield f"stage {name}: not in {lock}; `dvc repro` runs it"
+    try:
+        outputs, dependencies = (
+            {entry["path"]: entry["md5"] for s in recorded.values() for entry in s.get(kind, [])}
+            for kind in ("outs", "deps")
+        )
+    except (LookupError, TypeError, AttributeError):
+        raise InputError(f"{lock}: torn; `make heal` mends it") from None
+    for path, md5 in outputs.items():
+        yield from _output_faults(Path(path), md5, repo)
+    for path, md5 in dependencies.items():
+        if path not in outputs and Path(path).exists() and _hash(Path(path), repo) != md5:
+            yield f"{path}: differs from what the stages read; `dvc repro` runs them again"
+
+
+def _stages(file: Path) -> dict[str, Any]:
+    """The stages of dvc.yaml or dvc.lock."""
+    try:
+        return dict(parse_yaml(file.read_text(encoding="utf-8"), str(file))["stages"])
+    except (UnicodeDecodeError, LookupError, TypeError, ValueError):
+        raise InputError(f"{file}: torn or not of DVC; `make heal` mends dvc.lock") from None
+
+
+def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[Fault]:
+    cache = Path(repo.cache.local.path)
+    restore = f"`dvc checkout --force {path}` brings it back from the cache"
+    instead = f"delete it, then {restore}"  # DVC takes size and time for the content
+    files = {path: md5}
+    listing = _cached(cache, md5)
+    if md5.endswith(".dir") and listing.is_file() and not any(_cache_faults(cache, md5)):
+        files = {path / item["relpath"]: item["md5"] for item in json.loads(listing.read_bytes())}
+        for file in sorted(set(filter(Path.is_file, path.rglob("*"))) - files.keys()):
+            yield f"{file}: not among the recorded files; {restore}"
+    elif path.is_dir():  # the list is damaged or was never here: what lies in the workspace
+        for file in sorted(filter(Path.is_file, path.rglob("*"))):
+            yield from _cache_faults(cache, _md5(file))
+    for file, expected in files.items():
+        if not file.exists():
+            yield f"{file}: missing; {restore}"
+        elif (found := _hash(file, repo)) != expected:
+            yield f"{file}: md5 {found}, dvc.lock says {expected}; {instead}"
+        yield from _cache_faults(cache, expected)
+
+
+def _hash(path: Path, repo: Repo) -> str:
+    """The hash as DVC defines it: md5 of a file, or of the sorted list of a folder's files."""
+    if path.is_file():
+        return _md5(path)
+    files = map(Path, repo.dvcignore.find(repo.fs, str(path.absolute())))
+    entries = [
+        {"md5": _md5(f), "relpath": f.relative_to(path.absolute()).as_posix()} for f in files
+    ]
+    entries.sort(key=itemgetter("relpath"))
+    return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _cache_faults(cache: Path, md5: str) -> Iterator[Fault]:
+    file = _cached(cache, md5)
+    if file.is_file() and (found := _md5(file)) != md5.removesuffix(".dir"):
+        yield (
+            f"{file}: md5 {found} is not its name: the cache is damaged; delete the file, then "
+            "`dvc commit --force` if the workspace is right, else delete the output too and `dvc "
+            "pull` or `dvc repro --force`"
+        )
+
+
+def _cached(cache: Path, md5: str) -> Path:
+    return cache / md5[:2] / md5[2:]
+
+
+def _md5(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "md5").hexdigest()
+
+
+def belonging_faults() -> Iterator[Fault]:
+    """What does not belong together among tokens, tokenizer, model and provenance."""
+    yield from _raised(
+        lambda: open_tokens(
+            TOKENS, sha256_file(TOKENIZER / "tokenizer.json"), load_tokenizer(TOKENIZER)
+        )
+    )
+    yield from _raised(lambda: load_model(MODEL, torch.device("cpu")))
+    if sha256_file(MODEL / "tokenizer.json") != sha256_file(TOKENIZER / "tokenizer.json"):
+        yield f"{MODEL / 'tokenizer.json'}: differs from {TOKENIZER / 'tokenizer.json'}"
+    provenance = read_provenance(MODEL)
+    for name, sha256 in {**provenance["inputs"], **provenance["code"]}.items():
+        if not Path(name).is_file() or sha256_file(Path(name)) != sha256:
+            yield f"{name}: not what the model was made with; `dvc repro` makes it again"
+
+
+def checkpoint_faults() -> Iterator[Fault]:
+    """What is damaged among the published checkpoints, or of another training than the model."""
+    for path in (LAST, BEST):
+        verify(path)
+    last, best, provenance = read_run(LAST), read_run(BEST), read_provenance(MODEL)
+    if last["identity"] != provenance:
+        yield f"{LAST}: of another run than {MODEL / 'provenance.json'} says"
+    step = last["best"]["step"]
+    if (best["iteration"], best["weights"].get(str(step))) != (
+        step,
+        last["weights"].get(str(step)),
+    ):
+        yield f"{BEST}: not the best checkpoint that {LAST} names"
+    source = LAST if last["identity"]["train"].get("early_stopping") is None else BEST
+    tensors, published = load_file(source), load_file(MODEL / "model.safetensors")
+    for file, found in ((source, tensors), (MODEL / "model.safetensors", published)):
+        yield from _raised(partial(require_finite, str(file), found, found))
+    expected = {f"model.{name}" for name in published}
+    if expected != {name for name in tensors if name.startswith("model.")} or not all(
+        torch.equal(tensor, tensors[f"model.{name}"]) for name, tensor in published.items()
+    ):
+        yield f"{MODEL / 'model.safetensors'}: other weights than in {source}"
+
+
+def unfinished_faults(unfinished: Path) -> Iterator[Fault]:
+    """What is damaged among the checkpoints of unfinished runs.
+
+    One without a manifest is no checkpoint yet, or no more: kills and trainers leave such files.
+    """
+    for folder in sorted(filter(Path.is_dir, unfinished.glob("*"))):
+        for path, fault in kept_checkpoints(folder):
+            if fault is not None and path.with_suffix(".json").exists():
+                yield f"{fault}; the run would go on from the checkpoint before it"
+
+
+def _raised(action: Callable[[], object]) -> Iterator[Fault]:
+    try:
+        action()
+    except (InputError, OSError) as error:
+        yield str(error)
+
+
+def _complete(faults: Iterator[Fault]) -> list[Fault]:
+    """The faults, once each, with the one that kept the check from going on."""
+    found: list[Fault] = []
+    try:
+        found.extend(faults)
+    except (InputError, OSError, SafetensorError) as error:
+        found.append(str(error))
+    return list(dict.fromkeys(found))  # one object of the cache can serve many files
+
+
+def replay(steps: int, device: torch.device) -> str:
+    """Train `steps` steps again and compare the weights with what was recorded, bit for bit.
+
+    From the best checkpoint if that many steps followed it, else from the untrained model.
+    Returns what was shown. Raises InputError if the weights differ or nothing can be compared,
+    EnvironmentFault if this machine computes otherwise than the one that trained.
+    """
+    verify(LAST)
+    recorded = read_run(LAST)
+    identity = recorded["identity"]
+    config = read_section(TrainConfig, identity, "train", str(LAST))
+    make_deterministic(device, config.threads)
+    here = environment(device, config.compile is True)
+    if differing := sorted(
+        key
+        for key in here.keys() | identity["environment"].keys()
+        if here.get(key) != identity["environment"].get(key)
+    ):
+        there = {key: identity["environment"].get(key) for key in differing}
+        raise EnvironmentFault(
+            f"{LAST}: trained where {_words(there)}; here {_words({k: here.get(k) for k in there})}"
+            ": other bits are to be expected"
+        )
+    if any(size > 1 for size in identity.get(NUM_PROCESSES, {}).values()):
+        raise InputError(
+            f"{LAST}: gradients of several processes were summed in any order, which one process "
+            "does not repeat; train.reduction: tree can be replayed"
+        )
+    with joined(config.parallel, device, timeout_s=60) as processes:  # nobody else
+        return _replayed(steps, config, device, processes, recorded)
+
+
+def _replayed(
+    steps: int,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+    recorded: dict[str, Any],
+) -> str:
+    identity = recorded["identity"]
+
+    def initialise(model: TransformerLM) -> None:
+        if config.init_from is not None:
+            start_from(PRETRAINED / config.init_from, model, load_tokenizer(TOKENIZER))
+
+    model_config = read_section(ModelConfig, identity, "model", str(LAST))
+    require_settings(str(LAST), model_config, stored_weights(LAST))
+    state = new_state(model_config, config, device, processes, initialise)
+    start = _restore_start(state, steps, recorded)
+    known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
+    sizes = {int(step): size for step, size in identity[MICRO_BATCH_SIZES].items()}
+    state.windows_at_once = size_at(sizes, state.step + 1)
+    compared = [step for step in sorted(known) if start < step <= start + steps]
+    if not compared:
+        following = min((step for step in known if step > start), default=None)
+        if following is None:
+            raise InputError(f"{LAST}: no weights are recorded after step {start}")
+        raise InputError(
+            f"--replay {steps}: from step {start} the next recorded weights are of step "
+            f"{following}; use --replay {following - start}"
+        )
+    for _ in train(state, open_tokens(TOKENS).train, config):
+        if state.step in known and weights_sha256(state.model) != known[state.step]:
+            raise InputError(f"replay from step {start}: other weights at step {state.step}")
+        if state.step == start + steps:
+            break
+        state.windows_at_once = size_at(sizes, state.step + 1)
+    return (
+        f"replayed steps {start + 1} to {state.step}: the weights at "
+        f"{', '.join(f'step {step}' for step in compared)} are the same, bit for bit"
+    )
+
+
+def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> int:
+    """Bring `state` to the newest point at least `steps` steps before the end; returns its step."""
+    verify(BEST)
+    best = read_run(BEST)
+    last_step: int = recorded["iteration"]
+    if best["iteration"] + steps <= last_step and best["identity"] == recorded["identity"]:
+        state.step = load_checkpoint(BEST, state.model, state.optimizer)
+        if best["scaler"]:
+            state.scaler.load_state_dict(best["scaler"])
+    elif "resume_from" in recorded["identity"]:
+        raise InputError(f"{LAST}: continues another run, whose beginning is not kept")
+    elif steps > last_step:
+        raise InputError(f"--replay {steps}: the run had {count(last_step, 'step')}")
+    return state.step
+
+
+def size_at(sizes: dict[int, int], step: int) -> int:
+    """The micro-batch size of a step, given the first step of each size."""
+    return sizes[max(first for first in sizes if first <= step)]
+
+
+def _words(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} is {value}" for name, value in values.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.verify", description=__doc__)
+    parser.add_argument("--replay", type=int, metavar="N", help="train N steps again and compare")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    options = parser.parse_args(arguments)
+    with one_line_errors():
+        if options.replay is not None and options.replay < 1:
+            raise InputError("--replay: must be >= 1")
+        if not LOCK.is_file():
+            raise InputError(f"{LOCK}: no such file; run `make repro` in the project's root folder")
+        try:
+            repo = Repo()
+        except DvcException as error:  # no git, or not for this user
+            raise EnvironmentFault(f"{error}; `make heal` helps or says what does") from None
+        checks = {
+            "every output and dependency is as dvc.lock says": recorded_faults(LOCK, repo),
+            "tokens, tokenizer, model and provenance belong together": belonging_faults(),
+            "the published checkpoints are whole and of this model": checkpoint_faults(),
+            "the checkpoints of unfinished runs are whole": unfinished_faults(UNFINISHED),
+        }
+        count = 0
+        for claim, faults in checks.items():
+            found = _complete(faults)
+            say("\n".join([f"fault: {fault}" for fault in found] or [f"ok: {claim}"]))
+            count += len(found)
+        if count:
+            raise InputError(f"{count} fault{'s' * (count > 1)} found")
+        if options.replay is not None:
+            say(f"ok: {replay(options.replay, choose_device(options.device))}")
+
+
+if __name__ == "__main__":
+    main()
