@@ -95,8 +95,9 @@ def learn_by_tokenizers(file: Path, tokenizer: Path, out: Path, cores: int) -> N
     """The vocabulary by Hugging Face tokenizers, from the training split that ours learns from."""
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     from lm.base.config import load_params, read_section
-    from lm.data.tokenizer import load_tokenizer, train_bpe
+    from lm.data.tokenizer import load_tokenizer
     from lm.prepare.documents import DataConfig, split_documents
+    from lm.prepare.learn import train_bpe
 
     params = load_params(ROOT / "params.yaml")
     params["data"] |= {"path": str(file), "separator": END.decode()}

@@ -17,7 +17,8 @@ import torch
 from benchmarks.contestants import SHAPES, Shape
 from benchmarks.worker import Failed, Worker, token_file
 from lm.base.errors import one_line_errors
-from lm.machine.device import choose_device, describe, matmul_flops_per_second
+from lm.machine.device import choose_device, describe
+from lm.machine.gauges import matmul_flops_per_second
 
 NAMES = (
     "nanoGPT, bfloat16, compiled",

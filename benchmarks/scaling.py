@@ -13,7 +13,8 @@ import torch
 from benchmarks.contestants import SHAPES, Shape
 from benchmarks.worker import Failed, Worker, token_file
 from lm.base.errors import one_line_errors
-from lm.machine.device import describe, matmul_flops_per_second
+from lm.machine.device import describe
+from lm.machine.gauges import matmul_flops_per_second
 
 FACTORS = (0.5, 1, 2, 4)
 SIZES = ("d_model", "num_layers", "context_length", "batch_size", "vocab_size")

@@ -5,33 +5,33 @@ Where the text is of a grammar (data.source), beside its entropy too: the floor 
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.errors import InputError
 from lm.base.files import atomic_write, read_json, sha256_file, write_json
+from lm.base.runs import remove_finished, run_folder
 from lm.base.tables import SHAPES, behind_bigram, require_shape, samples, summary
-from lm.corpus.grammar import STORIES
 from lm.data.batches import Split, Tokens, open_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.evaluate.baselines import Bigram, uniform_loss_nats
 from lm.evaluate.excerpt import excerpt, excerpt_json
+from lm.evaluate.floor import floor
 from lm.generate.stream import complete
-from lm.machine.device import choose_device, free_memory_bytes, make_deterministic
+from lm.machine.device import choose_device, make_deterministic
+from lm.machine.gauges import free_memory_bytes
 from lm.model.files import load_model, read_provenance
 from lm.model.loss import METRICS, EvaluateConfig, Sums, calibration, evaluate, loss_by_position
 from lm.model.transformer import TransformerLM
 from lm.plan.footprint import require_memory, validation_logits
 from lm.prepare.documents import DataConfig
 from lm.runs.history import ended_worse
-from lm.runs.resume import remove_finished, run_folder
 from stages.run import UNFINISHED, Inputs, run
 
 PLACES = {
@@ -47,7 +47,6 @@ TRAIN = RESULTS / "train.json"
 CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
 SAMPLE = ("prompt", "temperature", "completion")
 TELL_SECONDS = 10  # between two lines about the samples, where they take long
-CHANCE = 0.001  # how far below the floor a model may come: rounding, and no more
 
 
 def evaluate_stage(inputs: Inputs) -> None:
@@ -67,7 +66,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     )
     metrics = _metrics(sums)
     if inputs.section(DataConfig, "data").source == "grammar":
-        metrics |= _floor(metrics, tokens.valid, tokenizer)
+        metrics |= floor(metrics, tokens.valid, tokenizer)
     baselines = _baselines(tokens)
     texts = _samples(model, tokenizer, config)
     held_out = excerpt(model, tokens.valid, tokenizer)
@@ -168,45 +167,6 @@ def _write_csv(name: str, columns: Sequence[str], rows: Iterable[Sequence[int | 
     cells = ([f"{v:.6f}" if isinstance(v, float) else str(v) for v in row] for row in rows)
     lines = [",".join(row) + "\n" for row in (columns, *cells)]
     atomic_write(RESULTS / name, "".join(lines).encode())
-
-
-def _floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[str, float]:
-    """What the best model can reach on this very text, and how far above it this one is.
-
-    floor_bits_per_byte = sum of bits(document) / bytes, with the bytes of `bits_per_byte`. Both
-    numerators are of the same events. The model's holds every token but the split's first, end
-    tokens included; the grammar's holds every choice. A story's last choice tells that it ends (no
-    story is a prefix of another), so the end token after it costs the best model nothing; so does
-    the first token, for every story begins with the same word. The bytes lack that word's.
-
-    The floor is no estimate: it is -log2 of the true probability of the validation text. A model
-    that has not seen the text saves k bits on it with probability below 2^-k (Markov's inequality:
-    the expectation of q(x) / p(x) is at most 1), so no luck takes it CHANCE of a split's
-    bits below. Raises InputError for one that is, and for text that is not the grammar's.
-    """
-    bits = 0.0
-    for number, text in enumerate(documents(valid, tokenizer), start=1):
-        try:
-            bits += STORIES.bits(text)
-        except ValueError as error:
-            raise InputError(
-                f"{TOKENS}: document {number} of the validation split is not of the grammar "
-                f"({error}); data.source: grammar needs data.path: data/raw and data.split: hash"
-            ) from None
-    floor, found = bits / metrics["bytes"], metrics["bits_per_byte"]
-    if not found >= floor * (1 - CHANCE):
-        raise InputError(
-            f"{MODEL}: {found:.4f} bits per byte, below the entropy of the text, {floor:.4f}: no "
-            "model can; it has seen the validation text in training, or there is a bug"
-        )
-    return {"floor_bits_per_byte": floor, "distance_to_floor": found / floor - 1}
-
-
-def documents(split: Split, tokenizer: Tokenizer) -> Iterator[str]:
-    """The texts of a split, cut after each end token."""
-    ids = split.tokens[: len(split.tokens)]
-    for document in np.split(ids, np.flatnonzero(ids == tokenizer.end_id) + 1)[:-1]:
-        yield tokenizer.decode(document[:-1].tolist())
 
 
 if __name__ == "__main__":

@@ -8,14 +8,9 @@ from pathlib import Path
 
 from lm.base.config import RuntimeConfig
 from lm.base.console import say
-from lm.data.tokenizer import (
-    TokenizerConfig,
-    byte_tokenizer,
-    foreign_tokenizer,
-    from_tiktoken,
-    train_bpe_large,
-)
+from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.prepare.documents import DataConfig, source_files, split_documents
+from lm.prepare.learn import foreign_tokenizer, from_tiktoken, train_bpe_large
 from lm.prepare.learning_sample import write_sample
 from lm.prepare.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run

@@ -29,9 +29,10 @@ from safetensors.torch import load_file, save_file
 
 from lm.base.config import load_params, read_section
 from lm.base.files import sha256_file, write_json
-from lm.data.tokenizer import END_TOKEN, load_tokenizer, train_bpe
+from lm.data.tokenizer import END_TOKEN, load_tokenizer
 from lm.model.files import PROVENANCE, save_model
 from lm.model.transformer import ModelConfig, TransformerLM
+from lm.prepare.learn import train_bpe
 from tests.project import SMOKE, Project
 
 OUTPUTS = ("data", "models", "metrics")

@@ -14,10 +14,11 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from benchmarks.harness import document_nats
 from lm.base.errors import InputError
-from lm.data.tokenizer import GPT2_PATTERN, Tokenizer, byte_tokenizer, train_bpe
+from lm.data.tokenizer import GPT2_PATTERN, Tokenizer, byte_tokenizer
 from lm.export.gguf import main, write
 from lm.generate.stream import generate
 from lm.model.files import save_model
+from lm.prepare.learn import train_bpe
 from tests.project import ROOT
 from tests.test_model import variant_model
 

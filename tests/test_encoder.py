@@ -17,16 +17,9 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 import lm.prepare.encoder
 from lm.base.errors import InputError
-from lm.data.tokenizer import (
-    END_TOKEN,
-    NEWER_CHARACTERS,
-    Tokenizer,
-    _byte_characters,
-    byte_tokenizer,
-    from_tiktoken,
-    train_bpe,
-)
-from lm.prepare.encoder import DocumentRefused, Encoder, EncodersDiffer
+from lm.data.tokenizer import END_TOKEN, Tokenizer, _byte_characters, byte_tokenizer
+from lm.prepare.encoder import NEWER_CHARACTERS, DocumentRefused, Encoder, EncodersDiffer
+from lm.prepare.learn import from_tiktoken, train_bpe
 from tests.project import ROOT
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -241,7 +234,8 @@ import random, sys
 import psutil
 import lm.prepare.encoder
 from lm.prepare.encoder import Encoder
-from lm.data.tokenizer import byte_tokenizer, train_bpe
+from lm.data.tokenizer import byte_tokenizer
+from lm.prepare.learn import train_bpe
 
 lm.prepare.encoder.CACHE_BYTES = int(sys.argv[1]) << 20
 encoder = Encoder(train_bpe(["low lower lowest"], 300), "gigatoken")
@@ -266,7 +260,7 @@ BLOCKED = """
 import sys
 sys.modules["gigatoken"] = None  # import gigatoken raises ImportError
 from lm.prepare.encoder import Encoder
-from lm.data.tokenizer import train_bpe
+from lm.prepare.learn import train_bpe
 text = open("README.md").read()
 encoder = Encoder(train_bpe([text], 500))
 ids, lengths = encoder.encode([text.encode(), b"another"])
@@ -288,7 +282,7 @@ def test_without_gigatoken_the_ids_are_the_same():
 FORKED = """
 import multiprocessing, os, sys, threading
 from lm.prepare.encoder import Encoder
-from lm.data.tokenizer import train_bpe
+from lm.prepare.learn import train_bpe
 text = open("README.md").read()
 encoder = Encoder(train_bpe([text], 500), sys.argv[1])
 encoder.encode([text.encode()])

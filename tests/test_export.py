@@ -25,13 +25,14 @@ from lm.base.config import read_section
 from lm.base.errors import InputError
 from lm.base.files import write_json
 from lm.base.tables import samples
-from lm.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from lm.data.tokenizer import byte_tokenizer, load_tokenizer
 from lm.export.card import MARK, aligned, loss_curve
 from lm.export.folder import ExportConfig, _compared, export, main, write
 from lm.generate.stream import generate
 from lm.model.files import load_model, save_model
 from lm.model.huggingface import start_from, stock_config, stock_weights
 from lm.model.transformer import TransformerLM
+from lm.prepare.learn import train_bpe
 from tests.kill import copied, dvc, ran
 from tests.project import ROOT, one_line
 from tests.test_model import variant_model

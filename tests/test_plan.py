@@ -23,9 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import scale
 from lm.base.config import read_section
 from lm.base.errors import EnvironmentFault, InputError
+from lm.base.runs import run_folder
 from lm.base.settings import EvaluateConfig, share_of_batch
 from lm.data.batches import Split
-from lm.machine.device import autocast, free_memory_bytes
+from lm.machine.device import autocast
+from lm.machine.gauges import free_memory_bytes
 from lm.machine.processes import Processes
 from lm.machine.sharded_tensors import local
 from lm.model.transformer import TransformerLM
@@ -48,7 +50,6 @@ from lm.plan.plan import (
     table,
 )
 from lm.plan.plan import plan as planning
-from lm.runs.resume import run_folder
 from lm.train.parallel import Replicated, Sharded
 from lm.train.step import new_state, train
 from stages.evaluate import require_logits_fit

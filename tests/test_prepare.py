@@ -29,7 +29,7 @@ from lm.base.errors import InputError
 from lm.base.tables import data_table
 from lm.data.batches import open_tokens
 from lm.data.shards import SPLITS
-from lm.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from lm.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from lm.prepare.collect import publish
 from lm.prepare.documents import DataConfig, SourceConfig, plan, split_documents
 from lm.prepare.encode_shards import (
@@ -41,6 +41,7 @@ from lm.prepare.encode_shards import (
     share,
     tasks,
 )
+from lm.prepare.learn import train_bpe
 from tests.kill import gone
 from tests.project import SMOKE, one_line
 

@@ -19,17 +19,19 @@ from transformers import AutoTokenizer
 from lm.base.errors import EnvironmentFault, InputError
 from lm.data.tokenizer import (
     END_TOKEN,
+    _byte_characters,
+    byte_tokenizer,
+    load_tokenizer,
+    open_tokenizer_json,
+)
+from lm.prepare.learn import (
     LARGE_BYTES,
     LONG_RUN,
-    _byte_characters,
     _split,
     _train_by_gigatoken,
     _with_long_runs_cut,
-    byte_tokenizer,
     foreign_tokenizer,
     from_tiktoken,
-    load_tokenizer,
-    open_tokenizer_json,
     train_bpe,
     train_bpe_large,
 )
@@ -98,7 +100,7 @@ NEWER = "\ua7ce\ua7ce letters of Unicode 17"
 
 
 def test_a_large_corpus_gives_the_same_tokenizer_by_either_library(monkeypatch, capfd):
-    monkeypatch.setattr("lm.data.tokenizer.LARGE_BYTES", 1 << 19)
+    monkeypatch.setattr("lm.prepare.learn.LARGE_BYTES", 1 << 19)
     joined = "\0".join([*LARGE, NEWER * 1000]).encode()
     fast = train_bpe_large(joined, 2000).backend.to_str()
     assert _train_by_gigatoken("\0".join(LARGE).encode(), 2000, END_TOKEN) is not None
@@ -126,7 +128,7 @@ def test_32_megabytes_give_the_same_tokenizer_by_either_library():
 def test_only_words_of_many_characters_are_cut(texts):
     """As the words are that `tokenizers` finds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.data.tokenizer.LONG_RUN", 4)
+        patch.setattr("lm.prepare.learn.LONG_RUN", 4)
         cut = _with_long_runs_cut("\0".join(texts).encode()).decode().split("\0")
     assert "".join(cut) == "".join(texts)
     assert max(map(longest_word, cut)) <= 4
@@ -144,7 +146,7 @@ def longest_word(text):
 @pytest.mark.parametrize("unit", ["acgt", "é", "\u0301", "7", "=-", " \n\t", "\u3000 "])
 def test_a_run_without_a_word_break_is_learnt_in_pieces(monkeypatch, unit):
     text = "def f():\n    return 1 " + unit * 1000 + "!"
-    monkeypatch.setattr("lm.data.tokenizer.LARGE_BYTES", 1 << 30)
+    monkeypatch.setattr("lm.prepare.learn.LARGE_BYTES", 1 << 30)
     by_tokenizers = train_bpe_large(text.encode(), 300).backend.to_str()
     pieces = _with_long_runs_cut(text.encode()).decode().split("\0")
     assert len(pieces) == 1 + (1000 * len(unit) - 1) // LONG_RUN or unit.isspace()
@@ -166,7 +168,7 @@ def test_a_small_corpus_is_left_to_tokenizers():
 
 def test_when_pairs_run_out_no_made_up_merge_is_learnt(monkeypatch):
     """gigatoken goes on with pairs that no longer occur."""
-    monkeypatch.setattr("lm.data.tokenizer.LARGE_BYTES", 0)
+    monkeypatch.setattr("lm.prepare.learn.LARGE_BYTES", 0)
     _, merges = gigatoken.train_bpe(b"low lower", 300, [], "huggingface", b"\0")
     possible = reference.train_bpe(words(["low lower"]), 300, GPT2_ORDER, lambda pair, _: pair)
     assert len(merges) > len(possible)
@@ -177,7 +179,7 @@ def test_when_pairs_run_out_no_made_up_merge_is_learnt(monkeypatch):
 
 def test_training_gives_the_same_bytes_for_any_thread_count_and_hash_seed():
     program = (
-        "import sys; from pathlib import Path; from lm.data.tokenizer import train_bpe;"
+        "import sys; from pathlib import Path; from lm.prepare.learn import train_bpe;"
         "texts = [p.read_text() for p in sorted(Path('lm').glob('*.py'))] * 3;"
         "sys.stdout.write(train_bpe(texts, 1500).backend.to_str())"
     )
@@ -378,7 +380,7 @@ def test_ids_that_no_token_has_are_known_and_spell_nothing(bpe, tmp_path):
 
 def test_a_pattern_that_takes_years_is_stopped(bpe, tmp_path, monkeypatch):
     """Each match stays below the library's limit of retries, but there is one at every place."""
-    monkeypatch.setattr("lm.data.tokenizer.TRIAL_SECONDS", 3)
+    monkeypatch.setattr("lm.prepare.learn.TRIAL_SECONDS", 3)
     file = with_pattern(bpe, tmp_path / "foreign.json", "(?:a{1,60}){1,3}b|.")
     started = time.monotonic()
     with pytest.raises(

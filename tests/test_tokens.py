@@ -18,8 +18,9 @@ from lm.base.files import sha256_file
 from lm.data.batches import OPEN_FILES, Split, open_tokens, windows
 from lm.data.order import DocumentWindows, deal
 from lm.data.shards import ShardWriter, write_manifest
-from lm.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from lm.data.tokenizer import Tokenizer, byte_tokenizer
 from lm.evaluate.baselines import Bigram
+from lm.prepare.learn import train_bpe
 from tests.project import change, write_tokens
 
 DOCUMENTS = [

@@ -25,6 +25,7 @@ from lm.base.config import parse_yaml, read_section
 from lm.base.console import count, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
+from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES
 from lm.data.batches import open_tokens
 from lm.data.tokenizer import load_tokenizer
 from lm.machine.device import choose_device, environment, make_deterministic
@@ -34,7 +35,7 @@ from lm.model.fitting import require_finite, require_settings
 from lm.model.huggingface import start_from
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.runs.checkpoint import load_checkpoint, read_run, stored_weights, verify, weights_sha256
-from lm.runs.resume import MICRO_BATCH_SIZES, NUM_PROCESSES, kept_checkpoints
+from lm.runs.resume import kept_checkpoints
 from lm.train.step import TrainConfig, TrainState, new_state, train
 
 PIPELINE, LOCK, UNFINISHED = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/lm-resume")

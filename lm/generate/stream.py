@@ -25,7 +25,8 @@ from lm.base import rng
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.data.tokenizer import Tokenizer
 from lm.generate.decoder import Decoder, memory_bytes
-from lm.machine.device import Dtype, choose_device, free_memory_bytes
+from lm.machine.device import Dtype, choose_device
+from lm.machine.gauges import free_memory_bytes
 from lm.model.files import load_model
 from lm.model.transformer import TransformerLM
 

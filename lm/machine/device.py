@@ -4,15 +4,13 @@ import ctypes
 import functools
 import os
 import platform
-import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,16 +44,6 @@ _CPU_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp_wrapper": True,
     "cpp_wrapper_build_separate": True,
     "reorder_for_locality": False,
-}
-# FLOP/s of dense products by the vendors' data sheets: bfloat16 or float16, TF32, float32. NVIDIA
-# H100 Tensor Core GPU (SXM, PCIe), H200 Tensor Core GPU, A100 Tensor Core GPU data sheets; Ada GPU
-# architecture white paper, appendix A (with sums in float32). Sparsity, which doubles them, is off.
-_DATA_SHEETS = {
-    "H100 PCIe": (756e12, 378e12, 51e12),
-    "H100": (989e12, 494e12, 67e12),
-    "H200": (989e12, 494e12, 67e12),
-    "A100": (312e12, 156e12, 19.5e12),
-    "RTX 4090": (165.2e12, 82.6e12, 82.6e12),
 }
 # (rows, inner, columns) of products that threads share: on Zen 4 the second, with AMX the others
 _CUT_DIFFERENTLY = ((64, 64, 64), (128, 128, 128), (768, 128, 384))
@@ -118,13 +106,14 @@ def _processor() -> str:
     """Maker and matrix instructions of the CPU: libraries choose their kernels by these."""
     maker = platform.processor() or platform.machine()
     if sys.platform == "linux":
-        maker = _field("/proc/cpuinfo", "vendor_id") or maker
+        maker = field_of("/proc/cpuinfo", "vendor_id") or maker
     cpu: Any = torch.cpu  # the checks are there, but not in the type stubs
     extras = {"avx512_bf16": cpu._is_avx512_bf16_supported(), "amx": cpu._is_amx_tile_supported()}
     return " ".join([maker, *(name for name, there in extras.items() if there)])
 
 
-def _field(file: str, name: str, separator: str = ":") -> str | None:
+def field_of(file: str, name: str, separator: str = ":") -> str | None:
+    """Return what stands behind a name in a file of "name: value", or None."""
     with open(file, encoding="utf-8") as lines:
         return next(
             (line.partition(separator)[2].strip() for line in lines if line.startswith(name)), None
@@ -229,44 +218,6 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: by torch on a GPU, by the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(FileNotFoundError):  # on Linux, where ru_maxrss begins with what the parent held
-        if peak := _field("/proc/self/status", "VmHWM"):
-            return int(peak.split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def matmul_flops_per_second(device: torch.device, dtype: Dtype) -> float:
-    """The rate of a large matrix product here and now: the ceiling that MFU is a share of."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
-    seconds = []
-    for _ in range(4):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ a
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds[1:])
-
-
-def data_sheet_flops_per_second(device: torch.device, dtype: Dtype) -> float | None:
-    """The peak that the maker promises for dense products; None for a device not known here."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    peaks = next((peaks for known, peaks in _DATA_SHEETS.items() if known in name), None)
-    if peaks is None:
-        return None
-    if dtype != "float32":
-        return peaks[0]
-    return peaks[1] if torch.get_float32_matmul_precision() != "highest" else peaks[2]
-
-
 def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
     """Whether products in a 16-bit type are faster here than in float32."""
     if device.type == "cpu":
@@ -324,55 +275,6 @@ def no_loading(device: torch.device) -> str | None:
     return None
 
 
-def free_memory_bytes(device: torch.device, sharing: int = 1) -> int | None:
-    """What a process can still take: of a GPU, or of RAM, which `sharing` processes share.
-
-    RAM within the limits of its cgroups and its own (ulimit -v). None where the system does not
-    tell.
-    """
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + held  # torch keeps what was freed
-    if sys.platform != "linux":
-        return None
-    available = _field("/proc/meminfo", "MemAvailable")
-    free = [int(available.split()[0]) * 1024] if available else []
-    shares = [size // sharing for size in free + _left_in_cgroups()]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        shares.append(max(0, limit - pages * os.sysconf("SC_PAGE_SIZE")))
-    return min(shares, default=None)
-
-
-def _left_in_cgroups() -> list[int]:
-    """What each limit above this process leaves (cgroups v2 and v1); page cache counts as free."""
-    left = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root = Path("/sys/fs/cgroup", controllers)
-        names = ("memory.max", "memory.current", "inactive_file")
-        if controllers:
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        own = root / path.lstrip("/")
-        for group in (own, *own.parents[: len(own.relative_to(root).parts)]):
-            with suppress(OSError, ValueError):  # not mounted here, or "max": no limit
-                limit, used = (int((group / name).read_text()) for name in names[:2])
-                cache = _field(str(group / "memory.stat"), names[2], separator=" ") or "0"
-                left.append(max(0, limit - used + int(cache)))
-    return left
-
-
-def resident_memory_bytes() -> int:
-    """What the process holds now (on Linux), or held at most so far."""
-    pages = Path("/proc/self/statm")
-    if pages.exists():
-        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return peak_memory_bytes(torch.device("cpu"))
-
-
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given, so that a clock tells the truth."""
     if device.type == "cuda":
@@ -408,38 +310,3 @@ class Stopwatch:
         seconds = self.seconds + sum(start.elapsed_time(end) / 1000 for start, end in laps)
         self.seconds = 0.0
         return seconds
-
-
-def performance(
-    device: torch.device,
-    dtype: Dtype,
-    step_seconds: list[float],
-    tokens_per_step: int,
-    flops_per_token: float,
-    num_devices: int = 1,
-) -> dict[str, Any]:
-    """Speed and memory of a finished run.
-
-    MFU is the share of the data sheet's peak, or where none is known of a measured product's rate,
-    of all devices; memory and these rates are of one.
-    """
-    step_s = statistics.median(step_seconds) if step_seconds else float("nan")
-    measured = matmul_flops_per_second(device, dtype)
-    promised = data_sheet_flops_per_second(device, dtype)
-    peak = promised or measured
-    tokens_per_second = tokens_per_step / step_s
-    return {
-        "device": describe(device),
-        "num_devices": num_devices,
-        "dtype": dtype,
-        "tokens_per_second": round(tokens_per_second, 1),
-        "step_seconds_median": round(step_s, 6),
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "flops_per_token": flops_per_token,
-        "matmul_flops_per_second": round(measured),
-        "data_sheet_flops_per_second": promised,
-        "mfu_is_of": "matmul_flops_per_second"
-        if promised is None
-        else "data_sheet_flops_per_second",
-        "mfu": round(tokens_per_second * flops_per_token / (peak * num_devices), 4),
-    }

@@ -27,7 +27,7 @@ from lm.base.files import (
 )
 from lm.base.settings import THREADS
 from lm.data.tokenizer import Tokenizer, load_tokenizer
-from lm.machine.device import free_memory_bytes
+from lm.machine.gauges import free_memory_bytes
 from lm.model.fitting import (
     FLOATS,
     as_stored,

@@ -61,6 +61,7 @@ def require_weights(
 
 
 def word_of(dtype: torch.dtype) -> str:
+    """Return "float32" and the like."""
     return str(dtype).removeprefix("torch.")
 
 

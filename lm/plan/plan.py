@@ -36,14 +36,12 @@ from lm.data.tokenizer import byte_tokenizer
 from lm.machine.device import (
     choose_device,
     describe,
-    free_memory_bytes,
     multiplies_natively,
     no_compiling,
     no_loading,
-    peak_memory_bytes,
     prepare,
-    resident_memory_bytes,
 )
+from lm.machine.gauges import free_memory_bytes, peak_memory_bytes, resident_memory_bytes
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.footprint import (

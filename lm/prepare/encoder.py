@@ -12,6 +12,7 @@ on the calling thread: this is made for worker processes.
 import os
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain, islice, pairwise
 from typing import Any, Literal
 
@@ -21,12 +22,18 @@ import psutil
 from numpy.typing import NDArray
 
 from lm.base.errors import InputError
-from lm.data.tokenizer import (
-    NEWER_CHARACTERS,
-    Tokenizer,
-    has_newer_characters,
-    may_have_newer_characters,
+from lm.data.tokenizer import Tokenizer
+
+# Letters, marks and digits of Unicode 17, which gigatoken knows and tokenizers (16) does not.
+NEWER_CHARACTERS = re.compile(
+    "[\u088f\u0c5c\u0cdc\u1acf-\u1add\u1ae0-\u1aeb\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1"
+    "\U00010940-\U00010959\U00010ec5-\U00010ec7\U00010efa\U00010efb\U00011b60-\U00011b67"
+    "\U00011db0-\U00011ddb\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3"
+    "\U00016ff2-\U00016ff6\U000187f8-\U000187ff\U00018d09-\U00018d1e\U00018d80-\U00018df2"
+    "\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6f5\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f"
+    "\U0002cea2-\U0002cead\U000323b0-\U00033479]"
 )
+_NEWER_LEADS = b"\xe0\xe1\xea\xf0"  # the first byte of each in UTF-8; rare in most text
 
 Library = Literal["gigatoken", "tokenizers"]
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # ids of all texts, count of each
@@ -252,3 +259,29 @@ def _sizes(items: list[Any]) -> NDArray[np.int64]:
 
 def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.cumsum(lengths) - lengths
+
+
+def has_newer_characters(text: bytes) -> bool:
+    """Whether UTF-8 holds a character that gigatoken knows and tokenizers does not."""
+    return may_have_newer_characters(text) and bool(NEWER_CHARACTERS.search(text.decode()))
+
+
+def may_have_newer_characters(text: bytes) -> bool:
+    """The same at gigabytes a second, with a few false alarms: by the first two bytes of each."""
+    data = np.frombuffer(text, np.uint8)
+    return any(
+        _newer_beginnings()[lead, data[np.flatnonzero(data == lead) + 1]].any()
+        for lead in _NEWER_LEADS
+        if lead in text
+    )
+
+
+@cache
+def _newer_beginnings() -> NDArray[np.bool_]:
+    """For each first and each second byte, whether some newer character begins so, (256, 256)."""
+    table = np.zeros((256, 256), dtype=bool)
+    for code in range(0x800, 0x40000, 0x40):  # the last byte of UTF-8 holds six bits
+        block = "".join(map(chr, range(code, code + 0x40)))
+        if NEWER_CHARACTERS.search(block):
+            table[tuple(chr(code).encode()[:2])] = True
+    return table

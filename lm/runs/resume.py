@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from lm.base.console import changes
-from lm.base.errors import Busy, EnvironmentFault, InputError
-from lm.base.files import sha256_json, writing
+from lm.base.errors import EnvironmentFault, InputError
+from lm.base.files import writing
+from lm.base.runs import decided, locked
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import local, staged
 from lm.model.files import write_checkpoint
@@ -43,8 +44,6 @@ from lm.runs.checkpoint import (
 )
 
 MOST_TOLD = 4  # differences of two runs in a line
-# in a run's identity, but no part of what decides it: each value by the first step that had it
-MICRO_BATCH_SIZES, NUM_PROCESSES = "micro_batch_sizes", "num_processes"
 
 
 class ResumeDirectory:
@@ -77,7 +76,7 @@ class ResumeDirectory:
         for path in sorted(self.folder.glob("step-*")):
             if path.suffix in ("", ".safetensors", ".json"):
                 _require_kind(path, folder=path.suffix == "")
-        self._lock = _locked(self.folder)
+        self._lock = locked(self.folder)
         for litter in (*self.folder.glob("*.tmp"), *self.folder.glob(".tmp*")):  # and safetensors'
             folder = litter.is_dir() and not litter.is_symlink()
             shutil.rmtree(litter) if folder else litter.unlink()
@@ -229,17 +228,6 @@ def nearest(folders: Iterable[Path], identity: dict[str, Any]) -> str:
     return f"at step {step}, is not resumed because of {words}"
 
 
-def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:
-    """The folder of the run that is decided by `identity`: one for each."""
-    return unfinished / sha256_json(decided(identity))[:32]
-
-
-def decided(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a run but for what may change on its way."""
-    may_change = (MICRO_BATCH_SIZES, NUM_PROCESSES)
-    return {part: value for part, value in identity.items() if part not in may_change}
-
-
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What makes two identities those of different runs, in words: "train.lr 0.001 -> 0.003"."""
     found = []
@@ -260,45 +248,12 @@ def few(words: list[str]) -> str:
     return ", ".join(words[:MOST_TOLD]) + f" and {more} more" * (more > 0)
 
 
-def clock_file(unfinished: Path, identity: dict[str, Any]) -> Path:
-    """Where the times of this run's steps are kept, after its folder is gone too."""
-    return unfinished.with_name("lm-clock") / f"{run_folder(unfinished, identity).name}.csv"
-
-
-def remove_finished(folder: Path) -> None:
-    """Delete a run's folder, its results being recorded elsewhere, unless a process uses it."""
-    if folder.is_dir():
-        with suppress(Busy):
-            ResumeDirectory(folder, keep=1).remove()
-
-
 @contextmanager
 def publishing(unfinished: Path) -> Iterator[None]:
     """Let one run after the other write the outputs, which all runs of a workspace share."""
     with open(unfinished.with_name("lm-publish.lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _locked(folder: Path) -> Any:
-    with writing(folder / "lock"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+")  # noqa: SIM115 - held until the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        raise Busy(f"{folder}: process {holder} is training this run; wait or stop it") from None
-    if os.fstat(lock.fileno()).st_nlink == 0:  # the folder was removed in this very moment
-        lock.close()
-        return _locked(folder)
-    with writing(folder / "lock"):
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-    return lock
 
 
 def _begin_thread(gpu: int | None) -> None:

@@ -26,9 +26,10 @@ from lm.base.config import RuntimeConfig
 from lm.base.console import Progress, count, duration, say
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.base.files import atomic_copy, atomic_write, require_file, sha256_file, write_json
+from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided, run_folder
 from lm.base.signals import CatchSignals
 from lm.data.tokenizer import Tokenizer
-from lm.machine.device import performance
+from lm.machine.gauges import performance
 from lm.model.files import save_model
 from lm.model.transformer import TransformerLM
 from lm.plan.plan import Forecast
@@ -41,19 +42,7 @@ from lm.runs.checkpoint import (
     weights_sha256,
 )
 from lm.runs.history import DIVERGED, Clock, History, ended_worse
-from lm.runs.resume import (
-    MICRO_BATCH_SIZES,
-    NUM_PROCESSES,
-    ResumeDirectory,
-    clock_file,
-    decided,
-    differences,
-    few,
-    kept_checkpoints,
-    nearest,
-    publishing,
-    run_folder,
-)
+from lm.runs.resume import ResumeDirectory, differences, few, kept_checkpoints, nearest, publishing
 from lm.train.step import Record, TrainConfig, TrainState
 
 REFRESH_S = 2.0  # between two refreshes of the metrics that can be watched

@@ -23,8 +23,8 @@ from dvc_render import VegaRenderer, render_html
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write
+from lm.base.runs import clock_file
 from lm.runs.history import Clock
-from lm.runs.resume import clock_file
 from stages.run import UNFINISHED
 from tools.report.vega import VEGA_LITE, script
 from tools.repository import opened

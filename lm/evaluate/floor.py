@@ -1,0 +1,52 @@
+"""The floor of a grammar's text: its entropy, which no model can beat."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lm.base.errors import InputError
+from lm.corpus.grammar import STORIES
+from lm.data.batches import Split
+from lm.data.tokenizer import Tokenizer
+
+CHANCE = 0.001  # how far below the floor a model may come: rounding, and no more
+
+
+def floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[str, float]:
+    """What the best model can reach on this very text, and how far above it this one is.
+
+    floor_bits_per_byte = sum of bits(document) / bytes, with the bytes of `bits_per_byte`. Both
+    numerators are of the same events. The model's holds every token but the split's first, end
+    tokens included; the grammar's holds every choice. A story's last choice tells that it ends (no
+    story is a prefix of another), so the end token after it costs the best model nothing; so does
+    the first token, for every story begins with the same word. The bytes lack that word's.
+
+    The floor is no estimate: it is -log2 of the true probability of the validation text. A model
+    that has not seen the text saves k bits on it with probability below 2^-k (Markov's inequality:
+    the expectation of q(x) / p(x) is at most 1), so no luck takes it CHANCE of a split's
+    bits below. Raises InputError for one that is, and for text that is not the grammar's.
+    """
+    bits = 0.0
+    for number, text in enumerate(documents(valid, tokenizer), start=1):
+        try:
+            bits += STORIES.bits(text)
+        except ValueError as error:
+            raise InputError(
+                f"data/tokens: document {number} of the validation split is not of the grammar "
+                f"({error}); data.source: grammar needs data.path: data/raw and data.split: hash"
+            ) from None
+    lowest, found = bits / metrics["bytes"], metrics["bits_per_byte"]
+    if not found >= lowest * (1 - CHANCE):
+        raise InputError(
+            f"models/model: {found:.4f} bits per byte, below the entropy of the text, {lowest:.4f}: "
+            "no model can; it has seen the validation text in training, or there is a bug"
+        )
+    return {"floor_bits_per_byte": lowest, "distance_to_floor": found / lowest - 1}
+
+
+def documents(split: Split, tokenizer: Tokenizer) -> Iterator[str]:
+    """The texts of a split, cut after each end token."""
+    ids = split.tokens[: len(split.tokens)]
+    for document in np.split(ids, np.flatnonzero(ids == tokenizer.end_id) + 1)[:-1]:
+        yield tokenizer.decode(document[:-1].tolist())

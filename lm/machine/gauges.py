@@ -1,0 +1,148 @@
+"""How much and how fast: memory that is free or held, rates of products, what a run reached."""
+
+import os
+import resource
+import statistics
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm.base.settings import Dtype as Dtype
+from lm.machine.device import describe, field_of, synchronise
+
+# FLOP/s of dense products by the vendors' data sheets: bfloat16 or float16, TF32, float32. NVIDIA
+# H100 Tensor Core GPU (SXM, PCIe), H200 Tensor Core GPU, A100 Tensor Core GPU data sheets; Ada GPU
+# architecture white paper, appendix A (with sums in float32). Sparsity, which doubles them, is off.
+_DATA_SHEETS = {
+    "H100 PCIe": (756e12, 378e12, 51e12),
+    "H100": (989e12, 494e12, 67e12),
+    "H200": (989e12, 494e12, 67e12),
+    "A100": (312e12, 156e12, 19.5e12),
+    "RTX 4090": (165.2e12, 82.6e12, 82.6e12),
+}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: by torch on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(FileNotFoundError):  # on Linux, where ru_maxrss begins with what the parent held
+        if peak := field_of("/proc/self/status", "VmHWM"):
+            return int(peak.split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def matmul_flops_per_second(device: torch.device, dtype: Dtype) -> float:
+    """The rate of a large matrix product here and now: the ceiling that MFU is a share of."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    seconds = []
+    for _ in range(4):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ a
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def data_sheet_flops_per_second(device: torch.device, dtype: Dtype) -> float | None:
+    """The peak that the maker promises for dense products; None for a device not known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = next((peaks for known, peaks in _DATA_SHEETS.items() if known in name), None)
+    if peaks is None:
+        return None
+    if dtype != "float32":
+        return peaks[0]
+    return peaks[1] if torch.get_float32_matmul_precision() != "highest" else peaks[2]
+
+
+def free_memory_bytes(device: torch.device, sharing: int = 1) -> int | None:
+    """What a process can still take: of a GPU, or of RAM, which `sharing` processes share.
+
+    RAM within the limits of its cgroups and its own (ulimit -v). None where the system does not
+    tell.
+    """
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held  # torch keeps what was freed
+    if sys.platform != "linux":
+        return None
+    available = field_of("/proc/meminfo", "MemAvailable")
+    free = [int(available.split()[0]) * 1024] if available else []
+    shares = [size // sharing for size in free + _left_in_cgroups()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        shares.append(max(0, limit - pages * os.sysconf("SC_PAGE_SIZE")))
+    return min(shares, default=None)
+
+
+def _left_in_cgroups() -> list[int]:
+    """What each limit above this process leaves (cgroups v2 and v1); page cache counts as free."""
+    left = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        own = root / path.lstrip("/")
+        for group in (own, *own.parents[: len(own.relative_to(root).parts)]):
+            with suppress(OSError, ValueError):  # not mounted here, or "max": no limit
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                cache = field_of(str(group / "memory.stat"), names[2], separator=" ") or "0"
+                left.append(max(0, limit - used + int(cache)))
+    return left
+
+
+def resident_memory_bytes() -> int:
+    """What the process holds now (on Linux), or held at most so far."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory_bytes(torch.device("cpu"))
+
+
+def performance(
+    device: torch.device,
+    dtype: Dtype,
+    step_seconds: list[float],
+    tokens_per_step: int,
+    flops_per_token: float,
+    num_devices: int = 1,
+) -> dict[str, Any]:
+    """Speed and memory of a finished run.
+
+    MFU is the share of the data sheet's peak, or where none is known of a measured product's rate,
+    of all devices; memory and these rates are of one.
+    """
+    step_s = statistics.median(step_seconds) if step_seconds else float("nan")
+    measured = matmul_flops_per_second(device, dtype)
+    promised = data_sheet_flops_per_second(device, dtype)
+    peak = promised or measured
+    tokens_per_second = tokens_per_step / step_s
+    return {
+        "device": describe(device),
+        "num_devices": num_devices,
+        "dtype": dtype,
+        "tokens_per_second": round(tokens_per_second, 1),
+        "step_seconds_median": round(step_s, 6),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "flops_per_token": flops_per_token,
+        "matmul_flops_per_second": round(measured),
+        "data_sheet_flops_per_second": promised,
+        "mfu_is_of": "matmul_flops_per_second"
+        if promised is None
+        else "data_sheet_flops_per_second",
+        "mfu": round(tokens_per_second * flops_per_token / (peak * num_devices), 4),
+    }
