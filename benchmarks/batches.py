@@ -24,7 +24,8 @@ from lm.data.batches import Split, open_tokens
 from lm.data.order import Sampling
 from lm.data.shards import ShardWriter, token_dtype, write_manifest
 from lm.model.transformer import ModelConfig
-from lm.train.step import TrainConfig, new_state, train
+from lm.train.loop import train
+from lm.train.step import TrainConfig, new_state
 
 BATCH_SIZE, CONTEXT_LENGTH = 32, 1024
 N_TOKENS, VOCAB_SIZE, END_ID = 50_000_000, 50_257, 50_256

@@ -307,7 +307,7 @@ def ours(shape: Shape, file: Path, device: torch.device, **train_settings: Any) 
 def training(
     shape: Shape, file: Path, device: torch.device, **train_settings: Any
 ) -> tuple[Any, Iterator[dict[str, Any]]]:
-    """The TrainState and lm.train.step.train as stage train has them.
+    """The TrainState and lm.train.loop.train as stage train has them.
 
     The settings are those of params.yaml but for these. With parallel = ddp or fsdp the process is
     joined to those that RANK and the like name.
@@ -318,7 +318,8 @@ def training(
     from lm.machine.device import prepare
     from lm.machine.processes import joined
     from lm.model.transformer import ModelConfig
-    from lm.train.step import TrainConfig, new_state, train
+    from lm.train.loop import train
+    from lm.train.step import TrainConfig, new_state
 
     model = dict(zip(Shape._fields[1:-1], shape[1:-1], strict=True))
     settings = train_settings | {"batch_size": shape.batch_size, "max_steps": 10**9}

@@ -19,7 +19,8 @@ from lm.machine.device import describe, make_deterministic
 from lm.model.transformer import ModelConfig
 from lm.runs.history import COLUMNS, MAX_ROWS
 from lm.runs.run import REFRESH_S, Run
-from lm.train.step import TrainConfig, new_state, train
+from lm.train.loop import train
+from lm.train.step import TrainConfig, new_state
 
 STEPS = 100
 MADE_OF: dict[str, dict[str, str]] = {"inputs": {}, "code": {}, "environment": {}}

@@ -20,7 +20,8 @@ from lm.data.batches import Split
 from lm.machine.device import choose_device, describe, make_deterministic
 from lm.model.transformer import ModelConfig
 from lm.runs.checkpoint import weights_sha256
-from lm.train.step import TrainConfig, new_state, train
+from lm.train.loop import train
+from lm.train.step import TrainConfig, new_state
 
 STEPS, VOCABULARY = 20, 2048
 ONE_CORE = ("taskset", "-c", "0")

@@ -63,7 +63,7 @@ def nanogpt(vocab_size: int, folder: Path, max_iters: int) -> tuple[Iterator[flo
 
 
 def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> Any:
-    """The same of lm.train.step.train with the settings of a params file."""
+    """The same of lm.train.loop.train with the settings of a params file."""
     import torch
 
     from lm.base.config import load_params, read_section
@@ -71,7 +71,8 @@ def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> An
     from lm.machine.device import autocast, prepare
     from lm.model.transformer import ModelConfig
     from lm.plan.plan import compiling
-    from lm.train.step import TrainConfig, new_state, train
+    from lm.train.loop import train
+    from lm.train.step import TrainConfig, new_state
 
     params = load_params(Path(preset), overrides)
     config = read_section(TrainConfig, params, "train")

@@ -28,7 +28,8 @@ from lm.plan.plan import (
     require_room_for_processes,
 )
 from lm.runs.run import Run, due
-from lm.train.step import TrainConfig, TrainState, train
+from lm.train.loop import train
+from lm.train.step import TrainConfig, TrainState
 from stages.launch import launch, launched
 from stages.run import UNFINISHED, Inputs, run
 

@@ -22,8 +22,9 @@ from lm.machine.sharded_tensors import (
     whole,
 )
 from lm.model.loss import evaluate
+from lm.train.loop import train
 from lm.train.parallel import PairwiseSum, own_micro_batches, pairwise
-from lm.train.step import new_state, train
+from lm.train.step import new_state
 from tests.ranks import together
 from tests.test_train import CPU, SPLIT
 

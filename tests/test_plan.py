@@ -50,8 +50,9 @@ from lm.plan.plan import (
     table,
 )
 from lm.plan.plan import plan as planning
+from lm.train.loop import train
 from lm.train.parallel import Replicated, Sharded
-from lm.train.step import new_state, train
+from lm.train.step import new_state
 from stages.evaluate import require_logits_fit
 from tests import test_run
 from tests.project import ROOT

@@ -16,7 +16,8 @@ from lm.model.loss import EvaluateConfig
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.plan import main, make_plan, table
 from lm.prepare.documents import DataConfig, plan
-from lm.train.step import TrainConfig, new_state, train
+from lm.train.loop import train
+from lm.train.step import TrainConfig, new_state
 from tests.project import ROOT
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))

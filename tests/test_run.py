@@ -24,7 +24,8 @@ from lm.model.transformer import ModelConfig
 from lm.runs.checkpoint import read_extra
 from lm.runs.resume import publishing
 from lm.runs.run import Run
-from lm.train.step import TrainConfig, new_state, train
+from lm.train.loop import train
+from lm.train.step import TrainConfig, new_state
 from tests.project import SMOKE
 from tests.test_checkpoint import drop, put, rewritten, say, spoilt
 from tests.test_train import poisoned

@@ -36,7 +36,8 @@ from lm.model.huggingface import start_from
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.runs.checkpoint import load_checkpoint, read_run, stored_weights, verify, weights_sha256
 from lm.runs.resume import kept_checkpoints
-from lm.train.step import TrainConfig, TrainState, new_state, train
+from lm.train.loop import train
+from lm.train.step import TrainConfig, TrainState, new_state
 
 PIPELINE, LOCK, UNFINISHED = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/lm-resume")
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")

@@ -39,8 +39,8 @@ def floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[s
     lowest, found = bits / metrics["bytes"], metrics["bits_per_byte"]
     if not found >= lowest * (1 - CHANCE):
         raise InputError(
-            f"models/model: {found:.4f} bits per byte, below the entropy of the text, {lowest:.4f}: "
-            "no model can; it has seen the validation text in training, or there is a bug"
+            f"models/model: {found:.4f} bits per byte, below the entropy of the text, {lowest:.4f}:"
+            " no model can; it has seen the validation text in training, or there is a bug"
         )
     return {"floor_bits_per_byte": lowest, "distance_to_floor": found / lowest - 1}
 

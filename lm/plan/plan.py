@@ -53,7 +53,8 @@ from lm.plan.footprint import (
     peak_memory,
     require_memory,
 )
-from lm.train.step import Record, TrainConfig, TrainState, new_state, train
+from lm.train.loop import train
+from lm.train.step import Record, TrainConfig, TrainState, new_state
 
 LOWER = "model.d_model, model.d_ff, model.context_length or tokenizer.vocab_size"
 MARGIN = 0.9  # of the free memory may be planned with

@@ -8,8 +8,7 @@ processes each takes its windows of the batch, and lm.train.parallel adds up the
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,8 +27,8 @@ from lm.base.settings import TrainConfig as TrainConfig
 from lm.data.batches import Split, TokenStream
 from lm.machine.device import autocast, compiled, to_device
 from lm.machine.processes import ALONE, Processes
-from lm.machine.sharded_tensors import local
 from lm.model.transformer import ModelConfig, TransformerLM
+from lm.train.diagnose import _nonfinite, _origin
 from lm.train.optim import OPTIMIZERS, AdamW, gradient_clipping
 from lm.train.parallel import Alone, Backward, Replicated, Sharded, own_micro_batches, shard
 from lm.train.schedule import learning_rate_fraction
@@ -102,37 +101,6 @@ def get_batch(
     return to_device(x, torch.device(device)), to_device(y, torch.device(device))
 
 
-def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Record]:
-    """Train up to config.max_steps, giving a record of each step after it.
-
-    The caller may evaluate, save or stop between two records; nothing here notices. A step whose
-    loss or gradient norm is not finite raises Diverged, or is skipped: parameters and optimizer
-    stay as they are, and its record says why under "skipped".
-    """
-    device = state.model.head.device
-    backward = _backward_of(state, config, split.end_id)
-    windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling
-    tokens_per_step = config.batch_size * state.model.config.context_length
-    while state.step < config.max_steps:
-        start = time.perf_counter()
-        state.processes.at(state.step + 1)
-        state.model.train()
-        mine = _own_windows(state, config, backward)
-        x, y = (to_device(ids, device) for ids in split.batch(state.step, *windows, mine))
-        try:
-            record = train_step(state, x, y, config, backward)
-            state.skipped_in_a_row = 0
-        except Diverged as error:
-            places = split.starts(state.step, *windows)
-            few = f"{', '.join(map(str, places[:8]))}{', ...' * (len(places) > 8)}"
-            record = _skip(state, config, f"{error}; windows at {split.name} tokens {few}")
-        yield record | {
-            "tokens": state.step * tokens_per_step,
-            "step_s": time.perf_counter() - start,
-            "forward_s": backward.forward.take(),
-        }
-
-
 def _backward_of(state: TrainState, config: TrainConfig, end_id: int | None) -> Backward:
     """How the gradients of a micro-batch are made, and added to those of others."""
     device, tree = state.model.head.device, config.reduction == "tree"
@@ -162,35 +130,6 @@ def _own_micro_batches(state: TrainState, config: TrainConfig, backward: Backwar
     """The numbers of the micro-batches of a batch that this process computes."""
     count = config.batch_size // state.windows_at_once
     return own_micro_batches(count, state.processes, backward.alternating)
-
-
-def _own_windows(state: TrainState, config: TrainConfig, backward: Backward) -> NDArray[np.int64]:
-    """Which windows of a batch this process computes, micro-batch by micro-batch."""
-    numbers, size = np.array(_own_micro_batches(state, config, backward)), state.windows_at_once
-    return (numbers[:, None] * size + np.arange(size)).ravel()
-
-
-def _skip(state: TrainState, config: TrainConfig, reason: str) -> Record:
-    """Leave a step out, or raise Diverged if that is not wanted or does not help."""
-    remedy = "lower train.lr, raise train.warmup_steps or set train.dtype: float32"
-    if config.on_nonfinite == "stop":
-        raise Diverged(f"{reason}; parameters untouched; {remedy}")
-    if state.skipped_in_a_row == config.max_skipped_steps:
-        raise Diverged(
-            f"{reason}; after skipping {count(config.max_skipped_steps, 'step')} in a row "
-            f"(train.max_skipped_steps); {remedy}"
-        )
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    state.skipped_steps += 1
-    state.skipped_in_a_row += 1
-    return {
-        "step": state.step,
-        "train_loss": math.nan,
-        "learning_rate": learning_rate_fraction(state.step, config) * config.lr,
-        "grad_norm": math.nan,
-        "skipped": reason,
-    }
 
 
 def train_step(
@@ -241,38 +180,6 @@ def _mean(losses: NDArray[np.float32]) -> float:
     for loss in losses.ravel():
         total += loss / np.float32(losses.size)
     return float(total)
-
-
-def _origin(state: TrainState, losses: NDArray[np.float32], backward: Backward) -> str:
-    """On which of several processes something is not finite, in words."""
-    if state.processes.size == 1:
-        return ""
-    spoilt = [not np.isfinite(row).all() for row in losses]
-    gathered = state.processes.gather(backward.spoilt)
-    ranks = [str(r) for r, both in enumerate(zip(spoilt, gathered, strict=True)) if any(both)]
-    return f", first on rank {', '.join(ranks)}" if ranks else ""
-
-
-def _nonfinite(state: TrainState) -> str:
-    """Which parameters have gradients that are not finite, in words."""
-    groups = {
-        id(p): f"{i} (weight decay {group['weight_decay']})"
-        for i, group in enumerate(state.optimizer.param_groups)
-        for p in group["params"]
-    }
-    found: dict[str, str] = {
-        name: groups[id(p)]
-        for name, p in state.model.named_parameters()
-        if p.grad is not None and not local(p.grad).isfinite().all()
-    }
-    if state.processes.size > 1:
-        for theirs in state.processes.gather(found):
-            found |= theirs
-    if not found:
-        return "every single gradient is finite"
-    where = f"in parameter group {', '.join(sorted(set(found.values())))}"
-    names = ", ".join(list(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return f"gradients not finite {where}: {names}"
 
 
 def _clipped_gradients(
