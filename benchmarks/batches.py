@@ -25,7 +25,8 @@ from lm.data.order import Sampling
 from lm.data.shards import ShardWriter, token_dtype, write_manifest
 from lm.model.transformer import ModelConfig
 from lm.train.loop import train
-from lm.train.step import TrainConfig, new_state
+from lm.train.state import new_state
+from lm.train.step import TrainConfig
 
 BATCH_SIZE, CONTEXT_LENGTH = 32, 1024
 N_TOKENS, VOCAB_SIZE, END_ID = 50_000_000, 50_257, 50_256

@@ -319,7 +319,8 @@ def training(
     from lm.machine.processes import joined
     from lm.model.transformer import ModelConfig
     from lm.train.loop import train
-    from lm.train.step import TrainConfig, new_state
+    from lm.train.state import new_state
+    from lm.train.step import TrainConfig
 
     model = dict(zip(Shape._fields[1:-1], shape[1:-1], strict=True))
     settings = train_settings | {"batch_size": shape.batch_size, "max_steps": 10**9}

@@ -20,7 +20,8 @@ from lm.model.transformer import ModelConfig
 from lm.runs.history import COLUMNS, MAX_ROWS
 from lm.runs.run import REFRESH_S, Run
 from lm.train.loop import train
-from lm.train.step import TrainConfig, new_state
+from lm.train.state import new_state
+from lm.train.step import TrainConfig
 
 STEPS = 100
 MADE_OF: dict[str, dict[str, str]] = {"inputs": {}, "code": {}, "environment": {}}

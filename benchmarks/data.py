@@ -278,7 +278,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     size = sum(map(len, texts))
     project = folder / "project"
     project.mkdir()
-    for name in ("lm", "stages"):
+    for name in ("lm", "stages", "tools"):
         shutil.copytree(ROOT / name, project / name)
     shutil.copy(ROOT / "params.yaml", project)
     tokenizer = learn(files["text"], project, arguments.vocabulary)

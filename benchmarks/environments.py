@@ -21,7 +21,8 @@ from lm.machine.device import choose_device, describe, make_deterministic
 from lm.model.transformer import ModelConfig
 from lm.runs.checkpoint import weights_sha256
 from lm.train.loop import train
-from lm.train.step import TrainConfig, new_state
+from lm.train.state import new_state
+from lm.train.step import TrainConfig
 
 STEPS, VOCABULARY = 20, 2048
 ONE_CORE = ("taskset", "-c", "0")

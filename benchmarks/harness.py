@@ -20,7 +20,7 @@ from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import atomic_write, read_json, sha256_file
 from lm.data.batches import open_tokens
 from lm.evaluate.floor import documents
-from lm.model.files import load_model
+from lm.model.model_folder import load_model
 from lm.model.transformer import TransformerLM
 from stages.evaluate import MODEL, RESULTS, TOKENS
 

@@ -72,7 +72,8 @@ def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> An
     from lm.model.transformer import ModelConfig
     from lm.plan.plan import compiling
     from lm.train.loop import train
-    from lm.train.step import TrainConfig, new_state
+    from lm.train.state import new_state
+    from lm.train.step import TrainConfig
 
     params = load_params(Path(preset), overrides)
     config = read_section(TrainConfig, params, "train")

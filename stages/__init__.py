@@ -12,6 +12,7 @@ from pathlib import Path
 from types import CodeType
 
 ROOT = Path(__file__).parent.parent
+CODE = ("lm", "stages", "tools")
 EXECUTED: dict[Path, str] = {}  # SHA-256 of this project's code that was imported
 
 
@@ -30,7 +31,7 @@ class _FromSource(SourceFileLoader):
 
 
 def _finder(folder: str) -> FileFinder:
-    if Path(folder) not in (ROOT / "lm", ROOT / "stages"):
+    if not any(Path(folder).is_relative_to(ROOT / name) for name in CODE):
         raise ImportError
     return FileFinder(folder, (_FromSource, [".py"]))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lm.base.config import RuntimeConfig, load_params, read_section
 from lm.base.errors import InputError, one_line_errors
-from lm.base.settings import EvaluateConfig, ModelConfig, TrainConfig, share_of_batch
+from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig, share_of_batch
 from lm.data.tokenizer import TokenizerConfig
 from lm.export.card import ExportConfig
 from lm.prepare.documents import DataConfig, sources
@@ -26,6 +26,7 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
 
     A stage looks only for files that a later one reads; a file is for its own reader to judge.
     """
+    corpus = read_section(CorpusConfig, params, "corpus", where)
     data = read_section(DataConfig, params, "data", where)
     tokenizer = read_section(TokenizerConfig, params, "tokenizer", where)
     read_section(ModelConfig, params, "model", where, vocab_size=1)  # is known from the tokens
@@ -34,7 +35,7 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
     read_section(ExportConfig, params, "export", where)
     runtime = read_section(RuntimeConfig, params, "runtime", where)
     share_of_batch(train, runtime.num_processes)
-    _refuse_other_text_than_the_grammar(data)
+    _refuse_other_text_than_the_grammar(corpus, data)
     if stage in ("", "corpus"):
         _require_text(data)
         _require_tokenizer(tokenizer)
@@ -42,11 +43,11 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
         _require_weights(train)
 
 
-def _refuse_other_text_than_the_grammar(data: DataConfig) -> None:
-    if data.source == "grammar" and not (_is_raw(data) and data.split == "hash"):
+def _refuse_other_text_than_the_grammar(corpus: CorpusConfig, data: DataConfig) -> None:
+    if corpus.source == "grammar" and not (_is_raw(data) and data.split == "hash"):
         raise InputError(
-            f"data.source = grammar: needs data.path: {RAW} and data.split: hash, found "
-            f"{data.path} and {data.split}; for text of your own set data.source: packages"
+            f"corpus.source = grammar: needs data.path: {RAW} and data.split: hash, found "
+            f"{data.path} and {data.split}; for text of your own set corpus.source: packages"
         )
 
 

@@ -1,6 +1,6 @@
-"""Stage corpus: the default text and its manifest, by data.source.
+"""Stage corpus: the default text and its manifest, by corpus.source.
 
-packages: the source code of data.packages, one .jsonl file each; grammar: stories (lm.corpus).
+packages: the source code of corpus.packages, one .jsonl file each; grammar: stories (lm.corpus).
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from typing import Any
 from lm.base.console import ByteProgress, count, say
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.files import atomic_write, read_json, write_json
+from lm.base.settings import CorpusConfig
 from lm.corpus.grammar import STORIES, stories
 from lm.corpus.packages import python_sources
-from lm.prepare.documents import DataConfig
 from stages.run import Inputs, run
 
 RAW, MANIFEST = Path("data/raw"), Path("data/corpus.json")
@@ -24,7 +24,7 @@ STORIES_FILE, STORIES_SEED = "grammar.jsonl", 0
 
 def corpus(inputs: Inputs) -> None:
     """Write data/raw/*.jsonl and data/corpus.json."""
-    config = inputs.section(DataConfig, "data")
+    config = inputs.section(CorpusConfig, "corpus")
     _refuse_strangers()
     if config.source == "grammar":
         manifest = [_write_stories(config.grammar_bytes)]
@@ -60,7 +60,7 @@ def _write_stories(size_bytes: int) -> dict[str, Any]:
     free = shutil.disk_usage(RAW.parent).free
     if size_bytes > free:
         raise EnvironmentFault(
-            f"data.grammar_bytes = {size_bytes}: {free:,} bytes are free on the disk; lower it"
+            f"corpus.grammar_bytes = {size_bytes}: {free:,} bytes are free on the disk; lower it"
         )
     sha256, documents, n_bytes = hashlib.sha256(), 0, 0
 
@@ -109,4 +109,4 @@ def _refuse_strangers() -> None:
 
 
 if __name__ == "__main__":
-    run(corpus, ["data"])
+    run(corpus, ["corpus", "data"])

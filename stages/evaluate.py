@@ -1,6 +1,6 @@
 """Stage evaluate: how good models/model/ is on the validation split, beside simple baselines.
 
-Where the text is of a grammar (data.source), beside its entropy too: the floor for any model.
+Where the text is of a grammar (corpus.source), beside its entropy too: the floor for any model.
 """
 
 import math
@@ -17,7 +17,8 @@ from lm.base.console import say
 from lm.base.errors import InputError
 from lm.base.files import atomic_write, read_json, sha256_file, write_json
 from lm.base.runs import remove_finished, run_folder
-from lm.base.tables import SHAPES, behind_bigram, require_shape, samples, summary
+from lm.base.settings import CorpusConfig
+from lm.base.tables import SHAPES, behind_bigram, ended_worse, require_shape, samples, summary
 from lm.data.batches import Split, Tokens, open_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.evaluate.baselines import Bigram, uniform_loss_nats
@@ -25,13 +26,18 @@ from lm.evaluate.excerpt import excerpt, excerpt_json
 from lm.evaluate.floor import floor
 from lm.generate.stream import complete
 from lm.machine.device import choose_device, make_deterministic
-from lm.machine.gauges import free_memory_bytes
-from lm.model.files import load_model, read_provenance
-from lm.model.loss import METRICS, EvaluateConfig, Sums, calibration, evaluate, loss_by_position
+from lm.machine.gauges import free_memory_bytes, require_memory
+from lm.model.loss import (
+    METRICS,
+    EvaluateConfig,
+    Sums,
+    calibration,
+    evaluate,
+    loss_by_position,
+    validation_logits,
+)
+from lm.model.model_folder import load_model, read_provenance
 from lm.model.transformer import TransformerLM
-from lm.plan.footprint import require_memory, validation_logits
-from lm.prepare.documents import DataConfig
-from lm.runs.history import ended_worse
 from stages.run import UNFINISHED, Inputs, run
 
 PLACES = {
@@ -65,7 +71,7 @@ def evaluate_stage(inputs: Inputs) -> None:
         model, tokens.valid, config.batch_size, tokenizer.byte_lengths, stride=config.stride
     )
     metrics = _metrics(sums)
-    if inputs.section(DataConfig, "data").source == "grammar":
+    if inputs.section(CorpusConfig, "corpus").source == "grammar":
         metrics |= floor(metrics, tokens.valid, tokenizer)
     baselines = _baselines(tokens)
     texts = _samples(model, tokenizer, config)
@@ -170,4 +176,4 @@ def _write_csv(name: str, columns: Sequence[str], rows: Iterable[Sequence[int | 
 
 
 if __name__ == "__main__":
-    run(evaluate_stage, ["data", "evaluate", "runtime"])
+    run(evaluate_stage, ["corpus", "evaluate", "runtime"])

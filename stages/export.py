@@ -1,7 +1,6 @@
 """Stage export: models/model/ as a folder that Hugging Face opens, with its model card."""
 
 from lm.export.folder import CORPUS, MEASURED, MODEL, OUT, ExportConfig, export, read_results, write
-from lm.prepare.documents import DataConfig
 from stages.run import Inputs, run
 
 
@@ -9,7 +8,7 @@ def export_stage(inputs: Inputs) -> None:
     """Write models/huggingface/; the card alone if no stock architecture is this model."""
     config = inputs.section(ExportConfig, "export")
     inputs.watch(MODEL, CORPUS, *MEASURED)
-    results = read_results(inputs.section(DataConfig, "data").path)
+    results = read_results(str(inputs.params["data"]["path"]))
     folder = export(MODEL, config, results)
     inputs.check()
     write(folder, OUT)

@@ -19,7 +19,7 @@ from lm.base.config import add_overrides, load_params, read_section
 from lm.base.console import changes, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
-from stages import EXECUTED, ROOT
+from stages import CODE, EXECUTED, ROOT
 
 PARAMS = Path("params.yaml")
 # outside of every output, since DVC deletes those; DVC names the main project to its workspaces
@@ -194,5 +194,5 @@ def _imported_code() -> dict[str, str]:
     return {
         file.relative_to(ROOT).as_posix(): EXECUTED.get(file) or sha256_file(file)
         for file in ours
-        if file.parent in (ROOT / "lm", ROOT / "stages")
+        if any(file.is_relative_to(ROOT / name) for name in CODE)
     }

@@ -29,7 +29,8 @@ from lm.plan.plan import (
 )
 from lm.runs.run import Run, due
 from lm.train.loop import train
-from lm.train.step import TrainConfig, TrainState
+from lm.train.state import TrainState
+from lm.train.step import TrainConfig
 from stages.launch import launch, launched
 from stages.run import UNFINISHED, Inputs, run
 

@@ -145,7 +145,9 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     for name in ("corpus", "tokenizer", "tokens", "train", "evaluate", "export"):
         importlib.import_module(f"stages.{name}")
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("lm", "stages")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("lm", "stages", "tools")
+    ]:
         del sys.modules[name]  # each run imports its own code, as a process of its own would
     for name in ("torch._dynamo", "transformers.models.llama.modeling_llama", "dvc.repo"):
         importlib.import_module(name)  # what a stage needs now and then

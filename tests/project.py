@@ -17,9 +17,9 @@ from tests.faults import run_warm
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "presets" / "smoke.yaml"
 PIPE_BYTES = 4096  # the least there is: a training that logs each step is held after thirty
-COPIED = ("lm", "stages", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore",
-          "data/tokenizers", "data/.gitignore", "models/.gitignore", "models/pretrained",
-          "metrics/.gitignore")  # fmt: skip
+COPIED = ("lm", "stages", "tools", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore",
+          ".gitignore", "data/tokenizers", "data/.gitignore", "models/.gitignore",
+          "models/pretrained", "metrics/.gitignore")  # fmt: skip
 
 
 class Project:
@@ -40,7 +40,7 @@ class Project:
             words = " ".join(f"word{i * j % 17} = {j} * {i}" for j in range(40))
             (folder / "text" / f"{i:02}.txt").write_text(f"def f{i}():\n    return {words}\n")
         self.params = yaml.safe_load(SMOKE.read_text())
-        self.set("data.packages", [])
+        self.set("corpus.packages", [])
         self.set("data.path", "text")
         self.set("data.valid_fraction", 0.2)
         self.set("tokenizer.vocab_size", 300)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from lm.base.config import load_params, read_section
 from lm.base.files import sha256_file, write_json
 from lm.data.tokenizer import END_TOKEN, load_tokenizer
-from lm.model.files import PROVENANCE, save_model
+from lm.model.model_folder import PROVENANCE, save_model
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.prepare.learn import train_bpe
 from tests.project import SMOKE, Project
@@ -447,8 +447,8 @@ ROWS = [
     setting("tokenizer.end_token", "''", "params.yaml: tokenizer.end_token = : must not be empty"),
     setting("tokenizer.end_token", "a", "tokenizer.end_token = a: plain text gives this token too"),
     setting("data.valid_fraction", "0", "params.yaml: data.valid_fraction = 0.0: must be in (0, 1)"),
-    setting("data.packages", "networkx", "params.yaml: data.packages = 'networkx' is text, wanted a list"),
-    setting("data.packages", "[1]", "params.yaml: data.packages[0] = 1 is a number, wanted text"),
+    setting("corpus.packages", "networkx", "params.yaml: corpus.packages = 'networkx' is text, wanted a list"),
+    setting("corpus.packages", "[1]", "params.yaml: corpus.packages[0] = 1 is a number, wanted text"),
     setting("data.separator", "''", "params.yaml: data.separator = : must not be empty"),
     setting("data.path", "''", "params.yaml: data.path = : must not be empty"),
     setting("evaluate.top_p", "1.5", "params.yaml: evaluate.top_p = 1.5: must be in (0, 1]"),
@@ -476,11 +476,11 @@ ROWS = [
     written("corpus", "data.path = text/*.txt: no such file or folder; a pattern goes into data.glob", data={"path": "text/*.txt"}),
     written("corpus", "data/tokenizers/missing.json: no such file; copy it there (tokenizer.source names it)", tokenizer={"kind": "file", "source": "missing.json"}),
     *(written(stage, "models/pretrained/missing: no such folder; copy the model's there (train.init_from names it)", train={"init_from": "missing"}) for stage in ("corpus", "tokens")),
-    written("corpus", "data.source = grammar: needs data.path: data/raw and data.split: hash, found text and hash; for text of your own set data.source: packages", data={"source": "grammar"}),
+    written("corpus", "corpus.source = grammar: needs data.path: data/raw and data.split: hash, found text and hash; for text of your own set corpus.source: packages", data={"source": "grammar"}),
     Row("params", "train", ["evaluate.top_p=0.5"], 2, "-S evaluate.top_p=0.5: this stage reads the sections model, train, runtime alone"),
     Row("params", "tokenizer", ["tokenizer.kind=file", "tokenizer.source=../x"], 2,
         "params.yaml: tokenizer.source = ../x: must be a file's name in data/tokenizers/, which DVC watches; copy the file there"),
-    Row("params", "corpus", ["data.packages=[networkx==1.0]"], 3, "data.packages: networkx==1.0 wanted, 3.6.1 installed; run …"),
+    Row("params", "corpus", ["corpus.packages=[networkx==1.0]"], 3, "corpus.packages: networkx==1.0 wanted, 3.6.1 installed; run …"),
     Row("params", "train", [lambda folder: (folder / "params.yaml").unlink()], 2,
         "params.yaml: no such file; run from the project's root folder"),
     Row("params", "train", [special("params.yaml", Path.mkdir)], 2,
@@ -491,12 +491,12 @@ ROWS = [
     settings("- 1", "holds no sections; expected data, tokenizer, model, train, evaluate, export, runtime"),
     settings("trian: {}", "unknown section trian (did you mean train?)"),
     settings("model: {}", "missing section data"),
-    settings("data: {}", "missing key data.source"),
+    settings("data: {}", "missing key corpus.source"),
     settings("train: 3", "section train holds no keys"),
     settings("data: {<<: {lr: 1}}", "unknown key data.<<…"),
     settings(f"data: {{? {'k' * 2000} : 1}}", f"unknown key data.{'k' * 75}..."),
     settings(f"? {'k' * 2000}\n: {{}}\n", f"unknown section {'k' * 80}..."),
-    settings("data: {pakages: []}", "unknown key data.pakages (did you mean data.packages?)"),
+    settings("data: {pakages: []}", "unknown key data.pakages (did you mean corpus.packages?)"),
     settings("train: {lr: 1, lr: 2}", "not valid YAML: line 1: key lr stands twice"),
     settings("train: {1: 2}", "not valid YAML: line 1: key 1 is not text"),
     settings("train: {[a]: 2}", "not valid YAML: line 1: key ['a'] is not text"),
@@ -543,8 +543,8 @@ ROWS = [
         "data/raw/mine.txt: not written by this stage, to which data/raw belongs; move your text elsewhere and name it in data.path"),
     Row("data", "corpus", [file("data/corpus.json", b'["a"]')], 2,
         "data/corpus.json: not a list of packages; delete it and data/raw, and run again"),
-    Row("data", "corpus", ["data.packages=[networkx]"], 2, "data.packages: networkx pins no version; write name==version"),
-    Row("data", "corpus", ["data.packages=[no-such==1]"], 3, "data.packages: no-such is not installed; run …"),
+    Row("data", "corpus", ["corpus.packages=[networkx]"], 2, "corpus.packages: networkx pins no version; write name==version"),
+    Row("data", "corpus", ["corpus.packages=[no-such==1]"], 3, "corpus.packages: no-such is not installed; run …"),
     Row("data", "tokens", ["data.glob=''"], 2, "data.glob = : no pattern of paths in the folder, as **/*.txt is one"),
     data("a.txt", b"", "data.path = given: no text"),
     data("a.txt", b" \n\n ", "data.path = given: no text"),

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from lm.base.config import load_params, read_section
 from lm.base.errors import EnvironmentFault, InputError
 from lm.data.tokenizer import byte_tokenizer
-from lm.model.files import load_model, save_model
 from lm.model.kernels import cross_entropy
+from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.runs.checkpoint import commit, load_checkpoint, read_extra, save_checkpoint, verify
 from lm.train.optim import OPTIMIZERS, AdamW

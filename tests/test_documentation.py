@@ -25,7 +25,7 @@ INTERNAL = {"lm.prepare.learn", "benchmarks.saver", "benchmarks.worker"}
 # not run here: what has tests of its own, takes experiments to work on, or goes on for ever
 ELSEWHERE = {
     "lm.demo",
-    "lm.serve.app",
+    "lm.serve",
     "tools.experiments.ablations",
     "tools.experiments.compare",
     "tools.experiments.sweep",
@@ -48,7 +48,7 @@ def commands():
     """(where, module, arguments) of every `python -m` of this project, in pages and Makefile."""
     for where, text in [*CURRENT.items(), ("Makefile", MAKEFILE)]:
         found = re.findall(
-            r"python -m ((?:lm|stages|benchmarks|tests)\.\w+)([^`|\n#]*)", code(text)
+            r"python -m ((?:lm|stages|tools|benchmarks|tests)\.[\w.]*\w)([^`|\n#]*)", code(text)
         )
         yield from ((where, module, arguments) for module, arguments in found)
 
@@ -56,14 +56,20 @@ def commands():
 def with_command_line(*packages):
     """The modules of some packages that can be started."""
     for package in packages:
-        for path in sorted((ROOT / package).glob("*.py")):
-            if "\nif __name__ ==" in path.read_text():
-                yield f"{package}.{path.stem}"
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts[-1] == "__main__":
+                yield ".".join(parts[:-1])
+            elif "\nif __name__ ==" in path.read_text():
+                yield ".".join(parts)
 
 
 def imported_by(module):
     """The modules that a file imports from."""
-    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    path = ROOT / module.replace(".", "/")
+    if path.is_dir():  # its __main__ calls the main of one of its modules
+        return imported_by(re.findall(r"from (\S+)", (path / "__main__.py").read_text())[0])
+    tree = ast.parse(path.with_suffix(".py").read_text())
     froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
     return froms | names
@@ -92,7 +98,7 @@ def options_of(module, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 @pytest.mark.parametrize("module", sorted({module for _, module, _ in commands()}))
 def test_a_documented_command_exists_and_knows_its_options(module, monkeypatch):
-    assert module in with_command_line("lm", "stages", "benchmarks", "tests")
+    assert module in with_command_line("lm", "stages", "tools", "benchmarks", "tests")
     known = options_of(module, monkeypatch)
     for where, name, arguments in commands():
         if name == module:
@@ -102,7 +108,7 @@ def test_a_documented_command_exists_and_knows_its_options(module, monkeypatch):
 
 def test_every_command_line_is_documented():
     text = "".join([*PAGES.values(), MAKEFILE])  # whose targets are documented, see below
-    for module in with_command_line("lm", "stages", "benchmarks"):
+    for module in with_command_line("lm", "stages", "tools", "benchmarks"):
         if module not in INTERNAL:
             assert re.search(rf"\b{module}\b", text), module
 
@@ -206,11 +212,12 @@ def names_in(path):
 
 def test_what_the_tour_cites_is_there():
     tour = " ".join(PAGES["docs/TOUR.md"].split())
-    cited = re.findall(r"`([A-Za-z_][\w.]*)` \(`((?:lm|stages)/\w+\.py)`\)", tour)
+    cited = re.findall(r"`([A-Za-z_][\w.]*)` \(`((?:lm|stages)/[\w/]+\.py)`\)", tour)
     assert len(cited) > 15
     for name, path in cited:
         assert set(name.split(".")) <= names_in(ROOT / path), (name, path)
-    everything = set().union(*map(names_in, [*ROOT.glob("lm/*.py"), *ROOT.glob("stages/*.py")]))
+    files = [f for folder in ("lm", "stages", "tools") for f in (ROOT / folder).rglob("*.py")]
+    everything = set().union(*map(names_in, files))
     settings = {
         f"{s}.{key}" for s, keys in load_params(ROOT / "params.yaml").items() for key in keys
     }

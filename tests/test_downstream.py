@@ -17,7 +17,7 @@ from lm.base.errors import InputError
 from lm.data.tokenizer import GPT2_PATTERN, Tokenizer, byte_tokenizer
 from lm.export.gguf import main, write
 from lm.generate.stream import generate
-from lm.model.files import save_model
+from lm.model.model_folder import save_model
 from lm.prepare.learn import train_bpe
 from tests.project import ROOT
 from tests.test_model import variant_model

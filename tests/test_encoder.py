@@ -23,7 +23,7 @@ from lm.prepare.learn import from_tiktoken, train_bpe
 from tests.project import ROOT
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CODE = (ROOT / "lm" / "tokenizer.py").read_text()
+CODE = (ROOT / "lm" / "data" / "tokenizer.py").read_text()
 ENGLISH = (ROOT / "README.md").read_text()
 MIXED = [
     CODE,

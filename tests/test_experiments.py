@@ -83,8 +83,20 @@ def test_an_experiment_is_compared_renamed_branched_and_applied(finished):
     assert outputs(finished) == before
 
 
+def folder_md5(folder, name, text):
+    """DVC's hash of a folder of code, had one of its files this text."""
+    contents = {file.name: file.read_bytes() for file in folder.glob("*.py")} | {
+        name: text.encode()
+    }
+    entries = [
+        {"md5": hashlib.md5(data).hexdigest(), "relpath": relpath}
+        for relpath, data in sorted(contents.items())
+    ]
+    return hashlib.md5(json.dumps(entries).encode()).hexdigest() + ".dir"
+
+
 def test_a_queued_grid_runs_the_code_and_settings_of_its_time(finished):
-    report = finished.folder / "lm" / "report.py"
+    report = finished.folder / "lm" / "generate" / "stream.py"
     original = report.read_text()
     queued = original + "\n# as it was queued\n"
     report.write_text(queued)
@@ -104,7 +116,9 @@ def test_a_queued_grid_runs_the_code_and_settings_of_its_time(finished):
         settings = lock["params"]["params.yaml"]["evaluate"]
         assert (settings["seed"], settings["max_new_tokens"]) == (seed, 16)
         md5 = {entry["path"]: entry["md5"] for entry in lock["deps"]}
-        assert md5["lm/base/tables.py"] == hashlib.md5(queued.encode()).hexdigest()
+        assert md5["lm/generate"] == folder_md5(
+            finished.folder / "lm/generate", "stream.py", queued
+        )
     said = dvc(finished, "queue", "logs", "mine")
     assert "error: data.path = mine: no such file or folder" in said
 
@@ -167,7 +181,7 @@ def test_a_temporary_experiment_leaves_the_workspace_alone_until_it_is_applied(f
     dvc(finished, "remote", "add", "team", "/team")
     commit(finished)
     after = outputs(finished)
-    code = finished.folder / "lm" / "schedule.py"
+    code = finished.folder / "lm" / "train" / "schedule.py"
     edited = code.read_text() + "\n# hours of work\n"
     code.write_text(edited)
     dvc(finished, "exp", "apply", "aside")

@@ -29,8 +29,8 @@ from lm.data.tokenizer import byte_tokenizer, load_tokenizer
 from lm.export.card import MARK, aligned, loss_curve
 from lm.export.folder import ExportConfig, _compared, export, main, write
 from lm.generate.stream import generate
-from lm.model.files import load_model, save_model
 from lm.model.huggingface import start_from, stock_config, stock_weights
+from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import TransformerLM
 from lm.prepare.learn import train_bpe
 from tests.kill import copied, dvc, ran

@@ -16,7 +16,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lm.data.tokenizer import byte_tokenizer
 from lm.generate.decoder import Decoder, memory_bytes
 from lm.generate.stream import Completion, complete, complete_many, generate, main, sample, stream
-from lm.model.files import save_model
+from lm.model.model_folder import save_model
 from lm.model.transformer import TransformerLM
 from tests.test_model import as_llama, variant_model
 

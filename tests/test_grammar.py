@@ -243,9 +243,9 @@ def test_neither_a_compressor_nor_a_bigram_comes_below_the_entropy():
 @pytest.fixture
 def grammar_project(project):
     """A project of presets/smoke.yaml whose text is stories."""
-    project.set("data.source", "grammar")
+    project.set("corpus.source", "grammar")
     project.set("data.path", "data/raw")
-    project.set("data.grammar_bytes", 30_000)
+    project.set("corpus.grammar_bytes", 30_000)
     project.set("data.valid_fraction", 0.1)
     return project
 
@@ -267,7 +267,7 @@ def test_the_sources_of_the_default_corpus_take_turns(grammar_project):
     assert entry["documents"] == len(texts)
     assert entry["bytes"] == sum(len(text) for text in texts)
     assert entry["bits_per_byte"] == pytest.approx(STORIES.bits_per_byte(), abs=1e-6)
-    assert project.stage("corpus", "data.source=packages").returncode == 0
+    assert project.stage("corpus", "corpus.source=packages").returncode == 0
     assert list(raw.iterdir()) == []
     project.prepare("corpus")
     assert [file.name for file in raw.iterdir()] == ["grammar.jsonl"]

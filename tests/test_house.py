@@ -15,31 +15,17 @@ from lm.base.config import load_params
 from lm.model.transformer import ModelConfig, TransformerLM
 from tests.project import ROOT, SMOKE
 
-FLOORS = [
-    {"errors"},
-    {"config", "rng", "files", "history", "console", "signals", "report", "compare"},
-    {"functional", "card", "processes", "shares", "settings"},
-    {"formats", "listing", "packages", "grammar", "tokenizer", "shards", "sampling", "baselines"}
-    | {"workers", "model", "optim", "schedule", "device", "dcp"},
-    {"fitting"},
-    {"text", "encoder", "tokens", "checkpoint", "decoder", "parallel"},
-    {"prepare", "resume", "huggingface"},
-    {"publish", "sample", "check", "train", "evaluate", "excerpt", "generate", "export", "gguf"},
-    {"footprint"},
-    {"plan", "completions"},
-    {"run", "verify", "demo", "serve"},
-]
-BYTES_SIDE = (FLOORS[3] - {"model", "optim", "schedule", "device", "dcp"}) | {
-    "text",
-    "encoder",
-    "tokens",
-}
-BYTES_SIDE |= {"prepare", "publish", "sample", "check"}
-TORCH_SIDE = {"functional", "model", "decoder", "optim", "schedule", "device", "dcp"}
-TORCH_SIDE |= {"processes", "shares", "parallel"}
+ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+# the rows of its table of wings, lowest first: a wing may import those above it in the table
+WINGS = re.findall(r"^\| `(lm/\w+|stages|tools)/` \|", ARCHITECTURE, re.M)
+WITHOUT_TORCH = ["lm/base", "lm/corpus", "lm/data", "lm/prepare"]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODEL = load_params(SMOKE)["model"]
-MODULES = sorted(path.stem for path in (ROOT / "lm").glob("*.py") if path.stem != "__init__")
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("lm", "stages", "tools")
+    for path in (ROOT / folder).rglob("*.py")
+)
 
 
 def imports(path: Path) -> set[str]:
@@ -51,7 +37,8 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module)
             found |= {f"{node.module}.{name.name}" for name in node.names}
-    return {n for n in found if n and (ROOT / f"{n.replace('.', '/')}.py").exists()}
+    ours = {n for n in found if n and n.partition(".")[0] in ("lm", "stages", "tools")}
+    return {n for n in ours if source(n).exists()}
 
 
 def closure(module: str) -> set[str]:
@@ -61,7 +48,9 @@ def closure(module: str) -> set[str]:
         name = todo.pop()
         if name not in done:
             done.add(name)
-            todo += imports(source(name)) | {name.split(".")[0]}
+            parts = name.split(".")
+            packages = {".".join(parts[:depth]) for depth in range(1, len(parts))}
+            todo += imports(source(name)) | packages
     return {source(name).relative_to(ROOT).as_posix() for name in done}
 
 
@@ -71,26 +60,49 @@ def source(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def test_every_module_has_a_floor():
-    assert sorted(name for floor in FLOORS for name in floor) == MODULES
+def wing(file: str) -> str:
+    """The wing of a file: "lm/train" of "lm/train/step.py", "stages", "tools"; or lm's own file."""
+    parts = Path(file).parts
+    if parts[0] != "lm":
+        return parts[0]
+    return f"lm/{parts[1]}" if len(parts) > 2 else file
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_only_go_down_the_floors(module):
-    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
-    for imported in imports(ROOT / "lm" / f"{module}.py"):
-        package, name = imported.split(".")
-        assert package == "lm"
-        assert floor[name] < floor[module], imported
+def test_the_wings_are_those_of_the_page():
+    files = {"lm/__init__.py", "lm/demo.py"}  # before all others, and above lm
+    assert {wing(file) for file in FILES} - files == set(WINGS)
 
 
-def test_bytes_and_torch_never_meet_below_the_joins():
-    for module in BYTES_SIDE:
-        reached = closure(f"lm.{module}")
-        assert not reached & {f"lm/{name}.py" for name in TORCH_SIDE}
-        assert "torch" not in (ROOT / "lm" / f"{module}.py").read_text().replace("(no torch)", "")
-    for module in TORCH_SIDE:
-        assert not closure(f"lm.{module}") & {f"lm/{name}.py" for name in BYTES_SIDE}
+@pytest.mark.parametrize("file", FILES)
+def test_imports_only_go_to_earlier_wings(file):
+    order = ["lm/__init__.py", *WINGS]
+    order.insert(order.index("stages"), "lm/demo.py")
+    for name in imports(ROOT / file):
+        imported = source(name).relative_to(ROOT).as_posix()
+        assert order.index(wing(imported)) <= order.index(wing(file)), imported
+
+
+@pytest.mark.parametrize("name", [name for name in WINGS if name.startswith("lm/")])
+def test_a_wing_says_its_one_job_in_five_lines(name):
+    text = (ROOT / name / "__init__.py").read_text()
+    assert text.count("\n") <= 5
+    (begin,) = re.findall(r"Begin with (\w+\.py)", text)
+    assert (ROOT / name / begin).is_file()
+
+
+def test_no_two_wings_have_a_file_of_one_name():
+    names = [Path(file).name for file in FILES if file.startswith("lm/")]
+    assert not {n for n in names if names.count(n) > 1} - {"__init__.py", "__main__.py"}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if wing(f) in WITHOUT_TORCH])
+def test_text_and_tokens_are_prepared_without_torch(file):
+    text = (ROOT / file).read_text().replace("(no torch)", "").replace("No torch", "")
+    assert not re.search(r"^\s*(import|from) torch", text, re.M)
+    assert {wing(f) for f in closure(file.removesuffix(".py").replace("/", "."))} <= {
+        *WITHOUT_TORCH,
+        "lm/__init__.py",
+    }
 
 
 def test_preparing_data_loads_no_torch():
@@ -100,25 +112,19 @@ def test_preparing_data_loads_no_torch():
 
 
 @pytest.mark.parametrize("stage", PIPELINE)
-def test_dvc_deps_are_the_files_each_stage_imports(stage):
-    code = {dep for dep in PIPELINE[stage]["deps"] if dep.endswith(".py")}
-    assert code == closure(f"stages.{stage}")
+def test_dvc_deps_are_the_wings_each_stage_imports(stage):
+    code = {dep for dep in PIPELINE[stage]["deps"] if dep.startswith(("lm/", "stages/"))}
+    reached = closure(f"stages.{stage}")
+    assert code == {file if file.startswith("stages/") else wing(file) for file in reached}
 
 
 def test_each_stage_depends_on_the_settings_it_reads():
-    keys = {f"data.{key}" for key in load_params(SMOKE)["data"]}
-    reading = keys - {
-        "data.source",
-        "data.packages",
-        "data.grammar_bytes",
-        "data.path",
-    }  # DVC watches the path itself
     assert {name: set(stage["params"]) for name, stage in PIPELINE.items()} == {
-        "corpus": {"data.source", "data.packages", "data.grammar_bytes", "data.path"},
-        "tokenizer": {"tokenizer", *reading},
-        "tokens": reading,
+        "corpus": {"corpus", "data.path"},
+        "tokenizer": {"tokenizer", "data"},
+        "tokens": {"data"},
         "train": {"model", "train"},
-        "evaluate": {"evaluate", "data.source"},
+        "evaluate": {"evaluate", "corpus.source"},
         "export": {"export", "data.path"},
     }
     for name in ("tokenizer", "tokens"):
@@ -157,7 +163,7 @@ def test_presets_have_the_keys_of_params_yaml():
 
 def test_default_packages_are_the_pinned_ones():
     pins = set(re.findall(r"^\w[\w-]*==[\w.]+", (ROOT / "requirements.txt").read_text(), re.M))
-    assert set(load_params(ROOT / "params.yaml")["data"]["packages"]) <= pins
+    assert set(load_params(ROOT / "params.yaml")["corpus"]["packages"]) <= pins
     assert all(
         "://" not in (ROOT / name).read_text() for name in ("requirements.txt", "constraints.txt")
     )
@@ -168,12 +174,6 @@ def test_readme_explains_every_setting():
     for section, keys in load_params(ROOT / "params.yaml").items():
         for key in keys:
             assert f"`{section}.{key}`" in readme, f"{section}.{key}"
-
-
-def test_readme_tour_names_every_module():
-    readme = (ROOT / "README.md").read_text()
-    for module in MODULES:
-        assert f"`{module}`" in readme, module
 
 
 def test_readme_loop_runs(tmp_path, monkeypatch):

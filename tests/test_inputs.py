@@ -139,7 +139,7 @@ def ends_with(process, message):
 def test_an_edit_during_training_is_no_wrong_record_and_loses_nothing(long):
     """The next checkpoint says so, once; put back, the finished training is published."""
     project, straight = long
-    code = project.folder / "lm" / "optim.py"
+    code = project.folder / "lm" / "train" / "optim.py"
     before = code.read_text()
     process = project.train_until("step  40/")
     code.write_text(before + "# an edit\n")

@@ -235,7 +235,7 @@ def test_torchrun_with_settings_for_one_process_is_refused(shared):
 
 
 def other_code(project):
-    with open(project.folder / "lm" / "schedule.py", "a") as file:
+    with open(project.folder / "lm" / "train" / "schedule.py", "a") as file:
         file.write("# another version\n")
 
 

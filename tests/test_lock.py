@@ -48,7 +48,7 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
             f"error: dvc.lock is stale: {fault}; run `make repro` and commit it",
         )
         (clone.folder / name).write_text(files[name])
-    (clone.folder / "lm" / "generate.py").unlink()
+    (clone.folder / "lm" / "generate" / "stream.py").unlink()
     assert "lm/generate/stream.py: deleted" in check(clone)[1]
     clone.set("train.lr", 0.5)
     assert "params.yaml: train: modified" in check(clone)[1]

@@ -24,7 +24,7 @@ from lm.machine.sharded_tensors import (
 from lm.model.loss import evaluate
 from lm.train.loop import train
 from lm.train.parallel import PairwiseSum, own_micro_batches, pairwise
-from lm.train.step import new_state
+from lm.train.state import new_state
 from tests.ranks import together
 from tests.test_train import CPU, SPLIT
 

@@ -25,7 +25,7 @@ def test_two_clones_reproduce_the_same_lock_and_a_second_run_does_nothing(tmp_pa
         ("a longer name, with späces", THERE, "077"),
     ):
         project = versioned(tmp_path / name)
-        project.set("data.packages", ["networkx==3.6.1"])
+        project.set("corpus.packages", ["networkx==3.6.1"])
         project.set("data.path", "data/raw")
         project.set("data.valid_fraction", 0.02)
         project.set("train.num_threads", 1)  # two on busy cores are slow

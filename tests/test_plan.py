@@ -52,7 +52,7 @@ from lm.plan.plan import (
 from lm.plan.plan import plan as planning
 from lm.train.loop import train
 from lm.train.parallel import Replicated, Sharded
-from lm.train.step import new_state
+from lm.train.state import new_state
 from stages.evaluate import require_logits_fit
 from tests import test_run
 from tests.project import ROOT

@@ -17,7 +17,8 @@ from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.plan import main, make_plan, table
 from lm.prepare.documents import DataConfig, plan
 from lm.train.loop import train
-from lm.train.step import TrainConfig, new_state
+from lm.train.state import new_state
+from lm.train.step import TrainConfig
 from tests.project import ROOT
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))

@@ -13,7 +13,7 @@ from lm.machine.sharded_tensors import whole
 from lm.runs.checkpoint import verify
 from lm.runs.run import Run
 from lm.train.loop import train
-from lm.train.step import new_state
+from lm.train.state import new_state
 from tests.ranks import outcomes, together
 from tests.test_run import MADE_OF
 from tests.test_train import CPU, SPLIT

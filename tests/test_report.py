@@ -307,7 +307,7 @@ def test_clocks_and_code_of_another_run_are_not_taken_for_its_own(project):
     curves = project.folder / "metrics" / "curves.csv"
     first, *rest = curves.read_text().splitlines(keepends=True)
     curves.write_text("".join([first, *rest[:-1]]))  # as DVC puts another run's in place
-    code = project.folder / "lm" / "schedule.py"
+    code = project.folder / "lm" / "train" / "schedule.py"
     code.write_text(code.read_text() + "\n# edited\n")
     report(project)
     text = project.read(PAGE).decode()

@@ -25,7 +25,8 @@ from lm.runs.checkpoint import read_extra
 from lm.runs.resume import publishing
 from lm.runs.run import Run
 from lm.train.loop import train
-from lm.train.step import TrainConfig, new_state
+from lm.train.state import new_state
+from lm.train.step import TrainConfig
 from tests.project import SMOKE
 from tests.test_checkpoint import drop, put, rewritten, say, spoilt
 from tests.test_train import poisoned

@@ -25,7 +25,7 @@ from playwright.sync_api import sync_playwright
 from lm.base.config import load_params, read_section
 from lm.base.errors import EnvironmentFault
 from lm.data.tokenizer import byte_tokenizer
-from lm.model.files import save_model
+from lm.model.model_folder import save_model
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.serve.app import READ_SECONDS, main
 from lm.serve.completions import Served, Usage, fault

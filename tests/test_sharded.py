@@ -22,7 +22,7 @@ from lm.runs.checkpoint import (
 )
 from lm.runs.resume import ResumeDirectory, kept_checkpoints
 from lm.train.loop import train
-from lm.train.step import new_state
+from lm.train.state import new_state
 from tests.ranks import outcomes, together
 from tests.test_checkpoint import Bomb
 from tests.test_train import CPU, SPLIT

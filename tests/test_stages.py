@@ -217,7 +217,7 @@ def change_tokenizer(project):
 
 
 def change_code(project):
-    file = project.folder / "lm" / "model.py"
+    file = project.folder / "lm" / "model" / "transformer.py"
     file.write_text(file.read_text() + "\n# a comment\n")
 
 
@@ -352,9 +352,9 @@ def test_a_run_whose_best_checkpoint_is_damaged_begins_anew(killed):
 
 
 def test_text_in_the_folder_of_the_corpus_stage_is_not_deleted(project):
-    project.set("data.packages", ["networkx==3.6.1"])
+    project.set("corpus.packages", ["networkx==3.6.1"])
     project.prepare("corpus")
-    project.set("data.packages", [])
+    project.set("corpus.packages", [])
     project.prepare("corpus")
     assert list((project.folder / "data" / "raw").iterdir()) == []  # what it wrote itself goes
     (project.folder / "data" / "raw" / "mine.txt").write_text("precious")

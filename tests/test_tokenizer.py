@@ -45,7 +45,7 @@ TEXTS = [
 ] * 3
 
 
-SOURCE = (ROOT / "lm" / "tokenizer.py").read_text()
+SOURCE = (ROOT / "lm" / "data" / "tokenizer.py").read_text()
 HEX_ORDER = {byte: byte for byte in range(256)}
 GPT2_ORDER = {
     byte: i for i, byte in enumerate(sorted(range(256), key=_byte_characters().__getitem__))
@@ -93,7 +93,7 @@ def test_gigatoken_learns_the_same_merges_under_each_tie_rule(name, order):
 
 
 LARGE = [
-    *(path.read_text() for folder in ("lm", "tests") for path in (ROOT / folder).glob("*.py")),
+    *(path.read_text() for folder in ("lm", "tests") for path in (ROOT / folder).rglob("*.py")),
     "no token spans two documents" * 9 + END_TOKEN * 99,
 ]
 NEWER = "\ua7ce\ua7ce letters of Unicode 17"

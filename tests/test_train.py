@@ -16,7 +16,8 @@ from lm.runs.checkpoint import load_checkpoint, save_checkpoint
 from lm.train.loop import train
 from lm.train.optim import AdamW, gradient_clipping
 from lm.train.schedule import get_lr_cosine_schedule
-from lm.train.step import get_batch, new_state
+from lm.train.state import new_state
+from lm.train.step import get_batch
 
 CPU = torch.device("cpu")
 SPLIT = Split("train", (np.arange(3000) * 7919 % 96).astype(np.uint16), 0, end_id=7)

@@ -143,8 +143,8 @@ def test_what_does_not_belong_together_is_named(project):
     provenance = json.loads((folder / "model" / "provenance.json").read_text())
     provenance["train"]["lr"] = 1
     (folder / "model" / "provenance.json").write_text(json.dumps(provenance))
-    code = (project.folder / "lm" / "optim.py").read_text()
-    (project.folder / "lm" / "optim.py").write_text(code + "# another\n")
+    code = (project.folder / "lm" / "train" / "optim.py").read_text()
+    (project.folder / "lm" / "train" / "optim.py").write_text(code + "# another\n")
     out, _ = verify(project, code=2)
     for words in (
         "model.safetensors: other weights than in models/checkpoints/last.safetensors",
@@ -203,7 +203,7 @@ def test_replay_goes_on_from_the_best_checkpoint(project):
 
 def test_replay_finds_other_weights(project):
     """A kernel that rounds otherwise, as it were: one line of the model's code."""
-    file = project.folder / "lm" / "verify.py"  # not among the code that made the model
+    file = project.folder / "tools" / "verify.py"  # not among the code that made the model
     file.write_text(
         file.read_text().replace(
             "    start = _restore_start(",

@@ -30,14 +30,15 @@ from lm.data.batches import open_tokens
 from lm.data.tokenizer import load_tokenizer
 from lm.machine.device import choose_device, environment, make_deterministic
 from lm.machine.processes import Processes, joined
-from lm.model.files import load_model, read_provenance
 from lm.model.fitting import require_finite, require_settings
 from lm.model.huggingface import start_from
+from lm.model.model_folder import load_model, read_provenance
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.runs.checkpoint import load_checkpoint, read_run, stored_weights, verify, weights_sha256
 from lm.runs.resume import kept_checkpoints
 from lm.train.loop import train
-from lm.train.step import TrainConfig, TrainState, new_state
+from lm.train.state import TrainState, new_state
+from lm.train.step import TrainConfig
 
 PIPELINE, LOCK, UNFINISHED = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/lm-resume")
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")

@@ -71,7 +71,7 @@ class RuntimeConfig:
 
 
 MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds
-SECTIONS = ("data", "tokenizer", "model", "train", "evaluate", "export", "runtime")
+SECTIONS = ("corpus", "data", "tokenizer", "model", "train", "evaluate", "export", "runtime")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

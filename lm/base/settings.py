@@ -221,6 +221,15 @@ def share_of_batch(config: TrainConfig, num_processes: int) -> int:
 
 
 @dataclass(frozen=True)
+class CorpusConfig:
+    """The section `corpus`: the default text, which stage corpus writes into data/raw."""
+
+    source: Literal["packages", "grammar"]
+    packages: list[str]  # as name==version
+    grammar_bytes: Count  # of stories
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """The section `evaluate`."""
 

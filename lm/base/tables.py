@@ -8,6 +8,9 @@ from typing import Any
 
 from lm.base.errors import InputError
 
+WORSE = 0.01  # times the best validation loss is noise
+DIVERGED = "diverged_at_step"  # in metrics/train.json of a run that has curves and no results
+
 SHOWN_KINDS = 20  # of files, in a table
 FEW = 3  # texts beside tables: a README, a license
 ROWS = {
@@ -248,3 +251,17 @@ def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]], left_out:
     if left_out:
         lines += ["", f"Files not read: {left_out}"]
     return "\n".join(lines) + "\n"
+
+
+def ended_worse(train: Mapping[str, Any], publishes_best: bool) -> str | None:
+    """That a training ended worse than it was, of its metrics/train.json, in words; None if not.
+
+    With early stopping the best model is published, and all is well.
+    """
+    best, last = train["best_valid_loss"], train["valid_loss"]
+    if publishes_best or last <= (1 + WORSE) * best:
+        return None
+    return (
+        f"best validation was step {train['best_step']:,} ({best:.4f}), published step "
+        f"{train['step']:,} ({last:.4f}): set train.early_stopping"
+    )

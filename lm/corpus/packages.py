@@ -20,15 +20,15 @@ def python_sources(requirement: str) -> Iterator[tuple[str, str]]:
     """
     name, pinned, version = (part.strip() for part in requirement.partition("=="))
     if not (name and pinned):
-        raise InputError(f"data.packages: {requirement} pins no version; write name==version")
+        raise InputError(f"corpus.packages: {requirement} pins no version; write name==version")
     reinstall = f"run `pip install --force-reinstall {requirement}`"
     try:
         package = distribution(name)
     except PackageNotFoundError:
-        raise EnvironmentFault(f"data.packages: {name} is not installed; {reinstall}") from None
+        raise EnvironmentFault(f"corpus.packages: {name} is not installed; {reinstall}") from None
     if package.version != version:
         raise EnvironmentFault(
-            f"data.packages: {requirement} wanted, {package.version} installed; {reinstall} "
+            f"corpus.packages: {requirement} wanted, {package.version} installed; {reinstall} "
             "or change params.yaml"
         )
     for file in sorted(package.files or [], key=lambda file: file.as_posix()):

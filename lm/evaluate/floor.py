@@ -34,7 +34,7 @@ def floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[s
         except ValueError as error:
             raise InputError(
                 f"data/tokens: document {number} of the validation split is not of the grammar "
-                f"({error}); data.source: grammar needs data.path: data/raw and data.split: hash"
+                f"({error}); corpus.source: grammar needs data.path: data/raw and data.split: hash"
             ) from None
     lowest, found = bits / metrics["bytes"], metrics["bits_per_byte"]
     if not found >= lowest * (1 - CHANCE):

@@ -25,10 +25,9 @@ from lm.base.tables import SHAPES, require_shape
 from lm.data.tokenizer import Tokenizer
 from lm.export.card import MARK, Results, card, loss_curve
 from lm.export.card import ExportConfig as ExportConfig
-from lm.model.files import load_model, read_provenance, write_checkpoint
 from lm.model.huggingface import not_stock, stock_config, stock_weights
+from lm.model.model_folder import load_model, read_provenance, write_checkpoint
 from lm.model.transformer import TransformerLM
-from lm.prepare.documents import DataConfig
 
 MODEL, OUT = Path("models/model"), Path("models/huggingface")
 METRICS, RAW, CORPUS = Path("metrics"), "data/raw", Path("data/corpus.json")
@@ -196,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         params = load_params(Path("params.yaml"), options.overrides)
         config = read_section(ExportConfig, params, "export")
         # metrics/ is of the pipeline's model and says nothing of another
-        data_path = read_section(DataConfig, params, "data").path
+        data_path = str(params.get("data", {}).get("path"))
         results = read_results(data_path) if options.model == MODEL else None
         require_ours(options.out)  # before the work
         folder = export(options.model, config, results)

@@ -21,8 +21,8 @@ from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import sync_directory, writing
 from lm.data.tokenizer import GPT2_PATTERN, Tokenizer
-from lm.model.files import load_model
 from lm.model.huggingface import not_stock, stock_weights
+from lm.model.model_folder import load_model
 from lm.model.transformer import ModelConfig, TransformerLM
 
 MAGIC = b"GGUF"

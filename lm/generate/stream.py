@@ -27,7 +27,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.generate.decoder import Decoder, memory_bytes
 from lm.machine.device import Dtype, choose_device
 from lm.machine.gauges import free_memory_bytes
-from lm.model.files import load_model
+from lm.model.model_folder import load_model
 from lm.model.transformer import TransformerLM
 
 STDIN = Path("-")

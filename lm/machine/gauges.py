@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from lm.base.errors import EnvironmentFault
 from lm.base.settings import Dtype as Dtype
 from lm.machine.device import describe, field_of, synchronise
 
+SURELY = 1.2  # times what is free: a plan is within a tenth or two
 # FLOP/s of dense products by the vendors' data sheets: bfloat16 or float16, TF32, float32. NVIDIA
 # H100 Tensor Core GPU (SXM, PCIe), H200 Tensor Core GPU, A100 Tensor Core GPU data sheets; Ada GPU
 # architecture white paper, appendix A (with sums in float32). Sparsity, which doubles them, is off.
@@ -146,3 +148,11 @@ def performance(
         else "data_sheet_flops_per_second",
         "mfu": round(tokens_per_second * flops_per_token / (peak * num_devices), 4),
     }
+
+
+def require_memory(what: str, needed: float, free: float | None, remedy: str) -> None:
+    """Raise EnvironmentFault if so many bytes are surely more than are free; None: not known."""
+    if free is not None and needed > SURELY * free:
+        raise EnvironmentFault(
+            f"{what} {needed / 1e6:,.0f} MB of memory, {free / 1e6:,.0f} MB are free; {remedy}"
+        )

@@ -17,6 +17,13 @@ from lm.model.transformer import ModelConfig
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # become float32 without loss
 
 
+class Stored(NamedTuple):
+    """What the header of a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def require_settings(name: str, config: ModelConfig, stored: Mapping[str, Stored]) -> None:
     """Raise InputError if settings are of a model that the weights in a file cannot be of.
 
@@ -83,13 +90,6 @@ def finite_keys(model: nn.Module, stored: Iterable[str]) -> list[str]:
 
 
 # --- optimizers -------------------------------------------------------------------------
-
-
-class Stored(NamedTuple):
-    """What the header of a file says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:

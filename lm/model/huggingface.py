@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lm.base.errors import InputError
 from lm.data.tokenizer import Tokenizer, open_tokenizer_json
-from lm.model.files import open_safetensors
 from lm.model.fitting import FLOATS, require_finite
+from lm.model.model_folder import open_safetensors
 from lm.model.transformer import ModelConfig, TransformerLM
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lm.base.errors import InputError
+from lm.base.settings import Dtype as Dtype
 from lm.base.settings import EvaluateConfig as EvaluateConfig
+from lm.base.settings import ModelConfig
 from lm.data.batches import Split, windows
-from lm.machine.device import Dtype, autocast, to_device
+from lm.machine.device import autocast, to_device
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import TransformerLM
 
@@ -199,3 +201,9 @@ def calibration(sums: Sums) -> list[tuple[float, float, int, float, float]]:
         for (low, high), (n, confidence, right) in rows
         if n
     ]
+
+
+def validation_logits(model: ModelConfig, dtype: Dtype, windows: int) -> float:
+    """Bytes of a validation's logits: as they come, in float32 where they differ, log-softmax."""
+    copies = 8 if dtype == "float32" else 10
+    return float(windows * model.context_length * model.vocab_size * copies)

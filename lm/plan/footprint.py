@@ -13,9 +13,9 @@ from collections import Counter
 
 import torch
 
-from lm.base.errors import EnvironmentFault
-from lm.base.settings import Dtype, ModelConfig, TrainConfig, share_of_batch
+from lm.base.settings import ModelConfig, TrainConfig, share_of_batch
 from lm.model.kernels import attention_blocks, rows_at_once
+from lm.model.loss import validation_logits
 
 # measured: the heap of a training grows to 1.3 to 1.7 times of what is alive at once (nine shapes,
 # glibc 2.36, which asks for more in order to align: a hole is too small for what has left it)
@@ -25,7 +25,6 @@ HOLES = 0.55  # of each block that is computed again, as its input stays between
 # a tree over several micro-batches, which took 40 % more than is planned
 GATHERED_HOLES = 2.0
 KERNEL_BYTES = 20e6  # of torch's libraries, in memory once they have been used
-SURELY = 1.2  # times what is free: the plan is within a tenth or two
 # torch's compiler in the process, once it has been used; or imported, which some of torch does
 COMPILER_BYTES, IMPORTED_COMPILER_BYTES = 120e6, 75e6
 
@@ -154,23 +153,9 @@ def _head(model: ModelConfig, config: TrainConfig, windows: int) -> dict[str, fl
     }
 
 
-def validation_logits(model: ModelConfig, dtype: Dtype, windows: int) -> float:
-    """Bytes of a validation's logits: as they come, in float32 where they differ, log-softmax."""
-    copies = 8 if dtype == "float32" else 10
-    return float(windows * model.context_length * model.vocab_size * copies)
-
-
 def batch_bytes(model: ModelConfig, config: TrainConfig, share: int) -> float:
     """Bytes of an update's token ids, x and y of a process's share, and of drawing its windows."""
     return 16.0 * share * model.context_length + 50.0 * config.batch_size
-
-
-def require_memory(what: str, needed: float, free: float | None, remedy: str) -> None:
-    """Raise EnvironmentFault if so many bytes are surely more than are free; None: not known."""
-    if free is not None and needed > SURELY * free:
-        raise EnvironmentFault(
-            f"{what} {needed / 1e6:,.0f} MB of memory, {free / 1e6:,.0f} MB are free; {remedy}"
-        )
 
 
 def _through_a_block(model: ModelConfig, config: TrainConfig, windows: int) -> float:

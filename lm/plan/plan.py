@@ -41,20 +41,25 @@ from lm.machine.device import (
     no_loading,
     prepare,
 )
-from lm.machine.gauges import free_memory_bytes, peak_memory_bytes, resident_memory_bytes
+from lm.machine.gauges import (
+    SURELY,
+    free_memory_bytes,
+    peak_memory_bytes,
+    require_memory,
+    resident_memory_bytes,
+)
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.footprint import (
-    SURELY,
     batch_bytes,
     communication,
     flops_per_token,
     parameters,
     peak_memory,
-    require_memory,
 )
 from lm.train.loop import train
-from lm.train.step import Record, TrainConfig, TrainState, new_state
+from lm.train.state import Record, TrainState, new_state
+from lm.train.step import TrainConfig
 
 LOWER = "model.d_model, model.d_ff, model.context_length or tokenizer.vocab_size"
 MARGIN = 0.9  # of the free memory may be planned with
@@ -291,7 +296,7 @@ def begin(
     processes: Processes = ALONE,
     initialise: Callable[[TransformerLM], None] | None = None,
 ) -> TrainState:
-    """The state before the first step, with the plan said aloud; see lm.train.step.new_state.
+    """The state before the first step, with the plan said aloud; see lm.train.state.new_state.
 
     Of several processes all take as many windows at once as fit into the memory of each.
     """

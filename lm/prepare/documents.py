@@ -55,9 +55,6 @@ class SourceConfig:
 class DataConfig:
     """The section `data`: which text, and how it is split."""
 
-    source: Literal["packages", "grammar"]  # what stage corpus writes into data/raw
-    packages: list[str]  # as name==version
-    grammar_bytes: Count  # of stories
     path: Annotated[str, NOT_EMPTY]  # a file or a folder
     glob: str  # which files of a folder, e.g. "**/*.py"
     text_field: str  # of JSON objects, the column of tables

@@ -38,8 +38,13 @@ from lm.base.files import (
 )
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import cut_like, whole
-from lm.model.files import _require_short_header, _unshared, open_safetensors, write_checkpoint
 from lm.model.fitting import Stored, as_stored, finite_keys, require_finite, require_weights
+from lm.model.model_folder import (
+    _require_short_header,
+    _unshared,
+    open_safetensors,
+    write_checkpoint,
+)
 from lm.runs import sharded_checkpoint as dcp
 from lm.runs.optimizer_state import State, fitting_groups, parameters_of, place, require_state
 

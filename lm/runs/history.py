@@ -8,9 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 MAX_ROWS = 1000
-DIVERGED = "diverged_at_step"  # in metrics/train.json of a run that has curves and no results
 COLUMNS = ("step", "tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm")
-WORSE = 0.01  # times the best validation loss is noise
 _SMOOTHING = 0.95  # of the average loss: it looks back about 20 steps
 
 
@@ -109,20 +107,6 @@ class Clock:
             return cls(times)
         until = {step: elapsed_s for step, elapsed_s in times.items() if step <= resumed_at}
         return cls(until, runs=max(times, default=0) >= resumed_at)
-
-
-def ended_worse(train: Mapping[str, Any], publishes_best: bool) -> str | None:
-    """That a training ended worse than it was, of its metrics/train.json, in words; None if not.
-
-    With early stopping the best model is published, and all is well.
-    """
-    best, last = train["best_valid_loss"], train["valid_loss"]
-    if publishes_best or last <= (1 + WORSE) * best:
-        return None
-    return (
-        f"best validation was step {train['best_step']:,} ({best:.4f}), published step "
-        f"{train['step']:,} ({last:.4f}): set train.early_stopping"
-    )
 
 
 def _cell(value: int | float | None) -> str:

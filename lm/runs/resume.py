@@ -31,7 +31,7 @@ from lm.base.files import writing
 from lm.base.runs import decided, locked
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import local, staged
-from lm.model.files import write_checkpoint
+from lm.model.model_folder import write_checkpoint
 from lm.runs.checkpoint import (
     Extra,
     commit,

@@ -28,9 +28,10 @@ from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.base.files import atomic_copy, atomic_write, require_file, sha256_file, write_json
 from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided, run_folder
 from lm.base.signals import CatchSignals
+from lm.base.tables import DIVERGED, ended_worse
 from lm.data.tokenizer import Tokenizer
 from lm.machine.gauges import performance
-from lm.model.files import save_model
+from lm.model.model_folder import save_model
 from lm.model.transformer import TransformerLM
 from lm.plan.plan import Forecast
 from lm.runs.checkpoint import (
@@ -41,9 +42,10 @@ from lm.runs.checkpoint import (
     verify,
     weights_sha256,
 )
-from lm.runs.history import DIVERGED, Clock, History, ended_worse
+from lm.runs.history import Clock, History
 from lm.runs.resume import ResumeDirectory, differences, few, kept_checkpoints, nearest, publishing
-from lm.train.step import Record, TrainConfig, TrainState
+from lm.train.state import Record, TrainState
+from lm.train.step import TrainConfig
 
 REFRESH_S = 2.0  # between two refreshes of the metrics that can be watched
 WATCHED, SLOW = 20, 0.5  # steps; a rank is slow if its forward pass takes so much longer

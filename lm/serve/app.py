@@ -33,7 +33,7 @@ from lm.base.console import say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.signals import CatchSignals
 from lm.machine.device import choose_device
-from lm.model.files import load_model
+from lm.model.model_folder import load_model
 from lm.serve.completions import (
     LOOK_SECONDS,
     MAX_SEATS,

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from lm.base.settings import TrainConfig as TrainConfig
 from lm.machine.sharded_tensors import local
 from lm.train.parallel import Backward
-from lm.train.step import TrainState
+from lm.train.state import TrainState
 
 
 def _origin(state: TrainState, losses: NDArray[np.float32], backward: Backward) -> str:

@@ -14,7 +14,8 @@ from lm.data.batches import Split
 from lm.machine.device import to_device
 from lm.train.parallel import Backward
 from lm.train.schedule import learning_rate_fraction
-from lm.train.step import Record, TrainState, _backward_of, _own_micro_batches, train_step
+from lm.train.state import Record, TrainState
+from lm.train.step import _backward_of, _own_micro_batches, train_step
 
 
 def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Record]:

@@ -20,6 +20,7 @@ from typing import Any
 from lm.base.config import parse_yaml
 from lm.base.errors import Diverged, EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_json
+from stages import CODE as FOLDERS
 from tools.repository import commit_of, opened
 
 SEED, CODE, TEXT = "train.seed", "code", "text"
@@ -136,7 +137,7 @@ def _read_lock(repo: Any, experiment: Experiment, lock: dict[str, Any]) -> None:
             settings[key] = value
     if SEED in settings and all(len(values) == 1 for values in facts.values()):
         sources = {name: min(facts[name]) for name in sorted(read - made)}
-        code = {name: md5 for name, md5 in sources.items() if name.endswith(".py")}
+        code = {name: md5 for name, md5 in sources.items() if Path(name).parts[0] in FOLDERS}
         text = [md5 for name, md5 in sources.items() if name not in code]
         ids = {CODE: sha256_json(code)[:7], TEXT: sha256_json(text)[:7]}
         experiment.made_by = settings | ids

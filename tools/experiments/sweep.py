@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lm.base.config import load_params
 from lm.base.console import duration, say
 from lm.base.errors import EnvironmentFault, InputError, Interrupted, one_line_errors
+from stages import CODE as FOLDERS
 from stages.run import PARAMS
 from tools.experiments.compare import publish, report
 from tools.experiments.read import (
@@ -73,7 +74,7 @@ def run_all(grid: list[tuple[str, ...]]) -> list[Experiment]:
     before = read_experiments([])
     if changed := git("diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock").split("\n")[:-1]:
         say(f"Not committed, the experiments take it along: {', '.join(changed)}")
-    if new := git("ls-files", "-o", "--exclude-standard", "lm", "stages").split("\n")[:-1]:
+    if new := git("ls-files", "-o", "--exclude-standard", *FOLDERS).split("\n")[:-1]:
         say(f"Not in git, the experiments lack it: {', '.join(new)}")
     missing = [p for p in grid if not find(before, p, ENDED + UNDER_WAY)]
     say(f"{len(grid)} in the grid, {len(missing)} to queue")

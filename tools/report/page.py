@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.base.console import count, duration
-from lm.base.tables import ROWS, behind_bigram, plain
-from lm.runs.history import DIVERGED, ended_worse
+from lm.base.tables import DIVERGED, ROWS, behind_bigram, ended_worse, plain
 from tools.experiments.read import flat, show
 
 HERE = Path(__file__).parent

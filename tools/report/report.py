@@ -21,8 +21,8 @@ from lm.base.config import parse_yaml
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write, sha256_file
-from lm.base.tables import COUNT, MAYBE, SHAPES, SOME, require_shape
-from lm.runs.history import COLUMNS, DIVERGED
+from lm.base.tables import COUNT, DIVERGED, MAYBE, SHAPES, SOME, require_shape
+from lm.runs.history import COLUMNS
 from tools.report.page import Rows, Run, page
 from tools.report.vega import script
 from tools.repository import commit_of, git, is_under_git, opened, run_git

@@ -1,0 +1,61 @@
+"""The state of a training: model, optimizer, step, and for float16 the loss scaler."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lm.base import rng
+from lm.base.settings import TrainConfig as TrainConfig
+from lm.machine.device import compiled
+from lm.machine.processes import ALONE, Processes
+from lm.model.transformer import ModelConfig, TransformerLM
+from lm.train.optim import OPTIMIZERS, AdamW
+from lm.train.parallel import shard
+
+Record = dict[str, Any]
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes."""
+
+    model: TransformerLM
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
+    windows_at_once: int  # per backward pass; fewer after running out of memory
+    processes: Processes = ALONE  # that train this model together
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+def new_state(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes = ALONE,
+    initialise: Callable[[TransformerLM], None] | None = None,
+) -> TrainState:
+    """The state before the first step: a function of the settings and the seed.
+
+    `initialise` may give the model other weights, before processes share them.
+    """
+    torch.manual_seed(rng.seed(config.seed, "init"))
+    model = TransformerLM(model_config, config.gradient_checkpointing)
+    if initialise is not None:
+        initialise(model)
+    if config.compile is True and config.parallel != "none":
+        for layer in model.layers:  # one compilation serves them all
+            layer.forward = compiled(layer.forward, device)
+    if config.parallel == "fsdp":
+        shard(model, device)  # which takes block by block to the device
+    else:
+        model.to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    optimizer = OPTIMIZERS[config.optimizer](model, config)
+    windows = config.windows_at_once
+    if config.micro_batch_size is None:
+        windows //= processes.size
+    return TrainState(model, optimizer, scaler, windows, processes)
