@@ -206,7 +206,7 @@ def test_no_cut_of_a_dvc_lock_passes_with_a_half_written_entry(project):
     lock = project.read("dvc.lock")
     assert fault_of_dvc_lock(lock) is None
     stages = yaml.safe_load(lock)["stages"]
-    cuts = [n for n in range(len(lock)) if lock[n - 1 : n] in (b"", b"\n")]
+    cuts = [n for n in range(len(lock)) if lock[n - 1 : n] in (b"", b"\n")][::3]
     for cut in cuts + [n + 1 for n in cuts] + [n - 2 for n in cuts[1:]]:
         if fault_of_dvc_lock(lock[:cut]) is None:
             for name, stage in (yaml.safe_load(lock[:cut]).get("stages") or {}).items():
@@ -331,18 +331,18 @@ def test_a_project_without_git_works_and_uses_git_once_it_is_there(project):
     (project.folder / ".git").rename(project.folder / "kept")
     modules = ("lm.verify", "stages.plots")
     for module in modules:
-        done = run(project, "python", "-m", module)
-        assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
-        assert "make heal" in done.stdout
+        done = project.warm(module, environment=project.environment())
+        assert (done["status"], done["err"].count("\n")) == (3, 1), done
+        assert "make heal" in done["err"]
     assert "core.no_scm in .dvc/config.local: set" in heal(project)
     assert heal(project) == ""
     assert "up to date" in repro(project).stdout
     for module in modules:
-        done = run(project, "python", "-m", module)
-        assert done.returncode == 0, done.stdout
-    done = run(project, "python", "-m", "stages.compare")
-    assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
-    assert "git init" in done.stdout
+        done = project.warm(module, environment=project.environment())
+        assert done["status"] == 0, done
+    done = project.warm("stages.compare", environment=project.environment())
+    assert (done["status"], done["err"].count("\n")) == (3, 1), done
+    assert "git init" in done["err"]
     (project.folder / "kept").rename(project.folder / ".git")
     assert "removed, git is here" in heal(project)
     assert "no_scm" not in project.read(".dvc/config.local").decode()
