@@ -331,18 +331,18 @@ def test_a_project_without_git_works_and_uses_git_once_it_is_there(project):
     (project.folder / ".git").rename(project.folder / "kept")
     modules = ("lm.verify", "stages.plots")
     for module in modules:
-        done = project.warm(module, environment=project.environment())
-        assert (done["status"], done["err"].count("\n")) == (3, 1), done
-        assert "make heal" in done["err"]
+        done = run(project, "python", "-m", module)
+        assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
+        assert "make heal" in done.stdout
     assert "core.no_scm in .dvc/config.local: set" in heal(project)
     assert heal(project) == ""
     assert "up to date" in repro(project).stdout
     for module in modules:
-        done = project.warm(module, environment=project.environment())
-        assert done["status"] == 0, done
-    done = project.warm("stages.compare", environment=project.environment())
-    assert (done["status"], done["err"].count("\n")) == (3, 1), done
-    assert "git init" in done["err"]
+        done = run(project, "python", "-m", module)
+        assert done.returncode == 0, done.stdout
+    done = run(project, "python", "-m", "stages.compare")
+    assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
+    assert "git init" in done.stdout
     (project.folder / "kept").rename(project.folder / ".git")
     assert "removed, git is here" in heal(project)
     assert "no_scm" not in project.read(".dvc/config.local").decode()

@@ -97,6 +97,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(shared, rank):
     assert_goes_on(project, straight)
 
 
+@pytest.mark.soak
 def test_a_damaged_checkpoint_is_made_again(shared):
     project, straight = shared
     process = project.train_until("step 20/", TWO)
@@ -263,7 +264,12 @@ def only_another_folder(project):
             "rank 1: runtime: checkpoint_interval not as on rank 0",
             marks=pytest.mark.soak,
         ),
-        (only_another_folder, 3, "rank 1: /.*: not the folder in which rank 0 writes"),
+        pytest.param(
+            only_another_folder,
+            3,
+            "rank 1: /.*: not the folder in which rank 0 writes",
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_hosts_with_other_code_data_settings_or_folders_stop_all(
