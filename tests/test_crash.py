@@ -79,11 +79,12 @@ def assert_finished(project, outputs):
 @pytest.mark.parametrize(
     ("stage", "number", "first", "stride"),
     [
-        ("tokenizer", signal.SIGKILL, 1, 1),
+        ("tokenizer", signal.SIGKILL, 1, 2),
         ("tokens", signal.SIGKILL, 1, 2),
         ("evaluate", signal.SIGKILL, 1, 2),
         ("train", signal.SIGKILL, 1, 3),
-        ("train", signal.SIGTERM, 1, 4),
+        pytest.param("train", signal.SIGTERM, 1, 4, marks=pytest.mark.soak),
+        pytest.param("tokenizer", signal.SIGKILL, 2, 2, marks=pytest.mark.soak),
         pytest.param("tokens", signal.SIGKILL, 2, 2, marks=pytest.mark.soak),
         pytest.param("evaluate", signal.SIGKILL, 2, 2, marks=pytest.mark.soak),
         pytest.param("train", signal.SIGKILL, 2, 3, marks=pytest.mark.soak),
@@ -120,7 +121,7 @@ def test_a_write_that_does_not_fit_is_one_line_and_loses_nothing(warm, stage):
     """A limit on a file's size stands in for a full disk: it strikes in the middle of a write."""
     project, outputs = warm
     sizes = sorted({len(data) for data in outputs[stage].values()})
-    for limit in [0, *(size - 1 for size in sizes), sizes[-1] // 2]:
+    for limit in {0, sizes[0] - 1, sizes[len(sizes) // 2] - 1, sizes[-1] // 2, sizes[-1] - 1}:
         reset(project, stage, outputs)
         full = project.warm(stage, limit=limit)
         assert full["status"] == 3, (limit, full["err"])

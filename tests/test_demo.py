@@ -32,6 +32,7 @@ def empty_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.soak
 def test_the_walk_trains_within_a_minute_and_leaves_nothing_behind(empty_folder, capsys):
     start = time.process_time()
     demo.main([])

