@@ -20,7 +20,13 @@ from tests.project import PIPE_BYTES, Project
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 TARGETS = ("stage", "dvc", "group")
-HEAVY = ("stages.plots", "stages.report", "stages.compare", "stages.experiments", "lm.verify")
+HEAVY = (
+    "tools.report.plots",
+    "tools.report",
+    "tools.experiments.compare",
+    "tools.experiments",
+    "tools.verify",
+)
 STAGES = ("corpus", "tokenizer", "tokens", "train", "evaluate", "export")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from lm.base.config import load_params
 from lm.base.errors import InputError
-from lm.plan.plan import plan
+from lm.plan import plan
 from stages.check import check
 from tests.kill import ran, run, versioned
 from tests.project import ROOT, SMOKE

@@ -9,8 +9,8 @@ import torch
 
 from lm.data.batches import Split
 from lm.data.tokenizer import byte_tokenizer
+from lm.evaluate import excerpt as excerpts
 from lm.evaluate.excerpt import excerpt, excerpt_json
-from lm.model.loss import excerpt as excerpts
 from lm.model.transformer import TransformerLM
 
 TOKENIZER = byte_tokenizer()

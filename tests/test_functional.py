@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lm.model import kernels as functional
 from lm.model.kernels import causal_attention, cross_entropy, linear_cross_entropy, rms_norm, swiglu
-from lm.model.transformer import kernels as functional
 
 
 def assert_same(ours, plain, *inputs, rtol=1e-6):

@@ -31,6 +31,7 @@ from lm.machine.gauges import free_memory_bytes
 from lm.machine.processes import Processes
 from lm.machine.sharded_tensors import local
 from lm.model.transformer import TransformerLM
+from lm.plan import plan as planning
 from lm.plan.footprint import (
     activations,
     communication,
@@ -49,7 +50,6 @@ from lm.plan.plan import (
     require_room_for_processes,
     table,
 )
-from lm.plan.plan import plan as planning
 from lm.train.loop import train
 from lm.train.parallel import Replicated, Sharded
 from lm.train.state import new_state
