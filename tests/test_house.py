@@ -119,6 +119,13 @@ def test_dvc_deps_are_the_wings_each_stage_imports(stage):
     assert code == {file if file.startswith("stages/") else wing(file) for file in reached}
 
 
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_the_page_names_the_wings_of_each_stage(stage):
+    (wings,) = re.findall(rf"^\| {stage} \|.*\| ([\w, ]+) \|$", ARCHITECTURE, re.M)
+    deps = PIPELINE[stage]["deps"]
+    assert wings.split(", ") == [dep[3:] for dep in deps if re.fullmatch(r"lm/\w+", dep)]
+
+
 def test_what_python_and_editors_leave_in_a_wing_runs_no_stage_again():
     litter = [f"lm/base/{name}" for name in ("__pycache__/files.pyc", ".files.py.swp", "files.py~")]
     ask = [sys.executable, "-m", "dvc", "check-ignore", "lm/base/files.py", *litter]
