@@ -91,6 +91,16 @@ def test_a_wing_says_its_one_job_in_five_lines(name):
     assert (ROOT / name / begin).is_file()
 
 
+def test_readme_names_every_wing():
+    _, _, tour = (ROOT / "README.md").read_text().partition("## A tour of the house\n")
+    assert not [name for name in WINGS if f"{name}/" not in tour.partition("\n## ")[0]]
+
+
+def test_what_a_newcomer_reads_is_short():
+    files = [ROOT / file for file in FILES if wing(file) in ("lm/model", "lm/train")]
+    assert sum(file.read_text().count("\n") for file in files) < 2500
+
+
 def test_no_two_wings_have_a_file_of_one_name():
     names = [Path(file).name for file in FILES if file.startswith("lm/")]
     assert not {n for n in names if names.count(n) > 1} - {"__init__.py", "__main__.py"}
