@@ -184,7 +184,7 @@ def test_a_folder_of_others_is_left_as_it_is_and_ours_is_written_again(saved, tm
     (out / "deep").mkdir(parents=True)
     (out / "README.md").write_text("somebody's card")
     for place in (out, folder, tmp_path / "out" / "README.md"):
-        with pytest.raises(InputError, match=r"not written by lm.export|not a folder"):
+        with pytest.raises(InputError, match=r"not written by lm.export.folder|not a folder"):
             write(export(folder, NO_LICENSE, None), place)
     assert [file.name for file in sorted(out.iterdir())] == ["README.md", "deep"]
     assert (out / "README.md").read_text() == "somebody's card"

@@ -16,8 +16,8 @@ from lm.base.config import Bound
 from lm.base.errors import InputError
 from lm.base.tables import data_table, loss_table
 
-# its presence allows lm.export to write the folder again
-MARK = "<!-- Written by lm.export, which replaces it. To edit it, delete this line. -->"
+# its presence allows lm.export.folder to write the folder again
+MARK = "<!-- Written by lm.export.folder, which replaces it. To edit it, delete this line. -->"
 CURVE_POINTS = 100  # of the training loss, averaged
 VEGA_LITE = "6.4"
 BLUE, ORANGE = "#4c78a8", "#f58518"

@@ -98,7 +98,7 @@ def export(source: Path, config: ExportConfig, results: Results | None) -> Folde
 def write(folder: Folder, out: Path) -> None:
     """Write all files, and delete those that an earlier export left and this one has not.
 
-    Raises InputError if `out` holds what lm.export did not write.
+    Raises InputError if `out` holds what lm.export.folder did not write.
     """
     require_ours(out)
     for name in FILES:
@@ -120,7 +120,9 @@ def require_ours(out: Path) -> None:
     if not out.exists() or all(file.suffix == ".tmp" for file in out.iterdir()):
         return  # new, or what a kill left before the card was there
     if not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")):
-        raise InputError(f"{out}: not written by lm.export; name another folder, or move this one")
+        raise InputError(
+            f"{out}: not written by lm.export.folder; name another folder, or move this one"
+        )
 
 
 def _settings_files(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
