@@ -90,7 +90,7 @@ def watch_changes(log: int, at: int | None, number: int) -> None:
 def compile_once() -> None:
     """Let forks find the code of this project's modules compiled, whichever copy they import."""
     known = {}
-    for folder in ("lm", "stages"):
+    for folder in ("lm", "stages", "tools"):
         for file in (ROOT / folder).rglob("*.py"):
             known[file.read_bytes()] = compile(file.read_bytes(), file, "exec")
     compiled = SourceFileLoader.source_to_code
