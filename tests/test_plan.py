@@ -273,11 +273,14 @@ import sys, numpy as np, torch
 from dataclasses import replace
 from pathlib import Path
 from lm.base.config import load_params, read_section
-from lm.machine.device import peak_memory_bytes, prepare
+from lm.machine.device import prepare
+from lm.machine.gauges import peak_memory_bytes
 from lm.model.transformer import ModelConfig
 from lm.plan.plan import make_plan
 from lm.data.batches import Split
-from lm.train.step import TrainConfig, new_state, train
+from lm.base.settings import TrainConfig
+from lm.train.loop import train
+from lm.train.state import new_state
 device = torch.device("cpu")
 prepare(device, 1)
 params = load_params(Path("params.yaml"), sys.argv[2:])
