@@ -22,8 +22,8 @@ MAX_CHARACTERS = 100  # shown of a token: BPE makes one token of a long run
 
 
 @dataclass(frozen=True)
-class Token:
-    """A token in its place."""
+class ScoredToken:
+    """A token of a document, and how well the model predicted it."""
 
     text: str  # the characters that it completes: none before the last byte of a character
     name: str  # the token by itself; bytes that are no character as \\xc3
@@ -32,15 +32,15 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Document:
+class ScoredDocument:
     """A document of the split, or its beginning."""
 
     whole: bool
-    tokens: list[Token]
+    tokens: list[ScoredToken]
 
 
 @torch.no_grad()
-def excerpt(model: TransformerLM, split: Split, tokenizer: Tokenizer) -> list[Document]:
+def excerpt(model: TransformerLM, split: Split, tokenizer: Tokenizer) -> list[ScoredDocument]:
     """Score the whole documents at the start of a split that fit, else the start of the first.
 
     Each document is read after an end token, as in generation. Past the context length each token
@@ -56,14 +56,14 @@ def excerpt(model: TransformerLM, split: Split, tokenizer: Tokenizer) -> list[Do
             guesses = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
             text = characters.decode(tokenizer.decode_bytes([target]))
             tokens.append(
-                Token(
+                ScoredToken(
                     _cut(text),
                     _name(tokenizer, target),
                     round(-log_p[target].item(), 4),
                     [(_name(tokenizer, guess), round(p, 4)) for guess, p in guesses],
                 )
             )
-        found.append(Document(whole, tokens))
+        found.append(ScoredDocument(whole, tokens))
     return found
 
 
@@ -102,7 +102,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "…"
 
 
-def excerpt_json(documents: list[Document]) -> bytes:
+def excerpt_json(documents: list[ScoredDocument]) -> bytes:
     """Return the documents as JSON with one token a line."""
     parts = []
     for document in documents:

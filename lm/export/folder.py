@@ -100,12 +100,8 @@ def write(folder: Folder, out: Path) -> None:
         atomic_write(out / name, content)
     if folder.weights:
         write_checkpoint(folder.weights, {"format": "pt"}, out / WEIGHTS)
-    why_no_weights = folder.why_no_weights
-    say(
-        f"Model card in {out}, no weights: {why_no_weights}"
-        if why_no_weights
-        else f"Model in {out}"
-    )
+    card_alone = f"Model card in {out}, no weights: {folder.why_no_weights}"
+    say(card_alone if folder.why_no_weights else f"Model in {out}")
 
 
 def require_ours(out: Path) -> None:
