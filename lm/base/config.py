@@ -72,6 +72,11 @@ class RuntimeConfig:
 
 MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds
 SECTIONS = ("corpus", "data", "tokenizer", "model", "train", "evaluate", "export", "runtime")
+RENAMED = {  # settings that have moved: a line each
+    "data.source": "corpus.source",
+    "data.packages": "corpus.packages",
+    "data.grammar_bytes": "corpus.grammar_bytes",
+}
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -100,11 +105,16 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
             raise InputError(f"{path}: unknown section {_brief(name)}{_suggest(name, SECTIONS)}")
         if not isinstance(section, dict):
             raise InputError(f"{path}: section {name} holds no keys")
+    for key, _ in _keys(params):
+        if key in RENAMED:
+            raise InputError(f"{path}: {key} is called {RENAMED[key]} now; move it there")
     for override in overrides:
         key, equals, text = override.partition("=")
         *parents, name = key.split(".")
         if not (equals and parents):
             raise InputError(f"-S {override}: expected section.key=value, as in -S train.lr=1e-3")
+        if key in RENAMED:
+            raise InputError(f"-S {override}: {key} is called {RENAMED[key]} now")
         known = dict(_keys(params))
         if key not in known:
             raise InputError(f"-S {override}: unknown key {key}{_suggest(key, known)}")
