@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lm.base.config import load_params, read_section
 from lm.base.errors import InputError
-from lm.model.kernels import cross_entropy
+from lm.model.kernels import cross_entropy, rotate
 from lm.model.transformer import (
     ModelConfig,
     RMSNorm,
@@ -233,8 +233,11 @@ def test_rope_turns_interleaved_pairs_as_complex_numbers():
     rope = RotaryEmbedding(head_dim=8, context_length=32, theta=10000.0)
     x = torch.randn(1, 1, 24, 8)
     expected = [reference.rotate(row, t, 10000.0) for t, row in enumerate(x[0, 0].double().numpy())]
-    got = rope(x)[0, 0].double()
+    got = rotate(x, *rope(24))[0, 0].double()
+    halves = [*range(0, 8, 2), *range(1, 8, 2)]
+    as_compiled = rotate(x[..., halves], *rope(24), evens_first=True)[0, 0].double()
     torch.testing.assert_close(got, torch.tensor(np.array(expected)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(as_compiled, got[:, halves], atol=1e-6, rtol=1e-6)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model_config):

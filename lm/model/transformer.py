@@ -21,7 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lm.base.errors import InputError
 from lm.base.settings import ModelConfig as ModelConfig
-from lm.model.kernels import causal_attention, linear_cross_entropy, rms_norm, swiglu
+from lm.model.kernels import (
+    attention,
+    linear_cross_entropy,
+    project,
+    project_heads,
+    rms_norm,
+    swiglu,
+)
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +44,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns each pair of features (2i, 2i + 1) by position * theta^(-2i / D) (RoFormer, eq. 15)."""
+    """Angles position * theta^(-2i / D), by which pairs of features turn (RoFormer, eq. 15)."""
 
     cos: Tensor
     sin: Tensor
@@ -49,17 +56,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # (T, D / 2)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-    def forward(
-        self, x: Float[Tensor, "B H T D"], evens_first: bool = False
-    ) -> Float[Tensor, "B H T D"]:
-        """Rotate queries or keys; with `evens_first` the features come, and go, in that order."""
-        cos = self.cos[: x.shape[2], None]  # (T, 1, D / 2)
-        sin = self.sin[: x.shape[2], None]
-        x = x.transpose(1, 2)  # (B, T, H, D), as it lies in memory
-        even, odd = x.chunk(2, dim=-1) if evens_first else (x[..., 0::2], x[..., 1::2])
-        turned = even * cos - odd * sin, even * sin + odd * cos
-        both = torch.cat(turned, dim=-1) if evens_first else torch.stack(turned, dim=-1).flatten(-2)
-        return both.to(x.dtype).transpose(1, 2)
+    def forward(self, length: int) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
+        """Return the cosines and sines of the first positions."""
+        return self.cos[:length], self.sin[:length]
 
 
 class Attention(nn.Module):
@@ -69,8 +68,7 @@ class Attention(nn.Module):
         super().__init__()
         width, kv_width = config.d_model, config.kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.groups = config.num_heads // config.kv_heads
-        self.dropout = config.dropout
+        self.dropout, self.norm_eps = config.dropout, config.norm_eps
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
@@ -84,43 +82,17 @@ class Attention(nn.Module):
         rope: RotaryEmbedding | None,
         mask: Bool[Tensor, "B 1 T T"] | None = None,
     ) -> Float[Tensor, "B T C"]:
-        # q . k does not depend on the order of features, and a compiler likes halves
-        evens_first = torch.compiler.is_compiling() and rope is not None
-        order = self._evens_first if evens_first else lambda weight: weight
-        q, k, v = map(
-            self._heads,
-            _together(x, order(self.q_proj.weight), order(self.k_proj.weight), self.v_proj.weight),
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = project_heads(
+            x,
+            [projection.weight for projection in projections],
+            self.head_dim,
+            norms=[self.q_norm.weight, self.k_norm.weight] if self.q_norm and self.k_norm else None,
+            eps=self.norm_eps,
+            angles=None if rope is None else rope(x.shape[1]),
         )  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
-        if self.q_norm and self.k_norm:
-            q = rms_norm(q, order(self.q_norm.weight), self.q_norm.eps)
-            k = rms_norm(k, order(self.k_norm.weight), self.k_norm.eps)
-        if rope is not None:
-            q, k = rope(q, evens_first), rope(k, evens_first)
-        if self.groups > 1:
-            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
-            mixed = causal_attention(q, k, v, mask)
-        else:
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
-            )  # (B, H, T, D)
+        mixed = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.output_proj(mixed.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Float[Tensor, "B T E"]) -> Float[Tensor, "B heads T D"]:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _evens_first(self, weight: Float[Tensor, "E *C"]) -> Float[Tensor, "E *C"]:
-        """The weight whose output has, in each head, the even features before the odd ones."""
-        pairs = weight.unflatten(0, (-1, self.head_dim // 2, 2))
-        return pairs.transpose(1, 2).flatten(0, 2)
-
-
-def _together(x: Tensor, *weights: Tensor) -> list[Tensor]:
-    """Each x @ weight.T; compiled in one product, where copying the weights is part of a cast."""
-    if not torch.compiler.is_compiling():
-        return [F.linear(x, weight) for weight in weights]
-    return list(F.linear(x, torch.cat(weights)).split([len(w) for w in weights], dim=-1))
 
 
 def document_mask(documents: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
@@ -141,7 +113,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         if self.w3 is None:
             return self.w2(F.silu(self.w1(x)))
-        gate, up = _together(x, self.w1.weight, self.w3.weight)  # (B, T, F) each
+        gate, up = project(x, [self.w1.weight, self.w3.weight])  # (B, T, F) each
         return self.w2(swiglu(gate, up))
 
 
