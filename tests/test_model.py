@@ -1,5 +1,6 @@
 """The model against loops in float64, against transformers' Llama, and against its own promises."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -149,13 +150,26 @@ def test_checkpointed_gradients_of_masked_windows_are_the_same(model_config):
 
 def test_a_masked_model_is_never_run_without_its_mask_nor_another_with_one(model_config, model):
     masked = TransformerLM(replace(model_config, intra_document_masking=True))
-    with pytest.raises(ValueError, match="documents are for models with intra_document_masking"):
+    with pytest.raises(ValueError, match="pass documents if and only if"):
         masked(PACKED)
-    with pytest.raises(ValueError, match="documents are for models with intra_document_masking"):
+    with pytest.raises(ValueError, match="pass documents if and only if"):
         model(PACKED, documents=PACKED)
     with pytest.raises(InputError, match="no id is known to end a document"):
         masked.documents(PACKED, None)
     assert model.documents(PACKED, None) is None
+
+
+def with_third_choice(config, key):
+    """The settings with a value that is none of the choices, as one that was added elsewhere."""
+    changed = copy.copy(config)
+    object.__setattr__(changed, key, "third")
+    return changed
+
+
+@pytest.mark.parametrize("key", ["norm", "norm_position", "position_embedding", "ffn"])
+def test_a_third_choice_is_never_computed_as_another(model_config, key):
+    with pytest.raises((AssertionError, KeyError), match="third"):
+        TransformerLM(with_third_choice(model_config, key))
 
 
 def test_parameter_count_of_the_requirement(model_config):

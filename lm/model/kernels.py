@@ -42,12 +42,12 @@ def project(x: Float[Tensor, "*batch C"], weights: Sequence[Tensor]) -> list[Ten
 
 def project_heads(
     x: Float[Tensor, "B T C"],
-    weights: Sequence[Float[Tensor, "E C"]],
+    weights: Sequence[Tensor],
     head_dim: int,
     norms: Sequence[Float[Tensor, " D"]] | None,
     eps: float,
     angles: tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]] | None,
-) -> list[Float[Tensor, "B heads T D"]]:
+) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G T D"], Float[Tensor, "B G T D"]]:
     """Return queries, keys and values: products with the three weights, split into heads.
 
     Queries and keys are normalized by the weights `norms`, and turned by the cosines and sines
@@ -56,7 +56,7 @@ def project_heads(
     """
     evens_first = torch.compiler.is_compiling() and angles is not None
 
-    def ordered(weight: Float[Tensor, "E *C"]) -> Float[Tensor, "E *C"]:
+    def ordered(weight: Tensor) -> Tensor:
         if not evens_first:
             return weight
         return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
@@ -66,12 +66,10 @@ def project_heads(
         for product in project(x, [ordered(weights[0]), ordered(weights[1]), weights[2]])
     )
     if norms is not None:
-        q, k = (
-            rms_norm(t, ordered(weight), eps) for t, weight in zip((q, k), norms, strict=True)
-        )
+        q, k = (rms_norm(t, ordered(weight), eps) for t, weight in zip((q, k), norms, strict=True))
     if angles is not None:
         q, k = (rotate(t, *angles, evens_first) for t in (q, k))
-    return [q, k, v]
+    return q, k, v
 
 
 def rotate(
@@ -99,9 +97,9 @@ def attention(
     mask: Bool[Tensor, "B 1 T T"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B H T D"]:
-    """Return softmax(q k^T / sqrt(D)) v, each query over what `mask` shows; None: all up to its own.
+    """Return softmax(q k^T / sqrt(D)) v over the keys that `mask` shows; None: causal.
 
-    Fewer heads of keys and values are shared by neighbouring heads of queries.
+    Where there are fewer heads of keys and values, neighbouring heads of queries share them.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
@@ -221,16 +219,22 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, start: int, end: int) -> 
 def swiglu(
     gate: Float[Tensor, "*batch F"], up: Float[Tensor, "*batch F"]
 ) -> Float[Tensor, "*batch F"]:
-    """silu(gate) * up (Shazeer 2020)."""
+    """Return silu(gate) * up (Shazeer 2020)."""
+    if not torch.is_grad_enabled():  # a small model's decoding would feel the detour
+        return _gated_silu(gate, up)
     product: Tensor = _SwiGLU.apply(gate, up)
     return product
+
+
+def _gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return _gated_silu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
