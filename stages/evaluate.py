@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lm.base.config import RuntimeConfig
@@ -19,11 +20,12 @@ from lm.base.files import atomic_write, read_json, sha256_file, write_json
 from lm.base.runs import remove_finished, run_folder
 from lm.base.settings import CorpusConfig
 from lm.base.tables import SHAPES, behind_bigram, ended_worse, require_shape, samples, summary
-from lm.data.batches import Split, Tokens, open_tokens
+from lm.data.batches import Split, Tokens, open_tokens, windows
 from lm.data.tokenizer import Tokenizer
 from lm.evaluate.baselines import Bigram, uniform_loss_nats
 from lm.evaluate.excerpt import excerpt, excerpt_json
 from lm.evaluate.floor import floor
+from lm.generate.decoder import require_same_logits
 from lm.generate.stream import complete
 from lm.machine.device import choose_device, make_deterministic
 from lm.machine.gauges import free_memory_bytes, require_memory
@@ -74,6 +76,8 @@ def evaluate_stage(inputs: Inputs) -> None:
     if inputs.section(CorpusConfig, "corpus").source == "grammar":
         metrics |= floor(metrics, tokens.valid, tokenizer)
     baselines = _baselines(tokens)
+    first, _ = windows(tokens.valid.tokens, np.array([0]), model.config.context_length)
+    require_same_logits(model, first[0].tolist(), tokens.valid.end_id)
     texts = _samples(model, tokenizer, config)
     held_out = excerpt(model, tokens.valid, tokenizer)
     remarks = _remarks(metrics, baselines, training, provenance)

@@ -25,6 +25,7 @@ from lm.base.tables import SHAPES, require_shape
 from lm.data.tokenizer import Tokenizer
 from lm.export.card import MARK, Results, card, loss_curve
 from lm.export.card import ExportConfig as ExportConfig
+from lm.generate.decoder import require_same_logits
 from lm.model.huggingface import not_stock, stock_config, stock_weights
 from lm.model.model_folder import load_model, read_provenance, write_checkpoint
 from lm.model.transformer import TransformerLM
@@ -90,8 +91,10 @@ def export(source: Path, config: ExportConfig, results: Results | None) -> Folde
         files["loss.svg"] = loss_curve(results.curves).encode()
     if why_not:
         return Folder(files, {}, why_not)
+    text = tokenizer.encode(page)
+    require_same_logits(model, text, tokenizer.end_id)
     settings, weights = stock_config(model.config, tokenizer.end_id), stock_weights(model)
-    say(_compared(model, settings, weights, tokenizer.encode(page)))
+    say(_compared(model, settings, weights, text))
     return Folder(files | _settings_files(settings, tokenizer), weights, None)
 
 
