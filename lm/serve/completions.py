@@ -32,7 +32,7 @@ from lm.base.config import (
 )
 from lm.base.errors import EnvironmentFault, InputError, is_out_of_memory
 from lm.data.tokenizer import Tokenizer
-from lm.generate.stream import Piece, Reason, Sampled, stream
+from lm.generate.stream import NewToken, Reason, TextChunk, stream
 from lm.model.transformer import TransformerLM
 
 PATH = "/v1/completions"
@@ -243,7 +243,7 @@ class Served:
                     tokens = [] if asked.logprobs is None else self._scored(row.ids, asked.logprobs)
                     reason: Reason | None = None if asked.max_tokens else "length"
                     yield _choice(
-                        Piece(number, row.text, tokens, reason), _Names(self.tokenizer), asked
+                        TextChunk(number, row.text, tokens, reason), _Names(self.tokenizer), asked
                     )
             if asked.max_tokens == 0:
                 return
@@ -265,7 +265,7 @@ class Served:
                 yield _choice(piece, names[piece.row], asked)
 
     @torch.inference_mode()
-    def _scored(self, ids: list[int], top_logprobs: int) -> list[Sampled]:
+    def _scored(self, ids: list[int], top_logprobs: int) -> list[NewToken]:
         """The tokens of a prompt as if the model had drawn them; of the first it knows nothing."""
         row = torch.tensor([ids], device=next(self.model.parameters()).device)
         logits = self.model(row, documents=self.model.documents(row, self.tokenizer.end_id))
@@ -273,7 +273,7 @@ class Served:
         chosen = logprobs.gather(1, row[0, 1:, None]).squeeze(1)
         values, best = logprobs.topk(min(top_logprobs, logprobs.shape[1]))  # (T - 1, n)
         tops = map(zip, best.tolist(), values.tolist())
-        return [Sampled(ids[0]), *map(Sampled, ids[1:], chosen.tolist(), map(tuple, tops))]
+        return [NewToken(ids[0]), *map(NewToken, ids[1:], chosen.tolist(), map(tuple, tops))]
 
 
 class _Names:
@@ -283,7 +283,7 @@ class _Names:
         self.tokenizer, self.n_characters = tokenizer, n_characters
         self.characters = getincrementaldecoder("utf-8")("replace")
 
-    def logprobs(self, tokens: Sequence[Sampled]) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """The entry `logprobs` of a choice, for the next tokens of its row."""
         offsets = []
         for token in tokens:
@@ -311,7 +311,7 @@ class _Names:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _choice(piece: Piece, names: _Names, asked: Request) -> dict[str, Any]:
+def _choice(piece: TextChunk, names: _Names, asked: Request) -> dict[str, Any]:
     return {
         "index": piece.row,
         "text": piece.text,
