@@ -9,6 +9,7 @@ setting stands in params.yaml. Types come from the annotations; a bound is an An
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import math
@@ -32,6 +33,7 @@ import yaml
 from lm.base.errors import InputError
 
 Config = TypeVar("Config")
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,23 @@ class Bound:
 
     holds: Callable[[Any], bool]
     text: str
+
+
+def key_of(file: str, registry: str) -> Bound:
+    """Return the bound "a key of this dict", as of ACTIVATIONS in lm/model/activations.py.
+
+    The file is parsed, not imported: settings are checked before torch is loaded, and by stages
+    that do not depend on the file.
+    """
+    tree = ast.parse((ROOT / file).read_text())
+    (found,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == registry
+    )
+    assert isinstance(found, ast.Dict)
+    keys = [key.value for key in found.keys if isinstance(key, ast.Constant)]
+    return Bound(lambda x: x in keys, f"must be one of {', '.join(map(str, keys))}")
 
 
 POSITIVE = Bound(lambda x: x > 0, "must be > 0")
