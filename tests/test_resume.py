@@ -135,7 +135,7 @@ def test_a_checkpoint_written_behind_restores_every_bit(
 
 def test_any_flipped_bit_and_any_cut_is_found(model, train_config, tmp_path):
     directory = ResumeDirectory(tmp_path, keep=2)
-    directory.save(model, OPTIMIZERS["adamw"](model, train_config), 5, extra())
+    directory.save(model, OPTIMIZERS["adamw"].make(model, train_config), 5, extra())
     directory.unlock()
     path = directory.path(5)
     for file in (path, path.with_suffix(".json")):

@@ -54,7 +54,7 @@ def new_state(
     else:
         model.to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    optimizer = OPTIMIZERS[config.optimizer](model, config)
+    optimizer = OPTIMIZERS[config.optimizer].make(model, config)
     windows = config.windows_at_once
     if config.micro_batch_size is None:
         windows //= processes.size
