@@ -169,7 +169,8 @@ def test_bytes_depend_on_what_is_saved_alone(model_config, train_config, tmp_pat
 
 
 def test_a_file_has_the_permissions_of_the_user(model, tmp_path, train_config):
-    save_checkpoint(model, OPTIMIZERS["adamw"].make(model, train_config), 0, tmp_path / "a.safetensors")
+    optimizer = OPTIMIZERS["adamw"].make(model, train_config)
+    save_checkpoint(model, optimizer, 0, tmp_path / "a.safetensors")
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 

@@ -54,7 +54,7 @@ def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0), resume_from=
         poisoned(state, step)
     with Run(state, config, runtime, MADE_OF, folder / "unfinished", resume_from, live) as run:
         steps = train(state, SPLIT, config)
-        while not run.finished():
+        while not run.finished:
             record = next(steps)
             if record["step"] % config.eval_interval == 0:
                 record["valid_loss"] = losses[record["step"] // config.eval_interval - 1]

@@ -249,7 +249,7 @@ def _replayed(
     start = _restore_start(state, steps, recorded)
     known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
     sizes = {int(step): size for step, size in identity[MICRO_BATCH_SIZES].items()}
-    state.windows_at_once = size_at(sizes, state.step + 1)
+    state.micro_batch_size = size_at(sizes, state.step + 1)
     compared = [step for step in sorted(known) if start < step <= start + steps]
     if not compared:
         following = min((step for step in known if step > start), default=None)
@@ -264,7 +264,7 @@ def _replayed(
             raise InputError(f"replay from step {start}: other weights at step {state.step}")
         if state.step == start + steps:
             break
-        state.windows_at_once = size_at(sizes, state.step + 1)
+        state.micro_batch_size = size_at(sizes, state.step + 1)
     return (
         f"replayed steps {start + 1} to {state.step}: the weights at "
         f"{', '.join(f'step {step}' for step in compared)} are the same, bit for bit"

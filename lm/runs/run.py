@@ -20,13 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from lm.base.config import RuntimeConfig
 from lm.base.console import Progress, count, duration, say
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.base.files import atomic_copy, atomic_write, require_file, sha256_file, write_json
 from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided, run_folder
+from lm.base.settings import TrainConfig
 from lm.base.signals import CatchSignals
 from lm.base.tables import DIVERGED, ended_worse
 from lm.data.tokenizer import Tokenizer
@@ -44,8 +43,8 @@ from lm.runs.checkpoint import (
 )
 from lm.runs.history import Clock, History
 from lm.runs.resume import ResumeDirectory, differences, few, kept_checkpoints, nearest, publishing
+from lm.train.loop import due
 from lm.train.state import Record, TrainState
-from lm.train.step import TrainConfig
 
 REFRESH_S = 2.0  # between two refreshes of the metrics that can be watched
 WATCHED, SLOW = 20, 0.5  # steps; a rank is slow if its forward pass takes so much longer
@@ -71,7 +70,7 @@ class Run:
         in every part of it is resumed. It holds no clock, no path and no commit, or the outputs
         would not reproduce. Recorded beside it are the sizes of micro-batches, which memory
         decided, and where it moves the last bits the number of processes: they may change.
-        A resumed run keeps the size it had, unless that exceeds state.windows_at_once. With `live`
+        A resumed run keeps the size it had, unless that exceeds state.micro_batch_size. With `live`
         the metrics can be watched in that folder during training.
         Raises Busy if another process trains this run, InputError for a checkpoint to continue
         that does not fit.
@@ -150,7 +149,7 @@ class Run:
     def _begin_notes(self) -> None:
         """Note what a run may change on its way, as of the first step."""
         first = str(self.state.step + 1)
-        self.identity[MICRO_BATCH_SIZES] = {first: self.state.windows_at_once}
+        self.identity[MICRO_BATCH_SIZES] = {first: self.state.micro_batch_size}
         if self.config.parallel != "none" and self.config.reduction == "sum":
             self.identity[NUM_PROCESSES] = {first: self.processes.size}
 
@@ -175,19 +174,19 @@ class Run:
             if NUM_PROCESSES in theirs:
                 self.identity[NUM_PROCESSES] = dict(theirs[NUM_PROCESSES])
             finished = f"; it is finished: delete {path.parent} to train anew"
-            say(f"Resumed at step {self.state.step}{finished if self.finished() else ''}")
+            say(f"Resumed at step {self.state.step}{finished if self.finished else ''}")
             return True
         return False
 
     def _keep_windows_at_once(self, sizes: dict[str, int]) -> None:
         """Go on with the micro-batches that the run had, or with what fits if that is less."""
-        before, fitting = sizes[max(sizes, key=int)], self.state.windows_at_once
+        before, fitting = sizes[max(sizes, key=int)], self.state.micro_batch_size
         share = self.config.batch_size // self.processes.size  # another number may not divide it
         fitting = max(n for n in range(1, min(before, fitting) + 1) if share % n == 0)
         self.identity[MICRO_BATCH_SIZES] = dict(sizes)
-        self.state.windows_at_once = before
-        if fitting < before and not self.finished():
-            self.state.windows_at_once = fitting
+        self.state.micro_batch_size = before
+        if fitting < before and not self.finished:
+            self.state.micro_batch_size = fitting
             why = "no longer fit" if share % before == 0 else f"are no part of {share}"
             say(f"{count(before, 'window')} at a time {why}: from here on {fitting}")
             self._note(MICRO_BATCH_SIZES, fitting, self.state.step + 1)
@@ -274,6 +273,7 @@ class Run:
             "skipped": [self.state.skipped_steps, self.state.skipped_in_a_row],
         }
 
+    @property
     def finished(self) -> bool:
         """Whether the last step is done or validation has stopped improving."""
         return self.state.step >= self.config.max_steps or self.stopped_early
@@ -289,7 +289,7 @@ class Run:
 
         Of several processes, whichever caught a signal or failed to save, all learn it here.
         """
-        self._note(MICRO_BATCH_SIZES, self.state.windows_at_once, record["step"])
+        self._note(MICRO_BATCH_SIZES, self.state.micro_batch_size, record["step"])
         self._note(NUM_PROCESSES, self.processes.size, record["step"])
         forward_s, signals, failed = self.processes.gather_numbers(
             [record["forward_s"], self.signals.caught or 0, self.directory.failed]
@@ -334,7 +334,7 @@ class Run:
         step = self.state.step
         at_interval = due(step, self.runtime.checkpoint_interval)
         new_best = self.best["step"] == step
-        return at_interval or new_best or self.finished() or self.agreed_signal is not None
+        return at_interval or new_best or self.finished or self.agreed_signal is not None
 
     def save(self) -> None:
         """Start writing a checkpoint; after a signal wait for it and leave."""
@@ -396,7 +396,7 @@ class Run:
             "step": state.step,
             "tokens": state.step * self.config.batch_size * state.model.config.context_length,
             "parameters": state.model.num_parameters(),
-            "micro_batch_size": state.windows_at_once,
+            "micro_batch_size": state.micro_batch_size,
             "train_loss": average if math.isfinite(average) else None,
             "valid_loss": valid_loss if math.isfinite(valid_loss or 0.0) else None,
             "best_valid_loss": self.best["valid_loss"],
@@ -410,10 +410,11 @@ class Run:
         atomic_write(metrics / "wall_clock.csv", self.history.to_csv(self.clock), durable)
         return figures
 
-    def write_performance(self, device: torch.device, metrics: Path, forecast: Forecast) -> None:
+    def write_performance(self, metrics: Path, forecast: Forecast) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
         if not self.processes.leads:
             return
+        device = self.state.model.head.device
         tokens = self.config.batch_size * self.state.model.config.context_length
         flops = self.state.model.flops_per_token()
         size = self.processes.size
@@ -424,15 +425,10 @@ class Run:
                 round(statistics.median(seconds), 6) for seconds in by_rank
             ]
         chosen = {
-            "micro_batch_size": self.state.windows_at_once,
+            "micro_batch_size": self.state.micro_batch_size,
             "compiled": self.config.compile is True,
         }
         write_json(metrics / "performance.json", speed | chosen | forecast.beside_measured(device))
-
-
-def due(step: int, interval: int) -> bool:
-    """Whether something done every `interval` steps is done after this one."""
-    return step % interval == 0
 
 
 def _slow_rank(forward_seconds: list[list[float]], step_seconds: list[float]) -> str:

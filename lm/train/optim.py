@@ -149,7 +149,7 @@ class Muon(AdamW):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Return nearly the nearest orthogonal matrices (N, R, C): five Newton-Schulz steps, bfloat16."""
+    """Return nearly the nearest orthogonal matrices (N, R, C), by five Newton-Schulz steps."""
     a, b, c = _NEWTON_SCHULZ
     x = matrices.bfloat16()
     if transposed := x.shape[1] > x.shape[2]:
