@@ -59,13 +59,13 @@ def train_stage(inputs: Inputs) -> None:
             "code": inputs.code,
             "environment": environment(device, plan.config.compile is True),
         }
-        told = {
+        agreed = {
             "model": asdict(plan.model),
             "train": asdict(plan.config),
             "runtime": asdict(runtime),
             "command line": {"--resume-from": inputs.arguments.resume_from},
         }
-        processes.require_same(told | made_of)
+        processes.require_same(agreed | made_of)
         initialise = partial(_initialise, asked, tokenizer, processes)
         with naming_what_it_takes(plan):
             state = begin(plan, asked, processes, initialise)

@@ -23,7 +23,8 @@ from lm.data.tokenizer import byte_tokenizer
 from lm.model.kernels import cross_entropy
 from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.runs.checkpoint import commit, load_checkpoint, read_extra, save_checkpoint, verify
+from lm.runs.checkpoint import load_checkpoint, read_extra, save_checkpoint
+from lm.runs.manifest import commit, verify
 from lm.train.optim import OPTIMIZERS, AdamW
 from lm.train.step import TrainConfig
 from tests.project import SMOKE, change

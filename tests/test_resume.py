@@ -10,8 +10,9 @@ import torch
 
 from lm.base.errors import Busy, EnvironmentFault, InputError
 from lm.base.runs import remove_finished
-from lm.runs.checkpoint import load_checkpoint, save_checkpoint, verify
-from lm.runs.resume import ResumeDirectory, kept_checkpoints
+from lm.runs.checkpoint import load_checkpoint, save_checkpoint
+from lm.runs.manifest import verify
+from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints
 from lm.train.optim import OPTIMIZERS
 from tests.test_checkpoint import assert_same, trained
 

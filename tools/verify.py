@@ -34,8 +34,10 @@ from lm.model.fitting import require_finite, require_settings
 from lm.model.huggingface import start_from
 from lm.model.model_folder import load_model, read_provenance
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.runs.checkpoint import load_checkpoint, read_run, stored_weights, verify, weights_sha256
-from lm.runs.resume import kept_checkpoints
+from lm.runs.checkpoint import load_checkpoint, stored_weights, weights_sha256
+from lm.runs.manifest import verify
+from lm.runs.resume_directory import kept_checkpoints
+from lm.runs.saved_run import read_run
 from lm.train.loop import train
 from lm.train.state import TrainState, new_state
 from lm.train.step import TrainConfig

@@ -24,18 +24,11 @@ class Run(Protocol):
     """A run's life on disk, as far as the loop needs it: see lm.runs.run.Run."""
 
     @property
-    def finished(self) -> bool:
-        """Whether the last step is done or validation has stopped improving."""
-
+    def finished(self) -> bool: ...
     @property
-    def save_due(self) -> bool:
-        """Whether this step must be saved."""
-
-    def log(self, record: Record) -> None:
-        """Take in a finished step."""
-
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save_due(self) -> bool: ...
+    def log(self, record: Record) -> None: ...
+    def save(self) -> None: ...
 
 
 def fit(state: TrainState, tokens: Tokens, config: TrainConfig, run: Run) -> None:

@@ -6,7 +6,7 @@ A new one is a function that makes it, an entry of OPTIMIZERS and its name in Op
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from inspect import unwrap
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,21 +63,11 @@ class AdamW(Optimizer):
         """Return the entries of each parameter's state after its first step."""
         return {"step", "exp_avg", "exp_avg_sq"}
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             self._update(group)
-        return loss
 
     def _update(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]

@@ -289,7 +289,7 @@ def make_gradients(
     model: TransformerLM, config: TrainConfig, processes: Processes, end_id: int | None
 ) -> BatchGradients:
     """Return how the gradients of a batch are computed, as train.parallel and train.compile say."""
-    device, tree = model.head.device, config.reduction == "tree"
+    device, tree = model.head.device, {"sum": False, "tree": True}[config.reduction]
 
     def loss_of(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
         with autocast(device, config.dtype):

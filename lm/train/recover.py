@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate
+from typing import Any, Concatenate, assert_never
 
 import torch
 
@@ -59,8 +59,13 @@ def shrink_micro_batches(state: TrainState, config: TrainConfig) -> None:
 def skip_step(state: TrainState, config: TrainConfig, reason: str) -> Record:
     """Leave a step out; raise Diverged if the settings forbid that or it has not helped."""
     remedy = "lower train.lr, raise train.warmup_steps or set train.dtype: float32"
-    if config.on_nonfinite == "stop":
-        raise Diverged(f"{reason}; parameters untouched; {remedy}")
+    match config.on_nonfinite:
+        case "stop":
+            raise Diverged(f"{reason}; parameters untouched; {remedy}")
+        case "skip":
+            pass
+        case other:
+            assert_never(other)
     if state.skipped_in_a_row == config.max_skipped_steps:
         raise Diverged(
             f"{reason}; after skipping {count(config.max_skipped_steps, 'step')} in a row "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lm.base import rng
-from lm.base.settings import TrainConfig as TrainConfig
+from lm.base.settings import TrainConfig
 from lm.machine.device import compiled
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import ModelConfig, TransformerLM
