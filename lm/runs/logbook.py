@@ -1,7 +1,6 @@
 """What a run is and what it has been through, as its checkpoints keep it beside the state."""
 
 import math
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from lm.base.errors import Diverged
@@ -10,30 +9,8 @@ from lm.base.settings import TrainConfig
 from lm.base.tables import DIVERGED
 from lm.runs.checkpoint import Extra, weights_sha256
 from lm.runs.history import Clock, History
+from lm.runs.saved_run import Identity
 from lm.train.state import Record, TrainState
-
-
-@dataclass(frozen=True)
-class Identity:
-    """All that decides the result of a run: only a run that agrees in every part is resumed.
-
-    It becomes the model's provenance. It holds no clock, no path and no commit, or the outputs
-    would not reproduce.
-    """
-
-    model: dict[str, Any]
-    train: dict[str, Any]
-    inputs: dict[str, str]
-    code: dict[str, str]
-    environment: dict[str, Any]
-    resume_from: str | None = None  # SHA-256 of the checkpoint of another run that it continues
-
-    def parts(self) -> dict[str, Any]:
-        """Return it as files keep it."""
-        parts = asdict(self)
-        if self.resume_from is None:
-            del parts["resume_from"]
-        return parts
 
 
 class Logbook:

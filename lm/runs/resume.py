@@ -13,10 +13,10 @@ from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided
 from lm.base.settings import TrainConfig
 from lm.runs.checkpoint import Extra, load_checkpoint
 from lm.runs.history import Clock
-from lm.runs.logbook import Identity, Logbook
+from lm.runs.logbook import Logbook
 from lm.runs.manifest import commit, verify
 from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints, newest_first
-from lm.runs.saved_run import read_run
+from lm.runs.saved_run import Identity, read_run
 
 MOST_TOLD = 4  # differences of two runs in a line
 

@@ -26,12 +26,12 @@ from lm.base.settings import TrainConfig
 from lm.base.signals import CatchSignals
 from lm.data.tokenizer import Tokenizer
 from lm.plan.plan import Forecast
-from lm.runs.logbook import Identity, Logbook
+from lm.runs.logbook import Logbook
 from lm.runs.pace import Pace
 from lm.runs.publish import publish, write_metrics
 from lm.runs.resume import continue_from, report_others, require_continuable, resume
 from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints
-from lm.runs.saved_run import read_run
+from lm.runs.saved_run import Identity, read_run
 from lm.train.loop import due
 from lm.train.state import Record, TrainState
 
@@ -61,7 +61,7 @@ class Run:
         """
         self.state, self.config, self.runtime = state, config, runtime
         self.processes, self.live = state.processes, live if state.processes.leads else None
-        identity = Identity(asdict(state.model.config), asdict(config), **made_of)
+        identity = Identity(asdict(state.model.config), asdict(config), **made_of, resume_from=None)
         if resume_from is not None:
             self.processes.lead(lambda: require_continuable(resume_from, identity, config))
             identity = replace(identity, resume_from=sha256_file(resume_from))

@@ -1,6 +1,6 @@
 """What a checkpoint of stage train says of its run, checked before any of it is used."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -52,22 +52,41 @@ class _Scaler:
 
 
 @dataclass(frozen=True)
-class _Identity:
+class Identity:
+    """All that decides the result of a run: only a run that agrees in every part is resumed.
+
+    It becomes the model's provenance. It holds no clock, no path and no commit, or the outputs
+    would not reproduce.
+    """
+
     model: Extra
     train: Extra
     inputs: Extra
     code: Extra
     environment: Extra
-    micro_batch_sizes: Annotated[dict[str, Count], NOT_EMPTY, BY_STEP]
-    num_processes: Annotated[dict[str, Count], BY_STEP] | None
-    resume_from: str | None
+    resume_from: str | None  # SHA-256 of the checkpoint of another run that it continues
+
+    def parts(self) -> Extra:
+        """Return it as files keep it."""
+        parts = asdict(self)
+        if self.resume_from is None:
+            del parts["resume_from"]
+        return parts
 
 
 @dataclass(frozen=True)
-class _OfRun:
+class _SavedIdentity(Identity):
+    """An identity, and what may change on the way beside it, by the first step that had it."""
+
+    micro_batch_sizes: Annotated[dict[str, Count], NOT_EMPTY, BY_STEP]
+    num_processes: Annotated[dict[str, Count], BY_STEP] | None
+
+
+@dataclass(frozen=True)
+class _SavedRun:
     """What stage train saves beside model and optimizer: see lm.runs.logbook."""
 
-    identity: _Identity
+    identity: _SavedIdentity
     scaler: _Scaler | None
     history: _History
     best: _Best
@@ -92,9 +111,9 @@ def read_run(path: Path) -> Extra:
         part: migrated(part, extra["identity"][part]) for part in ADDED if part in extra["identity"]
     }
     identity = {"num_processes": None, "resume_from": None} | extra["identity"]
-    known = {key.name: extra[key.name] for key in fields(_OfRun) if key.name in extra}
+    known = {key.name: extra[key.name] for key in fields(_SavedRun) if key.name in extra}
     known |= {"identity": identity, "scaler": known.get("scaler") or None}
-    run = read_section(_OfRun, {"extra": known}, "extra", str(path))
+    run = read_section(_SavedRun, {"extra": known}, "extra", str(path))
     history, best = run.history, run.best
     merged = len(history.rows) * history.interval
     steps = [
