@@ -165,14 +165,16 @@ def guesses(run: RunResults) -> list[Any]:
 def metrics_of_all(runs: list[RunResults]) -> Iterator[tuple[str, list[str]]]:
     """Yield the words of each metric, its value in each of two runs, and the difference."""
     for name, (words, form) in METRICS.items():
-        values = {run.name: run.evaluation[name] for run in runs if name in run.evaluation}
-        difference = "-"
-        if len(values) == len(runs):
-            before, after = values.values()
-            difference = "same" if before == after else format(after - before, f"+{form}")
-        if values:
-            shown = [format(values[r.name], form) if r.name in values else "-" for r in runs]
-            yield words, [*shown, difference]
+        values = [run.evaluation.get(name) for run in runs]
+        if any(value is not None for value in values):
+            shown = ["-" if value is None else format(value, form) for value in values]
+            yield words, [*shown, _difference(*values, form)]
+
+
+def _difference(before: float | None, after: float | None, form: str) -> str:
+    if before is None or after is None:
+        return "-"
+    return "same" if before == after else format(after - before, f"+{form}")
 
 
 def tiles(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
