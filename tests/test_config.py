@@ -12,7 +12,7 @@ from ruamel.yaml import YAMLError
 from lm.base.config import RuntimeConfig, load_params, parse_yaml, read_section
 from lm.base.errors import InputError
 from lm.data.tokenizer import TokenizerConfig
-from lm.export.folder import ExportConfig
+from lm.export.card import ExportConfig
 from lm.model.loss import EvaluateConfig
 from lm.model.transformer import ModelConfig
 from lm.prepare.documents import DataConfig, SourceConfig

@@ -20,6 +20,7 @@ from lm.base.config import (
     UP_TO_ONE,
     Bound,
     Count,
+    key_of,
 )
 from lm.base.errors import InputError
 
@@ -49,7 +50,7 @@ class ModelConfig:
     norm: Literal["rmsnorm", "none"]
     norm_position: Literal["pre", "post"]
     position_embedding: Literal["rope", "none"]
-    ffn: Literal["swiglu", "silu"]
+    ffn: Annotated[str, key_of("lm/model/activations.py", "ACTIVATIONS")]
     intra_document_masking: bool
     zero_init: bool  # of what each residual branch ends with
 
