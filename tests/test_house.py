@@ -157,8 +157,21 @@ def test_a_stage_is_short(stage):
 
 def test_presets_have_the_keys_of_params_yaml():
     default = {s: set(keys) for s, keys in load_params(ROOT / "params.yaml").items()}
-    for file in (ROOT / "presets").glob("*.yaml"):
+    for file in (ROOT / "presets").glob("*.yaml"):  # `python -m tools.settings` adds a new one
         assert {s: set(keys) for s, keys in load_params(file).items()} == default
+
+
+def test_presets_name_only_what_differs():
+    default = load_params(ROOT / "presets" / "default.yaml")
+    for file in (ROOT / "presets").glob("*.yaml"):
+        own = yaml.safe_load(file.read_text())
+        if own.pop("extends", None) is not None:
+            assert not [
+                (file.name, section, key)
+                for section, keys in load_params(file).items()
+                for key, value in keys.items()
+                if (value != default[section][key]) != (key in own.get(section, {}))
+            ]
 
 
 def test_default_packages_are_the_pinned_ones():

@@ -87,19 +87,24 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-    """params.yaml as nested dicts, with `section.key=value` overrides applied.
+    """Return params.yaml, or a preset, as nested dicts with `section.key=value` overrides applied.
+
+    A preset says `extends: FILE` and names only what differs from that file, which lies beside it.
 
     Raises InputError for a file that is missing or malformed and for an override of a key
     that the file does not have.
     """
-    params = parse_yaml(_read_text(path), str(path))
-    if not isinstance(params, dict):
-        raise InputError(f"{path}: holds no sections; expected {', '.join(SECTIONS)}")
-    for name, section in params.items():
-        if name not in SECTIONS:
-            raise InputError(f"{path}: unknown section {_brief(name)}{_suggest(name, SECTIONS)}")
-        if not isinstance(section, dict):
-            raise InputError(f"{path}: section {name} holds no keys")
+    params = _parse_file(path)
+    if "extends" in params:
+        base = path.parent / str(params.pop("extends"))
+        if not base.is_file():
+            raise InputError(
+                f"{path}: extends {base}, which is not there; a preset names only what differs: "
+                "`make preset NAME=...` writes a complete params.yaml from it"
+            )
+        params = _lay_over(_sections(_parse_file(base), base), _sections(params, path), path)
+    else:
+        params = _sections(params, path)
     for override in overrides:
         key, equals, text = override.partition("=")
         *parents, name = key.split(".")
@@ -109,6 +114,37 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
         if key not in known:
             raise InputError(f"-S {override}: unknown key {key}{_suggest(key, known)}")
         known[key][name] = _override(text.strip(), f"-S {override}")
+    return params
+
+
+def _parse_file(path: Path) -> dict[str, Any]:
+    params = parse_yaml(_read_text(path), str(path))
+    if not isinstance(params, dict):
+        raise InputError(f"{path}: holds no sections; expected {', '.join(SECTIONS)}")
+    return params
+
+
+def _sections(params: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Return `params`. Raise InputError for an unknown section and for one without keys."""
+    for name, section in params.items():
+        if name not in SECTIONS:
+            raise InputError(f"{path}: unknown section {_brief(name)}{_suggest(name, SECTIONS)}")
+        if not isinstance(section, dict):
+            raise InputError(f"{path}: section {name} holds no keys")
+    return params
+
+
+def _lay_over(
+    params: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]], path: Path
+) -> dict[str, dict[str, Any]]:
+    """Return `params` with the values of a preset. Raise InputError for a key it does not have."""
+    known = dict(_keys(params))
+    for name, section in changes.items():
+        for key, value in section.items():
+            if f"{name}.{key}" not in known:
+                suggestion = _suggest(f"{name}.{key}", known)
+                raise InputError(f"{path}: unknown key {_brief(f'{name}.{key}')}{suggestion}")
+            params[name][key] = value
     return params
 
 
