@@ -14,6 +14,7 @@ import yaml
 from lm.base.config import load_params
 from lm.model.transformer import ModelConfig, TransformerLM
 from tests.project import ROOT, SMOKE
+from tools import settings
 
 ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
 # the rows of its table of wings, lowest first: a wing may import those above it in the table
@@ -182,11 +183,17 @@ def test_default_packages_are_the_pinned_ones():
     )
 
 
-def test_readme_explains_every_setting():
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_of_settings_explains_every_setting_and_is_up_to_date():
+    text = settings.PAGE.read_text()
+    assert settings.page() == text  # else run: python -m tools.settings
     for section, keys in load_params(ROOT / "params.yaml").items():
         for key in keys:
-            assert f"`{section}.{key}`" in readme, f"{section}.{key}"
+            (row,) = re.findall(rf"^\| `{section}.{key}` \|.*\|$", text, re.M)
+            values, default, what, stages = re.split(r" (?<!\\)\| ", row)[1:]
+            assert values, key
+            assert default != "``", key
+            assert len(what) > 5, key
+            assert (stages.strip("| ") == "") == (section == "runtime")
 
 
 def test_readme_loop_runs(tmp_path, monkeypatch):

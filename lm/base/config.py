@@ -3,9 +3,10 @@
     params.yaml --load_params--> dict --(-S key=value)--> dict --read_section--> TrainConfig(...)
 
 A dataclass has no defaults, because DVC cannot see a default that lives in code: every
-setting stands in params.yaml. Types come from the annotations; a bound is an Annotated:
+setting stands in params.yaml. An annotation holds the type, bounds and the description, from
+which `python -m tools.settings` makes docs/SETTINGS.md:
 
-    lr: Annotated[float, POSITIVE]
+    lr: Annotated[float, POSITIVE, "peak learning rate of AdamW"]
 """
 
 import argparse
@@ -52,6 +53,7 @@ NOT_EMPTY = Bound(lambda x: len(x) > 0, "must not be empty")
 INSIDE_ONE = Bound(lambda x: 0 < x < 1, "must be in (0, 1)")
 SEED = Bound(lambda x: 0 <= x < 2**63, "must be in [0, 2**63)")
 
+UP_TO_1024 = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
 BELOW_2_31 = Bound(lambda x: x < 2**31, "must be < 2**31")  # what torch counts with
 
 Count = Annotated[int, AT_LEAST_ONE, BELOW_2_31]
@@ -61,13 +63,23 @@ Count = Annotated[int, AT_LEAST_ONE, BELOW_2_31]
 class RuntimeConfig:
     """The section `runtime`: where and how visibly to run. No DVC stage depends on it."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    log_interval: Count  # steps between two lines on the console
-    checkpoint_interval: Count  # steps between two checkpoints
-    keep_checkpoints: Annotated[int, Bound(lambda x: x >= 2, "must be >= 2")]
-    num_workers: Annotated[int, Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")] | None
-    num_processes: Annotated[int, Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")]
-    process_timeout_s: Count  # a process that the others await for longer counts as hung
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: CUDA, else MPS, else CPU"]
+    log_interval: Annotated[Count, "steps between two lines on the console"]
+    checkpoint_interval: Annotated[Count, "steps between two checkpoints"]
+    keep_checkpoints: Annotated[
+        int, Bound(lambda x: x >= 2, "must be >= 2"), "of an unfinished run"
+    ]
+    num_workers: Annotated[
+        Annotated[int, UP_TO_1024] | None, "processes that prepare data; null: one a core"
+    ]
+    num_processes: Annotated[
+        int, UP_TO_1024, "processes that train, on this machine; `torchrun` says it instead"
+    ]
+    process_timeout_s: Annotated[
+        Count,
+        "a process that the others have awaited for longer counts as hung; with `num_processes` "
+        "also the time to save after a signal",
+    ]
 
 
 MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds
@@ -214,7 +226,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is Annotated:
         value = _convert(value, arguments[0], key)
         for bound in arguments[1:]:
-            if not bound.holds(value):
+            if isinstance(bound, Bound) and not bound.holds(value):
                 raise InputError(f"{key} = {_brief(value)}: {bound.text}")
         return value
     if hint is Any:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lm.base.config import read_section
+from lm.base.config import UP_TO_1024, read_section
 from lm.base.errors import InputError
 from lm.base.files import (
     read_json,
@@ -25,7 +25,6 @@ from lm.base.files import (
     write_json,
     writing,
 )
-from lm.base.settings import THREADS
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.gauges import free_memory_bytes
 from lm.model.fitting import (
@@ -128,7 +127,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def _is_threads(value: Any) -> bool:
-    return value is None or (type(value) is int and THREADS.holds(value))
+    return value is None or (type(value) is int and UP_TO_1024.holds(value))
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:
