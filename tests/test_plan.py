@@ -199,7 +199,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     out_of_memory_above(monkeypatch, 1)
     state, records = run(model_config, train_config)
     assert [record["step"] for record in records] == list(range(1, 21))
-    assert state.windows_at_once == 1
+    assert state.micro_batch_size == 1
     assert all(
         torch.equal(tensor, weights(state)[key]) for key, tensor in weights(expected).items()
     )
@@ -421,7 +421,7 @@ def test_processes_hold_and_send_what_is_planned(
     ids, one = torch.zeros(1, 16, dtype=torch.int64), torch.ones(())
     with Sent() as sent:
         for number in range(micro_batches):
-            backward(ids, ids, one, number == micro_batches - 1)
+            backward.add(ids, ids, one, number == micro_batches - 1)
         state.optimizer.step()
     planned = communication(model_config, config, 4, micro_batches)
     assert sorted(planned.values()) == sorted(sent.bytes.values())
@@ -459,7 +459,7 @@ def test_planned_memory_of_fsdp_is_what_torch_holds_at_once(
     def update():
         state.optimizer.zero_grad(set_to_none=True)
         for number in range(micro_batches):
-            backward(ids, ids, one, number == micro_batches - 1)
+            backward.add(ids, ids, one, number == micro_batches - 1)
         state.optimizer.step()
 
     update()  # makes the optimizer's state

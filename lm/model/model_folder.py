@@ -25,6 +25,7 @@ from lm.base.files import (
     write_json,
     writing,
 )
+from lm.base.migrations import ADDED, migrated
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.gauges import free_memory_bytes
 from lm.model.fitting import (
@@ -123,7 +124,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         and _is_threads(provenance["train"].get("num_threads"))
     ):
         raise InputError(f"{folder / 'provenance.json'}: not a record of stage train; run it again")
-    return provenance
+    return {**provenance, **{part: migrated(part, provenance[part]) for part in ADDED}}
 
 
 def _is_threads(value: Any) -> bool:
@@ -136,9 +137,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
     Raises InputError if a file is missing, torn or does not fit the others.
     """
     file = folder / "config.json"
-    settings = read_json(file)
-    if isinstance(settings, dict):  # models from before there was the choice
-        settings.setdefault("intra_document_masking", False)
+    settings = migrated("model", read_json(file))
     config = read_section(ModelConfig, {"model": settings}, "model", str(file))
     path = folder / "model.safetensors"
     with open_safetensors(path) as file:
