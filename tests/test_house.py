@@ -15,6 +15,7 @@ import yaml
 from lm.base.config import load_params
 from lm.model.transformer import ModelConfig, TransformerLM
 from tests.project import ROOT, SMOKE
+from tools import settings
 
 ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
 # the rows of its table of wings, lowest first: a wing may import those above it in the table
@@ -265,8 +266,21 @@ def test_a_copy_with_other_names_and_words_is_found():
 
 def test_presets_have_the_keys_of_params_yaml():
     default = {s: set(keys) for s, keys in load_params(ROOT / "params.yaml").items()}
-    for file in (ROOT / "presets").glob("*.yaml"):
+    for file in (ROOT / "presets").glob("*.yaml"):  # `python -m tools.settings` adds a new one
         assert {s: set(keys) for s, keys in load_params(file).items()} == default
+
+
+def test_presets_name_only_what_differs():
+    default = load_params(ROOT / "presets" / "default.yaml")
+    for file in (ROOT / "presets").glob("*.yaml"):
+        own = yaml.safe_load(file.read_text())
+        if own.pop("extends", None) is not None:
+            assert not [
+                (file.name, section, key)
+                for section, keys in load_params(file).items()
+                for key, value in keys.items()
+                if (value != default[section][key]) != (key in own.get(section, {}))
+            ]
 
 
 def test_default_packages_are_the_pinned_ones():
@@ -277,11 +291,17 @@ def test_default_packages_are_the_pinned_ones():
     )
 
 
-def test_readme_explains_every_setting():
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_of_settings_explains_every_setting_and_is_up_to_date():
+    text = settings.PAGE.read_text()
+    assert settings.page() == text  # else run: python -m tools.settings
     for section, keys in load_params(ROOT / "params.yaml").items():
         for key in keys:
-            assert f"`{section}.{key}`" in readme, f"{section}.{key}"
+            (row,) = re.findall(rf"^\| `{section}.{key}` \|.*\|$", text, re.M)
+            values, default, what, stages = re.split(r" (?<!\\)\| ", row)[1:]
+            assert values, key
+            assert default != "``", key
+            assert len(what) > 5, key
+            assert (stages.strip("| ") == "") == (section == "runtime")
 
 
 def test_readme_loop_runs(tmp_path, monkeypatch):

@@ -31,11 +31,21 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 class TokenizerConfig:
     """The section `tokenizer`."""
 
-    kind: Literal["bpe", "bytes", "file", "tiktoken"]
-    vocab_size: Count  # of "bpe", the end token included
-    sample_bytes: Annotated[int, AT_LEAST_ONE]  # of training text that "bpe" learns from, at most
-    source: str | None  # "file": a name in data/tokenizers/; "tiktoken": an encoding's name
-    end_token: Annotated[str, NOT_EMPTY]  # stands between documents
+    kind: Annotated[
+        Literal["bpe", "bytes", "file", "tiktoken"],
+        "learn byte-level BPE; plain bytes; a `tokenizer.json` of yours; an encoding by name",
+    ]
+    vocab_size: Annotated[Count, "bpe: from 257 to 2^20, the end token included"]
+    sample_bytes: Annotated[
+        int,
+        AT_LEAST_ONE,
+        "bpe learns from this much of the training text at most, sampled by document; a word of "
+        "more than 1,024 characters counts as several",
+    ]
+    source: Annotated[
+        str | None, "file: its name in `data/tokenizers/`; tiktoken: `gpt2`, `o200k_base`, ..."
+    ]
+    end_token: Annotated[str, NOT_EMPTY, "the token that ends each document"]
 
     def __post_init__(self) -> None:
         if self.kind == "bpe" and self.vocab_size < 257:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lm.base.config import read_section
+from lm.base.config import UP_TO_1024, read_section
 from lm.base.errors import InputError
 from lm.base.files import (
     read_json,
@@ -26,7 +26,6 @@ from lm.base.files import (
     writing,
 )
 from lm.base.migrations import ADDED, migrated
-from lm.base.settings import THREADS
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.gauges import free_memory_bytes
 from lm.model.fitting import (
@@ -41,7 +40,6 @@ from lm.model.transformer import ModelConfig, TransformerLM
 MAX_HEADER_BYTES = 1 << 24  # of safetensors: what it says of 100,000 tensors
 PROBED = 16  # ids whose logits are computed when a model is opened
 PROVENANCE = ("model", "train", "inputs", "code", "environment")
-# settings of the section `model` that older folders and checkpoints lack, and what they did then
 
 
 def open_safetensors(path: Path) -> Any:
@@ -130,7 +128,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def _is_threads(value: Any) -> bool:
-    return value is None or (type(value) is int and THREADS.holds(value))
+    return value is None or (type(value) is int and UP_TO_1024.holds(value))
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:
