@@ -65,14 +65,17 @@ def with_command_line(*packages):
 
 
 def imported_by(module):
-    """The modules that a file imports from."""
+    """The modules that a program imports from, and those of the module whose main it calls."""
     path = ROOT / module.replace(".", "/")
-    if path.is_dir():  # its __main__ calls the main of one of its modules
-        return imported_by(re.findall(r"from (\S+)", (path / "__main__.py").read_text())[0])
-    tree = ast.parse(path.with_suffix(".py").read_text())
-    froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
-    return froms | names
+    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = {name.name for name in getattr(node, "names", [])}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module} | (imported_by(node.module) if "main" in names else set())
+        elif isinstance(node, ast.Import):
+            found |= names
+    return found
 
 
 class Asked(BaseException):
