@@ -428,6 +428,7 @@ ROWS = [
     setting("model.dropout", "-0.1", "params.yaml: model.dropout = -0.1: must be in [0, 1)"),
     setting("model.norm", "layernorm", "params.yaml: model.norm = layernorm: must be one of rmsnorm, none"),
     setting("model.norm", "a" * 1000, f"params.yaml: model.norm = {'a' * 80}...: must be one of rmsnorm, none"),
+    setting("model.ffn", "relu_cubed", "params.yaml: model.ffn = relu_cubed: must be one of swiglu, silu"),
     written("train", "params.yaml: model.norm = a\\nb\\x1b[31m: must be one of rmsnorm, none", model={"norm": "a\nb\x1b[31m"}),
     setting("model.qk_norm", "1", "params.yaml: model.qk_norm = 1 is a number, wanted true or false"),
     setting("model.context_length", "100000", "train split has 13578 tokens, needs at least 100001; lower model.context_length or add text"),

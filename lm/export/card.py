@@ -25,7 +25,7 @@ LICENSE = Bound(lambda x: x.replace("-", "").replace(".", "").isalnum() and x.is
 class ExportConfig:
     """The section `export`."""
 
-    license: Annotated[str, LICENSE] | None  # for the model card
+    license: Annotated[Annotated[str, LICENSE] | None, "stands in the model card; null: unknown"]
 
 
 @dataclass(frozen=True)

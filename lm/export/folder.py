@@ -25,6 +25,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.export.agreement import compared
 from lm.export.card import MARK, ExportConfig, Results, card
 from lm.export.curve import loss_curve
+from lm.generate.decoder import require_same_logits
 from lm.model.huggingface import not_stock, stock_config, stock_weights
 from lm.model.model_folder import load_model, read_provenance, write_checkpoint
 
@@ -82,8 +83,10 @@ def export(source: Path, config: ExportConfig, results: Results | None) -> Folde
         files["loss.svg"] = loss_curve(results.curves).encode()
     if why_no_weights:
         return Folder(files, {}, why_no_weights)
+    text = tokenizer.encode(page)
+    require_same_logits(model, text, tokenizer.end_id)
     settings, weights = stock_config(model.config, tokenizer.end_id), stock_weights(model)
-    say(compared(model, settings, weights, tokenizer.encode(page)))
+    say(compared(model, settings, weights, text))
     return Folder(files | _settings_files(settings, tokenizer), weights, None)
 
 

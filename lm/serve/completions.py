@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lm.data.tokenizer import Tokenizer
-from lm.generate.stream import Piece, Reason, Sampled, stream
+from lm.generate.stream import NewToken, Reason, TextChunk, stream
 from lm.model.transformer import TransformerLM
 from lm.serve.request import Prompt, Request
 
@@ -137,11 +137,11 @@ class Served:
         """Return the prompt as the first part of a choice, its tokens scored if asked for."""
         tokens = [] if request.logprobs is None else self._scored(prompt.ids, request.logprobs)
         reason: Reason | None = None if request.max_tokens else "length"
-        piece = Piece(index, prompt.text, tokens, reason)
+        piece = TextChunk(index, prompt.text, tokens, reason)
         return _part(piece, _TokenNames(self.tokenizer), request)
 
     @torch.inference_mode()
-    def _scored(self, ids: list[int], top_logprobs: int) -> list[Sampled]:
+    def _scored(self, ids: list[int], top_logprobs: int) -> list[NewToken]:
         """Return a prompt's tokens as if the model had drawn them; the first has no probability."""
         row = torch.tensor([ids], device=next(self.model.parameters()).device)
         logits = self.model(row, documents=self.model.documents(row, self.tokenizer.end_id))
@@ -149,7 +149,7 @@ class Served:
         chosen = logprobs.gather(1, row[0, 1:, None]).squeeze(1)
         values, best = logprobs.topk(min(top_logprobs, logprobs.shape[1]))  # (T - 1, n)
         tops = map(zip, best.tolist(), values.tolist())
-        return [Sampled(ids[0]), *map(Sampled, ids[1:], chosen.tolist(), map(tuple, tops))]
+        return [NewToken(ids[0]), *map(NewToken, ids[1:], chosen.tolist(), map(tuple, tops))]
 
 
 class _TokenNames:
@@ -159,7 +159,7 @@ class _TokenNames:
         self.tokenizer, self.n_characters = tokenizer, n_characters
         self.characters = getincrementaldecoder("utf-8")("replace")
 
-    def logprobs(self, tokens: Sequence[Sampled]) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """Return the entry `logprobs` of a part, for the next tokens of its choice."""
         found: dict[str, Any] = {
             "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
@@ -184,7 +184,7 @@ class _TokenNames:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _part(piece: Piece, names: _TokenNames, request: Request) -> Part:
+def _part(piece: TextChunk, names: _TokenNames, request: Request) -> Part:
     return {
         "index": piece.row,
         "text": piece.text,
