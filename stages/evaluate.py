@@ -54,7 +54,6 @@ def evaluate_stage(inputs: Inputs) -> None:
     training = read_result(TRAIN) if TRAIN.is_file() else None
     make_deterministic(device, provenance["train"].get("num_threads"))
     tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"), tokenizer)
-
     require_logits_fit(config, model, tokens.valid, device)
     lengths = tokenizer.byte_lengths
     sums = evaluate(model, tokens.valid, config.batch_size, lengths, stride=config.stride)
@@ -68,7 +67,6 @@ def evaluate_stage(inputs: Inputs) -> None:
     held_out = excerpt(model, tokens.valid, tokenizer)
     stops_early = provenance["train"].get("early_stopping") is not None
     remarks = remarks_on(metrics, baselines, training, stops_early)
-
     inputs.check()
     write_json(RESULTS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
     write_csv(RESULTS / "loss_by_position.csv", POSITIONS, loss_by_position(sums))

@@ -42,7 +42,7 @@ def train_stage(inputs: Inputs) -> None:
     Under DVC, which has deleted the outputs by now, curves.csv and train.json can be watched.
     """
     asked = inputs.section(TrainConfig, "train")
-    runtime = inputs.section(RuntimeConfig, "runtime")
+    runtime, resume_from = inputs.section(RuntimeConfig, "runtime"), inputs.arguments.resume_from
     if runtime.num_processes > 1 and not launched():
         share_of_batch(asked, runtime.num_processes)
         require_room_for_processes(runtime.num_processes)
@@ -63,13 +63,12 @@ def train_stage(inputs: Inputs) -> None:
             "model": asdict(plan.model),
             "train": asdict(plan.config),
             "runtime": asdict(runtime),
-            "command line": {"--resume-from": inputs.arguments.resume_from},
+            "command line": {"--resume-from": resume_from},
         }
         processes.require_same(agreed | made_of)
-        initialise = partial(_initialise, asked, tokenizer, processes)
         with naming_what_it_takes(plan):
+            initialise = partial(_initialise, asked, tokenizer, processes)
             state = begin(plan, asked, processes, initialise)
-        resume_from = inputs.arguments.resume_from
         live = METRICS if "DVC_ROOT" in os.environ else None
         run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
         with naming_what_it_takes(plan), run_ as this_run:

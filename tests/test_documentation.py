@@ -68,7 +68,8 @@ def imported_by(module):
     """The modules that a file imports from."""
     path = ROOT / module.replace(".", "/")
     if path.is_dir():  # its __main__ calls the main of one of its modules
-        return imported_by(re.findall(r"from (\S+)", (path / "__main__.py").read_text())[0])
+        ours = re.findall(r"^from (lm\.\S+|tools\.\S+)", (path / "__main__.py").read_text(), re.M)
+        return set().union(*map(imported_by, [f"{module}.__main__", *ours]))
     tree = ast.parse(path.with_suffix(".py").read_text())
     froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}

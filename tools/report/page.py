@@ -168,7 +168,7 @@ def metrics_of_all(runs: list[RunResults]) -> Iterator[tuple[str, list[str]]]:
         values = [run.evaluation.get(name) for run in runs]
         if any(value is not None for value in values):
             shown = ["-" if value is None else format(value, form) for value in values]
-            yield words, [*shown, _difference(*values, form)]
+            yield words, [*shown, _difference(values[0], values[-1], form)]
 
 
 def _difference(before: float | None, after: float | None, form: str) -> str:
