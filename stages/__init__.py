@@ -1,6 +1,6 @@
 """The stages of dvc.yaml, one module each: only they know paths and params.yaml.
 
-Here is what must come before their imports, since importing torch takes seconds.
+This file does what must come before their imports, which take seconds.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ from types import CodeType
 
 ROOT = Path(__file__).parent.parent
 CODE = ("lm", "stages", "tools")
-EXECUTED: dict[Path, str] = {}  # SHA-256 of this project's code that was imported
+EXECUTED: dict[Path, str] = {}  # SHA-256 of each imported file of this project
 
 
 class _FromSource(SourceFileLoader):
-    """Compiles a module from its source and keeps the hash of what it compiled.
+    """Compile a module from its source and record the hash of that source.
 
-    Python's bytecode cache trusts size and time, so it can run what the file no longer says; and
-    a file that is edited while torch is being imported would be recorded without having run.
+    Python's bytecode cache trusts size and time, so it may run an older source. And without this
+    record, a file that is edited while torch is being imported would be hashed without having run.
     """
 
     def get_code(self, fullname: str) -> CodeType:

@@ -2,8 +2,8 @@
 
     python -m stages.check    the first step of `make repro`; silent if all is well
 
-Each stage begins with it as well, but by name and in a process of its own: it decides no byte of an
-output, so no stage depends on its code. It loads little (no torch), so nobody waits for it.
+Each stage begins with it as well, by name and in a process of its own. No stage depends on this
+code, since it decides no byte of an output. It loads no torch and so takes no time.
 """
 
 import re
@@ -24,12 +24,12 @@ PARAMS, RAW = Path("params.yaml"), Path("data/raw")  # the text of stage corpus
 def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") -> None:
     """Raise InputError for a wrong setting, and for a file that one names and that is missing.
 
-    A stage looks only for files that a later one reads; a file is for its own reader to judge.
+    A stage looks only for files that a later stage reads; the content is for the reader to judge.
     """
     corpus = read_section(CorpusConfig, params, "corpus", where)
     data = read_section(DataConfig, params, "data", where)
     tokenizer = read_section(TokenizerConfig, params, "tokenizer", where)
-    read_section(ModelConfig, params, "model", where, vocab_size=1)  # is known from the tokens
+    read_section(ModelConfig, params, "model", where, vocab_size=1)  # the tokens decide it
     train = read_section(TrainConfig, params, "train", where)
     read_section(EvaluateConfig, params, "evaluate", where)
     read_section(ExportConfig, params, "export", where)
@@ -61,7 +61,7 @@ def _require_text(data: DataConfig) -> None:
 
 
 def _dvc_makes(path: Path) -> bool:
-    """Whether DVC brings or makes what is missing: it has a .dvc file or stands in dvc.yaml."""
+    """Return whether DVC brings or makes a missing path: by a .dvc file, or a stage of dvc.yaml."""
     pipeline = Path("dvc.yaml")
     text = pipeline.read_text(encoding="utf-8") if pipeline.is_file() else ""
     return any(

@@ -14,13 +14,14 @@ from lm.base.files import atomic_write, sha256_file, write_json
 from lm.base.runs import remove_finished, run_folder
 from lm.base.settings import CorpusConfig, EvaluateConfig
 from lm.base.shapes import read_result
+from lm.base.tables import remarks_on
 from lm.data.batches import open_tokens, windows
 from lm.evaluate.baselines import baseline_losses_nats
 from lm.evaluate.excerpt import excerpt, excerpt_json
 from lm.evaluate.floor import floor
 from lm.evaluate.metrics import finite_metrics, require_logits_fit
 from lm.evaluate.samples import draw_samples, samples_as_markdown
-from lm.evaluate.summary import remarks_on, summary
+from lm.evaluate.summary import summary
 from lm.generate.decoder import require_same_logits
 from lm.machine.device import choose_device, make_deterministic
 from lm.model.loss import calibration, evaluate, loss_by_position

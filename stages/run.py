@@ -1,6 +1,6 @@
-"""What every stage shares: its command line, what it read, and how it ends.
+"""The frame of every stage: `python -m stages.NAME [-S section.key=value ...]`.
 
-A stage is started as `python -m stages.NAME [-S section.key=value ...]`.
+command line, params.yaml --run--> Inputs --the stage--> outputs, if Inputs.check finds no change
 """
 
 import argparse
@@ -32,69 +32,71 @@ Listing = Callable[[], list[Path]]
 
 
 class Inputs:
-    """All that a stage reads: settings, code, files; each must stay as it was until the end.
+    """The settings, code and files that a stage reads, and a check that none has changed.
 
-    DVC hashes dependencies after the stage: an input edited meanwhile would be recorded with
-    outputs that were made from the old one.
+    DVC hashes dependencies after the stage. It would record an input that was edited meanwhile
+    with outputs that were made from the old one.
     """
 
     def __init__(self, arguments: argparse.Namespace, sections: list[str]):
         self.arguments, self.sections = arguments, sections
         self.params = load_params(PARAMS, arguments.overrides)
         self.code = _imported_code()
-        self.files: dict[Path, str] = {}  # SHA-256 by path, of those that are hashed
-        self._signatures: dict[Path, Signature] = {}
+        self.files: dict[Path, str] = {}  # SHA-256 of each file that `watch` was given
+        self._signatures: dict[Path, Signature] = {}  # of all watched files
         self._listings: list[tuple[Listing, list[Path]]] = []
-        self._looks: list[Signature | None] = []  # of code and settings, when last compared
+        self._last_compared: list[Signature | None] = []  # signatures of code and params.yaml
 
     def section(self, kind: type[Config], name: str, **derived: Any) -> Config:
-        """A section of params.yaml as its dataclass; see lm.base.config.read_section."""
+        """Return a section of params.yaml as its dataclass; see lm.base.config.read_section."""
         return read_section(kind, self.params, name, str(PARAMS), **derived)
 
     def watch(self, *paths: Path) -> None:
-        """Remember the content of files that are to be read: of a file or of a folder."""
+        """Hash files, and all files of folders, before the stage reads them."""
         for path in paths:
-            for file in self.watch_untouched(partial(_files, path)):
+            for file in self.watch_without_hashing(partial(_files, path)):
                 self.files[file] = sha256_file(file)
 
-    def watch_untouched(self, listing: Listing, files: list[Path] | None = None) -> list[Path]:
-        """Remember the look of files that are too large to be hashed twice; returns them.
+    def watch_without_hashing(
+        self, listing: Listing, files: list[Path] | None = None
+    ) -> list[Path]:
+        """Record size and times of files that are too large to be hashed twice; return the files.
 
-        `files` are what `listing` has just given, where it need not be called for them.
+        Pass `files` to spare a call if `listing` has just returned them.
         """
         files = listing() if files is None else files
         self._listings.append((listing, files))
         self._signatures.update({file: _signature(file) for file in files})
         return files
 
-    def check_files(self, again: bool = False) -> None:
-        """Raise InputError if a file has changed; `again` hashes even those that look untouched."""
+    def check_files(self, rehash: bool = False) -> None:
+        """Raise InputError if a file has changed; `rehash` also those that look unchanged."""
         for listing, listed in self._listings:
             for file in sorted(set(listing()) - set(listed)):
-                raise self._changed(file)
+                raise _changed(file)
         for file, before in self._signatures.items():
             if not file.is_file():
-                raise self._changed(file)
+                raise _changed(file)
             signature, sha256 = _signature(file), self.files.get(file)
-            if signature != before or (again and sha256 is not None):
+            if signature != before or (rehash and sha256 is not None):
                 if sha256_file(file) != sha256:
-                    raise self._changed(file)
+                    raise _changed(file)
                 self._signatures[file] = signature
 
     def check(self) -> None:
-        """Raise InputError if anything that the stage read has changed since: before publishing."""
-        self.check_files(again=True)
+        """Raise InputError if anything that the stage read has changed. Call before publishing."""
+        self.check_files(rehash=True)
         if edits := self._edits():
-            raise self._changed(edits)
+            raise _changed(edits)
 
     def warn_of_edits(self) -> None:
-        """Say, once for each edit, what `check` will complain about at the end."""
+        """Warn, once for each edit, of what `check` will raise at the end."""
         files = [PARAMS, *map(Path, self.code)]
         try:
-            looks = [_signature(file) if file.is_file() else None for file in files]
-            if looks == self._looks:
+            signatures = [_signature(file) if file.is_file() else None for file in files]
+            if signatures == self._last_compared:
                 return
-            self._looks = looks
+            self._last_compared = signatures
             edits = self._edits()
         except (InputError, OSError) as error:  # an editor may be writing it
             edits = str(error)
@@ -105,7 +107,7 @@ class Inputs:
             )
 
     def _edits(self) -> str:
-        """The code and the settings that have changed since the stage read them, in words."""
+        """Name the code and the settings that have changed since the stage read them."""
         found = [
             file
             for file, sha256 in self.code.items()
@@ -118,11 +120,12 @@ class Inputs:
                 found += [f"{PARAMS}: {section}.{k} ({how})" for k, how in differing.items()]
         return ", ".join(found)
 
-    def _changed(self, what: Path | str) -> InputError:
-        return InputError(
-            f"{what} has changed since the stage read it; nothing is published, because DVC would "
-            "record the new one with results of the old; put it back or leave it so, and run again"
-        )
+
+def _changed(what: Path | str) -> InputError:
+    return InputError(
+        f"{what} has changed since the stage read it; nothing is published, because DVC would "
+        "record the new one with results of the old; put it back or leave it so, and run again"
+    )
 
 
 def run(
@@ -130,10 +133,7 @@ def run(
     sections: list[str],
     *extra_arguments: tuple[str, dict[str, Any]],
 ) -> None:
-    """Parse the command line, read params.yaml, run the stage; user errors end in one line.
-
-    An override outside of `sections`, which are all that the stage reads, is such an error.
-    """
+    """Run a stage, which reads these sections alone; end with one line if the user is at fault."""
     parser = argparse.ArgumentParser(description=sys.modules[stage.__module__].__doc__)
     add_overrides(parser)
     for name, options in extra_arguments:
@@ -150,17 +150,16 @@ def run(
             if override.split(".")[0] not in sections:
                 known = ", ".join(sections)
                 raise InputError(f"-S {override}: this stage reads the sections {known} alone")
-        _check_all(inputs.params, stage.__name__.removesuffix("_stage"))
+        if "RANK" not in os.environ:  # else the launcher of this process has checked
+            _check_all_settings(inputs.params, stage.__name__.removesuffix("_stage"))
         stage(inputs)
 
 
-def _check_all(params: Params, stage: str) -> None:
+def _check_all_settings(params: Params, stage: str) -> None:
     """Exit with one line if any setting is wrong, also one that only a later stage reads.
 
-    In a process of its own: what the stage imports is what it depends on, and this decides no byte.
+    The check runs in a process of its own, so that the stage does not depend on what it imports.
     """
-    if "RANK" in os.environ:  # who launched this process has checked
-        return
     get = multiprocessing.get_context
     context = get("fork") if sys.platform == "linux" else get("spawn")  # see lm.prepare.workers
     process = context.Process(target=_check, args=(params, stage))
@@ -171,24 +170,24 @@ def _check_all(params: Params, stage: str) -> None:
 
 
 def _check(params: Params, stage: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the stage tells that it was interrupted
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the stage reports the interruption
     with one_line_errors():
         importlib.import_module("stages.check").check(params, str(PARAMS), stage)
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or all files of the folder; none if it is missing, which its reader will tell."""
+    """Return the file, or all files of the folder; none if it is missing: its reader raises."""
     return sorted(file for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def _signature(file: Path) -> Signature:
-    """What changes with the content, for sure: no program can set a file's ctime."""
+    """Return what a change of content always changes: no program can set a file's ctime."""
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _imported_code() -> dict[str, str]:
-    """The SHA-256 of every file of this project that was imported, by relative path."""
+    """Return the SHA-256 of every imported file of this project by its relative path."""
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     ours = sorted({Path(file).absolute() for file in files if file})
     return {

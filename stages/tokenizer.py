@@ -26,7 +26,7 @@ def tokenizer(inputs: Inputs) -> None:
     data = inputs.section(DataConfig, "data")
     num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
     inputs.watch(OWN_TOKENIZERS)
-    inputs.watch_untouched(partial(source_files, data))
+    inputs.watch_without_hashing(partial(source_files, data))
     found = split_documents(data, Counter())
     texts = islice((document.text for side, document in found if side == "train"), SAMPLES)
     if config.kind == "bpe":

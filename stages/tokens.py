@@ -39,7 +39,7 @@ def tokens(inputs: Inputs) -> None:
     tokenizer = open_encoder(job).tokenizer  # if it cannot be read, no text needs to be
     found = sources(data)
     files = [file for source in found for file in source.files]
-    inputs.watch_untouched(partial(source_files, data), files)
+    inputs.watch_without_hashing(partial(source_files, data), files)
     left_out = sum((source.left_out for source in found), Counter())
     shards = plan(data, found)
     todo = tasks(data, shards, num_workers)

@@ -91,7 +91,7 @@ def test_text_is_watched_without_being_read(inputs, project, change, what):
     def listing():
         return sorted(Path("text").glob("[!.]*.txt"))
 
-    assert len(inputs.watch_untouched(listing)) == 60
+    assert len(inputs.watch_without_hashing(listing)) == 60
     assert not [file for file in inputs.files if file.parent == Path("text")]
     inputs.check()
     change()

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 WORSE = 0.01  # times the best validation loss is noise
 DIVERGED = "diverged_at_step"  # in metrics/train.json of a run that has curves and no results
@@ -20,34 +20,41 @@ ROWS = {
 }
 
 
-def behind_bigram(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str | None:
-    """Return a remark if counting pairs of tokens predicts better than the model."""
-    loss, bigram = metrics["loss_nats"], baselines["bigram"]
-    if loss <= bigram:
-        return None
-    return (
-        f"the model ({loss:.4f}) is worse than the bigram baseline ({bigram:.4f}): train it "
-        "longer, or with another train.lr"
-    )
+class Predictor(NamedTuple):
+    """A row of the table of losses."""
+
+    key: str  # as in eval.json; "floor" for the entropy of the grammar
+    name: str
+    loss_nats: float
+    perplexity: float
+    bits_per_byte: float
 
 
-def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str:
-    """Return the validation loss beside its baselines as Markdown."""
+def predictors(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> list[Predictor]:
+    """Return the baselines, the model and the floor, if there is one, with their losses."""
     bits = metrics["tokens"] / (math.log(2) * metrics["bytes"])  # nats/token to bits/byte
     losses = {**baselines, "loss_nats": metrics["loss_nats"]}
     if "floor_bits_per_byte" in metrics:
         losses["floor"] = metrics["floor_bits_per_byte"] / bits
-    rows = {key: ROWS.get(key, key) for key in losses}
-    width = max(map(len, rows.values()))
+    return [
+        Predictor(key, ROWS.get(key, key), loss, math.exp(min(loss, 99.0)), loss * bits)
+        for key, loss in losses.items()
+    ]
+
+
+def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str:
+    """Return the validation loss beside its baselines as Markdown."""
+    rows = predictors(metrics, baselines)
+    width = max(len(row.name) for row in rows)
     lines = [
         f"Validation on {metrics['tokens']:,} tokens ({metrics['bytes']:,} bytes)",
         "",
         f"| {'':<{width}} | nats per token | perplexity | bits per byte |",
         f"|-{'-' * width}-|---------------:|-----------:|--------------:|",
         *(
-            f"| {rows[key]:<{width}} | {loss:>14.4f} | {math.exp(min(loss, 99.0)):>10,.1f} "
-            f"| {loss * bits:>13.4f} |"
-            for key, loss in losses.items()
+            f"| {row.name:<{width}} | {row.loss_nats:>14.4f} | {row.perplexity:>10,.1f} "
+            f"| {row.bits_per_byte:>13.4f} |"
+            for row in rows
         ),
     ]
     return "\n".join(lines) + "\n"
@@ -115,6 +122,31 @@ def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]], left_out:
     if left_out:
         lines += ["", f"Files not read: {left_out}"]
     return "\n".join(lines) + "\n"
+
+
+def remarks_on(
+    metrics: Mapping[str, Any],
+    baselines: Mapping[str, float],
+    training: Mapping[str, Any] | None,
+    stops_early: bool,
+) -> list[str]:
+    """Return what is wrong with the model; `training` is its metrics/train.json if it has one."""
+    found = [
+        _behind_bigram(metrics, baselines),
+        None if training is None else ended_worse(training, stops_early),
+    ]
+    return [remark for remark in found if remark]
+
+
+def _behind_bigram(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str | None:
+    """Return a remark if counting pairs of tokens predicts better than the model."""
+    loss, bigram = metrics["loss_nats"], baselines["bigram"]
+    if loss <= bigram:
+        return None
+    return (
+        f"the model ({loss:.4f}) is worse than the bigram baseline ({bigram:.4f}): train it "
+        "longer, or with another train.lr"
+    )
 
 
 def ended_worse(train: Mapping[str, Any], publishes_best: bool) -> str | None:

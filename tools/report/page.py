@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lm.base.console import count, duration
-from lm.base.tables import DIVERGED, ROWS, behind_bigram, ended_worse, plain
+from lm.base.tables import DIVERGED, plain, predictors, remarks_on
 from tools.experiments.read import flat, show
 
 HERE = Path(__file__).parent
@@ -182,34 +182,26 @@ def tiles(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     return [(METRICS[n][0], format(evaluation[n], METRICS[n][1])) for n in TILES if n in evaluation]
 
 
-def predictors(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+def predictor_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the model beside its baselines, each with its share of the largest loss."""
-    losses = {**evaluation["baseline_loss_nats"], "loss_nats": evaluation["loss_nats"]}
-    bits = evaluation["bits_per_byte"] / evaluation["loss_nats"]
-    if floor := evaluation.get("floor_bits_per_byte"):
-        losses["floor"] = floor / bits
-    widest = max(losses.values())
+    rows = predictors(evaluation, evaluation["baseline_loss_nats"])
+    widest = max(row.loss_nats for row in rows)
     return [
-        {
-            "name": ROWS[key].capitalize(),
-            "is_model": key == "loss_nats",
-            "loss_nats": loss,
-            "perplexity": math.exp(min(loss, 99.0)),
-            "bits_per_byte": loss * bits,
-            "share": max(0.0, min(1.0, loss / widest)),
+        row._asdict()
+        | {
+            "name": row.name.capitalize(),
+            "is_model": row.key == "loss_nats",
+            "share": max(0.0, min(1.0, row.loss_nats / widest)),
         }
-        for key, loss in losses.items()
+        for row in rows
     ]
 
 
 def remarks(run: RunResults) -> list[str]:
     """Return what a reader should be warned of."""
     stops_early = run.provenance["train"].get("early_stopping") is not None
-    found = (
-        behind_bigram(run.evaluation, run.evaluation["baseline_loss_nats"]),
-        ended_worse(run.train, stops_early),
-    )
-    return [remark for remark in found if remark]
+    baselines = run.evaluation["baseline_loss_nats"]
+    return remarks_on(run.evaluation, baselines, run.train, stops_early)
 
 
 def loss_of_last_quarter(positions: Rows) -> float:
@@ -308,7 +300,7 @@ ENVIRONMENT.globals |= {
     function.__name__: function
     for function in (
         completions_by_prompt, count, devices, differing_settings, duration, left_out, level,
-        loss_of_last_quarter, math.isfinite, megabytes, metrics_of_all, predictors, remarks,
+        loss_of_last_quarter, math.isfinite, megabytes, metrics_of_all, predictor_rows, remarks,
         settings_by_section, sources, tiles, visible,
     )
 } | {"DIVERGED": DIVERGED, "LEVELS": LEVELS, "PEAKS": PEAKS}  # fmt: skip
