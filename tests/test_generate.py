@@ -16,11 +16,12 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from lm.base.errors import InputError
 from lm.base.files import write_json
+from lm.base.migrations import ADDED
 from lm.data.tokenizer import byte_tokenizer
 from lm.generate.__main__ import main
 from lm.generate.decoder import Decoder, memory_bytes
 from lm.generate.stream import Completion, complete, complete_many, generate, sample, stream
-from lm.model.model_folder import MIGRATIONS, load_model, save_model
+from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import TransformerLM
 from tests.test_model import as_llama, variant_model
 
@@ -354,9 +355,9 @@ def test_a_model_folder_from_before_a_setting_still_opens(folder):
     file = folder / "config.json"
     settings = json.loads(file.read_text())
     model, _ = load_model(folder, torch.device("cpu"))
-    write_json(file, {key: value for key, value in settings.items() if key not in MIGRATIONS})
+    write_json(file, {key: value for key, value in settings.items() if key not in ADDED["model"]})
     older, _ = load_model(folder, torch.device("cpu"))
-    assert older.config == replace(model.config, **MIGRATIONS)
+    assert older.config == replace(model.config, **ADDED["model"])
     write_json(file, {key: value for key, value in settings.items() if key != "norm"})
     with pytest.raises(InputError, match=r"missing key model\.norm$"):
         load_model(folder, torch.device("cpu"))

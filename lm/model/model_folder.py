@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lm.base.config import read_section
+from lm.base.config import UP_TO_1024, read_section
 from lm.base.errors import InputError
 from lm.base.files import (
     read_json,
@@ -25,7 +25,7 @@ from lm.base.files import (
     write_json,
     writing,
 )
-from lm.base.settings import THREADS
+from lm.base.migrations import ADDED, migrated
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.gauges import free_memory_bytes
 from lm.model.fitting import (
@@ -40,8 +40,6 @@ from lm.model.transformer import ModelConfig, TransformerLM
 MAX_HEADER_BYTES = 1 << 24  # of safetensors: what it says of 100,000 tensors
 PROBED = 16  # ids whose logits are computed when a model is opened
 PROVENANCE = ("model", "train", "inputs", "code", "environment")
-# settings of the section `model` that older folders and checkpoints lack, and what they did then
-MIGRATIONS: dict[str, Any] = {"intra_document_masking": False, "zero_init": False}
 
 
 def open_safetensors(path: Path) -> Any:
@@ -126,11 +124,11 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         and _is_threads(provenance["train"].get("num_threads"))
     ):
         raise InputError(f"{folder / 'provenance.json'}: not a record of stage train; run it again")
-    return provenance
+    return {**provenance, **{part: migrated(part, provenance[part]) for part in ADDED}}
 
 
 def _is_threads(value: Any) -> bool:
-    return value is None or (type(value) is int and THREADS.holds(value))
+    return value is None or (type(value) is int and UP_TO_1024.holds(value))
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:
@@ -138,7 +136,9 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
 
     Raises InputError if a file is missing, torn or does not fit the others.
     """
-    config = read_model_config(folder / "config.json")
+    file = folder / "config.json"
+    settings = migrated("model", read_json(file))
+    config = read_section(ModelConfig, {"model": settings}, "model", str(file))
     path = folder / "model.safetensors"
     with open_safetensors(path) as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -156,14 +156,6 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
         )
     _require_finite_logits(str(path), model.eval(), tokenizer.end_id)
     return model.to(device), tokenizer
-
-
-def read_model_config(file: Path) -> ModelConfig:
-    """Read the settings of a model, an older one's too: see MIGRATIONS."""
-    settings = read_json(file)
-    if isinstance(settings, dict):
-        settings = MIGRATIONS | settings
-    return read_section(ModelConfig, {"model": settings}, "model", str(file))
 
 
 def _require_room(file: Path, config: ModelConfig) -> None:
