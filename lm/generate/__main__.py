@@ -15,7 +15,41 @@ STDIN = Path("-")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+    """Print completions of the prompts that the command line names."""
+    options = _parser().parse_args(arguments)
+    with one_line_errors():
+        _require_bounds(options)
+        prompts, stop = (
+            [_utf8(f"--{name}", os.fsencode(text)) for text in getattr(options, name)]
+            for name in ("prompt", "stop")
+        )
+        prompts += [_read_prompt(file) for file in options.prompt_file]
+        if not prompts:
+            prompts = [""] if sys.stdin.isatty() else [_read_prompt(STDIN)]
+        model, tokenizer = load_model(options.model, choose_device(options.device))
+        longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+        require_memory(model, len(prompts) * options.num_samples, longest, options.dtype)
+        prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
+        length = options.max_new_tokens
+        sampling = SamplingOptions(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            dtype=options.dtype,
+        )
+        if len(prompts) == 1:
+            print(prompts[0], end="", flush=True)
+            for text in complete(model, tokenizer, prompts[0], length, stop=stop, **sampling):
+                print(text, end="", flush=True)
+            print()
+            return
+        texts = complete_many(model, tokenizer, prompts, length, stop=stop, **sampling)
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            print(f"==> {row} <==\n{prompt}{text}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lm.generate",
         description="Complete prompts. One is streamed; several are printed when all are done.",
@@ -40,53 +74,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options = parser.parse_args(arguments)
-    with one_line_errors():
-        for holds, name, bound in (
-            (
-                1 <= options.max_new_tokens <= sys.maxsize,
-                "max-new-tokens",
-                f"in [1, {sys.maxsize}]",
-            ),
-            (options.num_samples >= 1, "num-samples", ">= 1"),
-            (all(options.stop), "stop", "a text that is not empty"),
-            (0 <= options.temperature < float("inf"), "temperature", ">= 0"),
-            (options.top_k is None or options.top_k >= 1, "top-k", ">= 1"),
-            (options.top_p is None or 0 < options.top_p <= 1, "top-p", "in (0, 1]"),
-        ):
-            if not holds:
-                raise InputError(f"--{name}: must be {bound}")
-        prompts, stop = (
-            [_utf8(f"--{name}", os.fsencode(text)) for text in getattr(options, name)]
-            for name in ("prompt", "stop")
-        )
-        prompts += [_read_prompt(file) for file in options.prompt_file]
-        if not prompts:
-            prompts = [""] if sys.stdin.isatty() else [_read_prompt(STDIN)]
-        model, tokenizer = load_model(options.model, choose_device(options.device))
-        longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
-        require_memory(model, len(prompts) * options.num_samples, longest, options.dtype)
-        prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
-        sampling = SamplingOptions(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            dtype=options.dtype,
-        )
-        if len(prompts) == 1:
-            print(prompts[0], end="", flush=True)
-            for text in complete(
-                model, tokenizer, prompts[0], options.max_new_tokens, stop=stop, **sampling
-            ):
-                print(text, end="", flush=True)
-            print()
-            return
-        texts = complete_many(
-            model, tokenizer, prompts, options.max_new_tokens, stop=stop, **sampling
-        )
-        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            print(f"==> {row} <==\n{prompt}{text}\n")
+    return parser
+
+
+def _require_bounds(options: argparse.Namespace) -> None:
+    most = sys.maxsize
+    for holds, name, bound in (
+        (1 <= options.max_new_tokens <= most, "max-new-tokens", f"in [1, {most}]"),
+        (options.num_samples >= 1, "num-samples", ">= 1"),
+        (all(options.stop), "stop", "a text that is not empty"),
+        (0 <= options.temperature < float("inf"), "temperature", ">= 0"),
+        (options.top_k is None or options.top_k >= 1, "top-k", ">= 1"),
+        (options.top_p is None or 0 < options.top_p <= 1, "top-p", "in (0, 1]"),
+    ):
+        if not holds:
+            raise InputError(f"--{name}: must be {bound}")
 
 
 def _read_prompt(file: Path) -> str:

@@ -114,9 +114,6 @@ def _pairs_together(weight: Float[Tensor, "E *C"], head_dim: int) -> Float[Tenso
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-# --- the way back -----------------------------------------------------------------------
-
-
 def start_from(folder: Path, model: TransformerLM, tokenizer: Tokenizer) -> None:
     """Copy the weights of a Hugging Face folder into `model`, as float32.
 
