@@ -18,7 +18,7 @@ from lm.base.errors import InputError
 from lm.base.files import write_json
 from lm.base.migrations import ADDED
 from lm.data.tokenizer import byte_tokenizer
-from lm.generate.__main__ import main
+from lm.generate.command import main
 from lm.generate.decoder import Decoder, memory_bytes
 from lm.generate.stream import Completion, complete, complete_many, generate, sample, stream
 from lm.model.model_folder import load_model, save_model

@@ -52,6 +52,21 @@ def test_model_equals_loops_in_float64(model_config, changes):
     np.testing.assert_allclose(model(ids).detach().numpy(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("masking", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_what_a_compiler_is_given_computes_the_same(model_config, changes, masking, monkeypatch):
+    """The formulas for a compiler, run without one."""
+    model = variant_model(model_config, {**changes, "intra_document_masking": masking}).train()
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda compiling=compiling: compiling)
+        loss = model.loss(PACKED, PACKED, model.documents(PACKED, END))
+        results.append([loss, *torch.autograd.grad(loss, tuple(model.parameters()))])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    assert any(not torch.equal(got, wanted) for got, wanted in zip(*results, strict=True))
+
+
 def as_llama(ours):
     """The model of transformers with the same weights."""
     config = ours.config
@@ -249,7 +264,7 @@ def test_rope_turns_interleaved_pairs_as_complex_numbers():
     expected = [reference.rotate(row, t, 10000.0) for t, row in enumerate(x[0, 0].double().numpy())]
     got = rotate(x, *rope(24))[0, 0].double()
     halves = [*range(0, 8, 2), *range(1, 8, 2)]
-    as_compiled = rotate(x[..., halves], *rope(24), evens_first=True)[0, 0].double()
+    as_compiled = rotate(x[..., halves], *rope(24), halves=True)[0, 0].double()
     torch.testing.assert_close(got, torch.tensor(np.array(expected)), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(as_compiled, got[:, halves], atol=1e-6, rtol=1e-6)
 

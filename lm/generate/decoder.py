@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, assert_never
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm.base.errors import InputError
@@ -270,14 +271,16 @@ def _turn(x: Float[Tensor, "N heads D"], turns: Tensor) -> None:
 
 
 @torch.inference_mode()
-def require_same_logits(model: TransformerLM, text: Sequence[int], end_id: int | None) -> None:
+def require_same_logits(
+    model: TransformerLM, text: Sequence[int] | NDArray[Any], end_id: int | None
+) -> None:
     """Raise InputError unless a Decoder gives the model's logits for the first ids of a text.
 
     Half of the ids are read, the others are steps. This finds a change of the model's code that the
     decoder lacks. Logits that are not finite pass: the callers report them better.
     """
     n_ids = min(COMPARED, model.config.context_length)
-    ids = torch.tensor(text[:n_ids], device=model.head.device)
+    ids = torch.tensor([int(i) for i in text[:n_ids]], device=model.head.device)
     half = -(-len(ids) // 2)
     decoder = Decoder(model, 1, end_id)
     logits = [decoder.read([0], [ids[:half].tolist()])]

@@ -17,6 +17,7 @@ from torch import Tensor
 from lm.base.errors import InputError
 from lm.data.tokenizer import Tokenizer, open_tokenizer_json
 from lm.model.fitting import FLOATS, require_finite
+from lm.model.kernels import evens_first
 from lm.model.model_folder import open_safetensors
 from lm.model.transformer import ModelConfig, TransformerLM
 
@@ -37,7 +38,7 @@ INNER = {
 }
 ROTATED = ("q_proj.weight", "k_proj.weight", "q_norm.weight", "k_norm.weight")
 STOCK = {"norm": "rmsnorm", "norm_position": "pre", "position_embedding": "rope", "ffn": "swiglu"}
-KINDS = {
+TYPES = {
     "model_type": str,
     "head_dim": int,
     "layer_types": list,
@@ -45,7 +46,7 @@ KINDS = {
     "rope_parameters": dict,
 }
 # the keys of a tokenizer.json that decide the ids of a text
-MEANING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+TOKENIZER_KEYS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 
 
 def not_stock(config: ModelConfig) -> str | None:
@@ -92,7 +93,7 @@ def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
 def stock_weights(model: TransformerLM) -> dict[str, Tensor]:
     """Return the weights by their names, in their order; most share the model's memory."""
     return {
-        _their_name(name): _halves_apart(weight, model.config.head_dim)
+        _their_name(name): evens_first(weight, model.config.head_dim)
         if name.endswith(ROTATED)
         else weight
         for name, weight in model.state_dict().items()
@@ -108,17 +109,9 @@ def _their_name(name: str) -> str:
     return f"model.layers.{number}.{INNER[inner]}.weight"
 
 
-def _halves_apart(weight: Float[Tensor, "E *C"], head_dim: int) -> Float[Tensor, "E *C"]:
-    """Return the rows of each head reordered: the even ones before the odd ones."""
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
 def _pairs_together(weight: Float[Tensor, "E *C"], head_dim: int) -> Float[Tensor, "E *C"]:
-    """Return the rows in our order: the inverse of `_halves_apart`."""
+    """Return the rows in our order: the inverse of `evens_first`."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-
-
-# --- the way back -----------------------------------------------------------------------
 
 
 def start_from(folder: Path, model: TransformerLM, tokenizer: Tokenizer) -> None:
@@ -187,16 +180,13 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
 def _require_same_settings(file: Path, config: ModelConfig) -> None:
     """Raise InputError unless config.json describes a model of these settings."""
     theirs = _read_object(file)
-    for key, wanted in KINDS.items():
+    for key, wanted in TYPES.items():
         if theirs.get(key) is not None and type(theirs[key]) is not wanted:
             raise InputError(f"{file}: {key} = {str(theirs[key])[:40]}, expected {wanted.__name__}")
-    kind = theirs.get("model_type")
-    if kind not in ARCHITECTURES or theirs.get("architectures") not in (
-        None,
-        [ARCHITECTURES[kind]],
-    ):
-        found = f"{kind}, {theirs.get('architectures')}"
-        raise InputError(f"{file}: model_type {found}; only {', '.join(ARCHITECTURES.values())}")
+    kind, names = theirs.get("model_type"), theirs.get("architectures")
+    if kind not in ARCHITECTURES or names not in (None, [ARCHITECTURES[kind]]):
+        known = ", ".join(ARCHITECTURES.values())
+        raise InputError(f"{file}: model_type {kind}, {names}; only {known}")
     _refuse_what_ours_lacks(file, theirs)
     expected = _settings(file, theirs)
     ours = {key: getattr(config, key) for key in expected} | {"num_kv_heads": config.kv_heads}
@@ -209,22 +199,22 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
             f"{file}: another model than params.yaml describes: {'; '.join(differing)}: set "
             "what is expected, or another train.init_from"
         )
-    limit = _number(file, theirs, "max_position_embeddings")
+    limit = _positive(file, theirs, "max_position_embeddings")
     if config.context_length > limit:
         raise InputError(
             f"{file}: model.context_length = {config.context_length}; it has seen positions up to "
             f"{limit}: lower model.context_length"
         )
-    if config.vocab_size > _number(file, theirs, "vocab_size"):
+    if config.vocab_size > _positive(file, theirs, "vocab_size"):
         raise InputError(
             f"{file}: vocab_size = {theirs['vocab_size']}, the tokenizer has {config.vocab_size} "
-            f"tokens; {_take_over(file.with_name('tokenizer.json'))}"
+            f"tokens; {_how_to_take_over(file.with_name('tokenizer.json'))}"
         )
 
 
 def _settings(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of section `model` that the weights fix; defaults as in transformers."""
-    width, heads = (_number(file, theirs, k) for k in ("hidden_size", "num_attention_heads"))
+    width, heads = (_positive(file, theirs, k) for k in ("hidden_size", "num_attention_heads"))
     head_dim = theirs.get("head_dim") or (128 if theirs["model_type"] == "qwen3" else width / heads)
     if head_dim * heads != width:
         raise InputError(
@@ -234,10 +224,10 @@ def _settings(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     rope = theirs.get("rope_parameters") or theirs
     return {
         "d_model": width,
-        "num_layers": _number(file, theirs, "num_hidden_layers"),
+        "num_layers": _positive(file, theirs, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": theirs.get("num_key_value_heads") or heads,
-        "d_ff": _number(file, theirs, "intermediate_size"),
+        "d_ff": _positive(file, theirs, "intermediate_size"),
         "rope_theta": rope.get("rope_theta", 10000.0),
         "norm_eps": theirs.get("rms_norm_eps", 1e-6),
         "qk_norm": theirs["model_type"] == "qwen3",
@@ -268,16 +258,16 @@ def _require_same_tokenizer(file: Path, tokenizer: Tokenizer) -> None:
     if not file.is_file():
         raise InputError(f"{file}: no such file; only byte-level tokenizers in it are supported")
     theirs = open_tokenizer_json(file, tokenizer.end_token)
-    if _meaning(theirs) != _meaning(tokenizer):
-        raise InputError(f"{file}: another tokenizer than the text's; {_take_over(file)}")
+    if _tokenizer_settings(theirs) != _tokenizer_settings(tokenizer):
+        raise InputError(f"{file}: another tokenizer than the text's; {_how_to_take_over(file)}")
 
 
-def _meaning(tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     settings = json.loads(tokenizer.backend.to_str())
-    return {key: settings[key] for key in MEANING}
+    return {key: settings[key] for key in TOKENIZER_KEYS}
 
 
-def _take_over(file: Path) -> str:
+def _how_to_take_over(file: Path) -> str:
     name = f"{file.parent.name}.json"
     return (
         f"copy it to data/tokenizers/{name} and set tokenizer.kind: file, tokenizer.source: {name}"
@@ -296,7 +286,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _number(file: Path, theirs: dict[str, Any], key: str) -> int:
+def _positive(file: Path, theirs: dict[str, Any], key: str) -> int:
     value = theirs.get(key)
     if type(value) is not int or value < 1:
         raise InputError(f"{file}: {key} = {value}; expected a number of 1 or more")

@@ -54,12 +54,10 @@ def project_heads(
     `angles`. Compiled, their features come with the even ones of each head before the odd ones:
     a compiler likes halves, and q . k does not depend on the order.
     """
-    evens_first = torch.compiler.is_compiling() and angles is not None
+    halves = torch.compiler.is_compiling() and angles is not None
 
     def ordered(weight: Tensor) -> Tensor:
-        if not evens_first:
-            return weight
-        return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return evens_first(weight, head_dim) if halves else weight
 
     q, k, v = (
         product.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, heads, T, D)
@@ -68,25 +66,30 @@ def project_heads(
     if norms is not None:
         q, k = (rms_norm(t, ordered(weight), eps) for t, weight in zip((q, k), norms, strict=True))
     if angles is not None:
-        q, k = (rotate(t, *angles, evens_first) for t in (q, k))
+        q, k = (rotate(t, *angles, halves) for t in (q, k))
     return q, k, v
+
+
+def evens_first(weight: Float[Tensor, "E *C"], head_dim: int) -> Float[Tensor, "E *C"]:
+    """Return the rows reordered: in each head the even ones before the odd ones."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def rotate(
     x: Float[Tensor, "B H T D"],
     cos: Float[Tensor, "T half"],
     sin: Float[Tensor, "T half"],
-    evens_first: bool = False,
+    halves: bool = False,
 ) -> Float[Tensor, "B H T D"]:
     """Turn each pair of features (2i, 2i + 1) of each position by its angles (RoFormer, eq. 15).
 
-    With `evens_first` pair i is (i, i + D / 2) instead, before and after.
+    With `halves` a pair is (i, i + D / 2) instead: see `evens_first`.
     """
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, D / 2)
     x = x.transpose(1, 2)  # (B, T, H, D), as it lies in memory
-    even, odd = x.chunk(2, dim=-1) if evens_first else (x[..., 0::2], x[..., 1::2])
+    even, odd = x.chunk(2, dim=-1) if halves else (x[..., 0::2], x[..., 1::2])
     turned = even * cos - odd * sin, even * sin + odd * cos
-    both = torch.cat(turned, dim=-1) if evens_first else torch.stack(turned, dim=-1).flatten(-2)
+    both = torch.cat(turned, dim=-1) if halves else torch.stack(turned, dim=-1).flatten(-2)
     return both.to(x.dtype).transpose(1, 2)
 
 
@@ -114,7 +117,7 @@ def attention(
 def rms_norm(
     x: Float[Tensor, "*batch C"], weight: Float[Tensor, " C"], eps: float
 ) -> Float[Tensor, "*batch C"]:
-    """Give x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4).
+    """Return x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4).
 
     Computed in float32 whatever the dtype of x, which is also the result's.
     """
@@ -148,10 +151,10 @@ def causal_attention(
     v: Float[Tensor, "B H T D"],
     mask: Bool[Tensor, "B 1 T T"] | None = None,
 ) -> Float[Tensor, "B H T D"]:
-    """softmax(q k^T / sqrt(D)) v, a block of queries at a time with the keys that it may see.
+    """Return softmax(q k^T / sqrt(D)) v, a block of queries at a time with the keys it may see.
 
-    Weights are computed again in the backward pass (Dao et al. 2022, algorithm 4). For a compiler
-    on a CPU: it makes more of these formulas than torch's ready kernel gives (docs/LOG.md).
+    Weights are computed again in the backward pass (Dao et al. 2022, algorithm 4). Compiled on a
+    CPU these formulas are faster than torch's kernel (docs/LOG.md).
     """
     mixed: Tensor = _CausalAttention.apply(q, k, v, mask)
     return mixed
@@ -190,7 +193,7 @@ class _CausalAttention(torch.autograd.Function):
             by_v.append(weights.to(v.dtype).mT @ gradient[:, :, start:end])
 
         def summed(parts: list[Tensor]) -> Tensor:
-            """Over the blocks of queries that see a key; the first sees the fewest keys."""
+            """Sum over the blocks of queries that see a key; the first sees the fewest keys."""
             segments = [
                 torch.stack([part[:, :, start:end].float() for part in parts[i:]]).sum(dim=0)
                 for i, (start, end) in enumerate(blocks)
@@ -201,13 +204,13 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def attention_blocks(length: int) -> list[tuple[int, int]]:
-    """First and last + 1 of the queries that causal_attention takes at once."""
+    """Return (first, last + 1) of the queries that causal_attention takes at once."""
     size = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, start: int, end: int) -> Tensor:
-    """float32 scores of queries start to end and the keys before end; -inf where hidden."""
+    """Return float32 scores of queries start to end and the keys before end; -inf if hidden."""
     if mask is None:
         seen = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
     else:
@@ -246,7 +249,7 @@ class _SwiGLU(torch.autograd.Function):
 def cross_entropy(
     logits: Float[Tensor, "*batch V"], targets: Int[Tensor, "*batch"]
 ) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood of the targets, in nats, computed in float32.
+    """Return the mean negative log-likelihood of the targets, in nats, computed in float32.
 
     Where a float32 copy of all logits would weigh on memory, chunks of rows are converted one
     at a time, in the forward pass and again in the backward pass.
@@ -269,7 +272,7 @@ def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def linear_cross_entropy(
     features: Float[Tensor, "N C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, " N"]
 ) -> Float[Tensor, ""]:
-    """cross_entropy(features @ weight.T, targets) in a fraction of the memory and time.
+    """Return cross_entropy(features @ weight.T, targets) in a fraction of the memory and time.
 
     The gradients are made together with the loss, for some rows at a time, so that the logits of
     no more rows are held (Wijmans et al. 2024, "Cut your losses", at the level of tensors).
@@ -279,7 +282,7 @@ def linear_cross_entropy(
 
 
 def rows_at_once(count: int, vocab_size: int) -> int:
-    """How many of `count` rows of logits linear_cross_entropy holds."""
+    """Return how many of `count` rows of logits linear_cross_entropy holds at once."""
     n_chunks = min(MAX_LOGITS_CHUNKS, -(-count * vocab_size // LOGITS_AT_ONCE))
     return -(-count // n_chunks)
 

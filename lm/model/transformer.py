@@ -80,15 +80,10 @@ class Attention(nn.Module):
         rope: RotaryEmbedding | None,
         mask: Bool[Tensor, "B 1 T T"] | None = None,
     ) -> Float[Tensor, "B T C"]:
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = project_heads(
-            x,
-            [projection.weight for projection in projections],
-            self.head_dim,
-            norms=[self.q_norm.weight, self.k_norm.weight] if self.q_norm and self.k_norm else None,
-            eps=self.norm_eps,
-            angles=None if rope is None else rope(x.shape[1]),
-        )  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
+        norms = [self.q_norm.weight, self.k_norm.weight] if self.q_norm and self.k_norm else None
+        angles = None if rope is None else rope(x.shape[1])
+        q, k, v = project_heads(x, weights, self.head_dim, norms, self.norm_eps, angles)
         mixed = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.output_proj(mixed.transpose(1, 2).flatten(2))
 
