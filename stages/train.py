@@ -37,12 +37,9 @@ MODELS, METRICS, PRETRAINED = Path("models"), Path("metrics"), Path("models/pret
 
 
 def train_stage(inputs: Inputs) -> None:
-    """Write models/model, models/checkpoints and metrics/; in several processes, if set so.
-
-    Under DVC, which has deleted the outputs by now, curves.csv and train.json can be watched.
-    """
+    """Write models/model, models/checkpoints and metrics/; in several processes, if set so."""
     asked = inputs.section(TrainConfig, "train")
-    runtime, resume_from = inputs.section(RuntimeConfig, "runtime"), inputs.arguments.resume_from
+    runtime = inputs.section(RuntimeConfig, "runtime")
     if runtime.num_processes > 1 and not launched():
         share_of_batch(asked, runtime.num_processes)
         require_room_for_processes(runtime.num_processes)
@@ -63,13 +60,14 @@ def train_stage(inputs: Inputs) -> None:
             "model": asdict(plan.model),
             "train": asdict(plan.config),
             "runtime": asdict(runtime),
-            "command line": {"--resume-from": resume_from},
+            "command line": {"--resume-from": inputs.arguments.resume_from},
         }
         processes.require_same(agreed | made_of)
+        initialise = partial(_initialise, asked, tokenizer, processes)
         with naming_what_it_takes(plan):
-            initialise = partial(_initialise, asked, tokenizer, processes)
             state = begin(plan, asked, processes, initialise)
-        live = METRICS if "DVC_ROOT" in os.environ else None
+        resume_from = inputs.arguments.resume_from
+        live = METRICS if "DVC_ROOT" in os.environ else None  # DVC has deleted the old metrics
         run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
         with naming_what_it_takes(plan), run_ as this_run:
             watched = _Watched(this_run, inputs, Forecast(plan, state.step))
