@@ -15,7 +15,7 @@ from lm.data.tokenizer import TokenizerConfig
 from lm.export.folder import ExportConfig
 from lm.model.loss import EvaluateConfig
 from lm.model.transformer import ModelConfig
-from lm.prepare.documents import DataConfig, SourceConfig
+from lm.prepare.sources import DataConfig, SourceConfig
 from lm.train.step import TrainConfig
 from tests.project import ROOT, SMOKE
 

@@ -18,26 +18,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.base.errors import InputError
-from lm.prepare.formats import (
-    MARK,
-    MAX_DOCUMENT_BYTES,
-    PLAIN,
-    Bad,
-    Dropped,
-    Found,
-    JsonLines,
-    Layout,
-    Parquet,
-    format_of,
-    records,
-)
+from lm.prepare.limits import MAX_DOCUMENT_BYTES
+from lm.prepare.readers import reader_of
+from lm.prepare.readers.json_lines import JsonLines
+from lm.prepare.readers.parquet import Parquet
+from lm.prepare.readers.text import PLAIN
+from lm.prepare.records import Bad, Dropped, Found, ReadOptions
+from lm.prepare.separators import split_at
+from lm.prepare.signatures import MARK
 
-ONE_FILE_ONE_RECORD = Layout("text", None, replace=False, max_expansion=100)
+ONE_FILE_ONE_RECORD = ReadOptions("text", None, replace=False, max_expansion=100)
 TEXTS = ["first", "sec\nond", "", "drei \U0001f600", "x" * 5000, "last"]
 
 
 def parted(separator):
-    return Layout("text", separator, replace=False, max_expansion=100)
+    return ReadOptions("text", separator, replace=False, max_expansion=100)
 
 
 @contextmanager
@@ -45,7 +40,7 @@ def in_pieces(**sizes):
     """Read so many bytes at a time: CHUNK_BYTES, SEARCH_BYTES, MAX_DOCUMENT_BYTES."""
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
-            patch.setattr(f"lm.prepare.formats.{name}", size)
+            patch.setattr(f"lm.prepare.limits.{name}", size)
         yield patch
 
 
@@ -64,7 +59,7 @@ LETTERS = st.text("ab\n", max_size=60).map(str.encode)
 @given(st.text("ab", max_size=60), st.text("ab", min_size=1, max_size=4), st.integers(1, 9))
 def test_records_are_the_parts_of_the_whole_for_any_chunk(text, separator, chunk):
     with in_pieces(CHUNK_BYTES=chunk):
-        found = list(records(io.BytesIO(text.encode()), separator.encode(), 0, None))
+        found = list(split_at(io.BytesIO(text.encode()), separator.encode(), 0, None))
     parts = text.split(separator)
     if parts[-1] == "":
         parts.pop()  # nothing follows the last separator
@@ -72,12 +67,12 @@ def test_records_are_the_parts_of_the_whole_for_any_chunk(text, separator, chunk
     assert all(text.startswith(data.decode(), offset) for offset, data in found)
 
 
-def assert_stretches_are_the_whole(kind, file, layout, size):
-    starts = kind.starts(file, layout, size)
+def assert_stretches_are_the_whole(kind, file, options, size):
+    starts = kind.starts(file, options, size)
     stretches = list(zip(starts, [*starts[1:], None], strict=True))
-    whole = list(kind.read(file, layout))
-    assert [r for piece in stretches for r in kind.read(file, layout, *piece)] == whole
-    content = b"".join(b"".join(kind.content(file, layout, *piece)) for piece in stretches)
+    whole = list(kind.read(file, options))
+    assert [r for piece in stretches for r in kind.read(file, options, *piece)] == whole
+    content = b"".join(b"".join(kind.content(file, options, *piece)) for piece in stretches)
     assert starts[0] == 0
     assert starts == sorted(set(starts))
     return whole, content, starts
@@ -112,7 +107,7 @@ def test_stretches_of_lines_together_are_the_whole_file(file, lines, end, size):
 def test_a_record_that_is_too_long_is_bad_once_and_the_next_is_right(lengths, chunk, limit):
     data = b"<|>".join(b"x" * length for length in lengths)
     with in_pieces(CHUNK_BYTES=chunk, MAX_DOCUMENT_BYTES=limit):
-        found = list(records(io.BytesIO(data), b"<|>", 0, None))
+        found = list(split_at(io.BytesIO(data), b"<|>", 0, None))
     if lengths and lengths[-1] == 0:
         lengths = lengths[:-1]
     expected = [b"x" * length if length <= limit else None for length in lengths]
@@ -145,9 +140,9 @@ def test_a_file_without_separators_is_searched_once(tmp_path):
 def test_records_are_named_by_their_number(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one--two--\xff--four")
-    layout = parted(b"--")
-    found = list(PLAIN.read(path, layout))
-    assert [PLAIN.name(path, layout, r.offset) for r in found] == [
+    options = parted(b"--")
+    found = list(PLAIN.read(path, options))
+    assert [PLAIN.name(path, options, r.offset) for r in found] == [
         f"{path}#{i}" for i in range(1, 5)
     ]
     assert found[2] == Bad(10, "not UTF-8", found[2].message)
@@ -192,7 +187,7 @@ PACKED = {
 
 
 def records_of(path, size=1 << 20):
-    found, _, _ = assert_stretches_are_the_whole(format_of(path), path, parted(b"<|end|>"), size)
+    found, _, _ = assert_stretches_are_the_whole(reader_of(path), path, parted(b"<|end|>"), size)
     return found
 
 
@@ -255,11 +250,11 @@ def test_a_text_that_begins_like_json_is_text(tmp_path, text):
 def test_columns_are_found_by_name_whatever_else_a_row_holds(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('id,"text"\r\n\r\n1,"a ""b"",\r\nc"\r\n2,d\n3,\r\n')
-    assert [*format_of(path).read(path, ONE_FILE_ONE_RECORD)] == [
+    assert [*reader_of(path).read(path, ONE_FILE_ONE_RECORD)] == [
         Found(3, b'a "b",\r\nc'), Found(5, b"d"), Found(6, b""),
     ]  # fmt: skip
     path.write_text("")
-    [bad] = format_of(path).read(path, ONE_FILE_ONE_RECORD)
+    [bad] = reader_of(path).read(path, ONE_FILE_ONE_RECORD)
     assert bad.message == "no column 'text' (has: ); name one in data.text_field"
 
 
@@ -268,12 +263,12 @@ def test_a_file_that_expands_as_far_as_is_said_is_read(tmp_path):
     path.write_bytes(gzip.compress(b"x" * 10_000))
     with in_pieces(MAX_DOCUMENT_BYTES=1000):
         for limit, found in ((300, "too long"), (100, None)):
-            layout = replace(parted(b"-"), max_expansion=limit)
+            options = replace(parted(b"-"), max_expansion=limit)
             if found:
-                assert [bad.reason for bad in PLAIN.read(path, layout)] == [found]
+                assert [bad.reason for bad in PLAIN.read(path, options)] == [found]
             else:
                 with pytest.raises(InputError, match=r"expand to 100 times as many or more"):
-                    list(PLAIN.read(path, layout))
+                    list(PLAIN.read(path, options))
 
 
 @pytest.mark.parametrize(
@@ -389,7 +384,7 @@ def test_what_is_no_utf8_is_replaced_on_request_and_counted(tmp_path):
     bad, _ = Parquet().read(path, parted(None))
     assert bad.reason == "not UTF-8"
     assert "byte 0xff at offset 1 of its text" in bad.message
-    found, _ = Parquet().read(path, Layout("text", None, replace=True, max_expansion=100))
+    found, _ = Parquet().read(path, ReadOptions("text", None, replace=True, max_expansion=100))
     assert found == Found(0, "a\ufffd\ufffd".encode(), 2)
 
 
