@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from lm.base.files import read_json, write_json, writing
 
 FORMAT = 2
 MANIFEST = "tokens.json"
-SPLITS = ("train", "valid")
+SplitName = Literal["train", "valid"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 COUNTS = ("tokens", "bytes", "documents")
 MOST = 1 << 60  # tokens or bytes: no file has as many, and sums of them fit into 63 bits
 REMEDY = "run `dvc repro tokens`"
@@ -91,7 +92,7 @@ def write_manifest(
     of their writers, grouped by source in the order of `sources`. Raises InputError for what
     could not be read again, e.g. weights that only some sources have.
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "dtype": token_dtype(vocab_size).name,
         "vocab_size": vocab_size,

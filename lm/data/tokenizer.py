@@ -61,7 +61,7 @@ class Tokenizer:
     """A byte-level tokenizer with one token that ends a document."""
 
     def __init__(self, backend: tokenizers.Tokenizer, end_token: str = END_TOKEN):
-        """Raises InputError if it is not byte-level, alters text, or cannot end a document."""
+        """Raise InputError if it is not byte-level, alters text, or cannot end a document."""
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._ids = Counter(vocabulary.values())
         if twice := [i for i, count in self._ids.items() if count > 1]:

@@ -163,7 +163,10 @@ def _report(tokenizer: Tokenizer, collected: Sequence[Collected]) -> dict[str, A
 
 
 def _summary(collected: Sequence[Collected]) -> dict[str, Any]:
-    splits = {s: {c: sum(part.entry[s][c] for part in collected) for c in COUNTS} for s in SPLITS}
+    splits: dict[str, Any] = {
+        split: {count: sum(part.entry[split][count] for part in collected) for count in COUNTS}
+        for split in SPLITS
+    }
     total = {count: sum(split[count] for split in splits.values()) for count in COUNTS}
     tally, used = Counter[str](), np.zeros(1, dtype=np.uint8)
     for part in collected:

@@ -13,21 +13,24 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple, assert_never
+from typing import NamedTuple, TypeVar, assert_never
 
+from lm.base.console import ByteProgress
 from lm.base.errors import InputError
+from lm.data.shards import SplitName
 from lm.prepare.file_bytes import opened
 from lm.prepare.readers import reader_of, suffix_of
-from lm.prepare.records import WHOLE, Bad, Found, ReadOptions
+from lm.prepare.records import WHOLE, Bad, Found, Reader, ReadOptions
 from lm.prepare.separators import holds
 from lm.prepare.sources import DataConfig, SourceFiles, find_sources, text_root
 from lm.prepare.workers import ordered_map
 
-SplitName = Literal["train", "valid"]
+Result = TypeVar("Result")
 REPLACED = "replacement characters"  # beside the reasons for which documents are left out
 SHOWN_SUFFIX = re.compile(r"none|\.[a-z0-9.+_-]{1,16}")
 
@@ -60,7 +63,7 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         if self.offset == WHOLE:
             return str(self.file)
-        return reader_of(self.file).name(*self)
+        return reader_of(self.file, self.options).name(self.offset)
 
 
 class Document(NamedTuple):
@@ -88,9 +91,9 @@ def cut_into_shards(config: DataConfig, found: Sequence[SourceFiles] | None = No
     root, found = text_root(config), find_sources(config) if found is None else found
     _require_separator(found)
     return [
-        Shard(source.name, source.options, tuple(pieces), size_bytes)
+        Shard(source.name, source.options, tuple(stretches), size_bytes)
         for source in found
-        for pieces, size_bytes in _grouped(source, root, config.shard_bytes)
+        for stretches, size_bytes in _grouped(source, root, config.shard_bytes)
     ]
 
 
@@ -98,7 +101,7 @@ def _grouped(source: SourceFiles, root: Path, size: int) -> Iterator[tuple[list[
     together: list[Stretch] = []
     held, at = 0, len(f"{root}/")
     for file in source.files:
-        starts = reader_of(file).starts(file, source.options, size)
+        starts = reader_of(file, source.options).starts(size)
         length = file.stat().st_size
         if len(starts) > 1:
             if together:
@@ -119,8 +122,9 @@ def _grouped(source: SourceFiles, root: Path, size: int) -> Iterator[tuple[list[
 
 def _require_separator(found: Sequence[SourceFiles]) -> None:
     """Raise InputError if there are text files and data.separator stands in none of them."""
-    plain = [(f, s.options) for s in found for f in s.files if reader_of(f).is_cut_by_separator]
-    separator = plain[0][1].separator if plain else None
+    readers = (reader_of(file, source.options) for source in found for file in source.files)
+    plain = [reader for reader in readers if reader.is_cut_by_separator]
+    separator = plain[0].options.separator if plain else None
     if separator is None or _any_holds(plain, separator):
         return
     shown = partial(json.dumps, ensure_ascii=False)
@@ -138,34 +142,37 @@ def _require_separator(found: Sequence[SourceFiles]) -> None:
     )
 
 
-def _any_holds(files: Sequence[tuple[Path, ReadOptions]], part: bytes) -> bool:
-    for file, options in files:
-        with opened(file, options.max_expansion) as stream:
+def _any_holds(readers: Sequence[Reader], part: bytes) -> bool:
+    for reader in readers:
+        with opened(reader.file, reader.options.max_expansion) as stream:
             if holds(stream, part):
                 return True
     return False
 
 
-class Kind(NamedTuple):
-    """Files of a source that have one suffix, and how they are read."""
-
-    source: str
-    suffix: str
-    read_as: str
-    files: list[Path]
-
-
-def kinds(shards: Iterable[Shard]) -> list[Kind]:
-    """Return what is read, by source and suffix; odd suffixes together."""
+def kinds(shards: Iterable[Shard]) -> list[tuple[str, str, str, list[Path]]]:
+    """Return source, suffix, how it is read, and the files; odd suffixes together."""
     found: dict[tuple[str, str, str], list[Path]] = {}
     for shard in shards:
         for file, start, _ in shard.stretches:
             if start == 0:
                 suffix = suffix_of(file) or "none"
                 suffix = suffix if SHOWN_SUFFIX.fullmatch(suffix) else "other"
-                read_as = reader_of(file).what.format(shard.options.text_field)
+                read_as = reader_of(file, shard.options).what.format(shard.options.text_field)
                 found.setdefault((shard.source, suffix, read_as), []).append(file)
-    return [Kind(*key, files) for key, files in found.items()]
+    return [(*key, files) for key, files in found.items()]
+
+
+def over_shards(
+    what: str, work: Callable[[Shard], Result], shards: Sequence[Shard], num_workers: int
+) -> Iterator[Result]:
+    """Return work(shard) for each shard, in their order, by several processes; show progress."""
+    progress = ByteProgress(what, sum(shard.size_bytes for shard in shards))
+    with closing(ordered_map(work, shards, num_workers)) as results:
+        for shard, result in zip(shards, results, strict=True):
+            progress.show(shard.size_bytes)
+            yield result
+    progress.close()
 
 
 def draw(data: bytes) -> float:
@@ -187,7 +194,7 @@ def documents(
     """
     for shard in cut_into_shards(config) if shards is None else shards:
         for file, start, stop in shard.stretches:
-            for record in reader_of(file).read(file, shard.options, start, stop):
+            for record in reader_of(file, shard.options).read(start, stop):
                 if not isinstance(record, Found):
                     if isinstance(record, Bad) and config.on_bad_document == "stop":
                         place = Place(file, shard.options, record.offset)

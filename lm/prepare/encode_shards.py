@@ -13,8 +13,8 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from lm.base.console import ByteProgress, say
+from lm.base.console import say
 from lm.base.errors import InputError
 from lm.base.files import read_json, sha256_file, sha256_json, write_json, writing
 from lm.data.shards import SPLITS, ShardWriter, token_dtype
 from lm.data.tokenizer import load_tokenizer
-from lm.prepare.documents import Document, Shard, shard_documents
+from lm.prepare.documents import Document, Shard, over_shards, shard_documents
 from lm.prepare.encoder import DocumentRefused, Encoder, Library
 from lm.prepare.file_bytes import compression
 from lm.prepare.gigatoken_guard import EncodersDiffer
@@ -100,28 +100,22 @@ def _is_done(job: Job, shard: Shard) -> bool:
 def encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> tuple[Job, list[DoneShard]]:
     """Encode all shards, in their order; return the job, too, since its library may change."""
     try:
-        return job, list(_watched(job, shards, num_workers))
+        return job, _encode_all(job, shards, num_workers)
     except EncodersDiffer as error:
         say(f"{error}; the shards are made again with tokenizers, which is slower")
         job = replace(job, library="tokenizers")
-        return job, list(_watched(job, shards, num_workers))
+        return job, _encode_all(job, shards, num_workers)
 
 
-def _watched(job: Job, shards: Sequence[Shard], num_workers: int) -> Iterator[DoneShard]:
-    """Return the shards as they are done, with a progress bar."""
+def _encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> list[DoneShard]:
     encoder = open_encoder(job)  # before the processes fork, so that they have it
     if encoder.why_not is not None:
         say(f"{encoder.why_not}: tokenizers encodes, which is slower")
-    progress = ByteProgress("encoding", sum(shard.size_bytes for shard in shards))
-    reused = 0
-    with closing(ordered_map(partial(encode_shard, job), shards, num_workers)) as all_done:
-        for shard, done in zip(shards, all_done, strict=True):
-            reused += done.pop("reused", False)
-            progress.show(shard.size_bytes)
-            yield done
-    progress.close()
+    all_done = list(over_shards("encoding", partial(encode_shard, job), shards, num_workers))
+    reused = sum(done.pop("reused", False) for done in all_done)
     if reused:
         say(f"{reused:,} of {len(shards):,} shards were done before")
+    return all_done
 
 
 # --- one shard --------------------------------------------------------------------------
@@ -239,9 +233,9 @@ def shard_key(job: Job, shard: Shard) -> str:
     """Return a hash of all that decides the bytes of a shard; not of where its text stands."""
     contents = []
     for file, start, stop in shard.stretches:
-        reader = reader_of(file)
+        reader = reader_of(file, shard.options)
         content = hashlib.sha256()
-        for chunk in reader.content(file, shard.options, start, stop):
+        for chunk in reader.content(start, stop):
             content.update(chunk)
         form = type(reader).__name__, compression(file), start > 0  # a file's head has a say
         contents.append([*form, content.hexdigest()])

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.base.console import ByteProgress
 from lm.base.files import writing
+from lm.data.shards import SplitName
 from lm.prepare.documents import (
     Shard,
-    SplitName,
     cut_into_shards,
+    over_shards,
     require_both_splits,
     shard_documents,
     with_train_bytes,
@@ -47,13 +47,9 @@ def write_sample(config: DataConfig, limit_bytes: int, num_workers: int, file: P
     shards = with_train_bytes(config, cut_into_shards(config), num_workers)
     counts: Counter[SplitName] = Counter()
     n_bytes = np.zeros(BINS, dtype=np.int64)
-    progress = ByteProgress("reading", sum(shard.size_bytes for shard in shards))
-    with closing(ordered_map(partial(_measure, config), shards, num_workers)) as all_measured:
-        for shard, measured in zip(shards, all_measured, strict=True):
-            counts.update(measured.counts)
-            n_bytes += measured.n_bytes
-            progress.show(shard.size_bytes)
-    progress.close()
+    for measured in over_shards("reading", partial(_measure, config), shards, num_workers):
+        counts.update(measured.counts)
+        n_bytes += measured.n_bytes
     require_both_splits(counts["train"], counts["valid"], config)
     wanted = np.cumsum(n_bytes) <= limit_bytes
     n_bins = max(int(wanted.sum()), int(n_bytes.nonzero()[0][0]) + 1)

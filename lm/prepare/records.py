@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lm.prepare import limits
+from lm.prepare.file_bytes import chunks
 
 WHOLE = -1  # the offset of a bad record that is the whole file
 LEAVE_OUT = "or leave it out (data.glob, data.on_bad_document: skip)"
@@ -49,7 +50,7 @@ Records = Iterator[Found | Bad | Dropped]
 
 
 class Reader(ABC):
-    """A format: a stretch of a file to its records.
+    """A file of one format: a stretch of it to its records.
 
     A stretch begins with a record, and the stretches of a file give every record once. What
     `start`, `stop` and offsets count is the format's own: bytes, rows or lines.
@@ -58,24 +59,25 @@ class Reader(ABC):
     what: str  # becomes a document, with {} for data.text_field
     is_cut_by_separator = False  # data.separator says where a record ends
 
+    def __init__(self, file: Path, options: ReadOptions):
+        self.file, self.options = file, options
+
     @abstractmethod
-    def starts(self, file: Path, options: ReadOptions, size: int) -> list[int]:
+    def starts(self, size: int) -> list[int]:
         """Return where stretches of about `size` bytes begin, the first at 0."""
 
     @abstractmethod
-    def read(
-        self, file: Path, options: ReadOptions, start: int = 0, stop: int | None = None
-    ) -> Records:
+    def read(self, start: int = 0, stop: int | None = None) -> Records:
         """Return the records of the stretch from `start`; the next one starts at `stop`."""
 
-    @abstractmethod
-    def content(
-        self, file: Path, options: ReadOptions, start: int = 0, stop: int | None = None
-    ) -> Iterator[bytes]:
+    def content(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         """Return the bytes of the file that decide the records of a stretch."""
+        with open(self.file, "rb") as stream:
+            stream.seek(start)
+            yield from chunks(stream, None if stop is None else stop - start)
 
     @abstractmethod
-    def name(self, file: Path, options: ReadOptions, offset: int) -> str:
+    def name(self, offset: int) -> str:
         """Return the record at an offset in words that help to find it."""
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 from lm.prepare.file_bytes import compression
-from lm.prepare.records import Reader
+from lm.prepare.records import Reader, ReadOptions
 
-READERS: dict[str, Reader] = {}
+READERS: dict[str, type[Reader]] = {}
 for module in iter_modules(__path__):
     readers = import_module(f"{__name__}.{module.name}").READERS
     assert not READERS.keys() & readers.keys()
@@ -24,7 +24,7 @@ def suffix_of(file: Path) -> str:
     return (Path(file.stem).suffix + packed if packed else file.suffix).lower()
 
 
-def reader_of(file: Path) -> Reader:
-    """Return the reader of a file's suffix, or of the one before .gz or .zst."""
+def reader_of(file: Path, options: ReadOptions) -> Reader:
+    """Return a reader of a file, by its suffix or the one before .gz or .zst."""
     inner = file.stem if compression(file) else file.name
-    return READERS.get(Path(inner).suffix.lower(), READERS[""])
+    return READERS.get(Path(inner).suffix.lower(), READERS[""])(file, options)

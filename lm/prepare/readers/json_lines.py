@@ -19,19 +19,19 @@ class JsonLines(Text):
     def wrong_json(self, head: bytes) -> str | None:
         return None  # each line is judged
 
-    def separator(self, options: ReadOptions) -> bytes:
+    def separator(self) -> bytes:
         return b"\n"
 
-    def record(self, offset: int, data: bytes, options: ReadOptions) -> Found | Bad | None:
+    def record(self, offset: int, data: bytes) -> Found | Bad | None:
         if not data or data.isspace():
             return None
         try:
-            text = orjson.loads(data)[options.text_field]
+            text = orjson.loads(data)[self.options.text_field]
         except (ValueError, LookupError, TypeError):
             text = None
         if isinstance(text, str):
-            return checked(offset, text.encode(), options)
-        return _unusual_line(offset, data, options)
+            return checked(offset, text.encode(), self.options)
+        return _unusual_line(offset, data, self.options)
 
 
 class Json(JsonLines):
@@ -75,11 +75,10 @@ def _unusual_line(offset: int, data: bytes, options: ReadOptions) -> Found | Bad
     )
 
 
-LINES = JsonLines()
 READERS = {
-    ".jsonl": LINES,
-    ".jsonlines": LINES,
-    ".ndjson": LINES,
-    ".json": Json(),
-    ".ipynb": Notebook(),
+    ".jsonl": JsonLines,
+    ".jsonlines": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": Json,
+    ".ipynb": Notebook,
 }

@@ -18,7 +18,6 @@ from lm.prepare.file_bytes import (
     refuse_expansion,
     refuse_pointer,
 )
-from lm.prepare.readers.text import PLAIN
 from lm.prepare.records import Bad, Reader, ReadOptions, Records, checked, not_one
 
 ROWS = 1024  # at a time
@@ -29,45 +28,41 @@ class Parquet(Reader):
 
     what = "table, column {}"
 
-    def starts(self, file: Path, options: ReadOptions, size: int) -> list[int]:
+    def starts(self, size: int) -> list[int]:
         """Return the row groups at which stretches of about `size` bytes of text begin."""
-        if compression(file):
+        if compression(self.file):
             return [0]
-        with _table(file, options) as table:
-            column = _column(file, table, options.text_field)
+        with _table(self.file, self.options) as table:
+            column = _column(self.file, table, self.options.text_field)
             groups = (table.metadata.row_group(i) for i in range(table.num_row_groups))
             sizes = [group.column(column).total_uncompressed_size for group in groups]
         stretch = np.cumsum([0, *sizes])[:-1] // size
         return [0, *(np.flatnonzero(np.diff(stretch)) + 1).tolist()]
 
-    def read(
-        self, file: Path, options: ReadOptions, start: int = 0, stop: int | None = None
-    ) -> Records:
+    def read(self, start: int = 0, stop: int | None = None) -> Records:
         """Return the rows of the row groups from `start` to before `stop`."""
-        with _table(file, options) as table:
-            number = _column(file, table, options.text_field)
+        with _table(self.file, self.options) as table:
+            number = _column(self.file, table, self.options.text_field)
             groups = range(table.num_row_groups)
             row = sum(table.metadata.row_group(i).num_rows for i in groups[:start])
             columns = (table.metadata.row_group(i).column(number) for i in groups[start:stop])
             size, made = sum(column.total_compressed_size for column in columns), 0
-            for data in _values(table, number, options.text_field, groups[start:stop]):
+            for data in _values(table, number, self.options.text_field, groups[start:stop]):
                 if data is None:
-                    yield Bad(row, "no text", f"column '{options.text_field}' is null")
+                    yield Bad(row, "no text", f"column '{self.options.text_field}' is null")
                 else:
                     made += len(data)
-                    refuse_expansion(file, size, made, options.max_expansion)
-                    yield checked(row, data, options)
+                    refuse_expansion(self.file, size, made, self.options.max_expansion)
+                    yield checked(row, data, self.options)
                 row += 1
 
-    def content(
-        self, file: Path, options: ReadOptions, start: int = 0, stop: int | None = None
-    ) -> Iterator[bytes]:
+    def content(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         """Return how the column is stored in these row groups, and its pages."""
-        if compression(file):
-            yield from PLAIN.content(file, options)
+        if compression(self.file):
+            yield from super().content()
             return
-        with _table(file, options) as table, open(file, "rb") as stream:
-            number = _column(file, table, options.text_field)
+        with _table(self.file, self.options) as table, open(self.file, "rb") as stream:
+            number = _column(self.file, table, self.options.text_field)
             for i in range(table.num_row_groups)[start:stop]:
                 column = table.metadata.row_group(i).column(number)
                 stored = (column.physical_type, column.compression, column.num_values)
@@ -76,8 +71,8 @@ class Parquet(Reader):
                 stream.seek(min(first, column.data_page_offset))
                 yield from chunks(stream, column.total_compressed_size)
 
-    def name(self, file: Path, options: ReadOptions, offset: int) -> str:
-        return f"{file}: row {offset}"  # from 0
+    def name(self, offset: int) -> str:
+        return f"{self.file}: row {offset}"  # from 0
 
 
 @contextmanager
@@ -178,4 +173,4 @@ def _column_bytes(column: Any) -> Iterator[bytes | None]:
         yield bytes(view[ends[place] : ends[place + 1]]) if valid else None
 
 
-READERS = {".parquet": Parquet()}
+READERS = {".parquet": Parquet}

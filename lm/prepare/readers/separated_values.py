@@ -2,12 +2,11 @@
 
 import csv
 from io import BufferedReader, TextIOWrapper
-from pathlib import Path
 
 from lm.base.errors import InputError
 from lm.prepare import limits
 from lm.prepare.readers.text import Text
-from lm.prepare.records import WHOLE, Bad, ReadOptions, Records, checked, not_one
+from lm.prepare.records import WHOLE, Bad, Records, checked, not_one
 
 
 class CommaSeparated(Text):
@@ -20,12 +19,10 @@ class CommaSeparated(Text):
     def wrong_json(self, head: bytes) -> str | None:
         return None
 
-    def starts(self, file: Path, options: ReadOptions, size: int) -> list[int]:
+    def starts(self, size: int) -> list[int]:
         return [0]  # which line breaks end a row is only known from the beginning
 
-    def read_on(
-        self, file: Path, stream: BufferedReader, options: ReadOptions, start: int, stop: int | None
-    ) -> Records:
+    def read_on(self, stream: BufferedReader, start: int, stop: int | None) -> Records:
         """Return the rows below the names; the offset of each is its first line, from 1."""
         csv.field_size_limit(limits.MAX_DOCUMENT_BYTES)
         with TextIOWrapper(stream, "utf-8", "surrogateescape", newline="") as lines:  # bytes as is
@@ -34,25 +31,26 @@ class CommaSeparated(Text):
             line = 1
             try:
                 names = next(rows, [])
-                problem = not_one(options.text_field, names)
+                problem = not_one(self.options.text_field, names)
                 if problem is not None:
                     yield Bad(WHOLE, "no text", f"{problem}; name one in data.text_field")
                     return
-                column, line = names.index(options.text_field), rows.line_num + 1
+                column, line = names.index(self.options.text_field), rows.line_num + 1
                 short.held = 0
                 for row in rows:
                     short.held = 0
                     if len(row) == len(names):
-                        yield checked(line, row[column].encode("utf-8", "surrogateescape"), options)
+                        text = row[column].encode("utf-8", "surrogateescape")
+                        yield checked(line, text, self.options)
                     elif row:
                         lengths = f"length {len(row)}, the first has length {len(names)}"
                         yield Bad(line, "no text", f"a row of {lengths}")
                     line = rows.line_num + 1
             except csv.Error as error:
-                raise InputError(f"{file}:{line}: not a row of a table ({error})") from None
+                raise InputError(f"{self.file}:{line}: not a row of a table ({error})") from None
 
-    def name(self, file: Path, options: ReadOptions, offset: int) -> str:
-        return f"{file}:{offset}"
+    def name(self, offset: int) -> str:
+        return f"{self.file}:{offset}"
 
 
 class TabSeparated(CommaSeparated):
@@ -80,4 +78,4 @@ class _ShortRows:
         return line
 
 
-READERS = {".csv": CommaSeparated(), ".tsv": TabSeparated()}
+READERS = {".csv": CommaSeparated, ".tsv": TabSeparated}

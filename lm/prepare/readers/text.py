@@ -1,12 +1,10 @@
 """Plain text, and what formats made of lines share with it."""
 
-from collections.abc import Iterator
 from io import BufferedReader
 from itertools import takewhile
-from pathlib import Path
 
 from lm.prepare import limits
-from lm.prepare.file_bytes import chunks, compression, opened
+from lm.prepare.file_bytes import compression, opened
 from lm.prepare.records import (
     LEAVE_OUT,
     WHOLE,
@@ -14,7 +12,6 @@ from lm.prepare.records import (
     Dropped,
     Found,
     Reader,
-    ReadOptions,
     Records,
     checked,
     too_long,
@@ -30,13 +27,13 @@ class Text(Reader):
     is_cut_by_separator = True
     name_mark = "#"  # before the number of a record
 
-    def separator(self, options: ReadOptions) -> bytes | None:
+    def separator(self) -> bytes | None:
         """Return what stands between two records."""
-        return options.separator
+        return self.options.separator
 
-    def foreign(self, file: Path, head: bytes) -> Bad | None:
+    def foreign(self, head: bytes) -> Bad | None:
         """Return the whole file as one bad record if its first bytes are not of this format."""
-        packed = packed_kind(head, bool(compression(file)))
+        packed = packed_kind(head, bool(compression(self.file)))
         if packed is not None:
             return Bad(WHOLE, "not text", f"{packed} {LEAVE_OUT}")
         wrong = self.wrong_json(head)
@@ -47,76 +44,64 @@ class Text(Reader):
         kind = json_kind(head)
         return kind if kind in ("lines", "array") else None
 
-    def starts(self, file: Path, options: ReadOptions, size: int) -> list[int]:
-        separator = self.separator(options)
-        found, end = [0], file.stat().st_size
-        if compression(file) or separator is None or end <= size:
+    def starts(self, size: int) -> list[int]:
+        separator = self.separator()
+        found, end = [0], self.file.stat().st_size
+        if compression(self.file) or separator is None or end <= size:
             return found
-        with open(file, "rb") as stream:
-            if self.foreign(file, stream.read(limits.HEAD_BYTES)) is not None:
+        with open(self.file, "rb") as stream:
+            if self.foreign(stream.read(limits.HEAD_BYTES)) is not None:
                 return found
             while (wanted := (found[-1] // size + 1) * size) < end:
                 found.append(next_record(stream, separator, wanted))
         return found if found[-1] < end else found[:-1] or [0]
 
-    def read(
-        self, file: Path, options: ReadOptions, start: int = 0, stop: int | None = None
-    ) -> Records:
-        with opened(file, options.max_expansion) as stream:
+    def read(self, start: int = 0, stop: int | None = None) -> Records:
+        with opened(self.file, self.options.max_expansion) as stream:
             if start:  # what is compressed has one stretch, and no way back
                 stream.seek(start)
             else:
                 head = stream.peek(limits.HEAD_BYTES)[: limits.HEAD_BYTES]
-                foreign = self.foreign(file, head)
+                foreign = self.foreign(head)
                 if foreign is not None:
                     yield foreign
                     return
                 if head.startswith(MARK):
                     start = len(stream.read(len(MARK)))
                     yield Dropped("byte-order mark")
-            yield from self.read_on(file, stream, options, start, stop)
+            yield from self.read_on(stream, start, stop)
 
-    def read_on(
-        self, file: Path, stream: BufferedReader, options: ReadOptions, start: int, stop: int | None
-    ) -> Records:
+    def read_on(self, stream: BufferedReader, start: int, stop: int | None) -> Records:
         """Return the records from where the stream of a file stands, its byte `start`."""
-        separator = self.separator(options)
+        separator = self.separator()
         if separator is None:
             # a large buffer stays a memory mapping of its own, whatever it is cut to
             text = stream.read(limits.SEARCH_BYTES)
             if len(text) == limits.SEARCH_BYTES:
                 text += stream.read(limits.MAX_DOCUMENT_BYTES + 1 - limits.SEARCH_BYTES)
-            yield checked(0, text, options, base=start)
+            yield checked(0, text, self.options, base=start)
             return
         for offset, data in split_at(stream, separator, start, stop):
-            record = too_long(offset) if data is None else self.record(offset, data, options)
+            record = too_long(offset) if data is None else self.record(offset, data)
             if record is not None:
                 yield record
 
-    def content(
-        self, file: Path, options: ReadOptions, start: int = 0, stop: int | None = None
-    ) -> Iterator[bytes]:
-        with open(file, "rb") as stream:
-            stream.seek(start)
-            yield from chunks(stream, None if stop is None else stop - start)
-
-    def record(self, offset: int, data: bytes, options: ReadOptions) -> Found | Bad | None:
+    def record(self, offset: int, data: bytes) -> Found | Bad | None:
         """Return what lies between two separators as a record; None if there is none."""
-        found = checked(offset, data, options, base=offset)
+        found = checked(offset, data, self.options, base=offset)
         if isinstance(found, Found):
             return found._replace(data=found.data.strip(b"\r\n"))  # they belong to the cut
         return found
 
-    def name(self, file: Path, options: ReadOptions, offset: int) -> str:
+    def name(self, offset: int) -> str:
         """Return the file and the number of the record, from 1."""
-        separator = self.separator(options)
+        separator = self.separator()
         if separator is None:
-            return str(file)
-        with opened(file, options.max_expansion) as stream:
+            return str(self.file)
+        with opened(self.file, self.options.max_expansion) as stream:
             found = split_at(stream, separator, 0, None)
             number = sum(1 for _ in takewhile(lambda record: record[0] <= offset, found))
-        return f"{file}{self.name_mark}{number}"
+        return f"{self.file}{self.name_mark}{number}"
 
 
-PLAIN = Text()
-READERS = {"": PLAIN}  # every suffix that no other file of this folder names
+READERS = {"": Text}  # every suffix that no other file of this folder names
