@@ -9,7 +9,6 @@ from collections import Counter
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +31,6 @@ SEPARATOR = b"\0"  # follows each document; no text holds one
 BINS = 1024  # the share of the documents that is taken is a multiple of 1 / BINS
 
 
-class Measured(NamedTuple):
-    """The documents of a shard: how many of each split, the bytes for training by bin, (BINS,)."""
-
-    counts: Counter[SplitName]
-    n_bytes: NDArray[np.int64]
-
-
 def write_sample(config: DataConfig, limit_bytes: int, num_workers: int, file: Path) -> None:
     """Write documents for training, SEPARATOR after each, that together have at most so many bytes.
 
@@ -47,9 +39,10 @@ def write_sample(config: DataConfig, limit_bytes: int, num_workers: int, file: P
     shards = with_train_bytes(config, cut_into_shards(config), num_workers)
     counts: Counter[SplitName] = Counter()
     n_bytes = np.zeros(BINS, dtype=np.int64)
-    for measured in over_shards("reading", partial(_measure, config), shards, num_workers):
-        counts.update(measured.counts)
-        n_bytes += measured.n_bytes
+    measure = partial(_measure, config)
+    for shard_counts, shard_bytes in over_shards("reading", measure, shards, num_workers):
+        counts.update(shard_counts)
+        n_bytes += shard_bytes
     require_both_splits(counts["train"], counts["valid"], config)
     wanted = np.cumsum(n_bytes) <= limit_bytes
     n_bins = max(int(wanted.sum()), int(n_bytes.nonzero()[0][0]) + 1)
@@ -69,14 +62,15 @@ def write_sample(config: DataConfig, limit_bytes: int, num_workers: int, file: P
             part.unlink()
 
 
-def _measure(config: DataConfig, shard: Shard) -> Measured:
+def _measure(config: DataConfig, shard: Shard) -> tuple[Counter[SplitName], NDArray[np.int64]]:
+    """Return how many documents each split has, and the bytes for training by bin, (BINS,)."""
     counts: Counter[SplitName] = Counter()
     n_bytes = np.zeros(BINS, dtype=np.int64)
     for split, document in shard_documents(config, Counter(), shard):
         counts[split] += 1
         if split == "train":
             n_bytes[_bin(document.data)] += len(document.data)
-    return Measured(counts, n_bytes)
+    return counts, n_bytes
 
 
 def _write_part(config: DataConfig, n_bins: int, file: Path, item: tuple[int, Shard]) -> Path:

@@ -6,7 +6,7 @@ The order is fixed: sources as params.yaml lists them, files by path. What is no
 import re
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -14,15 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from lm.base.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.base.errors import InputError
-from lm.prepare.listing import (
-    SUFFIX,
-    is_file,
-    is_hidden_from_dvc,
-    listed_folder,
-    visible,
-    walk,
-    watched,
-)
+from lm.prepare import listing
 from lm.prepare.records import ReadOptions
 
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
@@ -91,7 +83,10 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
     pipe or a device need never end, and what lies behind a link to a folder DVC does not watch.
     """
     separator = None if config.separator is None else config.separator.encode()
-    replace, root = config.encoding_errors == "replace", text_root(config)
+    options = ReadOptions(
+        config.text_field, separator, config.encoding_errors == "replace", config.max_expansion
+    )
+    root = text_root(config)
     is_listed = root != Path(config.path)
     for output in OUTPUTS if root.exists() else ():
         place, text = Path(output).resolve(), root.resolve()
@@ -102,13 +97,14 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
             )
     if config.sources is None:
         files, left_out = _files(root, config.glob, "data.path", str(root), is_listed)
-        options = ReadOptions(config.text_field, separator, replace, config.max_expansion)
         return [SourceFiles("text", files, options, left_out)]
     if not root.is_dir():
         what = "a file; data.sources needs the folder they are in"
         raise InputError(f"data.path = {root}: {what if root.exists() else 'no such folder'}")
     if not is_listed:
-        deque(watched(root, Counter()), maxlen=0)  # all of it is DVC's to hash, whatever is read
+        deque(
+            listing.watched(root, Counter()), maxlen=0
+        )  # all of it is DVC's to hash, whatever is read
     found = []
     for name, source in config.sources.items():
         key, within = f"data.sources.{name}.path", Path(source.path)
@@ -123,19 +119,19 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
                 "itself"
             )
         is_pattern = not (root / within).exists() and set("*?[") & set(source.path)
-        if not is_listed and is_hidden_from_dvc(root / within):
+        if not is_listed and listing.is_hidden_from_dvc(root / within):
             raise InputError(f"{key} = {within}: hidden from DVC by .dvcignore or a nested project")
         folder, pattern = (root, source.path) if is_pattern else (root / within, config.glob)
         files, left_out = _files(folder, pattern, key, source.path, is_listed)
-        options = ReadOptions(source.text_field, separator, replace, config.max_expansion)
-        found.append(SourceFiles(name, files, options, left_out))
+        own_options = replace(options, text_field=source.text_field)
+        found.append(SourceFiles(name, files, own_options, left_out))
     return found
 
 
 def text_root(config: DataConfig) -> Path:
     """Return what data.path names: a file or a folder, or the folder behind a listing."""
     path = Path(config.path)
-    return listed_folder(path) if path.suffix == SUFFIX and path.is_file() else path
+    return listing.listed_folder(path) if path.suffix == listing.SUFFIX and path.is_file() else path
 
 
 def find_files(config: DataConfig) -> list[Path]:
@@ -180,15 +176,15 @@ def _files(
     at = len(f"{path}/")
     texts: list[str] = []
     links: list[str] = []
-    listed = chain.from_iterable(visible(entries) for _, entries in walk(path))
-    for entry in listed if is_listed else watched(path, left_out):
+    listed = chain.from_iterable(listing.visible(entries) for _, entries in listing.walk(path))
+    for entry in listed if is_listed else listing.watched(path, left_out):
         if entry.is_dir(follow_symlinks=False):
             continue
         if not _matches(entry.path[at:].split("/"), wanted):
             if entry.is_symlink() and Path(entry.path).is_dir():
                 left_out["links to folders"] += 1
             continue
-        if not is_file(entry):
+        if not listing.is_file(entry):
             raise InputError(
                 f"{entry.path}: a pipe, a device, a broken link or a link to a folder; take it "
                 "away or leave it out by data.glob"
