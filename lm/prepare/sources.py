@@ -102,9 +102,8 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
         what = "a file; data.sources needs the folder they are in"
         raise InputError(f"data.path = {root}: {what if root.exists() else 'no such folder'}")
     if not is_listed:
-        deque(
-            listing.watched(root, Counter()), maxlen=0
-        )  # all of it is DVC's to hash, whatever is read
+        # all of it is DVC's to hash, whatever is read
+        deque(listing.watched(root, Counter()), maxlen=0)
     found = []
     for name, source in config.sources.items():
         key, within = f"data.sources.{name}.path", Path(source.path)
