@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from lm.base.config import load_params, read_section
+from lm.base.settings import Sampling
 from lm.data.batches import Split, open_tokens
-from lm.data.order import Sampling
 from lm.data.shards import ShardWriter, token_dtype, write_manifest
 from lm.model.transformer import ModelConfig
 from lm.train.loop import train

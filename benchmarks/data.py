@@ -96,8 +96,9 @@ def learn_by_tokenizers(file: Path, tokenizer: Path, out: Path, cores: int) -> N
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     from lm.base.config import load_params, read_section
     from lm.data.tokenizer import load_tokenizer
-    from lm.prepare.documents import DataConfig, split_documents
+    from lm.prepare.documents import split_documents
     from lm.prepare.learn import train_bpe
+    from lm.prepare.sources import DataConfig
 
     params = load_params(ROOT / "params.yaml")
     params["data"] |= {"path": str(file), "separator": END.decode()}

@@ -16,7 +16,7 @@ from lm.base.errors import InputError, one_line_errors
 from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig, share_of_batch
 from lm.data.tokenizer import TokenizerConfig
 from lm.export.card import ExportConfig
-from lm.prepare.documents import DataConfig, sources
+from lm.prepare.sources import DataConfig, find_sources
 
 PARAMS, RAW = Path("params.yaml"), Path("data/raw")  # the text of stage corpus
 
@@ -57,7 +57,7 @@ def _is_raw(data: DataConfig) -> bool:
 
 def _require_text(data: DataConfig) -> None:
     if not _is_raw(data) and (Path(data.path).exists() or not _dvc_makes(Path(data.path))):
-        sources(data)
+        find_sources(data)
 
 
 def _dvc_makes(path: Path) -> bool:

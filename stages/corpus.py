@@ -38,7 +38,7 @@ def corpus(inputs: Inputs) -> None:
 
 
 def _write_package(requirement: str) -> dict[str, Any]:
-    """Write a package's sources; returns its entry of the manifest."""
+    """Write a package's sources; return its entry of the manifest."""
     name, _, version = requirement.partition("==")
     sources = list(python_sources(requirement))
     lines = (json.dumps({"path": path, "text": text}) + "\n" for path, text in sources)
@@ -56,7 +56,7 @@ def _write_package(requirement: str) -> dict[str, Any]:
 
 
 def _write_stories(size_bytes: int) -> dict[str, Any]:
-    """Write the stories one by one; returns their entry, with the entropy of endless stories."""
+    """Write the stories one by one; return their entry, with the entropy of endless stories."""
     free = shutil.disk_usage(RAW.parent).free
     if size_bytes > free:
         raise EnvironmentFault(

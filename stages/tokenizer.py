@@ -9,15 +9,16 @@ from pathlib import Path
 from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
-from lm.prepare.documents import DataConfig, source_files, split_documents
+from lm.prepare.documents import split_documents
 from lm.prepare.foreign import foreign_tokenizer, from_tiktoken
 from lm.prepare.learn import train_bpe_large
 from lm.prepare.learning_sample import write_sample
+from lm.prepare.sources import DataConfig, find_files
 from lm.prepare.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
 
 TOKENIZER, OWN_TOKENIZERS = Path("data/tokenizer"), Path("data/tokenizers")
-SAMPLES = 200  # documents on which a tokenizer from elsewhere is tried
+TRIED = 200  # documents on which a tokenizer from elsewhere is tried
 
 
 def tokenizer(inputs: Inputs) -> None:
@@ -26,9 +27,9 @@ def tokenizer(inputs: Inputs) -> None:
     data = inputs.section(DataConfig, "data")
     num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
     inputs.watch(OWN_TOKENIZERS)
-    inputs.watch_without_hashing(partial(source_files, data))
+    inputs.watch_without_hashing(partial(find_files, data))
     found = split_documents(data, Counter())
-    texts = islice((document.text for side, document in found if side == "train"), SAMPLES)
+    texts = islice((document.text for split, document in found if split == "train"), TRIED)
     if config.kind == "bpe":
         SCRATCH.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="lm-sample-", dir=SCRATCH) as folder:

@@ -13,17 +13,17 @@ from lm.base.console import say
 from lm.base.files import atomic_write, sha256_json, write_json
 from lm.base.tables import data_table, files_table
 from lm.data.shards import MANIFEST
-from lm.prepare.collect import publish
-from lm.prepare.documents import DataConfig, in_words, kinds, plan, source_files, sources
+from lm.prepare.collect import collect
+from lm.prepare.documents import cut_into_shards, kinds, with_train_bytes
 from lm.prepare.encode_shards import (
     Job,
     drop_unused,
     encode_all,
     open_encoder,
     require_done,
-    share,
-    tasks,
+    select_part,
 )
+from lm.prepare.sources import DataConfig, find_files, find_sources, in_words
 from lm.prepare.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
 
@@ -37,28 +37,27 @@ def tokens(inputs: Inputs) -> None:
     inputs.watch(TOKENIZER)
     job = Job(data, TOKENIZER, sha256_json(inputs.code), SCRATCH / "lm-shards")
     tokenizer = open_encoder(job).tokenizer  # if it cannot be read, no text needs to be
-    found = sources(data)
+    found = find_sources(data)
     files = [file for source in found for file in source.files]
-    inputs.watch_without_hashing(partial(source_files, data), files)
+    inputs.watch_without_hashing(partial(find_files, data), files)
     left_out = sum((source.left_out for source in found), Counter())
-    shards = plan(data, found)
-    todo = tasks(data, shards, num_workers)
+    shards = with_train_bytes(data, cut_into_shards(data, found), num_workers)
     if inputs.arguments.shard:
-        part = share(todo, inputs.arguments.shard)
+        part = select_part(shards, inputs.arguments.shard)
         encode_all(job, part, num_workers)
         inputs.check()
-        say(f"{len(part):,} of {len(todo):,} shards are done")
+        say(f"{len(part):,} of {len(shards):,} shards are done")
         return
     if inputs.arguments.merge:
-        require_done(job, todo, num_workers)
+        require_done(job, shards, num_workers)
     (TOKENS / MANIFEST).unlink(missing_ok=True)
-    job, records = encode_all(job, todo, num_workers)
+    job, done = encode_all(job, shards, num_workers)
     inputs.check()
-    report = publish(TOKENS, job, tokenizer, shards, records)
+    report = collect(TOKENS, job, tokenizer, shards, done)
     write_json(RESULTS / "data.json", report)
     tables = f"{data_table(report)}\n{files_table(kinds(shards), in_words(left_out))}"
     atomic_write(RESULTS / "data.md", tables.encode())
-    drop_unused(job.kept, {record["key"] for record in records})
+    drop_unused(job.kept, {shard["key"] for shard in done})
     say(tables)
 
 

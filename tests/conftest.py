@@ -26,7 +26,7 @@ import torch
 
 from lm.base.config import load_params, read_section
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.prepare.documents import DataConfig
+from lm.prepare.sources import DataConfig
 from lm.train.step import TrainConfig
 from tests.kill import commit, copied, dvc, lent, outputs, versioned
 from tests.project import SMOKE, Project

@@ -12,7 +12,7 @@ from ruamel.yaml import YAMLError
 from lm.base.config import load_params, parse_yaml, read_section
 from lm.base.errors import InputError
 from lm.model.transformer import ModelConfig
-from lm.prepare.documents import DataConfig, SourceConfig
+from lm.prepare.sources import DataConfig, SourceConfig
 from lm.train.step import TrainConfig
 from tests.project import ROOT, SMOKE
 from tools.settings import KINDS

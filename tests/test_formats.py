@@ -5,6 +5,9 @@ import gzip
 import io
 import json
 import random
+import shutil
+import subprocess
+import sys
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,26 +21,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.base.errors import InputError
-from lm.prepare.formats import (
-    MARK,
-    MAX_DOCUMENT_BYTES,
-    PLAIN,
-    Bad,
-    Dropped,
-    Found,
-    JsonLines,
-    Layout,
-    Parquet,
-    format_of,
-    records,
-)
+from lm.prepare.limits import MAX_DOCUMENT_BYTES
+from lm.prepare.readers import reader_of
+from lm.prepare.readers.json_lines import JsonLines
+from lm.prepare.readers.parquet import Parquet
+from lm.prepare.readers.text import Text
+from lm.prepare.records import Bad, Dropped, Found, ReadOptions
+from lm.prepare.separators import split_at
+from lm.prepare.signatures import MARK
+from tests.project import ROOT
 
-ONE_FILE_ONE_RECORD = Layout("text", None, replace=False, max_expansion=100)
+ONE_FILE_ONE_RECORD = ReadOptions("text", None, replace=False, max_expansion=100)
 TEXTS = ["first", "sec\nond", "", "drei \U0001f600", "x" * 5000, "last"]
 
 
 def parted(separator):
-    return Layout("text", separator, replace=False, max_expansion=100)
+    return ReadOptions("text", separator, replace=False, max_expansion=100)
 
 
 @contextmanager
@@ -45,7 +44,7 @@ def in_pieces(**sizes):
     """Read so many bytes at a time: CHUNK_BYTES, SEARCH_BYTES, MAX_DOCUMENT_BYTES."""
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
-            patch.setattr(f"lm.prepare.formats.{name}", size)
+            patch.setattr(f"lm.prepare.limits.{name}", size)
         yield patch
 
 
@@ -64,7 +63,7 @@ LETTERS = st.text("ab\n", max_size=60).map(str.encode)
 @given(st.text("ab", max_size=60), st.text("ab", min_size=1, max_size=4), st.integers(1, 9))
 def test_records_are_the_parts_of_the_whole_for_any_chunk(text, separator, chunk):
     with in_pieces(CHUNK_BYTES=chunk):
-        found = list(records(io.BytesIO(text.encode()), separator.encode(), 0, None))
+        found = list(split_at(io.BytesIO(text.encode()), separator.encode(), 0, None))
     parts = text.split(separator)
     if parts[-1] == "":
         parts.pop()  # nothing follows the last separator
@@ -72,12 +71,12 @@ def test_records_are_the_parts_of_the_whole_for_any_chunk(text, separator, chunk
     assert all(text.startswith(data.decode(), offset) for offset, data in found)
 
 
-def assert_stretches_are_the_whole(kind, file, layout, size):
-    starts = kind.starts(file, layout, size)
+def assert_stretches_are_the_whole(reader, size):
+    starts = reader.starts(size)
     stretches = list(zip(starts, [*starts[1:], None], strict=True))
-    whole = list(kind.read(file, layout))
-    assert [r for piece in stretches for r in kind.read(file, layout, *piece)] == whole
-    content = b"".join(b"".join(kind.content(file, layout, *piece)) for piece in stretches)
+    whole = list(reader.read())
+    assert [r for piece in stretches for r in reader.read(*piece)] == whole
+    content = b"".join(b"".join(reader.content(*piece)) for piece in stretches)
     assert starts[0] == 0
     assert starts == sorted(set(starts))
     return whole, content, starts
@@ -90,7 +89,7 @@ def test_stretches_of_any_size_together_are_the_whole_file(
     """Separators that overlap themselves included: where they are cut depends on the beginning."""
     file.write_bytes(data)
     with in_pieces(CHUNK_BYTES=chunk, SEARCH_BYTES=search):
-        whole, content, _ = assert_stretches_are_the_whole(PLAIN, file, parted(separator), size)
+        whole, content, _ = assert_stretches_are_the_whole(Text(file, parted(separator)), size)
     assert content == data
     parts = [part.strip(b"\r\n") for part in data.split(separator)]
     assert [r.data for r in whole] == (parts if data.split(separator)[-1] else parts[:-1])
@@ -103,7 +102,7 @@ LINES = st.sampled_from([b'{"text": "a"}', b"", b" ", b'{"text": "\\ud800"}', b"
 def test_stretches_of_lines_together_are_the_whole_file(file, lines, end, size):
     data = b"\n".join(lines) + end
     file.write_bytes(data)
-    whole, content, _ = assert_stretches_are_the_whole(JsonLines(), file, parted(None), size)
+    whole, content, _ = assert_stretches_are_the_whole(JsonLines(file, parted(None)), size)
     assert content == data
     assert len(whole) == sum(bool(line.strip()) for line in lines)
 
@@ -112,7 +111,7 @@ def test_stretches_of_lines_together_are_the_whole_file(file, lines, end, size):
 def test_a_record_that_is_too_long_is_bad_once_and_the_next_is_right(lengths, chunk, limit):
     data = b"<|>".join(b"x" * length for length in lengths)
     with in_pieces(CHUNK_BYTES=chunk, MAX_DOCUMENT_BYTES=limit):
-        found = list(records(io.BytesIO(data), b"<|>", 0, None))
+        found = list(split_at(io.BytesIO(data), b"<|>", 0, None))
     if lengths and lengths[-1] == 0:
         lengths = lengths[:-1]
     expected = [b"x" * length if length <= limit else None for length in lengths]
@@ -137,7 +136,7 @@ def test_a_file_without_separators_is_searched_once(tmp_path):
 
     with in_pieces(SEARCH_BYTES=1 << 12) as patch:
         patch.setattr("builtins.open", lambda file, mode: Counting(file.read_bytes()))
-        starts = JsonLines().starts(path, parted(None), 1 << 10)
+        starts = JsonLines(path, parted(None)).starts(1 << 10)
     assert starts == [0, (1 << 20) + 1]
     assert n_read < 2 << 20
 
@@ -145,9 +144,9 @@ def test_a_file_without_separators_is_searched_once(tmp_path):
 def test_records_are_named_by_their_number(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one--two--\xff--four")
-    layout = parted(b"--")
-    found = list(PLAIN.read(path, layout))
-    assert [PLAIN.name(path, layout, r.offset) for r in found] == [
+    options = parted(b"--")
+    found = list(Text(path, options).read())
+    assert [Text(path, options).name(r.offset) for r in found] == [
         f"{path}#{i}" for i in range(1, 5)
     ]
     assert found[2] == Bad(10, "not UTF-8", found[2].message)
@@ -192,7 +191,7 @@ PACKED = {
 
 
 def records_of(path, size=1 << 20):
-    found, _, _ = assert_stretches_are_the_whole(format_of(path), path, parted(b"<|end|>"), size)
+    found, _, _ = assert_stretches_are_the_whole(reader_of(path, parted(b"<|end|>")), size)
     return found
 
 
@@ -225,12 +224,12 @@ def test_a_byte_order_mark_is_dropped_at_the_beginning_of_a_file_alone(tmp_path,
 def test_offsets_behind_a_byte_order_mark_are_those_of_the_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(MARK + b"a--b\xff--c")
-    _, first, bad, last = PLAIN.read(path, parted(b"--"))
+    _, first, bad, last = Text(path, parted(b"--")).read()
     assert (first.offset, bad.offset, last.offset) == (3, 6, 10)
     assert "byte 0xff at offset 7 " in bad.message
-    assert PLAIN.name(path, parted(b"--"), bad.offset) == f"{path}#2"
+    assert Text(path, parted(b"--")).name(bad.offset) == f"{path}#2"
     path.write_bytes(MARK + b"a\xff")
-    _, bad = PLAIN.read(path, ONE_FILE_ONE_RECORD)
+    _, bad = Text(path, ONE_FILE_ONE_RECORD).read()
     assert "byte 0xff at offset 4 " in bad.message
 
 
@@ -249,17 +248,17 @@ def test_offsets_behind_a_byte_order_mark_are_those_of_the_file(tmp_path):
 )
 def test_a_text_that_begins_like_json_is_text(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
-    assert [*PLAIN.read(tmp_path / "a.txt", ONE_FILE_ONE_RECORD)] == [Found(0, text.encode())]
+    assert [*Text(tmp_path / "a.txt", ONE_FILE_ONE_RECORD).read()] == [Found(0, text.encode())]
 
 
 def test_columns_are_found_by_name_whatever_else_a_row_holds(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('id,"text"\r\n\r\n1,"a ""b"",\r\nc"\r\n2,d\n3,\r\n')
-    assert [*format_of(path).read(path, ONE_FILE_ONE_RECORD)] == [
+    assert [*reader_of(path, ONE_FILE_ONE_RECORD).read()] == [
         Found(3, b'a "b",\r\nc'), Found(5, b"d"), Found(6, b""),
     ]  # fmt: skip
     path.write_text("")
-    [bad] = format_of(path).read(path, ONE_FILE_ONE_RECORD)
+    [bad] = reader_of(path, ONE_FILE_ONE_RECORD).read()
     assert bad.message == "no column 'text' (has: ); name one in data.text_field"
 
 
@@ -268,12 +267,12 @@ def test_a_file_that_expands_as_far_as_is_said_is_read(tmp_path):
     path.write_bytes(gzip.compress(b"x" * 10_000))
     with in_pieces(MAX_DOCUMENT_BYTES=1000):
         for limit, found in ((300, "too long"), (100, None)):
-            layout = replace(parted(b"-"), max_expansion=limit)
+            options = replace(parted(b"-"), max_expansion=limit)
             if found:
-                assert [bad.reason for bad in PLAIN.read(path, layout)] == [found]
+                assert [bad.reason for bad in Text(path, options).read()] == [found]
             else:
                 with pytest.raises(InputError, match=r"expand to 100 times as many or more"):
-                    list(PLAIN.read(path, layout))
+                    list(Text(path, options).read())
 
 
 @pytest.mark.parametrize(
@@ -299,10 +298,10 @@ def test_every_kind_of_text_column_gives_the_same_texts(tmp_path, kind, options)
 def test_tables_are_cut_at_row_groups(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(as_table(["text " * 100 + str(i) for i in range(100)], row_group_size=5))
-    starts = Parquet().starts(path, parted(None), 10_000)
+    starts = Parquet(path, parted(None)).starts(10_000)
     assert 2 < len(starts) < 10
     assert max(starts) < 20
-    assert len(Parquet().starts(path, parted(None), 1)) == 20
+    assert len(Parquet(path, parted(None)).starts(1)) == 20
 
 
 def test_an_empty_table_has_no_rows(tmp_path):
@@ -310,7 +309,7 @@ def test_an_empty_table_has_no_rows(tmp_path):
     path.write_bytes(as_table([]))
     assert texts_of(path) == []
     path.write_bytes(as_table(["", None]))
-    found = list(Parquet().read(path, parted(None)))
+    found = list(Parquet(path, parted(None)).read())
     assert found == [Found(0, b""), Bad(1, "no text", "column 'text' is null")]
 
 
@@ -320,7 +319,7 @@ def test_the_content_of_a_table_tells_texts_apart_and_not_their_neighbours(tmp_p
     def content(texts, ids, **piece):
         table = pyarrow.table({"text": texts, "id": ids})
         pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-        return b"".join(Parquet().content(tmp_path / "a.parquet", parted(None), **piece))
+        return b"".join(Parquet(tmp_path / "a.parquet", parted(None)).content(**piece))
 
     before = content(["a", "b", "c"], [1, 2, 3])
     assert content(["a", "b", "c"], [1, 2, 4000]) == before
@@ -345,7 +344,7 @@ def test_a_compressed_file_that_is_cut_off_or_altered_is_an_error(tmp_path, kind
     ):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"a.txt.*: damaged or cut off \("):
-            list(PLAIN.read(path, ONE_FILE_ONE_RECORD))
+            list(Text(path, ONE_FILE_ONE_RECORD).read())
 
 
 def test_a_damaged_table_is_an_error_or_other_text(tmp_path):
@@ -360,9 +359,9 @@ def test_a_damaged_table_is_an_error_or_other_text(tmp_path):
     for data in damaged:
         path.write_bytes(data)
         with suppress(InputError):
-            starts = Parquet().starts(path, parted(None), 100)
-            list(Parquet().read(path, parted(None)))
-            b"".join(Parquet().content(path, parted(None), starts[-1]))
+            starts = Parquet(path, parted(None)).starts(100)
+            list(Parquet(path, parted(None)).read())
+            b"".join(Parquet(path, parted(None)).content(starts[-1]))
             refused -= 1
         refused += 1
     assert refused > len(whole) // 97
@@ -375,7 +374,7 @@ def test_rows_of_long_texts_are_not_all_held_at_once(tmp_path):
     path.write_bytes(as_table(texts, row_group_size=60, **pages))
     pool = pyarrow.default_memory_pool()
     before, held = pool.bytes_allocated(), 0
-    for i, record in enumerate(Parquet().read(path, parted(None))):
+    for i, record in enumerate(Parquet(path, parted(None)).read()):
         assert record.data.decode() == texts[i]
         held = max(held, pool.bytes_allocated() - before)
     assert i == 59
@@ -386,12 +385,38 @@ def test_what_is_no_utf8_is_replaced_on_request_and_counted(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": pyarrow.array([b"a\xff\0", b"b"], pyarrow.binary())})
     pyarrow.parquet.write_table(table, path)
-    bad, _ = Parquet().read(path, parted(None))
+    bad, _ = Parquet(path, parted(None)).read()
     assert bad.reason == "not UTF-8"
     assert "byte 0xff at offset 1 of its text" in bad.message
-    found, _ = Parquet().read(path, Layout("text", None, replace=True, max_expansion=100))
+    found, _ = Parquet(path, ReadOptions("text", None, replace=True, max_expansion=100)).read()
     assert found == Found(0, "a\ufffd\ufffd".encode(), 2)
 
 
 def test_no_document_is_longer_than_the_encoder_takes():
     assert MAX_DOCUMENT_BYTES < 1 << 31  # its size is kept in 32 bits
+
+
+NEW_FORMAT = """
+from lm.prepare.readers.text import Text
+
+class Loud(Text):
+    what = "loud text"
+
+READERS = {"SUFFIX": Loud}
+"""
+
+
+@pytest.mark.parametrize("suffix", [".loud", ".csv"])
+def test_a_new_format_is_one_new_file_and_no_suffix_has_two(tmp_path, suffix):
+    shutil.copytree(ROOT / "lm", tmp_path / "lm", ignore=shutil.ignore_patterns("__pycache__"))
+    new = tmp_path / "lm" / "prepare" / "readers" / "loud.py"
+    new.write_text(NEW_FORMAT.replace("SUFFIX", suffix))
+    program = (
+        "from pathlib import Path; from lm.prepare.readers import reader_of;"
+        "print(reader_of(Path('a.loud.gz'), None).what)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == ("loud text\n" if suffix == ".loud" else "")
+    assert ("AssertionError" in done.stderr) == (suffix == ".csv")

@@ -17,7 +17,8 @@ from lm.base.files import sha256_file
 from lm.corpus.grammar import STORIES, Grammar, stories, story
 from lm.data.tokenizer import load_tokenizer
 from lm.evaluate.baselines import Bigram
-from lm.prepare.documents import DataConfig, split_documents
+from lm.prepare.documents import split_documents
+from lm.prepare.sources import DataConfig
 from tests.project import ROOT, one_line, write_tokens
 
 TINY = """

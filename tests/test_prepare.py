@@ -30,18 +30,18 @@ from lm.base.tables import data_table
 from lm.data.batches import open_tokens
 from lm.data.shards import SPLITS
 from lm.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
-from lm.prepare.collect import publish
-from lm.prepare.documents import DataConfig, SourceConfig, plan, split_documents
+from lm.prepare.collect import collect
+from lm.prepare.documents import cut_into_shards, split_documents, with_train_bytes
 from lm.prepare.encode_shards import (
     Job,
     drop_unused,
     encode_all,
     encode_shard,
     require_done,
-    share,
-    tasks,
+    select_part,
 )
 from lm.prepare.learn import train_bpe
+from lm.prepare.sources import DataConfig, SourceConfig
 from tests.kill import gone
 from tests.project import SMOKE, one_line
 
@@ -77,10 +77,13 @@ class Desk:
 
     def make(self, num_workers=1, **changes):
         """Run as stage tokens does; what then stands in the folder, and the report."""
-        job, shards = self.job(**changes), plan(self.config)
-        job, records = encode_all(job, tasks(self.config, shards, num_workers), num_workers)
-        report = publish(self.tokens, job, load_tokenizer(job.tokenizer), shards, records)
+        job, done = encode_all(self.job(**changes), self.shards(num_workers), num_workers)
+        tokenizer = load_tokenizer(job.tokenizer)
+        report = collect(self.tokens, job, tokenizer, self.shards(), done)
         return self.files(), report
+
+    def shards(self, num_workers=1):
+        return with_train_bytes(self.config, cut_into_shards(self.config), num_workers)
 
     def files(self):
         return {
@@ -143,7 +146,7 @@ def test_the_tokens_are_the_documents_in_order(desk):
     for side, document in split_documents(desk.config, Counter()):
         expected[side].append(document.data)
     assert desk.texts() == expected
-    assert len(plan(desk.config)) > 5
+    assert len(cut_into_shards(desk.config)) > 5
     tokens = open_tokens(desk.tokens, desk.job().tokenizer_sha256)
     for split in SPLITS:
         n_bytes = sum(map(len, expected[split]))
@@ -186,15 +189,15 @@ def test_every_format_gives_the_same_tokens(tmp_path):
             desk = Desk(folder, separator=SEPARATOR)
             _, report = desk.make()
             assert report["documents"] == 60
-            assert len(plan(desk.config)) == 1 or not packing
+            assert len(cut_into_shards(desk.config)) == 1 or not packing
             seen.append(desk.streams())
     assert seen == seen[:1] * 9
 
 
-def finish_late(job, task):
+def finish_late(job, shard):
     """The first shards last."""
-    time.sleep(0.3 * (task.shard.pieces[0].file.name < "02"))
-    return encode_shard(job, task)
+    time.sleep(0.3 * (shard.stretches[0].file.name < "02"))
+    return encode_shard(job, shard)
 
 
 @pytest.mark.parametrize("settings", [{}, {"split": "tail", "deduplicate": True}], ids=["", "tail"])
@@ -211,7 +214,7 @@ def test_the_bytes_do_not_depend_on_workers_or_chunks(desk, monkeypatch, setting
     monkeypatch.undo()
     monkeypatch.setattr(lm.prepare.encode_shards, "BATCH_BYTES", 50)
     for name in ("CHUNK_BYTES", "SEARCH_BYTES"):
-        monkeypatch.setattr(f"lm.prepare.formats.{name}", 13)
+        monkeypatch.setattr(f"lm.prepare.limits.{name}", 13)
     monkeypatch.setattr("lm.prepare.collect.ROWS", 3)
     assert desk.elsewhere().make() == expected
 
@@ -250,12 +253,11 @@ def encoded(desk, *arguments, **changes):
 
 
 def test_nothing_is_encoded_twice(desk, capsys):
-    assert encoded(desk) == len(plan(desk.config))
+    assert encoded(desk) == len(cut_into_shards(desk.config))
     capsys.readouterr()
     assert encoded(desk) == 0
-    assert f"{len(plan(desk.config))} of {len(plan(desk.config))} shards were done before" in (
-        capsys.readouterr().out
-    )
+    n_shards = len(desk.shards())
+    assert f"{n_shards} of {n_shards} shards were done before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["-first.txt", "050-middle.txt", "~last.txt"])
@@ -280,10 +282,10 @@ def test_a_file_that_grows_keeps_its_earlier_shards(tmp_path, suffix):
              ".txt": lambda texts: "".join(f"{t}{SEPARATOR}" for t in texts).encode()}  # fmt: skip
     file = desk.text / f"a{suffix}"
     file.write_bytes(write[suffix](texts[:301]))
-    assert encoded(desk) == len(plan(desk.config)) > 5
-    before = len(plan(desk.config))
+    assert encoded(desk) == len(cut_into_shards(desk.config)) > 5
+    before = len(cut_into_shards(desk.config))
     file.write_bytes(write[suffix](texts))
-    new = len(plan(desk.config)) - before
+    new = len(cut_into_shards(desk.config)) - before
     assert 1 < new <= encoded(desk) <= new + 2
 
 
@@ -315,7 +317,7 @@ def test_nothing_is_reused_after_a_change_of(desk, changes):
     for name in list(changes.keys() & vars(desk.config).keys()):
         settings[name] = changes.pop(name)
     desk.config = replace(desk.config, **settings)
-    assert encoded(desk, **changes) == len(plan(desk.config))
+    assert encoded(desk, **changes) == len(cut_into_shards(desk.config))
 
 
 def test_what_decides_no_bytes_changes_no_key(desk):
@@ -328,7 +330,7 @@ def test_what_decides_no_bytes_changes_no_key(desk):
 
 def test_nothing_is_reused_with_another_tokenizer_or_end(desk):
     desk.make()
-    n_shards = len(plan(desk.config))
+    n_shards = len(cut_into_shards(desk.config))
     train_bpe(["says says Note Note"], 265).save(desk.folder / "tokenizer")
     assert encoded(desk) == n_shards
     tokenizer = load_tokenizer(desk.folder / "tokenizer")
@@ -385,14 +387,14 @@ def test_equal_shards_are_published_twice(tmp_path):
     desk = Desk(tmp_path)
     _, report = desk.make(2)
     assert report["documents"] == 600
-    assert len(desk.keys()) < len(plan(desk.config))
+    assert len(desk.keys()) < len(cut_into_shards(desk.config))
 
 
 def test_what_nobody_used_for_a_week_is_dropped(desk):
     expected = desk.make()
     used = desk.keys()
     old = desk.job(code="old")
-    encode_all(old, tasks(desk.config, plan(desk.config), 1), 1)
+    encode_all(old, desk.shards(), 1)
     (desk.kept / "abc.xyz.tmp").mkdir()
     (desk.kept / "abc.xyz.tmp" / "train").write_bytes(b"half")
     drop_unused(desk.kept, used)
@@ -424,21 +426,21 @@ def test_progress_is_told_even_before_the_first_byte(capsys):
 
 
 def test_the_parts_together_are_all_tasks_once(desk):
-    todo = tasks(desk.config, plan(desk.config), 1)
-    parts = [share(todo, f"{i}/4") for i in (1, 2, 3, 4)]
+    todo = desk.shards()
+    parts = [select_part(todo, f"{i}/4") for i in (1, 2, 3, 4)]
     assert sorted(str(task) for part in parts for task in part) == sorted(map(str, todo))
     for bad in ("0/4", "5/4", "1", "/", "1/", "a/b", "-1/4", "1/4/4", "1.0/4"):
         with pytest.raises(InputError, match=f"--shard {bad}: expected I/N"):
-            share(todo, bad)
+            select_part(todo, bad)
 
 
 def test_a_part_that_is_missing_is_named(desk):
-    job, todo = desk.job(), tasks(desk.config, plan(desk.config), 1)
-    encode_all(job, share(todo, "1/2"), 1)
+    job, todo = desk.job(), desk.shards()
+    encode_all(job, select_part(todo, "1/2"), 1)
     message = rf"{len(todo) // 2} of {len(todo)} shards were not made; the first begins with .*txt"
     with pytest.raises(InputError, match=message):
         require_done(job, todo, 1)
-    encode_all(job, share(todo, "2/2"), 1)
+    encode_all(job, select_part(todo, "2/2"), 1)
     require_done(job, todo, 1)
 
 

@@ -16,7 +16,8 @@ from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.model.loss import EvaluateConfig
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.plan import main, make_plan, table
-from lm.prepare.documents import DataConfig, plan
+from lm.prepare.documents import cut_into_shards
+from lm.prepare.sources import DataConfig
 from lm.train.loop import train
 from lm.train.state import new_state
 from lm.train.step import TrainConfig
@@ -123,7 +124,7 @@ def test_a_preset_for_text_that_is_not_here_says_where_it_goes(name, tmp_path, m
     assert f"Put the text into {data.path} first" in " ".join(preset.read_text().split("\n# "))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rf"data.path = {data.path}: no such file"):
-        plan(data)
+        cut_into_shards(data)
 
 
 def test_a_preset_is_planned_as_it_stands_whatever_tokens_are_there(tmp_path, monkeypatch, capsys):

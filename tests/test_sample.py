@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from lm.base.errors import InputError
-from lm.prepare.documents import SourceConfig, split_documents
+from lm.prepare.documents import split_documents
 from lm.prepare.learning_sample import BINS, SEPARATOR, write_sample
+from lm.prepare.sources import SourceConfig
 
 # of Python 3.12; the threads of this process are those of the test runner
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

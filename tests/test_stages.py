@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lm.base.config import read_section
-from lm.prepare.documents import DataConfig, split_documents
+from lm.prepare.documents import split_documents
 from lm.prepare.learn import train_bpe
+from lm.prepare.sources import DataConfig
 from tests.kill import copied, lent, outputs
 from tests.project import ROOT, one_line, wait_for
 from tests.test_baselines import by_hand

@@ -21,19 +21,21 @@ from lm.base.config import load_params, read_section
 from lm.base.errors import EnvironmentFault, InputError
 from lm.corpus.packages import python_sources
 from lm.prepare.documents import (
-    DataConfig,
-    SourceConfig,
+    assign_splits,
+    cut_into_shards,
     documents,
-    in_words,
-    plan,
-    sides,
-    source_files,
-    sources,
     split_documents,
     tail_boundary,
-    weights,
 )
 from lm.prepare.listing import write_listing
+from lm.prepare.sources import (
+    DataConfig,
+    SourceConfig,
+    find_files,
+    find_sources,
+    in_words,
+    weights,
+)
 from tests.project import ROOT, SMOKE
 
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
@@ -71,15 +73,15 @@ def test_documents_are_cut_at_the_separator_across_chunks(folder, monkeypatch):
     (path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n\nstill two<|endoftext|>three\n")
     config = replace(config, separator="<|endoftext|>")
     for chunk in (1, 5, 1 << 20):
-        monkeypatch.setattr("lm.prepare.formats.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("lm.prepare.limits.CHUNK_BYTES", chunk)
         assert texts(config) == ["one", "two\n\nstill two", "three"]
 
 
 @pytest.mark.parametrize("separator", [None, "<|end|>"])
 def test_a_document_is_as_long_as_allowed_and_no_longer(folder, monkeypatch, separator):
     path, config = folder
-    monkeypatch.setattr("lm.prepare.formats.MAX_DOCUMENT_BYTES", 100)
-    monkeypatch.setattr("lm.prepare.formats.CHUNK_BYTES", 30)
+    monkeypatch.setattr("lm.prepare.limits.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("lm.prepare.limits.CHUNK_BYTES", 30)
     config = replace(config, separator=separator)
     (path / "a.txt").write_text("x" * 100 + (separator or ""))
     assert texts(config) == ["x" * 100]
@@ -98,12 +100,12 @@ def test_a_document_is_as_long_as_allowed_and_no_longer(folder, monkeypatch, sep
 @pytest.mark.parametrize("name", ["b.txt", "b.txt.gz"])
 def test_a_separator_that_stands_in_one_file_is_enough(folder, monkeypatch, name):
     path, config = folder
-    monkeypatch.setattr("lm.prepare.formats.CHUNK_BYTES", 3)
+    monkeypatch.setattr("lm.prepare.limits.CHUNK_BYTES", 3)
     config = replace(config, separator="-<|>-")
     (path / "a.txt").write_text("--<|>\n-")
     (path / "c.jsonl").write_text('{"text": "-<|>-"}\n')
     with pytest.raises(InputError, match=r'"-<\|>-": stands in no text file'):
-        plan(config)
+        cut_into_shards(config)
     pack = gzip.compress if name.endswith(".gz") else bytes
     (path / name).write_bytes(pack(b"--<|>-"))
     assert texts(config) == ["--<|>\n-", "-", "-<|>-"]
@@ -160,7 +162,7 @@ def test_replaced_bytes_are_counted_on_request(folder):
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_offsets_of_bad_bytes_count_from_the_start_of_the_file(folder, monkeypatch, chunk):
     path, config = folder
-    monkeypatch.setattr("lm.prepare.formats.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("lm.prepare.limits.CHUNK_BYTES", chunk)
     (path / "a.txt").write_bytes("é".encode() * 500 + b"<|end|>ab\xff")
     with pytest.raises(InputError, match=r"a.txt#2: byte 0xff at offset 1009 is not UTF-8"):
         texts(replace(config, separator="<|end|>"))
@@ -180,11 +182,11 @@ def test_an_impossible_pattern_is_refused(folder, glob):
 def test_missing_sources_are_named(folder):
     path, config = folder
     with pytest.raises(InputError, match=r"no file matches data.glob = \*\*/\*"):
-        source_files(config)
+        find_files(config)
     with pytest.raises(InputError, match="no such file or folder$"):
-        source_files(replace(config, path=str(path / "missing")))
+        find_files(replace(config, path=str(path / "missing")))
     with pytest.raises(InputError, match=r"no such file or folder; a pattern goes into data.glob"):
-        source_files(replace(config, path=str(path / "*.txt")))
+        find_files(replace(config, path=str(path / "*.txt")))
 
 
 def splits(config):
@@ -245,7 +247,7 @@ def test_tail_split_loses_no_character(tmp_path_factory, text, fraction):
     config = read_section(DataConfig, load_params(SMOKE), "data")
     config = replace(config, path=str(file), split="tail", valid_fraction=fraction)
     boundary = tail_boundary(len(text.encode()), config)
-    got = list(sides(documents(config, Counter()), config, boundary))
+    got = list(assign_splits(documents(config, Counter()), config, boundary))
     assert "".join(document.text for _, document in got) == text
     assert [side for side, _ in got] in (["train"], ["valid"], ["train", "valid"])
 
@@ -270,10 +272,10 @@ def library(folder):
 def test_sources_are_read_in_the_order_of_the_settings_each_its_own_way(library):
     path, config = library
     assert texts(config) == ["text of c", "text of d", "text of a"]
-    assert [source.name for source in sources(config)] == ["web", "books"]
+    assert [source.name for source in find_sources(config)] == ["web", "books"]
     assert weights(config) == {"web": 2.0, "books": 1.0}
-    assert [shard.source for shard in plan(config)] == ["web", "books"]
-    assert source_files(replace(config, glob="**/*.txt")) == [
+    assert [shard.source for shard in cut_into_shards(config)] == ["web", "books"]
+    assert find_files(replace(config, glob="**/*.txt")) == [
         path / "web/1/c.txt",
         path / "books/a.txt",
     ]
@@ -294,11 +296,11 @@ def test_every_document_is_in_one_shard_of_the_plan_and_in_order(folder):
     expected = texts(config)
     for size in (50, 500, 5_000, 1 << 20):
         config = replace(config, shard_bytes=size)
-        shards = plan(config)
+        shards = cut_into_shards(config)
         found = [[d.text for d in documents(config, Counter(), [shard])] for shard in shards]
         assert [text for shard in found for text in shard] == expected
         assert sum(shard.size_bytes for shard in shards) == pytest.approx(
-            sum(file.stat().st_size for file in source_files(config)), abs=len(shards)
+            sum(file.stat().st_size for file in find_files(config)), abs=len(shards)
         )
     assert len(shards) == 1
 
@@ -310,7 +312,10 @@ def test_a_file_that_comes_or_goes_changes_its_own_shard_alone(folder):
         (path / f"{i:03}.txt").write_text(f"document {i} " * 8)
 
     def shards():
-        return {tuple(piece.file.name for piece in shard.pieces) for shard in plan(config)}
+        return {
+            tuple(stretch.file.name for stretch in shard.stretches)
+            for shard in cut_into_shards(config)
+        }
 
     before = shards()
     assert 10 < len(before) < 40
@@ -328,7 +333,7 @@ def test_a_file_whose_name_is_not_utf_8_is_named_or_read_by_a_listing(folder, tm
     except OSError:
         pytest.skip("this file system has names of text alone")
     with pytest.raises(InputError, match=r"/caf\\xe9.txt: a name that is not UTF-8"):
-        sources(config)
+        find_sources(config)
     (path / os.fsdecode(b"caf\xe9.txt.gz")).write_bytes(gzip.compress(b"packed"))
     table = pyarrow.table({"text": ["row"]})
     with open(path / os.fsdecode(b"caf\xe9.parquet"), "wb") as file:
@@ -337,7 +342,7 @@ def test_a_file_whose_name_is_not_utf_8_is_named_or_read_by_a_listing(folder, tm
     assert write_listing(path, listing) == 3
     config = replace(config, path=str(listing))
     assert texts(config) == ["row", "text", "packed"]
-    assert len(plan(config)) == 1
+    assert len(cut_into_shards(config)) == 1
 
 
 def hide_folder(path):
@@ -378,9 +383,9 @@ def test_what_is_read_is_what_dvc_watches(tmp_path, data_config, monkeypatch, hi
     config = replace(data_config, path=root)
     if not watched or (hide is hide_from_within and root == "t"):  # which DVC refuses, too
         with pytest.raises(InputError, match=r"not read|DVC takes none in a folder"):
-            sources(config)
+            find_sources(config)
         return
-    found, *_ = sources(config)
+    found, *_ = find_sources(config)
     assert [str(tmp_path / file) for file in found.files] == watched
     assert sum(found.left_out.values()) > 0 or (root == "t/s" and hide is hide_folder)
     # elsewhere DVC hides nothing
@@ -415,7 +420,7 @@ def test_text_beside_a_linked_output_is_refused(tmp_path, data_config, monkeypat
     (tmp_path / "project/models").symlink_to("../disk/models")
     monkeypatch.chdir(tmp_path / "project")
     with pytest.raises(InputError, match=r"/disk: the stages write models; put your text"):
-        sources(replace(data_config, path=str(tmp_path / "disk")))
+        find_sources(replace(data_config, path=str(tmp_path / "disk")))
 
 
 def test_dvcs_own_files_are_left_out_and_counted(folder):
@@ -424,7 +429,7 @@ def test_dvcs_own_files_are_left_out_and_counted(folder):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(name)
     assert texts(config) == ["a.txt", "b/not-dvc.yaml"]
-    assert in_words(sources(config)[0].left_out) == "files of DVC's own: 3"
+    assert in_words(find_sources(config)[0].left_out) == "files of DVC's own: 3"
 
 
 def test_links_to_the_same_file_count_once(folder):
@@ -438,7 +443,7 @@ def test_links_to_the_same_file_count_once(folder):
     for name in ("e.txt", "f.txt"):  # two texts that are equal, as cache.type symlink keeps them
         (path / name).symlink_to(path / ".dvc/cache/files/md5/aa/bb")
     (path / "g.txt").hardlink_to(path / "b.txt")  # so does cache.type hardlink
-    assert [file.name for file in source_files(config)] == [
+    assert [file.name for file in find_files(config)] == [
         "b.txt",
         "c.txt",
         "e.txt",
@@ -446,7 +451,7 @@ def test_links_to_the_same_file_count_once(folder):
         "g.txt",
     ]
     left_out = "links to a text that is read already: 2; names that begin with a dot: 2"
-    assert in_words(sources(config)[0].left_out) == left_out
+    assert in_words(find_sources(config)[0].left_out) == left_out
 
 
 def test_links_to_folders_that_a_pattern_leaves_out_are_told(folder):
@@ -454,7 +459,7 @@ def test_links_to_folders_that_a_pattern_leaves_out_are_told(folder):
     (path / ".elsewhere").mkdir()
     (path / "a.txt").write_text("a")
     (path / "link").symlink_to(".elsewhere")
-    found, *_ = sources(replace(config, glob="**/*.txt"))
+    found, *_ = find_sources(replace(config, glob="**/*.txt"))
     assert in_words(found.left_out) == "links to folders: 1; names that begin with a dot: 1"
 
 
@@ -463,7 +468,7 @@ def test_a_folder_that_cannot_be_read_is_told(folder):
     (path / "a.txt").write_text("text")
     (path / "locked").mkdir(mode=0o000)
     with pytest.raises(PermissionError, match="locked"), as_nobody(path):
-        sources(config)
+        find_sources(config)
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class Rule:
         self._lead = re.compile("|".join(f"({re.escape(lead)})" for lead in leads))
 
     def taken(self, text: str, offset: int) -> int:
-        """The number of the alternative with which the text goes on. Raises ValueError."""
+        """Return the number of the alternative with which the text goes on. Raises ValueError."""
         if len(self.p) == 1:
             return 0
         match = self._lead.match(text, offset)
@@ -164,15 +164,15 @@ class Rule:
         return match.lastindex - 1
 
     def entropy_bits(self) -> float:
-        """Of the choice alone: -sum p log2 p."""
+        """Return the entropy of the choice alone: -sum p log2 p."""
         return -sum(p * math.log2(p) for p in self.p)
 
     def mean(self, value: Callable[[str], float]) -> float:
-        """The expected sum of a value over the parts of an alternative."""
+        """Return the expected sum of a value over the parts of an alternative."""
         return sum(p * sum(map(value, parts)) for p, parts in zip(self.p, self.parts, strict=True))
 
     def mean_bytes(self, name: str) -> float:
-        """Expected length of what the symbol makes {name} say: that of its plain alternatives."""
+        """Return the expected length of {name} as this symbol sets it by plain alternatives."""
         plain = [(p, says[name]) for p, says in zip(self.p, self.says, strict=True) if says]
         return sum(p * len(word) for p, word in plain) / sum(p for p, _ in plain)
 
@@ -193,7 +193,7 @@ class Grammar:
         }
 
     def pieces(self, choose: Callable[[Rule], int]) -> Iterator[str]:
-        """A text from left to right; `choose` gives the number of an alternative."""
+        """Make a text from left to right; `choose` gives the number of an alternative."""
         words: dict[str, str] = {}
         todo: list[str | dict[str, str]] = [f"<{self.root}>"]
         while todo:
@@ -233,7 +233,7 @@ class Grammar:
         return total
 
     def entropy_bits(self) -> float:
-        """Entropy of a text in bits, exactly: the entropy of its derivation, since it has one.
+        """Return the exact entropy of a text in bits: that of its derivation, since it has one.
 
         H(A) = h(A) + sum over B of m(A, B) H(B), where h is the entropy of the choice at A and m
         the expected number of B in an alternative: Grenander 1967, Nederhof and Satta 2008.
@@ -241,7 +241,7 @@ class Grammar:
         return self._expected({symbol: rule.entropy_bits() for symbol, rule in self.rules.items()})
 
     def mean_bytes(self) -> float:
-        """Expected length of a text, exactly, by the same recursion.
+        """Return the expected length of a text, exactly, by the same recursion.
 
         What comes back has the mean length of what it can be: how often it comes back depends on
         other choices than what it is.
@@ -255,11 +255,11 @@ class Grammar:
         return self._expected({symbol: rule.mean(length) for symbol, rule in self.rules.items()})
 
     def bits_per_byte(self) -> float:
-        """Entropy rate of endless text: what no model can go below on average."""
+        """Return the entropy rate of endless text: what no model can go below on average."""
         return self.entropy_bits() / self.mean_bytes()
 
     def _expected(self, own: Mapping[str, float]) -> float:
-        """The expected sum of a value over all choices of a text: (I - M)^-1 own, at the root."""
+        """Return the expected sum of a value over all choices: (I - M)^-1 own, at the root."""
         symbols = list(self.rules)
         m = np.zeros((len(symbols), len(symbols)))
         for a, rule in enumerate(self.rules.values()):
@@ -273,7 +273,7 @@ STORIES = Grammar(TABLE, SCOPED)
 
 
 def story(seed: int, number: int) -> str:
-    """Story `number`, a pure function of (seed, number): its k-th choice takes the k-th draw."""
+    """Return story `number` of a seed: its k-th choice takes the k-th draw."""
 
     def draws() -> Iterator[float]:
         for block in count():
@@ -284,7 +284,7 @@ def story(seed: int, number: int) -> str:
 
 
 def stories(seed: int, size_bytes: int) -> Iterator[str]:
-    """Independent stories, story 0 first, until there are `size_bytes` of them or just more."""
+    """Return independent stories until there are `size_bytes` of them or just more."""
     written, numbers = 0, count()
     while written < size_bytes:
         text = story(seed, next(numbers))

@@ -12,7 +12,7 @@ LEFT_OUT = {"tests", "conftest.py", "benchmarks", "_antlr"}
 
 
 def python_sources(requirement: str) -> Iterator[tuple[str, str]]:
-    """Path and text of each .py file of an installed package, given as name==version.
+    """Return path and text of each .py file of an installed package, given as name==version.
 
     Sorted by path. Files are checked against the hashes the package was published with, so the
     same requirement gives the same bytes on every machine. Raises InputError for a malformed

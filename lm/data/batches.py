@@ -2,7 +2,7 @@
 
     data/tokens --open_tokens--> TokenStream of each split --Split.batch(step)--> x, y
 
-What the files hold is told in lm/data/shards.py, which windows make a batch in lm/data/order.py.
+lm/data/shards.py describes the files; lm/data/order.py decides which windows make a batch.
 """
 
 import hashlib
@@ -10,19 +10,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lm.base.errors import InputError
-from lm.data.order import DocumentWindows, Numbers, Sampling, deal, drawn, ordered
+from lm.base.settings import Sampling
+from lm.data.order import DocumentWindows, Numbers, deal, drawn, ordered
 from lm.data.shards import MANIFEST, REMEDY, read_manifest
 from lm.data.tokenizer import Tokenizer
 
-PLANNED = 1024  # windows whose places are computed at once
-SCANNED = 1 << 22  # tokens read at once to find the ends of documents
-HASHED = 1 << 18  # tokens read at once to verify a file
+WINDOWS_AHEAD = 1024  # whose starts are computed at once
+SCANNED_TOKENS = 1 << 22  # read at once to find the ends of documents
+HASHED_TOKENS = 1 << 18  # read at once to verify a file
 OPEN_FILES = 100  # of a split at a time: with two splits less than the 256 that macOS allows
 Signature = tuple[int, int, int]
 DType = np.dtype[Any]
@@ -42,7 +43,7 @@ class TokenStream:
         dtype: DType,
         vocab_size: int,
     ):
-        """Shards as their entries of tokens.json describe them.
+        """Open shards as their entries of tokens.json describe them.
 
         Raises InputError if a file is missing, truncated, extended or edited, or has an id beyond
         the vocabulary.
@@ -60,7 +61,7 @@ class TokenStream:
         return int(self._bounds[-1])
 
     def __getitem__(self, place: slice) -> NDArray[Any]:
-        """The ids of a slice without a step. Raises InputError if a file has changed.
+        """Return the ids of a slice without a step. Raises InputError if a file has changed.
 
         A file that is rewritten in place is noticed where an id is beyond the vocabulary: a look
         at each that is read costs next to nothing, and the model would end in an IndexError.
@@ -73,25 +74,25 @@ class TokenStream:
         return ids
 
     def rows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
-        """The `length` ids from each start on, (len(starts), length); raises as a slice does."""
+        """Return `length` ids from each start on, (len(starts), length); raises as a slice does."""
         width, size = length * self.dtype.itemsize, self.dtype.itemsize
         files = np.searchsorted(self._bounds, starts, side="right") - 1
         offsets = (starts - self._bounds[files]) * size
         sizes = np.minimum(width, (self._bounds[files + 1] - starts) * size)
         places = zip(files.tolist(), sizes.tolist(), offsets.tolist(), strict=True)
-        pieces = [os.pread(self._descriptor(f), size, offset) for f, size, offset in places]
-        if min(map(len, pieces), default=width) < width:
+        read = [os.pread(self._descriptor(f), size, offset) for f, size, offset in places]
+        if min(map(len, read), default=width) < width:
             for row, start in enumerate(starts.tolist()):
-                if len(pieces[row]) < width:  # it runs on into the next file, or this has shrunk
-                    pieces[row] = self[start : start + length].tobytes()
-        rows = np.frombuffer(b"".join(pieces), dtype=self.dtype).reshape(-1, length)
+                if len(read[row]) < width:  # it runs on into the next file, or this has shrunk
+                    read[row] = self[start : start + length].tobytes()
+        rows = np.frombuffer(b"".join(read), dtype=self.dtype).reshape(-1, length)
         if rows.size and rows.max() >= self._vocab_size:
             row = int(rows.max(axis=1).argmax())
             raise self._beyond_vocabulary(rows[row], int(starts[row]))
         return rows
 
     def _beyond_vocabulary(self, ids: NDArray[Any], start: int) -> InputError:
-        """What is wrong with some ids, read from `start` on."""
+        """Return the error that names the first id beyond the vocabulary, read from `start` on."""
         at = int(ids.argmax())
         file = int(np.searchsorted(self._bounds, start + at, side="right")) - 1
         place = start + at - int(self._bounds[file])
@@ -112,7 +113,7 @@ class TokenStream:
             view, offset = view[size:], offset + size
 
     def _descriptor(self, number: int) -> int:
-        """An open file; beyond OPEN_FILES the one that has been open for longest is closed."""
+        """Return an open file; beyond OPEN_FILES close the one that was opened first."""
         descriptor = self._descriptors.get(number)
         if descriptor is None:
             if len(self._descriptors) == OPEN_FILES:
@@ -142,7 +143,7 @@ class TokenStream:
         if (found := os.fstat(descriptor).st_size) != size:
             raise InputError(f"{file}: {found} bytes, tokens.json says {size}; {REMEDY}")
         digest, beyond, place = hashlib.sha256(), None, 0
-        buffer = np.empty(HASHED, dtype=self.dtype)
+        buffer = np.empty(HASHED_TOKENS, dtype=self.dtype)
         view = buffer.view(np.uint8).data
         with open(descriptor, "rb", closefd=False) as stream:
             while read := stream.readinto(view):
@@ -168,7 +169,7 @@ def _beyond(file: Path, place: int, token_id: int, vocab_size: int) -> InputErro
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightedSource:
     """A part of a split that has a share of the windows of its own."""
 
     name: str
@@ -188,13 +189,13 @@ class Split:
     tokens: NDArray[Any] | TokenStream  # (n_tokens,), uint16 or uint32
     n_bytes: int
     end_id: int | None = None
-    weighted: tuple[Source, ...] = ()
-    # kept from call to call: the windows of documents, and the places of the batches to come
+    weighted: tuple[WeightedSource, ...] = ()
+    # kept from call to call: the windows of documents, and the starts of the batches to come
     _documents: dict[tuple[int, int], DocumentWindows] = field(default_factory=dict, repr=False)
-    _plans: dict[tuple[Any, ...], tuple[int, Numbers]] = field(default_factory=dict, repr=False)
+    _ahead: dict[tuple[Any, ...], tuple[int, Numbers]] = field(default_factory=dict, repr=False)
 
     def require(self, context_length: int) -> None:
-        """Raises InputError unless one window and its shifted targets fit, in each source too."""
+        """Raise InputError unless one window and its shifted targets fit, in each source too."""
         if len(self.tokens) < context_length + 1:
             raise InputError(
                 f"{self.name} split has {len(self.tokens)} tokens, needs at least "
@@ -217,7 +218,7 @@ class Split:
         sampling: Sampling,
         rows: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Batch number `step` (from 0): x and the targets y, both (batch_size, context_length).
+        """Return batch `step` (from 0): x and the targets y, both (batch_size, context_length).
 
         With `rows` only those windows of it.
         """
@@ -227,7 +228,7 @@ class Split:
     def starts(
         self, step: int, batch_size: int, context_length: int, seed: int, sampling: Sampling
     ) -> NDArray[np.int64]:
-        """The places of the first token of each window of a batch, (batch_size,).
+        """Return the place of the first token of each window of a batch, (batch_size,).
 
         A pure function of (seed, step). "random": windows anywhere, drawn with replacement.
         "epochs": adjoining windows, and "documents": windows that cut each document from its
@@ -235,21 +236,21 @@ class Split:
         have exact shares of the windows, and epochs of their own.
         """
         kind = batch_size, context_length, seed, sampling
-        first, plan = self._plans.get(kind, (step, np.empty((0, batch_size), dtype=np.int64)))
-        if not 0 <= step - first < len(plan):
-            # many batches at once cost little more than one, to whom goes on after the first
-            n_steps = max(1, PLANNED // batch_size) if kind in self._plans else 1
-            first, plan = step, self._plan(range(step, step + n_steps), *kind)
-            self._plans[kind] = first, plan
-        return plan[step - first]
+        first, ahead = self._ahead.get(kind, (step, np.empty((0, batch_size), dtype=np.int64)))
+        if not 0 <= step - first < len(ahead):
+            # many batches at once cost little more than one, but who wants one may want no other
+            n_steps = max(1, WINDOWS_AHEAD // batch_size) if kind in self._ahead else 1
+            first, ahead = step, self._compute_starts(range(step, step + n_steps), *kind)
+            self._ahead[kind] = first, ahead
+        return ahead[step - first]
 
-    def _plan(
+    def _compute_starts(
         self, steps: range, batch_size: int, context_length: int, seed: int, sampling: Sampling
     ) -> NDArray[np.int64]:
-        """What `starts` gives for each of some steps, (len(steps), batch_size)."""
+        """Return what `starts` gives for each of some steps, (len(steps), batch_size)."""
         self.require(context_length)
         numbers = steps.start * batch_size + np.arange(len(steps) * batch_size)
-        sources = self.weighted or (Source("", 0, len(self.tokens), 1.0),)
+        sources = self.weighted or (WeightedSource("", 0, len(self.tokens), 1.0),)
         owners, numbers = deal(tuple(source.weight for source in sources), numbers)
         starts = np.empty_like(numbers)
         for number, source in enumerate(sources):
@@ -263,24 +264,28 @@ class Split:
         return starts.reshape(-1, batch_size)
 
     def _windows_of(
-        self, source: Source, context_length: int, sampling: Sampling
+        self, source: WeightedSource, context_length: int, sampling: Sampling
     ) -> tuple[int, Callable[[Numbers], Numbers]]:
-        """How many windows a source has, and where in it they start."""
+        """Return how many windows a source has, and where in it they start."""
         last = source.stop - source.start - context_length - 1
-        if sampling == "random":
-            return last + 1, lambda places: places
-        if sampling == "epochs":
-            return last // context_length + 1, lambda places: places * context_length
-        documents = self._documents_of(source, context_length)
-        return len(documents), lambda places: np.minimum(documents.starts(places), last)
+        match sampling:
+            case "random":
+                return last + 1, lambda places: places
+            case "epochs":
+                return last // context_length + 1, lambda places: places * context_length
+            case "documents":
+                documents = self._documents_of(source, context_length)
+                return len(documents), lambda places: np.minimum(documents.starts(places), last)
+            case _:
+                assert_never(sampling)
 
-    def _documents_of(self, source: Source, context_length: int) -> DocumentWindows:
+    def _documents_of(self, source: WeightedSource, context_length: int) -> DocumentWindows:
         key = source.start, context_length
         if key not in self._documents:
             if self.end_id is None:
                 raise InputError("sampling = documents: nobody has said which id ends a document")
-            pieces = range(source.start, source.stop, SCANNED)
-            chunks = (self.tokens[i : min(i + SCANNED, source.stop)] for i in pieces)
+            starts = range(source.start, source.stop, SCANNED_TOKENS)
+            chunks = (self.tokens[i : min(i + SCANNED_TOKENS, source.stop)] for i in starts)
             self._documents[key] = DocumentWindows(chunks, self.end_id, context_length)
             if not len(self._documents[key]):
                 raise InputError(f"{source.name or self.name}: every document is empty; add text")
@@ -290,7 +295,7 @@ class Split:
 def windows(
     tokens: NDArray[Any] | TokenStream, starts: NDArray[np.int64], context_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The windows at `starts` (B,) as x (B, T), and as y (B, T) the same one token later."""
+    """Return the windows at `starts` (B,) as x (B, T), and y (B, T) one token later."""
     if isinstance(tokens, TokenStream):
         rows = tokens.rows(starts, context_length + 1)
     else:
@@ -311,7 +316,7 @@ class Tokens:
 def open_tokens(
     folder: Path, tokenizer_sha256: str | None = None, tokenizer: Tokenizer | None = None
 ) -> Tokens:
-    """The token shards, checked against tokens.json.
+    """Open the token shards, checked against tokens.json.
 
     Raises InputError if a file is missing, truncated, extended or edited, has ids beyond the
     vocabulary, and if the tokens were made with another tokenizer than the one that is given.
@@ -341,13 +346,13 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
     return Split(name, tokens, manifest[name]["bytes"], manifest["end_id"], weighted)
 
 
-def _weighted(split: str, manifest: dict[str, Any]) -> tuple[Source, ...]:
-    """Where each source lies in a split, if sources have weights."""
+def _weighted(split: str, manifest: dict[str, Any]) -> tuple[WeightedSource, ...]:
+    """Return where each source lies in a split, if sources have weights."""
     sources, start = [], 0
     for source in manifest["sources"]:
         shards = [shard for shard in manifest["shards"] if shard["source"] == source["name"]]
         stop = start + sum(shard[split]["tokens"] for shard in shards)
         if source["weight"] is not None:
-            sources.append(Source(source["name"], start, stop, float(source["weight"])))
+            sources.append(WeightedSource(source["name"], start, stop, float(source["weight"])))
         start = stop
     return tuple(sources)

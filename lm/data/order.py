@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm.base import rng
-from lm.base.settings import Sampling as Sampling
 
 Numbers = NDArray[np.int64]
-GROUP = 64  # documents whose windows are counted anew for each look-up
-PART = 4096  # groups whose counts are held as 8-byte numbers at a time
+GROUP_DOCUMENTS = 64  # whose windows are counted anew for each look-up
+GROUPS_AT_ONCE = 4096  # whose counts are held as 8-byte numbers
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Node:
 
 @lru_cache
 def tree(weights: tuple[float, ...]) -> Node:
-    """Huffman's tree of the sources: the two lightest parts are joined until one is left.
+    """Return Huffman's tree of the sources: the two lightest parts are joined until one is left.
 
     A weight counts as the decimal number that it is written as: 0.1 is one tenth.
     """
@@ -47,7 +46,7 @@ def tree(weights: tuple[float, ...]) -> Node:
 
 
 def deal(weights: tuple[float, ...], numbers: Numbers) -> tuple[Numbers, Numbers]:
-    """The source of each window of the run, and its number among the windows of that source.
+    """Return the source of each window of the run, and its number among that source's windows.
 
     At every branch of the tree the heavier half has had round(n q) of the first n windows, q its
     exact share. The errors of at most 1/2 a branch shrink on the way down: after any n windows
@@ -72,7 +71,7 @@ def deal(weights: tuple[float, ...], numbers: Numbers) -> tuple[Numbers, Numbers
 
 
 def _rounded(numbers: Numbers, share: Fraction) -> Numbers:
-    """round(numbers * share), halves up, exactly."""
+    """Return round(numbers * share), halves up, exactly."""
     top, bottom = 2 * share.numerator, 2 * share.denominator
     exact: NDArray[np.object_] | Numbers = numbers
     if int(numbers.max()) * top + bottom >= 1 << 63:
@@ -81,14 +80,14 @@ def _rounded(numbers: Numbers, share: Fraction) -> Numbers:
 
 
 def drawn(seed: int, steps: range, batch_size: int, size: int) -> Numbers:
-    """Places in range(size) for the batches of some steps, drawn with replacement."""
+    """Draw places in range(size) for the batches of some steps, with replacement."""
     return np.concatenate(
         [rng.random_integers(rng.seed(seed, "batch", step), batch_size, size) for step in steps]
     )
 
 
 def ordered(seed: int, numbers: Numbers, size: int, *stream: int) -> Numbers:
-    """The places that are visited at `numbers` of an endless walk through range(size).
+    """Return the places visited at `numbers` of an endless walk through range(size).
 
     Each epoch visits every place once, in an order of its own; `stream` tells walks apart.
     """
@@ -109,7 +108,7 @@ class DocumentWindows:
     """
 
     def __init__(self, chunks: Iterable[NDArray[Any]], end_id: int, context_length: int):
-        """Find the documents of a text, given as consecutive pieces of its ids."""
+        """Find the documents of a text, given as consecutive chunks of its ids."""
         self.context_length = context_length
         lengths, size, last_end = [], 0, -1
         for chunk in chunks:
@@ -118,10 +117,11 @@ class DocumentWindows:
             size, last_end = size + len(chunk), int(ends[-1]) if len(ends) else last_end
         rest = [size - 1 - last_end] if size - 1 > last_end else []  # a document without an end
         n_documents = sum(map(len, lengths)) + len(rest)
-        padding = np.ones(-n_documents % GROUP, dtype=np.uint32)  # empty documents
+        padding = np.ones(-n_documents % GROUP_DOCUMENTS, dtype=np.uint32)  # empty documents
         self._lengths = np.concatenate([*lengths, np.array(rest, dtype=np.uint32), padding])
-        self._lengths = self._lengths.reshape(-1, GROUP)
-        parts = [self._lengths[i : i + PART] for i in range(0, len(self._lengths), PART)]
+        self._lengths = self._lengths.reshape(-1, GROUP_DOCUMENTS)
+        firsts = range(0, len(self._lengths), GROUPS_AT_ONCE)
+        parts = [self._lengths[i : i + GROUPS_AT_ONCE] for i in firsts]
         tokens = [part.sum(axis=1, dtype=np.int64) for part in parts]
         windows = [self._counts(part).sum(axis=1) for part in parts]
         self._tokens, self._windows = (
@@ -135,9 +135,9 @@ class DocumentWindows:
         return -(-(lengths.astype(np.int64) - 1) // self.context_length)
 
     def starts(self, numbers: Numbers) -> Numbers:
-        """The place of the first token of windows, by their numbers in the text."""
+        """Return the place of the first token of windows, by their numbers in the text."""
         groups = np.searchsorted(self._windows, numbers, side="right") - 1
-        lengths = self._lengths[groups]  # (B, GROUP)
+        lengths = self._lengths[groups]  # (B, GROUP_DOCUMENTS)
         counts = self._counts(lengths)
         before = counts.cumsum(axis=1) - counts
         within = numbers - self._windows[groups]

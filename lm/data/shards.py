@@ -12,8 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +22,15 @@ from lm.base.files import read_json, write_json, writing
 
 FORMAT = 2
 MANIFEST = "tokens.json"
-SPLITS = ("train", "valid")
+SplitName = Literal["train", "valid"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 COUNTS = ("tokens", "bytes", "documents")
 MOST = 1 << 60  # tokens or bytes: no file has as many, and sums of them fit into 63 bits
 REMEDY = "run `dvc repro tokens`"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type of the ids on disk: little-endian, two bytes where they suffice."""
+    """Return the type of the ids on disk: little-endian, two bytes where they suffice."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -51,12 +51,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with writing(self.path):
             self._file.close()
 
@@ -71,7 +66,7 @@ class ShardWriter:
             self.counts[name] += count
 
     def entry(self) -> dict[str, Any]:
-        """What the manifest says of this shard; its file stands in the folder of its split."""
+        """Return the manifest's entry of this shard; its file stands in the folder of its split."""
         file = f"{self.path.parent.name}/{self.path.name}"
         return {"file": file, **self.counts, "sha256": self._sha256.hexdigest()}
 
@@ -85,13 +80,13 @@ def write_manifest(
     sources: Sequence[dict[str, Any]],
     shards: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Finish a folder of token shards; returns what tokens.json then says.
+    """Finish a folder of token shards; return what tokens.json then says.
 
     `sources` are {"name", "weight"}; `shards` are {"source", "train", "valid"} with the entries
     of their writers, grouped by source in the order of `sources`. Raises InputError for what
     could not be read again, e.g. weights that only some sources have.
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "dtype": token_dtype(vocab_size).name,
         "vocab_size": vocab_size,
@@ -107,7 +102,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of token shards. Raises InputError if it is none or is at odds."""
+    """Read the manifest of a folder of token shards. Raises InputError if it contradicts itself."""
     path = folder / MANIFEST
     manifest = read_json(path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -193,7 +188,7 @@ def _is_manifest(value: Any) -> bool:
 
 
 def _is_counted(value: Any) -> bool:
-    """Whether the counts can be of documents: each has an end token, and text has others too."""
+    """Return whether the counts can be of documents: each has an end, and text has tokens too."""
     if not _has(value, **dict.fromkeys(COUNTS, int)):
         return False
     tokens, n_bytes, documents = (value[name] for name in COUNTS)
@@ -201,7 +196,7 @@ def _is_counted(value: Any) -> bool:
 
 
 def _has(value: Any, **kinds: type) -> bool:
-    """Whether a JSON object has these keys, each of exactly this type."""
+    """Return whether a JSON object has these keys, each of exactly this type."""
     return isinstance(value, dict) and all(
         type(value.get(name)) is kind for name, kind in kinds.items()
     )

@@ -71,7 +71,7 @@ class Tokenizer:
     """A byte-level tokenizer with one token that ends a document."""
 
     def __init__(self, backend: tokenizers.Tokenizer, end_token: str = END_TOKEN):
-        """Raises InputError if it is not byte-level, alters text, or cannot end a document."""
+        """Raise InputError if it is not byte-level, alters text, or cannot end a document."""
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._ids = Counter(vocabulary.values())
         if twice := [i for i, count in self._ids.items() if count > 1]:
@@ -99,20 +99,20 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id, so that ids index a table of this size."""
+        """Return one more than the largest id, so that ids index a table of this size."""
         return max(self._ids) + 1
 
     @property
     def n_unused(self) -> int:
-        """How many ids below the largest no token has: gaps, as in tiktoken's cl100k_base."""
+        """Return how many ids below the largest have no token, as in tiktoken's cl100k_base."""
         return self.vocab_size - len(self._ids)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Token ids of a text. The text of a special token is plain text unless allowed."""
+        """Return the ids of a text. The text of a special token is plain text unless allowed."""
         return self.encode_batch([text], allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
-        """Token ids of several texts, on all cores. Raises InputError if the library gives up."""
+        """Return the ids of texts, on all cores. Raises InputError if the library gives up."""
         self.backend.encode_special_tokens = not allow_special
         try:
             encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -123,11 +123,11 @@ class Tokenizer:
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, special tokens included; invalid UTF-8 becomes U+FFFD."""
+        """Return the text of some ids, special tokens included; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of some ids. A special token gives the bytes of its name."""
+        """Return the exact bytes of some ids. A special token gives the bytes of its name."""
         return b"".join(self._bytes_of_id[i] for i in ids)
 
     @cached_property
@@ -144,7 +144,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> NDArray[np.int64]:
-        """Bytes of text behind each id, (vocab_size,). Special tokens stand for no text: 0."""
+        """Return the bytes of text behind each id, (vocab_size,). Special tokens have none: 0."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for i, data in self._bytes_of_id.items():
             lengths[i] = len(data)
@@ -161,7 +161,7 @@ class Tokenizer:
 
 
 def _drop_normalizer(backend: tokenizers.Tokenizer) -> list[str]:
-    """Take the normalizer away if it is NFC or does nothing; returns what it did.
+    """Take the normalizer away if it is NFC or does nothing; return what it did.
 
     Text in NFC has the same ids without it, and other text keeps its bytes. Raises InputError for
     another one: the model knows its output alone.
@@ -178,7 +178,7 @@ def _drop_normalizer(backend: tokenizers.Tokenizer) -> list[str]:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer saved in a folder. Raises InputError if it is missing or damaged."""
+    """Open the tokenizer saved in a folder. Raises InputError if it is missing or damaged."""
     settings = read_json(folder / "tokenizer_config.json")
     end_token = settings.get("eos_token") if isinstance(settings, dict) else None
     if not isinstance(end_token, str):
@@ -187,7 +187,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def open_tokenizer_json(file: Path, end_token: str) -> Tokenizer:
-    """Any byte-level tokenizer.json. Raises InputError if it is missing, damaged or otherwise."""
+    """Open any byte-level tokenizer.json. Raises InputError if it is missing or damaged."""
     if not file.is_file():
         raise InputError(f"{file}: {'not a file' if file.exists() else 'no such file'}")
     if file.stat().st_size > MAX_JSON_BYTES:
@@ -205,12 +205,12 @@ def open_tokenizer_json(file: Path, end_token: str) -> Tokenizer:
 
 
 def _raised_by_library(error: BaseException) -> bool:
-    """Whether `tokenizers` gave up: it has no narrower classes than these two."""
+    """Return whether `tokenizers` gave up: it has no narrower classes than these two."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def byte_tokenizer(end_token: str = END_TOKEN) -> Tokenizer:
-    """Each byte is its own id, 256 in all. Id 255 ends a document: UTF-8 has no byte 0xff."""
+    """Return a tokenizer of bytes. Id 255 ends a document: UTF-8 has no byte 0xff."""
     vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     del vocabulary[byte_characters()[255]]
     vocabulary[end_token] = 255

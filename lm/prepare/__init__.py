@@ -1,4 +1,4 @@
-"""From any text to shards, and to what a tokenizer learns from. No torch.
+"""From any text to token shards, and to a tokenizer. No torch.
 
 Begin with documents.py, then encode_shards.py.
 """

@@ -115,7 +115,7 @@ class Encoder:
         return kept
 
     def _pieces(self, index: int, document: bytes) -> list[bytes]:
-        """A document in pieces whose ids, one after the other, are the document's.
+        """Cut a document into pieces whose ids, one after the other, are the document's.
 
         Byte-level patterns part a word from the white space after it; that this one does is tried
         at every cut.
@@ -135,7 +135,7 @@ class Encoder:
         return [document[start:end] for start, end in pairwise(places)]
 
     def _is_cut(self, document: bytes, at: int) -> bool:
-        """Whether the text just before and the text just after make the ids of both together."""
+        """Return whether the text just before and just after make the ids of both together."""
         before, after = (
             part.decode("utf-8", "ignore").encode()  # whole characters
             for part in (document[at - 500 : at], document[at : at + 500])
@@ -145,7 +145,7 @@ class Encoder:
 
 
 def _word_ends(document: bytes, start: int, stop: int) -> Iterator[int]:
-    """Places for a cut, a hundred in 64 KiB: each costs, and a tokenizer may join all words."""
+    """Return places for a cut, 100 in 64 KiB: each costs, a tokenizer may join all words."""
     for at in range(start, min(stop, len(document)), 1 << 16):
         found = AFTER_A_WORD.finditer(document, at, at + (1 << 16))
         yield from (match.end() for match in islice(found, 100))

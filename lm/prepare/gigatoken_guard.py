@@ -3,12 +3,15 @@
     Tokenizer --Gigatoken(tokenizer)--> encode(texts) --> ids
     training text --learn(joined)--> the backend that `tokenizers` would learn
 
-What a tokenizer.json means is what `tokenizers` makes of it. gigatoken is young, and its faults are
-known here alone: it is missing on some platforms, refuses or misreads some tokenizers (so it has to
-pass a trial), knows characters of Unicode 17 (so texts that hold one are kept from it), keeps every
-word that it saw (so it is renewed), loses empty texts (so texts are counted), makes up merges when
-pairs run out (so the last one is looked for), and may have faults that nobody has met (so a sample
-of every call is compared). It works on the calling thread alone.
+What a tokenizer.json means is what `tokenizers` makes of it. gigatoken is young; this file alone
+knows its faults:
+
+- It is missing on some platforms, and refuses or misreads some tokenizers: it has to pass a trial.
+- It knows characters of Unicode 17: texts that hold one go to `tokenizers`.
+- It keeps every word that it saw: it is renewed when it has grown.
+- It loses empty texts: texts are counted.
+- When pairs run out it makes up merges: the last one must occur.
+- Nobody knows the rest: a sample of every call is compared.
 """
 
 import os

@@ -26,7 +26,7 @@ Entry = os.DirEntry[str]
 
 
 def write_listing(root: Path, file: Path) -> int:
-    """List the files of a folder, hidden ones left out; returns how many there are."""
+    """List the files of a folder, hidden ones left out; return how many there are."""
     if not root.is_dir():
         raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
     if file.suffix != SUFFIX:
@@ -41,7 +41,7 @@ def write_listing(root: Path, file: Path) -> int:
 
 
 def listed_folder(file: Path) -> Path:
-    """The folder that a listing describes. Raises InputError if it is not as it was."""
+    """Return the folder that a listing describes. Raises InputError if it is not as it was."""
     listing = read_json(file, MAX_BYTES)
     kinds = {"format": int, "root": str, "files": dict}
     if not isinstance(listing, dict) or any(
@@ -63,7 +63,7 @@ def listed_folder(file: Path) -> Path:
 
 
 def _found(root: Path) -> dict[str, Any]:
-    """Size and time of change, in nanoseconds, of every file by its path in the folder."""
+    """Return size and time of change, in nanoseconds, of every file by its path in the folder."""
     at, found = len(f"{root}/"), {}
     for entry in chain.from_iterable(visible(entries) for _, entries in walk(root)):
         if is_file(entry):
@@ -73,7 +73,7 @@ def _found(root: Path) -> dict[str, Any]:
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[Entry]]]:
-    """Each folder from `root` down with its entries; those that are taken out are not entered.
+    """Return each folder from `root` down with its entries; enter none that is taken out.
 
     Hidden folders and links are not entered. Raises OSError for a folder that cannot be read:
     passed over, its text would be missing in silence.
@@ -88,12 +88,12 @@ def walk(root: Path) -> Iterator[tuple[str, list[Entry]]]:
 
 
 def is_file(entry: Entry) -> bool:
-    """Whether it is a file or leads to one; a link in a circle leads nowhere."""
+    """Return whether it is a file or leads to one; a link in a circle leads nowhere."""
     return Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()
 
 
 def visible(entries: list[Entry]) -> Iterator[Entry]:
-    """Those that are not hidden."""
+    """Return the entries that are not hidden."""
     return (entry for entry in entries if not entry.name.startswith("."))
 
 
@@ -101,7 +101,7 @@ def visible(entries: list[Entry]) -> Iterator[Entry]:
 
 
 def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
-    """What DVC watches in a folder, but for hidden entries; it counts in `left_out` what it hides.
+    """Return what DVC watches in a folder, but for hidden entries; count in `left_out` the rest.
 
     Raises InputError for what DVC refuses without naming the file or the cure.
     """
@@ -136,7 +136,7 @@ def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
 
 
 def is_hidden_from_dvc(file: Path) -> bool:
-    """Whether DVC, when it hashes a folder above, passes over this file."""
+    """Return whether DVC, when it hashes a folder above, passes over this file."""
     folder = _absolute(file.parent)
     ignores = _ignores(folder) if folder.is_relative_to(Path.cwd()) else None
     return ignores is not None and not any(ignores(str(folder), [], [file.name]))
@@ -147,7 +147,7 @@ def _absolute(path: Path) -> Path:
 
 
 def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
-    """DVC's own filter, if anything above a folder says that some of it is hidden from DVC."""
+    """Return DVC's own filter, if anything above a folder hides some of it from DVC."""
     project = Path.cwd()
     parts = path.relative_to(project).parts
     above = [path, *path.parents][: len(parts) + 1]

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def number_of_workers(wanted: int | None) -> int:
-    """As many as wanted; None: one for each core that this process may use."""
+    """Return `wanted`, or for None one for each core that this process may use."""
     if wanted is not None:
         return wanted
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -27,7 +27,7 @@ def number_of_workers(wanted: int | None) -> int:
 def ordered_map(
     work: Callable[[Item], Result], items: Iterable[Item], num_workers: int
 ) -> Generator[Result, None, None]:
-    """work(item) for each item, in their order; by this process itself if one is to work.
+    """Return work(item) for each item, in their order; one worker is this process itself.
 
     Raises what `work` raises, EnvironmentFault if a process was killed, and Interrupted at SIGTERM;
     then, and when it is closed, no process goes on. Whoever may fail between two results closes it.
@@ -60,7 +60,7 @@ def _by_processes(
 
 
 def _begin() -> None:
-    """A worker ends when its parent ends it, or ends: a signal to both is for the parent."""
+    """Ignore signals, which are for the parent; end when the parent ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()

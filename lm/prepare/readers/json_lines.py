@@ -1,0 +1,84 @@
+"""JSON lines, and other JSON to say what is wrong with it."""
+
+import json
+
+import orjson
+
+from lm.prepare.readers.text import Text
+from lm.prepare.records import Bad, Found, ReadOptions, checked
+from lm.prepare.signatures import json_kind
+
+
+class JsonLines(Text):
+    """One JSON object a line, the text in one of its fields."""
+
+    what = "JSON lines, field {}"
+    is_cut_by_separator = False
+    name_mark = ":"
+
+    def wrong_json(self, head: bytes) -> str | None:
+        return None  # each line is judged
+
+    def separator(self) -> bytes:
+        return b"\n"
+
+    def record(self, offset: int, data: bytes) -> Found | Bad | None:
+        if not data or data.isspace():
+            return None
+        try:
+            text = orjson.loads(data)[self.options.text_field]
+        except (ValueError, LookupError, TypeError):
+            text = None
+        if isinstance(text, str):
+            return checked(offset, text.encode(), self.options)
+        return _unusual_line(offset, data, self.options)
+
+
+class Json(JsonLines):
+    """JSON lines, unless the content is one value over several lines."""
+
+    def wrong_json(self, head: bytes) -> str | None:
+        kind = json_kind(head)
+        return kind if kind in ("array", "value") else None
+
+
+class Notebook(Text):
+    """Code and prose in JSON: one bad record."""
+
+    what = "no text: notebook"
+    is_cut_by_separator = False
+
+    def wrong_json(self, head: bytes) -> str | None:
+        return "notebook"
+
+
+def _unusual_line(offset: int, data: bytes, options: ReadOptions) -> Found | Bad:
+    """Judge by the standard library a line in which no text was found at first sight."""
+    line = checked(offset, data, options, base=offset)
+    if isinstance(line, Bad):
+        return line
+    field = options.text_field
+    try:
+        record = json.loads(line.data)
+    except (ValueError, RecursionError) as error:
+        return Bad(offset, "not JSON", f"not valid JSON ({error})")
+    if not isinstance(record, dict):
+        return Bad(offset, "no text", f"not an object with a field '{field}'")
+    if field not in record:
+        return Bad(offset, "no text", f"no field '{field}' (has: {', '.join(record)[:200]})")
+    if not isinstance(record[field], str):
+        return Bad(offset, "no text", f"field '{field}' is not text; name one in data.text_field")
+    # JSON can spell half a surrogate pair; its bytes are not UTF-8
+    found = checked(offset, record[field].encode("utf-8", "surrogatepass"), options)
+    return (
+        found if isinstance(found, Bad) else found._replace(replaced=found.replaced + line.replaced)
+    )
+
+
+READERS = {
+    ".jsonl": JsonLines,
+    ".jsonlines": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": Json,
+    ".ipynb": Notebook,
+}

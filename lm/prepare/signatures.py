@@ -1,0 +1,57 @@
+"""What a file is by its first bytes, which can contradict its suffix."""
+
+import re
+
+import orjson
+
+MARK = b"\xef\xbb\xbf"  # U+FEFF at the beginning of a file: says UTF-8, is no text
+PACKED = (  # what a file is by the bytes at an offset, and what to do with it
+    (0, b"PK\x03\x04", "a zip archive, not text; unpack it"),
+    (257, b"ustar", "a tar archive, not text; unpack it"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive, not text; unpack it"),
+    (0, b"Rar!\x1a\x07", "a rar archive, not text; unpack it"),
+    (0, b"\x1f\x8b", "compressed by gzip, not text; name it .gz"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd, not text; name it .zst"),
+    (0, b"\xfd7zXZ", "compressed by xz, not text; decompress it"),
+    (4, b"1AY&SY", "compressed by bzip2, not text; decompress it"),
+    (0, b"\x04\x22\x4d\x18", "compressed by lz4, not text; decompress it"),
+    (0, b"PAR1\x15", "a parquet table, not text; name it .parquet"),
+    (0, b"ARROW1\0\0", "an Arrow table, not text; save it as .parquet"),
+    (0, b"\xff\xff\xff\xff", "an Arrow table, not text; save it as .parquet"),
+    (0, b"SQLite format 3\0", "an SQLite database, not text; export its text"),
+    (0, b"%PDF-", "a PDF, not text; convert it"),
+    (0, b"\x89PNG", "a picture, not text; take it away"),
+    (0, b"\xff\xd8\xff", "a picture, not text; take it away"),
+    (0, b"GIF8", "a picture, not text; take it away"),
+)
+JSON = {  # what JSON may be that is no line of an object each
+    "lines": "JSON lines, not text; name it .jsonl",
+    "array": "a JSON array; write an object a line (jq -c '.[]')",
+    "value": "JSON over several lines, not an object a line; convert it (jq -c .)",
+    "notebook": "a notebook; convert it (jupyter nbconvert --to script)",
+}
+
+
+def packed_kind(head: bytes, is_compressed: bool) -> str | None:
+    """Return what a file is that holds no text as it stands, and what to do with it."""
+    for offset, signature, what in PACKED:
+        if head.startswith(signature, offset):
+            if is_compressed and what.startswith("compressed"):
+                return "compressed twice, not text; decompress it"
+            return what
+    return None
+
+
+def json_kind(head: bytes) -> str | None:
+    """Return what the first bytes of a file begin: lines, an array of objects, another value."""
+    text = head.removeprefix(MARK).lstrip()
+    if re.match(rb'\[\s*\{\s*"', text):
+        return "array"
+    if not text.startswith(b"{"):
+        return None
+    line, line_break, _ = text.partition(b"\n")
+    try:
+        return "lines" if isinstance(orjson.loads(line), dict) and line.strip() != b"{}" else None
+    except ValueError:  # a line that is longer than the head may be JSON
+        is_long = not line_break and re.match(rb'\{\s*"[^"]*"\s*:', text)
+        return "lines" if is_long else "value"

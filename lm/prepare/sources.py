@@ -1,0 +1,283 @@
+"""Which files are the user's text: those of data.path and data.sources, sorted by path.
+
+The order is fixed: sources as params.yaml lists them, files by path. What is not read is counted.
+"""
+
+import re
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, NamedTuple
+
+from lm.base.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
+from lm.base.errors import InputError
+from lm.prepare import listing
+from lm.prepare.records import ReadOptions
+
+SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
+OUTPUTS = ("data/tokenizer", "data/tokens", "metrics", "models")  # of stages that read text
+SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of `data.sources`: a part of the text."""
+
+    path: Annotated[str, NOT_EMPTY]  # in data.path: a file, a folder or a pattern
+    text_field: str  # of JSON objects, the column of tables
+    weight: Annotated[float, POSITIVE] | None  # its share of the training windows; null: its size
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The section `data`: which text, and how it is split."""
+
+    path: Annotated[
+        str,
+        NOT_EMPTY,
+        "the text: a file, a folder or a listing (docs/SCALE.md); `data/raw` is the default text",
+    ]
+    glob: Annotated[str, "which files of the folder"]
+    text_field: Annotated[str, "the field of JSON objects, the column of tables"]
+    sources: Annotated[
+        dict[str, SourceConfig] | None,
+        "parts of `data.path` (a file, folder or pattern in it), each with its share of the "
+        "training windows; weight null: by size; null: all of it is one",
+    ]
+    separator: Annotated[
+        Annotated[str, NOT_EMPTY] | None,
+        'cuts text files into documents, e.g. `<|endoftext|>`, or `"\\n\\n"` in double quotes; '
+        "must stand in one of them; null: one file, one document",
+    ]
+    encoding_errors: Annotated[
+        Literal["strict", "replace"],
+        "stop at NUL and at bytes that are not UTF-8, or count and replace them",
+    ]
+    on_bad_document: Annotated[
+        Literal["stop", "skip"],
+        "at what is no text (a null, bad JSON, bytes, too long): stop, or leave it out and count",
+    ]
+    deduplicate: Annotated[bool, "leave out exact duplicates"]
+    split: Annotated[
+        Literal["hash", "tail"],
+        "by a hash of each document (stable when others come and go), or the last part of the text",
+    ]
+    valid_fraction: Annotated[float, INSIDE_ONE, "the share held out for validation"]
+    shard_bytes: Annotated[Count, SHORTEST_SHARD, "text in one shard of tokens, about"]
+    max_expansion: Annotated[
+        Count,
+        "stop where a `.gz`, a `.zst` or the column of a parquet table holds more than this many "
+        "times its size (and than 64 MiB)",
+    ]
+
+    def __post_init__(self) -> None:
+        if self.sources is None:
+            return
+        if not self.sources:
+            raise InputError("data.sources = {}: names no source; null makes all of data.path one")
+        for name in self.sources:
+            if not SOURCE_NAME.fullmatch(name):
+                raise InputError(
+                    f"data.sources.{name}: a source's name names files: a-z, 0-9, - and _ only"
+                )
+        without = [name for name, source in self.sources.items() if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise InputError(
+                f"data.sources.{without[0]}.weight = null: give every source a weight, or none"
+            )
+
+
+class SourceFiles(NamedTuple):
+    """Files that are read alike."""
+
+    name: str
+    files: list[Path]
+    options: ReadOptions
+    left_out: Counter[str]  # files, by why they are not read
+
+
+def find_sources(config: DataConfig) -> list[SourceFiles]:
+    """Return the sources with their files: those that DVC watches, but for hidden ones.
+
+    Raises InputError when there is no file, and for what is neither a file nor a folder: reading a
+    pipe or a device need never end, and what lies behind a link to a folder DVC does not watch.
+    """
+    separator = None if config.separator is None else config.separator.encode()
+    options = ReadOptions(
+        config.text_field, separator, config.encoding_errors == "replace", config.max_expansion
+    )
+    root = text_root(config)
+    is_listed = root != Path(config.path)
+    for output in OUTPUTS if root.exists() else ():
+        place, text = Path(output).resolve(), root.resolve()
+        if place.is_relative_to(text) or text.is_relative_to(place):
+            raise InputError(
+                f"data.path = {config.path}: the stages write {output}; put your text into a "
+                "folder of its own and name that"
+            )
+    if config.sources is None:
+        files, left_out = _files(root, config.glob, "data.path", str(root), is_listed)
+        return [SourceFiles("text", files, options, left_out)]
+    if not root.is_dir():
+        what = "a file; data.sources needs the folder they are in"
+        raise InputError(f"data.path = {root}: {what if root.exists() else 'no such folder'}")
+    if not is_listed:
+        # all of it is DVC's to hash, whatever is read
+        deque(listing.watched(root, Counter()), maxlen=0)
+    found = []
+    for name, source in config.sources.items():
+        key, within = f"data.sources.{name}.path", Path(source.path)
+        if within.is_absolute() or ".." in within.parts:
+            raise InputError(
+                f"{key} = {within}: must lie in data.path = {config.path}, which DVC watches"
+            )
+        above = [root / part for part in (within, *within.parents) if part.parts]
+        if any(part.is_symlink() and part.is_dir() for part in above):
+            raise InputError(
+                f"{key} = {within}: a link to a folder, which DVC does not watch; name the folder "
+                "itself"
+            )
+        is_pattern = not (root / within).exists() and set("*?[") & set(source.path)
+        if not is_listed and listing.is_hidden_from_dvc(root / within):
+            raise InputError(f"{key} = {within}: hidden from DVC by .dvcignore or a nested project")
+        folder, pattern = (root, source.path) if is_pattern else (root / within, config.glob)
+        files, left_out = _files(folder, pattern, key, source.path, is_listed)
+        own_options = replace(options, text_field=source.text_field)
+        found.append(SourceFiles(name, files, own_options, left_out))
+    return found
+
+
+def text_root(config: DataConfig) -> Path:
+    """Return what data.path names: a file or a folder, or the folder behind a listing."""
+    path = Path(config.path)
+    return listing.listed_folder(path) if path.suffix == listing.SUFFIX and path.is_file() else path
+
+
+def find_files(config: DataConfig) -> list[Path]:
+    """Return the files of all sources."""
+    return [file for source in find_sources(config) for file in source.files]
+
+
+def weights(config: DataConfig) -> dict[str, float | None]:
+    """Return each source's share of the training windows; no file is looked at."""
+    if config.sources is None:
+        return {"text": None}
+    return {name: source.weight for name, source in config.sources.items()}
+
+
+def in_words(left_out: Counter[str]) -> str:
+    """Return what is not read, and why, in words."""
+    return "; ".join(f"{reason}: {count:,}" for reason, count in sorted((+left_out).items()))
+
+
+def _files(
+    path: Path, pattern: str, key: str, value: str, is_listed: bool
+) -> tuple[list[Path], Counter[str]]:
+    """Return the file, or those of the folder that match, and how many are left out, by reason.
+
+    `key` = `value` is the setting to blame. What a listing names DVC need not watch.
+    """
+    left_out: Counter[str] = Counter()
+    if path.is_file():
+        if _is_of_dvc(path.name):
+            raise InputError(f"{key} = {value}: a file of DVC's own; name the text it stands for")
+        return [path], left_out
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{key} = {value}: a pipe or a device; name a file or a folder")
+    if not path.is_dir():
+        raise InputError(f"{key} = {value}: no such file or folder{_advice(value)}")
+    pattern_key = key if pattern == value else "data.glob"
+    wanted = PurePosixPath(pattern).parts
+    if not wanted or wanted[0] == "/" or any("**" in part and part != "**" for part in wanted):
+        raise InputError(
+            f"{pattern_key} = {pattern}: no pattern of paths in the folder, as **/*.txt is one"
+        )
+    at = len(f"{path}/")
+    texts: list[str] = []
+    links: list[str] = []
+    listed = chain.from_iterable(listing.visible(entries) for _, entries in listing.walk(path))
+    for entry in listed if is_listed else listing.watched(path, left_out):
+        if entry.is_dir(follow_symlinks=False):
+            continue
+        if not _matches(entry.path[at:].split("/"), wanted):
+            if entry.is_symlink() and Path(entry.path).is_dir():
+                left_out["links to folders"] += 1
+            continue
+        if not listing.is_file(entry):
+            raise InputError(
+                f"{entry.path}: a pipe, a device, a broken link or a link to a folder; take it "
+                "away or leave it out by data.glob"
+            )
+        if _is_of_dvc(entry.name):
+            left_out["files of DVC's own"] += 1
+        else:
+            (links if entry.is_symlink() else texts).append(entry.path)
+    if links:
+        different = _different(sorted(links), texts)
+        left_out["links to a text that is read already"] = len(links) - len(different)
+        texts += different
+    if not texts:
+        hint = "; braces have no meaning, use data.sources" if "{" in pattern else ""
+        hint += f"; not read: {in_words(left_out)}" if +left_out else ""
+        raise InputError(f"{key} = {value}: no file matches {pattern_key} = {pattern}{hint}")
+    return [Path(text) for text in sorted(texts)], left_out
+
+
+def _advice(value: str) -> str:
+    """Return what to do about a data.path that names nothing."""
+    if set("*?[") & set(value):
+        return "; a pattern goes into data.glob"
+    if value.startswith("~"):
+        return "; ~ is known to shells alone, write the path in full"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value):
+        return (
+            "; a data set of Hugging Face is not downloaded: "
+            f"hf download {value} --repo-type dataset --local-dir FOLDER"
+        )
+    return ""
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether a path matches a pattern, in which ** stands for any number of folders."""
+    parts, pattern = list(parts), list(pattern)
+    while pattern and pattern[-1] != "**":  # from the end, where most are decided at once
+        if not parts or not fnmatchcase(parts.pop(), pattern.pop()):
+            return False
+    reached = {0}  # how many parts the pattern so far can stand for
+    for wanted in pattern:
+        if wanted == "**":
+            reached = set(range(min(reached), len(parts) + 1))
+        else:
+            inside = (i for i in reached if i < len(parts))
+            reached = {i + 1 for i in inside if fnmatchcase(parts[i], wanted)}
+        if not reached:
+            return False
+    return len(parts) in reached
+
+
+def _is_of_dvc(name: str) -> bool:
+    """Return whether DVC keeps a file of this name beside what it tracks."""
+    return name.endswith(".dvc") or name in ("dvc.yaml", "dvc.lock")
+
+
+def _different(links: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return the links that lead to no text that is read already, each of them once.
+
+    Links into a cache of DVC are its way to store a copy (cache.type): as many as there are.
+    """
+    seen = set(map(_identity, texts))
+    different = []
+    for link in links:
+        identity = _identity(link)
+        if identity not in seen or "/files/md5/" in str(Path(link).readlink()):
+            different.append(link)
+        seen.add(identity)
+    return different
+
+
+def _identity(file: str) -> tuple[int, int]:
+    status = Path(file).stat()
+    return status.st_dev, status.st_ino
