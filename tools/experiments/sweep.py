@@ -36,7 +36,7 @@ from tools.experiments.read import (
     log,
     read_experiments,
 )
-from tools.heal import heal
+from tools.heal.heal import heal
 from tools.repository import git, opened
 
 DONE, UNDER_WAY = ("success", "baseline"), ("queued", "running")
