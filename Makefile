@@ -7,7 +7,7 @@ export LOGNAME := $(or $(LOGNAME),$(USER),$(shell id -un 2> /dev/null || id -u))
 # of a git hook: they may lead to another repository
 unexport GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_PREFIX
 
-.PHONY: setup _place repro report heal experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
+.PHONY: setup _place repro report heal preset experiments sweep ablations plots test lint lock check bench bench-gpu lm-eval smoke certify soak
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready .dvc/plots-page.html
@@ -58,6 +58,10 @@ plots: setup
 # put right what a killed DVC left torn; then any dvc command goes on
 heal: setup
 	@python -m tools.heal
+
+# settings for a purpose over params.yaml, from presets/: make preset NAME=smoke; NAME=default: as shipped
+preset: setup
+	@python -m tools.preset $(NAME)
 
 # the experiments beside their baseline: results, and the settings that differ; of an older commit: REV=main~1
 experiments: setup

@@ -19,8 +19,9 @@ import torch
 from lm.machine.device import describe
 from lm.model.kernels import cross_entropy
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.runs.checkpoint import commit, contents, save_checkpoint
-from lm.runs.resume import ResumeDirectory
+from lm.runs.checkpoint import contents, save_checkpoint
+from lm.runs.manifest import commit
+from lm.runs.resume_directory import ResumeDirectory
 from lm.train.optim import AdamW
 
 SHAPE = ModelConfig(

@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with Run(state, config, runtime, MADE_OF, folder / "runs", live=folder / "live") as run:
-            run.history.rows = [
+            run.logbook.history.rows = [
                 dict.fromkeys(COLUMNS, 1.0) | {"step": -n} for n in range(1, MAX_ROWS - STEPS)
             ]
             for record in train(state, Split("train", ids, 0), config):

@@ -7,7 +7,6 @@ copy one small file each. Commands alternate; medians in seconds.
 """
 
 import os
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -41,7 +40,7 @@ def commit(folder: Path) -> None:
 
 def ours(folder: Path) -> Path:
     run(ROOT, "git", "clone", "-q", "--no-local", str(ROOT), str(folder))
-    shutil.copy(folder / "presets" / "smoke.yaml", folder / "params.yaml")
+    run(folder, "python", "-m", "tools.preset", "smoke")
     run(folder, "dvc", "repro")
     commit(folder)
     return folder

@@ -42,7 +42,7 @@ def main() -> None:
     import torch
 
     from benchmarks.contestants import Shape, training
-    from lm.runs.resume import ResumeDirectory
+    from lm.runs.resume_directory import ResumeDirectory
 
     state, records = training(Shape(*sizes), Path(file), torch.device("cpu"), **settings)
     processes = state.processes

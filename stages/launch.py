@@ -1,8 +1,8 @@
-"""Several processes of a stage on this machine, by torch's elastic launcher, as torchrun does it.
+"""Start a stage in several processes on this machine, as torchrun does it.
 
     python -m stages.train, runtime.num_processes: N -> launcher -> N x python -m stages.train
 
-A process that fails ends the others; this one then leaves with the exit code of the failure.
+When a process fails, the launcher ends the others and exits with the code of the failure.
 """
 
 import logging
@@ -16,21 +16,21 @@ from lm.base.errors import EnvironmentFault
 
 
 def launched() -> bool:
-    """Whether a launcher, this or torchrun, has started this process."""
+    """Return whether a launcher, this one or torchrun, has started this process."""
     return "RANK" in os.environ
 
 
 def launch(module: str, num_processes: int, timeout_s: int) -> None:
-    """Run `python -m module` with these arguments that often; returns when all have succeeded.
+    """Run `python -m module`, with this command line, in several processes until all succeed.
 
-    After a signal they have `timeout_s` seconds to finish a step and save it.
-    Raises SystemExit with the code of the process that failed first; a signal is passed on.
+    A signal is passed on: the processes then have `timeout_s` seconds to finish a step and save.
+    Raises SystemExit with the code of the process that failed first.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # the processes say themselves what is the matter
+    logging.disable(logging.CRITICAL)  # the processes report their errors themselves
     # the thread of torch's timer may be the last to let go of it, and cannot wait for itself
     sys.unraisablehook = lambda _: None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,10 +59,11 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
 
 
 def _leave_with(codes: dict[int, int]) -> BaseException:
-    """What the exit codes of failed processes come to, the first first; signals' are negative."""
-    told = [code for code in codes.values() if code > 0]
-    if told:  # who only lost another process leaves with this code: the other's says more
-        return SystemExit(next((c for c in told if c != EnvironmentFault.exit_code), told[0]))
+    """Return what to exit with, given the codes of failed processes in order; signals are < 0."""
+    reported = [code for code in codes.values() if code > 0]
+    if reported:  # a process that only lost another exits with this code: the other's says more
+        lost = EnvironmentFault.exit_code
+        return SystemExit(next((code for code in reported if code != lost), reported[0]))
     rank, code = next(iter(codes.items()))
     return EnvironmentFault(
         f"rank {rank} was ended by {signal.Signals(-code).name}; what was saved is intact: run "

@@ -1,7 +1,7 @@
-"""Stage train: the tokens to models/ and metrics/; goes on by itself where it was stopped."""
+"""Stage train: the tokens to models/ and metrics/; resumes by itself where it was stopped."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +10,12 @@ import torch
 from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.files import sha256_file
-from lm.base.settings import share_of_batch
-from lm.data.batches import Split, Tokens, open_tokens
+from lm.base.settings import TrainConfig, share_of_batch
+from lm.data.batches import Tokens, open_tokens
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.device import choose_device, describe, environment, prepare
 from lm.machine.processes import Processes, joined
 from lm.model.huggingface import start_from
-from lm.model.loss import evaluate, loss_nats
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.plan import (
     Forecast,
@@ -27,10 +26,9 @@ from lm.plan.plan import (
     require_room,
     require_room_for_processes,
 )
-from lm.runs.run import Run, due
-from lm.train.loop import train
-from lm.train.state import TrainState
-from lm.train.step import TrainConfig
+from lm.runs.run import Run
+from lm.train.loop import fit
+from lm.train.state import Record
 from stages.launch import launch, launched
 from stages.run import UNFINISHED, Inputs, run
 
@@ -39,9 +37,9 @@ MODELS, METRICS, PRETRAINED = Path("models"), Path("metrics"), Path("models/pret
 
 
 def train_stage(inputs: Inputs) -> None:
-    """Write models/model, models/checkpoints and metrics/; by several processes, if so set.
+    """Write models/model, models/checkpoints and metrics/; in several processes, if set so.
 
-    Under DVC, which has deleted them by now, curves.csv and train.json can be watched meanwhile.
+    Under DVC, which has deleted the outputs by now, curves.csv and train.json can be watched.
     """
     asked = inputs.section(TrainConfig, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
@@ -61,13 +59,13 @@ def train_stage(inputs: Inputs) -> None:
             "code": inputs.code,
             "environment": environment(device, plan.config.compile is True),
         }
-        told = {
+        agreed = {
             "model": asdict(plan.model),
             "train": asdict(plan.config),
             "runtime": asdict(runtime),
             "command line": {"--resume-from": inputs.arguments.resume_from},
         }
-        processes.require_same(told | made_of)
+        processes.require_same(agreed | made_of)
         initialise = partial(_initialise, asked, tokenizer, processes)
         with naming_what_it_takes(plan):
             state = begin(plan, asked, processes, initialise)
@@ -75,14 +73,16 @@ def train_stage(inputs: Inputs) -> None:
         live = METRICS if "DVC_ROOT" in os.environ else None
         run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
         with naming_what_it_takes(plan), run_ as this_run:
-            _train(inputs, this_run, tokens, Forecast(plan, state.step))
+            watched = _Watched(this_run, inputs, Forecast(plan, state.step))
+            fit(state, tokens, plan.config, watched)
+            processes.together(inputs.check)
             this_run.publish(tokenizer, MODELS, METRICS)
 
 
 def _read(
     inputs: Inputs, asked: TrainConfig, device: torch.device, processes: Processes
 ) -> tuple[Plan, Tokens, Tokenizer]:
-    """What the stage depends on, verified; and the plan made of it."""
+    """Verify what the stage depends on; return the plan, the tokens and their tokenizer."""
     inputs.watch(TOKENIZER, TOKENS)
     if asked.init_from is not None:
         inputs.watch(PRETRAINED / asked.init_from)
@@ -107,32 +107,35 @@ def _initialise(
         say(f"Starting from the weights in {folder}")
 
 
-def _train(inputs: Inputs, this_run: Run, tokens: Tokens, forecast: Forecast) -> None:
-    """Train to the end of the run."""
-    state, config = this_run.state, this_run.config
-    steps = train(state, tokens.train, config)
-    while not this_run.finished():
-        record = next(steps)
-        if due(state.step, config.eval_interval) or state.step == config.max_steps:
-            record["valid_loss"] = validation_loss(state, tokens.valid, config)
-        this_run.log(forecast.heard(record))
-        if this_run.finished():  # before the last save, or a kill could leave it half written
-            this_run.write_performance(state.model.head.device, METRICS, forecast)
-        if this_run.save_due:
-            state.processes.together(inputs.check_files)
-            inputs.warn_of_edits()
-            this_run.save()
-    state.processes.together(inputs.check)
+@dataclass
+class _Watched:
+    """The run as fit() needs it, with the forecast told and the inputs checked beside it."""
 
+    run: Run
+    inputs: Inputs
+    forecast: Forecast
 
-def validation_loss(state: TrainState, valid: Split, config: TrainConfig) -> float:
-    """Loss in nats on the batches that every validation of the run looks at."""
-    at_once, dtype = state.windows_at_once, config.dtype
-    batches = config.eval_batches * config.batch_size // at_once
-    sums = evaluate(
-        state.model, valid, at_once, max_batches=batches, dtype=dtype, processes=state.processes
-    )
-    return loss_nats(sums)
+    @property
+    def finished(self) -> bool:
+        """See Run."""
+        return self.run.finished
+
+    @property
+    def save_due(self) -> bool:
+        """See Run."""
+        return self.run.save_due
+
+    def log(self, record: Record) -> None:
+        """Take in a finished step; after the first few say how long the rest will take."""
+        self.run.log(self.forecast.heard(record))
+
+    def save(self) -> None:
+        """Write a checkpoint, if the inputs are what they were."""
+        if self.run.finished:  # before the last save, or a kill could leave it half written
+            self.run.write_performance(METRICS, self.forecast)
+        self.run.processes.together(self.inputs.check_files)
+        self.inputs.warn_of_edits()
+        self.run.save()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from lm.base.config import load_params
 from lm.data.shards import SPLITS, ShardWriter, token_dtype, write_manifest
 from lm.data.tokenizer import Tokenizer
 from tests.faults import run_warm
@@ -39,7 +40,7 @@ class Project:
         for i in range(60):
             words = " ".join(f"word{i * j % 17} = {j} * {i}" for j in range(40))
             (folder / "text" / f"{i:02}.txt").write_text(f"def f{i}():\n    return {words}\n")
-        self.params = yaml.safe_load(SMOKE.read_text())
+        self.params = load_params(SMOKE)
         self.set("corpus.packages", [])
         self.set("data.path", "text")
         self.set("data.valid_fraction", 0.2)

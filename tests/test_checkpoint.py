@@ -23,7 +23,8 @@ from lm.data.tokenizer import byte_tokenizer
 from lm.model.kernels import cross_entropy
 from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.runs.checkpoint import commit, load_checkpoint, read_extra, save_checkpoint, verify
+from lm.runs.checkpoint import load_checkpoint, read_extra, save_checkpoint
+from lm.runs.manifest import commit, verify
 from lm.train.optim import OPTIMIZERS, AdamW
 from lm.train.step import TrainConfig
 from tests.project import SMOKE, change
@@ -33,7 +34,7 @@ def trained(model_config, train_config, steps=3, optimizer="adamw", seed=0):
     """A model and its optimizer after a few steps."""
     torch.manual_seed(seed)
     model = TransformerLM(model_config)
-    optimizer = OPTIMIZERS[optimizer](model, replace(train_config, optimizer=optimizer))
+    optimizer = OPTIMIZERS[optimizer].make(model, replace(train_config, optimizer=optimizer))
     for _ in range(steps):
         ids = torch.randint(96, (2, 17))
         optimizer.zero_grad()
@@ -169,7 +170,8 @@ def test_bytes_depend_on_what_is_saved_alone(model_config, train_config, tmp_pat
 
 
 def test_a_file_has_the_permissions_of_the_user(model, tmp_path, train_config):
-    save_checkpoint(model, OPTIMIZERS["adamw"](model, train_config), 0, tmp_path / "a.safetensors")
+    optimizer = OPTIMIZERS["adamw"].make(model, train_config)
+    save_checkpoint(model, optimizer, 0, tmp_path / "a.safetensors")
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -500,7 +502,7 @@ def test_a_mask_with_infinities_is_restored(tmp_path):
 def test_a_checkpoint_from_the_future_is_refused(model, train_config, tmp_path, monkeypatch):
     monkeypatch.setattr("lm.runs.checkpoint.FORMAT", 9)
     path = tmp_path / "a.safetensors"
-    save_checkpoint(model, OPTIMIZERS["adamw"](model, train_config), 0, path)
+    save_checkpoint(model, OPTIMIZERS["adamw"].make(model, train_config), 0, path)
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"newer version \(format 9, this one reads <= 1\)"):
         load_checkpoint(path, model)
@@ -508,7 +510,7 @@ def test_a_checkpoint_from_the_future_is_refused(model, train_config, tmp_path, 
 
 def test_a_damaged_checkpoint_is_found(model, train_config, tmp_path):
     path = tmp_path / "a.safetensors"
-    save_checkpoint(model, OPTIMIZERS["adamw"](model, train_config), 0, path)
+    save_checkpoint(model, OPTIMIZERS["adamw"].make(model, train_config), 0, path)
     commit(path)
     verify(path)
     data = path.read_bytes()
@@ -529,7 +531,7 @@ def test_a_damaged_checkpoint_is_found(model, train_config, tmp_path):
 def test_a_failed_save_leaves_the_previous_checkpoint(model, train_config, tmp_path):
     """A file-size limit stands in for a full disk; the write fails half way."""
     path = tmp_path / "a.safetensors"
-    optimizer = OPTIMIZERS["adamw"](model, train_config)
+    optimizer = OPTIMIZERS["adamw"].make(model, train_config)
     save_checkpoint(model, optimizer, 1, path)
     commit(path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

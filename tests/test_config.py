@@ -9,25 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from ruamel.yaml import YAMLError
 
-from lm.base.config import RuntimeConfig, load_params, parse_yaml, read_section
+from lm.base.config import load_params, parse_yaml, read_section
 from lm.base.errors import InputError
-from lm.data.tokenizer import TokenizerConfig
-from lm.export.folder import ExportConfig
-from lm.model.loss import EvaluateConfig
 from lm.model.transformer import ModelConfig
 from lm.prepare.documents import DataConfig, SourceConfig
 from lm.train.step import TrainConfig
 from tests.project import ROOT, SMOKE
-
-KINDS = {
-    "data": DataConfig,
-    "tokenizer": TokenizerConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "export": ExportConfig,
-    "runtime": RuntimeConfig,
-}
+from tools.settings import KINDS
 
 
 def read_all(params):

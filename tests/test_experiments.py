@@ -15,6 +15,7 @@ from dvc.utils.hydra import apply_overrides
 
 from tests.kill import commit, dvc, git, heal, outputs, ran, run
 from tests.project import ROOT, Project
+from tools.preset import whole
 
 
 def locked(project, name):
@@ -62,8 +63,8 @@ def test_an_experiment_is_compared_renamed_branched_and_applied(finished):
         page = finished.folder / "metrics/report-compare.html"
         assert f"<h1>{name} and workspace</h1>" in page.read_text()
         page.unlink()
-    for module in ("report --compare", "compare"):
-        done = run(finished, "python", "-m", *f"stages.{module} nonsense".split())
+    for words in ("tools.report --compare", "tools.experiments.compare"):
+        done = run(finished, "python", "-m", *words.split(), "nonsense")
         assert (done.returncode, done.stdout.count("\n")) == (2, 1)
         assert done.stdout.startswith("error: unknown Git revision 'nonsense'; `dvc exp list`")
     dvc(finished, "exp", "branch", "higher", "adopted")
@@ -150,13 +151,14 @@ def test_results_and_changed_settings_of_experiments_are_read_at_80_columns(fini
     assert named.splitlines()[1].split() == ["sliding", *sliding[1:4]]
 
 
-@pytest.mark.parametrize("name", ["params.yaml", "presets/smoke.yaml"])
+@pytest.mark.parametrize("name", ["default", "smoke"])
 def test_an_override_changes_one_line_of_the_settings(tmp_path, name):
     """DVC writes the file anew, in a style of its own: in another one, git would show a dozen."""
     copy = tmp_path / "params.yaml"
-    shutil.copy(ROOT / name, copy)
+    copy.write_text(whole(ROOT / "presets" / f"{name}.yaml"))
+    before = copy.read_text().splitlines()
     apply_overrides(copy, ["train.lr=0.123"])
-    before, after = (ROOT / name).read_text().splitlines(), copy.read_text().splitlines()
+    after = copy.read_text().splitlines()
     changed = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
     assert [new for _, new in changed] == ["  lr: 0.123"]
 

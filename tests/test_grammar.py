@@ -11,9 +11,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import yaml
 
-from lm.base.config import read_section
+from lm.base.config import load_params, read_section
 from lm.base.files import sha256_file
 from lm.corpus.grammar import STORIES, Grammar, stories, story
 from lm.data.tokenizer import load_tokenizer
@@ -332,7 +331,7 @@ def test_a_model_that_knows_the_validation_text_is_told_from_a_good_one(grammar_
 @pytest.mark.soak
 def test_a_small_model_comes_within_three_percent_of_the_entropy(project):
     """presets/grammar.yaml as it stands: about twelve minutes on two idle cores."""
-    project.params = yaml.safe_load((ROOT / "presets" / "grammar.yaml").read_text())
+    project.params = load_params(ROOT / "presets" / "grammar.yaml")
     project.set("runtime.device", "cpu")
     for stage in ("corpus", "tokenizer", "tokens", "train", "evaluate"):
         process = project.start("python", "-m", f"stages.{stage}", OMP_NUM_THREADS="2")

@@ -1,11 +1,13 @@
 """Optimizers against torch's own and against the papers' formulas in float64."""
 
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
+from lm.base.settings import OptimizerConfig
 from lm.model.transformer import TransformerLM
 from lm.train.optim import OPTIMIZERS, AdamW, Muon, gradient_clipping, parameter_groups
 
@@ -88,7 +90,7 @@ def test_norms_do_not_decay_and_embeddings_only_on_request(model_config, train_c
     for decay_embeddings in (False, True):
         model = TransformerLM(replace(model_config, qk_norm=True))
         config = replace(train_config, optimizer=name, decay_embeddings=decay_embeddings)
-        optimizer = OPTIMIZERS[name](model, config)
+        optimizer = OPTIMIZERS[name].make(model, config)
         decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
         assert len(decays) == len(list(model.parameters()))
         for parameter_name, p in model.named_parameters():
@@ -96,6 +98,20 @@ def test_norms_do_not_decay_and_embeddings_only_on_request(model_config, train_c
             if parameter_name == "token_embeddings.weight":
                 decayed = decay_embeddings
             assert (decays[id(p)] > 0) == decayed, parameter_name
+
+
+@pytest.mark.parametrize("name", get_args(get_type_hints(OptimizerConfig)["optimizer"]))
+def test_the_registry_says_what_each_choice_keeps(model_config, train_config, name):
+    model, kind = TransformerLM(model_config), OPTIMIZERS[name]
+    optimizer = kind.make(model, replace(train_config, optimizer=name))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for parameter_name, p in model.named_parameters():
+        in_a_block = p.ndim == 2 and "layers" in parameter_name
+        numbers = sum(t.numel() for entry, t in optimizer.state[p].items() if entry != "step")
+        expected = kind.matrix_numbers if in_a_block else kind.other_numbers
+        assert numbers == expected * p.numel(), parameter_name
 
 
 def test_muon_takes_the_matrices_inside_the_blocks_alone(model_config):

@@ -26,6 +26,7 @@ from lm.base.errors import EnvironmentFault, InputError
 from lm.base.runs import run_folder
 from lm.base.settings import EvaluateConfig, share_of_batch
 from lm.data.batches import Split
+from lm.evaluate.metrics import require_logits_fit
 from lm.machine.device import autocast
 from lm.machine.gauges import free_memory_bytes
 from lm.machine.processes import Processes
@@ -53,7 +54,6 @@ from lm.plan.plan import (
 from lm.train.loop import train
 from lm.train.parallel import Replicated, Sharded
 from lm.train.state import new_state
-from stages.evaluate import require_logits_fit
 from tests import test_run
 from tests.project import ROOT
 from tests.test_train import SPLIT, run, weights
@@ -199,7 +199,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     out_of_memory_above(monkeypatch, 1)
     state, records = run(model_config, train_config)
     assert [record["step"] for record in records] == list(range(1, 21))
-    assert state.windows_at_once == 1
+    assert state.micro_batch_size == 1
     assert all(
         torch.equal(tensor, weights(state)[key]) for key, tensor in weights(expected).items()
     )
@@ -273,11 +273,14 @@ import sys, numpy as np, torch
 from dataclasses import replace
 from pathlib import Path
 from lm.base.config import load_params, read_section
-from lm.machine.device import peak_memory_bytes, prepare
+from lm.machine.device import prepare
+from lm.machine.gauges import peak_memory_bytes
 from lm.model.transformer import ModelConfig
 from lm.plan.plan import make_plan
 from lm.data.batches import Split
-from lm.train.step import TrainConfig, new_state, train
+from lm.base.settings import TrainConfig
+from lm.train.loop import train
+from lm.train.state import new_state
 device = torch.device("cpu")
 prepare(device, 1)
 params = load_params(Path("params.yaml"), sys.argv[2:])
@@ -421,7 +424,7 @@ def test_processes_hold_and_send_what_is_planned(
     ids, one = torch.zeros(1, 16, dtype=torch.int64), torch.ones(())
     with Sent() as sent:
         for number in range(micro_batches):
-            backward(ids, ids, one, number == micro_batches - 1)
+            backward.add(ids, ids, one, number == micro_batches - 1)
         state.optimizer.step()
     planned = communication(model_config, config, 4, micro_batches)
     assert sorted(planned.values()) == sorted(sent.bytes.values())
@@ -459,7 +462,7 @@ def test_planned_memory_of_fsdp_is_what_torch_holds_at_once(
     def update():
         state.optimizer.zero_grad(set_to_none=True)
         for number in range(micro_batches):
-            backward(ids, ids, one, number == micro_batches - 1)
+            backward.add(ids, ids, one, number == micro_batches - 1)
         state.optimizer.step()
 
     update()  # makes the optimizer's state

@@ -1,7 +1,8 @@
-"""Every preset is a whole params.yaml that loads, can be planned and starts."""
+"""Every preset is a whole params.yaml once written out, can be planned and starts."""
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -20,10 +21,14 @@ from lm.train.loop import train
 from lm.train.state import new_state
 from lm.train.step import TrainConfig
 from tests.project import ROOT
+from tools.preset import main as write_preset
+from tools.preset import whole
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+DEFAULT = ROOT / "presets" / "default.yaml"
 # by hand: embedding and head, layers x (attention + feed-forward), norms (and of queries and keys)
 SIZES = {
+    "default": 2 * 2048 * 128 + 4 * (4 * 128**2 + 3 * 128 * 344) + 9 * 128,
     "gpt2-124m": 50257 * 768 + 12 * (4 * 768**2 + 3 * 768 * 2048) + 25 * 768,
     "grammar": 2 * 1024 * 128 + 3 * (4 * 128**2 + 3 * 128 * 344) + 7 * 128,
     "seed-small": 2 * 256 * 128 + 2 * (4 * 128**2 + 3 * 128 * 256) + 5 * 128,
@@ -68,6 +73,42 @@ def test_a_preset_has_the_size_it_says_is_planned_and_starts(preset):
     # logits that start with a variance of one add half a nat
     assert first["train_loss"] == pytest.approx(math.log(model.vocab_size), abs=0.7)
     assert second["train_loss"] < first["train_loss"]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)
+def test_a_preset_is_written_out_as_a_complete_file(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "presets").symlink_to(ROOT / "presets")
+    (tmp_path / "params.yaml").write_text(whole(ROOT / "presets" / "smoke.yaml"))
+    write_preset([preset.stem])  # over another one, of which nothing is left
+    assert load_params(tmp_path / "params.yaml") == load_params(preset)
+    assert f"params.yaml: the settings of presets/{preset.name}\n" == capsys.readouterr().out
+    text = (tmp_path / "params.yaml").read_text()
+    assert text.splitlines()[0] == preset.read_text().splitlines()[0]
+    names = re.compile(r"^\n?\w+:$|^  \w+:", re.M)
+    assert names.findall(text) == names.findall(DEFAULT.read_text())
+
+
+def test_a_preset_that_cannot_be_laid_over_says_why(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: default.yaml\ntrain:\n  lr: 1.0\n")
+    with pytest.raises(InputError, match=r"mine.yaml: extends .*default.yaml, which is not there"):
+        load_params(mine)
+    (tmp_path / "default.yaml").write_text(DEFAULT.read_text())
+    assert load_params(mine, ["train.eps=2.0"])["train"]["eps"] == 2
+    assert load_params(mine)["train"] == load_params(DEFAULT)["train"] | {"lr": 1.0}
+    mine.write_text("extends: default.yaml\ntrain:\n  lrr: 1.0\n")
+    with pytest.raises(InputError, match=r"mine.yaml: unknown key train.lrr \(did you mean train"):
+        load_params(mine)
+    mine.write_text("extends: default.yaml\ntrian:\n  lr: 1.0\n")
+    with pytest.raises(InputError, match=r"mine.yaml: unknown section trian \(did you mean train"):
+        load_params(mine)
+    mine.write_text("extends: default.yaml\n\ntrain: {lr: 1.0}\n")
+    with pytest.raises(InputError, match=r"mine.yaml: write one key a line"):
+        whole(mine)
+    (tmp_path / "default.yaml").write_text("extends: mine.yaml\n")
+    with pytest.raises(InputError, match="unknown section extends"):
+        load_params(mine)
 
 
 def test_the_small_preset_is_the_model_of_the_walk():

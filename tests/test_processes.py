@@ -10,7 +10,7 @@ import pytest
 from lm.base.config import RuntimeConfig, read_section
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.machine.sharded_tensors import whole
-from lm.runs.checkpoint import verify
+from lm.runs.manifest import verify
 from lm.runs.run import Run
 from lm.train.loop import train
 from lm.train.state import new_state

@@ -10,8 +10,9 @@ import torch
 
 from lm.base.errors import Busy, EnvironmentFault, InputError
 from lm.base.runs import remove_finished
-from lm.runs.checkpoint import load_checkpoint, save_checkpoint, verify
-from lm.runs.resume import ResumeDirectory, kept_checkpoints
+from lm.runs.checkpoint import load_checkpoint, save_checkpoint
+from lm.runs.manifest import verify
+from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints
 from lm.train.optim import OPTIMIZERS
 from tests.test_checkpoint import assert_same, trained
 
@@ -135,7 +136,7 @@ def test_a_checkpoint_written_behind_restores_every_bit(
 
 def test_any_flipped_bit_and_any_cut_is_found(model, train_config, tmp_path):
     directory = ResumeDirectory(tmp_path, keep=2)
-    directory.save(model, OPTIMIZERS["adamw"](model, train_config), 5, extra())
+    directory.save(model, OPTIMIZERS["adamw"].make(model, train_config), 5, extra())
     directory.unlock()
     path = directory.path(5)
     for file in (path, path.with_suffix(".json")):

@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 
 from lm.base.config import RuntimeConfig, load_params, read_section
 from lm.base.errors import Diverged, InputError
-from lm.data.batches import Split
+from lm.base.migrations import ADDED
+from lm.data.batches import Split, Tokens
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.transformer import ModelConfig
 from lm.runs.checkpoint import read_extra
-from lm.runs.resume import publishing
+from lm.runs.publish import publishing
 from lm.runs.run import Run
-from lm.train.loop import train
+from lm.train.loop import fit, train, validation_loss
 from lm.train.state import new_state
 from lm.train.step import TrainConfig
 from tests.project import SMOKE
@@ -54,7 +55,7 @@ def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0), resume_from=
         poisoned(state, step)
     with Run(state, config, runtime, MADE_OF, folder / "unfinished", resume_from, live) as run:
         steps = train(state, SPLIT, config)
-        while not run.finished():
+        while not run.finished:
             record = next(steps)
             if record["step"] % config.eval_interval == 0:
                 record["valid_loss"] = losses[record["step"] // config.eval_interval - 1]
@@ -65,6 +66,26 @@ def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0), resume_from=
                 return None
         run.publish(byte_tokenizer(), folder / "models", folder / "metrics")
     return json.loads((folder / "metrics" / "train.json").read_text())
+
+
+def test_fit_validates_where_due_saves_and_trains_a_finished_run_no_further(settings, tmp_path):
+    model, config, runtime = settings
+    config = replace(config, max_steps=8, eval_interval=3, eval_batches=2)
+
+    def fitted():
+        state = new_state(model, config, torch.device("cpu"))
+        with Run(state, config, runtime, MADE_OF, tmp_path) as run:
+            fit(state, Tokens(SPLIT, SPLIT, 256), config, run)
+            return state, run.logbook.history.rows
+
+    (state, rows), (_, again) = fitted(), fitted()
+    losses = {row["step"]: row["valid_loss"] for row in rows if row["valid_loss"] is not None}
+    assert list(losses) == [3, 6, 8]
+    with torch.no_grad():
+        assert losses[8] == pytest.approx(validation_loss(state, SPLIT, config))
+        assert losses[8] == pytest.approx(rows[-1]["train_loss"], abs=0.5)
+    assert again == rows
+    assert len(list(tmp_path.glob("*/step-00000008.json"))) == 1
 
 
 def test_skipped_steps_are_counted_told_and_resumed(settings, tmp_path, capsys):
@@ -195,7 +216,7 @@ def test_a_continued_run_takes_the_best_of_the_run_it_continues_and_no_other(set
     def continue_run():
         state = new_state(model, longer, torch.device("cpu"))
         with Run(state, longer, runtime, MADE_OF, tmp_path / "unfinished", last) as run:
-            return run.best, (run.directory.path(6)).read_bytes()
+            return run.logbook.best, (run.directory.path(6)).read_bytes()
 
     assert continue_run() == ({"valid_loss": 1.0, "step": 6, "misses": 0}, best)
     for name in (
@@ -309,6 +330,23 @@ def test_an_impossible_checkpoint_is_passed_over_and_not_continued(
     told = capsys.readouterr().out
     assert message in told
     assert "; passed over\nResumed at step 4\n" in told
+
+
+def test_a_checkpoint_from_before_there_were_some_settings_is_continued(stopped, tmp_path, capsys):
+    (made, settings), folder = stopped, tmp_path / "run"
+    shutil.copytree(made / "unfinished", folder / "unfinished")
+    (newest,) = folder.glob("unfinished/*/step-00000006.safetensors")
+    for section, added in ADDED.items():
+        for key, value in added.items():
+            if getattr(settings[section == "train"], key) == value:
+                rewritten(newest, say(f"extra/identity/{section}/{key}", None))
+    assert "reduction" not in read_extra(newest)["identity"]["train"]
+    assert "intra_document_masking" not in read_extra(newest)["identity"]["model"]
+    assert go(settings, tmp_path / "other", until=8, resume_from=newest) is None
+    assert f"Continuing {newest} from step 6" in capsys.readouterr().out
+    rewritten(newest, say("extra/identity/model/num_layers", None))  # was always there
+    with pytest.raises(InputError, match=r"made with another model.num_layers = None there"):
+        go(settings, tmp_path / "third", resume_from=newest)
 
 
 def test_a_checkpoint_under_another_steps_name_is_passed_over(stopped, tmp_path, capsys):

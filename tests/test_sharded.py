@@ -12,15 +12,10 @@ import torch
 from lm.base.errors import EnvironmentFault, InputError
 from lm.machine.processes import ALONE
 from lm.machine.sharded_tensors import whole
-from lm.runs.checkpoint import (
-    as_one_file,
-    commit,
-    load_checkpoint,
-    read_extra,
-    save_checkpoint,
-    verify,
-)
-from lm.runs.resume import ResumeDirectory, kept_checkpoints
+from lm.runs.checkpoint import load_checkpoint, read_extra, save_checkpoint
+from lm.runs.manifest import commit, verify
+from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints
+from lm.runs.sharded_checkpoint import as_one_file
 from lm.train.loop import train
 from lm.train.state import new_state
 from tests.ranks import outcomes, together

@@ -33,8 +33,10 @@ from lm.model.fitting import require_finite, require_settings
 from lm.model.huggingface import start_from
 from lm.model.model_folder import load_model, read_provenance
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.runs.checkpoint import load_checkpoint, read_run, stored_weights, verify, weights_sha256
-from lm.runs.resume import kept_checkpoints
+from lm.runs.checkpoint import load_checkpoint, stored_weights, weights_sha256
+from lm.runs.manifest import verify
+from lm.runs.resume_directory import kept_checkpoints
+from lm.runs.saved_run import read_run
 from lm.train.loop import train
 from lm.train.state import TrainState, new_state
 from lm.train.step import TrainConfig
@@ -236,7 +238,7 @@ def _replayed(
     start = _restore_start(state, steps, recorded)
     known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
     sizes = {int(step): size for step, size in identity[MICRO_BATCH_SIZES].items()}
-    state.windows_at_once = size_at(sizes, state.step + 1)
+    state.micro_batch_size = size_at(sizes, state.step + 1)
     compared = [step for step in sorted(known) if start < step <= start + steps]
     if not compared:
         following = min((step for step in known if step > start), default=None)
@@ -251,7 +253,7 @@ def _replayed(
             raise InputError(f"replay from step {start}: other weights at step {state.step}")
         if state.step == start + steps:
             break
-        state.windows_at_once = size_at(sizes, state.step + 1)
+        state.micro_batch_size = size_at(sizes, state.step + 1)
     return (
         f"replayed steps {start + 1} to {state.step}: the weights at "
         f"{', '.join(f'step {step}' for step in compared)} are the same, bit for bit"

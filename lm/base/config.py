@@ -3,12 +3,14 @@
     params.yaml --load_params--> dict --(-S key=value)--> dict --read_section--> TrainConfig(...)
 
 A dataclass has no defaults, because DVC cannot see a default that lives in code: every
-setting stands in params.yaml. Types come from the annotations; a bound is an Annotated:
+setting stands in params.yaml. An annotation holds the type, bounds and the description, from
+which `python -m tools.settings` makes docs/SETTINGS.md:
 
-    lr: Annotated[float, POSITIVE]
+    lr: Annotated[float, POSITIVE, "peak learning rate of AdamW"]
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import math
@@ -32,6 +34,7 @@ import yaml
 from lm.base.errors import InputError
 
 Config = TypeVar("Config")
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,23 @@ class Bound:
 
     holds: Callable[[Any], bool]
     text: str
+
+
+def key_of(file: str, registry: str) -> Bound:
+    """Return the bound "a key of this dict", as of ACTIVATIONS in lm/model/activations.py.
+
+    The file is parsed, not imported: settings are checked before torch is loaded, and by stages
+    that do not depend on the file.
+    """
+    tree = ast.parse((ROOT / file).read_text())
+    (found,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == registry
+    )
+    assert isinstance(found, ast.Dict)
+    keys = [key.value for key in found.keys if isinstance(key, ast.Constant)]
+    return Bound(lambda x: x in keys, f"must be one of {', '.join(map(str, keys))}")
 
 
 POSITIVE = Bound(lambda x: x > 0, "must be > 0")
@@ -52,6 +72,7 @@ NOT_EMPTY = Bound(lambda x: len(x) > 0, "must not be empty")
 INSIDE_ONE = Bound(lambda x: 0 < x < 1, "must be in (0, 1)")
 SEED = Bound(lambda x: 0 <= x < 2**63, "must be in [0, 2**63)")
 
+UP_TO_1024 = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
 BELOW_2_31 = Bound(lambda x: x < 2**31, "must be < 2**31")  # what torch counts with
 
 Count = Annotated[int, AT_LEAST_ONE, BELOW_2_31]
@@ -61,17 +82,32 @@ Count = Annotated[int, AT_LEAST_ONE, BELOW_2_31]
 class RuntimeConfig:
     """The section `runtime`: where and how visibly to run. No DVC stage depends on it."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    log_interval: Count  # steps between two lines on the console
-    checkpoint_interval: Count  # steps between two checkpoints
-    keep_checkpoints: Annotated[int, Bound(lambda x: x >= 2, "must be >= 2")]
-    num_workers: Annotated[int, Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")] | None
-    num_processes: Annotated[int, Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")]
-    process_timeout_s: Count  # a process that the others await for longer counts as hung
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: CUDA, else MPS, else CPU"]
+    log_interval: Annotated[Count, "steps between two lines on the console"]
+    checkpoint_interval: Annotated[Count, "steps between two checkpoints"]
+    keep_checkpoints: Annotated[
+        int, Bound(lambda x: x >= 2, "must be >= 2"), "of an unfinished run"
+    ]
+    num_workers: Annotated[
+        Annotated[int, UP_TO_1024] | None, "processes that prepare data; null: one a core"
+    ]
+    num_processes: Annotated[
+        int, UP_TO_1024, "processes that train, on this machine; `torchrun` says it instead"
+    ]
+    process_timeout_s: Annotated[
+        Count,
+        "a process that the others have awaited for longer counts as hung; with `num_processes` "
+        "also the time to save after a signal",
+    ]
 
 
 MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds
 SECTIONS = ("corpus", "data", "tokenizer", "model", "train", "evaluate", "export", "runtime")
+RENAMED = {  # settings that have moved: a line each
+    "data.source": "corpus.source",
+    "data.packages": "corpus.packages",
+    "data.grammar_bytes": "corpus.grammar_bytes",
+}
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -87,28 +123,69 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-    """params.yaml as nested dicts, with `section.key=value` overrides applied.
+    """Return params.yaml, or a preset, as nested dicts with `section.key=value` overrides applied.
+
+    A preset says `extends: FILE` and names only what differs from that file, which lies beside it.
 
     Raises InputError for a file that is missing or malformed and for an override of a key
     that the file does not have.
     """
-    params = parse_yaml(_read_text(path), str(path))
-    if not isinstance(params, dict):
-        raise InputError(f"{path}: holds no sections; expected {', '.join(SECTIONS)}")
-    for name, section in params.items():
-        if name not in SECTIONS:
-            raise InputError(f"{path}: unknown section {_brief(name)}{_suggest(name, SECTIONS)}")
-        if not isinstance(section, dict):
-            raise InputError(f"{path}: section {name} holds no keys")
+    params = _parse_file(path)
+    if "extends" in params:
+        base = path.parent / str(params.pop("extends"))
+        if not base.is_file():
+            raise InputError(
+                f"{path}: extends {base}, which is not there; a preset names only what differs: "
+                "`make preset NAME=...` writes a complete params.yaml from it"
+            )
+        params = _lay_over(_sections(_parse_file(base), base), _sections(params, path), path)
+    else:
+        params = _sections(params, path)
     for override in overrides:
         key, equals, text = override.partition("=")
         *parents, name = key.split(".")
         if not (equals and parents):
             raise InputError(f"-S {override}: expected section.key=value, as in -S train.lr=1e-3")
+        if key in RENAMED:
+            raise InputError(f"-S {override}: {key} is called {RENAMED[key]} now")
         known = dict(_keys(params))
         if key not in known:
             raise InputError(f"-S {override}: unknown key {key}{_suggest(key, known)}")
         known[key][name] = _override(text.strip(), f"-S {override}")
+    return params
+
+
+def _parse_file(path: Path) -> dict[str, Any]:
+    params = parse_yaml(_read_text(path), str(path))
+    if not isinstance(params, dict):
+        raise InputError(f"{path}: holds no sections; expected {', '.join(SECTIONS)}")
+    return params
+
+
+def _sections(params: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Return `params`. Raise InputError for an unknown section and for one without keys."""
+    for name, section in params.items():
+        if name not in SECTIONS:
+            raise InputError(f"{path}: unknown section {_brief(name)}{_suggest(name, SECTIONS)}")
+        if not isinstance(section, dict):
+            raise InputError(f"{path}: section {name} holds no keys")
+    for key, _ in _keys(params):
+        if key in RENAMED:
+            raise InputError(f"{path}: {key} is called {RENAMED[key]} now; move it there")
+    return params
+
+
+def _lay_over(
+    params: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]], path: Path
+) -> dict[str, dict[str, Any]]:
+    """Return `params` with the values of a preset. Raise InputError for a key it does not have."""
+    known = dict(_keys(params))
+    for name, section in changes.items():
+        for key, value in section.items():
+            if f"{name}.{key}" not in known:
+                suggestion = _suggest(f"{name}.{key}", known)
+                raise InputError(f"{path}: unknown key {_brief(f'{name}.{key}')}{suggestion}")
+            params[name][key] = value
     return params
 
 
@@ -178,7 +255,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is Annotated:
         value = _convert(value, arguments[0], key)
         for bound in arguments[1:]:
-            if not bound.holds(value):
+            if isinstance(bound, Bound) and not bound.holds(value):
                 raise InputError(f"{key} = {_brief(value)}: {bound.text}")
         return value
     if hint is Any:

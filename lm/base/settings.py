@@ -17,9 +17,11 @@ from lm.base.config import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    UP_TO_1024,
     UP_TO_ONE,
     Bound,
     Count,
+    key_of,
 )
 from lm.base.errors import InputError
 
@@ -27,7 +29,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Sampling = Literal["random", "epochs", "documents"]
 MAX_SAMPLES = 1 << 16  # to be read
 SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")  # to be read
-THREADS = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +36,32 @@ class ModelConfig:
     """The section `model`, and the vocabulary size, which the tokenizer decides."""
 
     vocab_size: Count
-    context_length: Count
-    d_model: Count
-    num_layers: Count
-    num_heads: Count
-    num_kv_heads: Count | None  # null: as many as num_heads
-    d_ff: Count
-    rope_theta: Annotated[float, POSITIVE]
-    norm_eps: Annotated[float, POSITIVE]
-    dropout: Annotated[float, BELOW_ONE]
-    qk_norm: bool
-    tie_embeddings: bool
-    norm: Literal["rmsnorm", "none"]
-    norm_position: Literal["pre", "post"]
-    position_embedding: Literal["rope", "none"]
-    ffn: Literal["swiglu", "silu"]
-    intra_document_masking: bool
-    zero_init: bool  # of what each residual branch ends with
+    context_length: Annotated[Count, "tokens in a window: as many as the model sees at once"]
+    d_model: Annotated[Count, "width of the residual stream"]
+    num_layers: Annotated[Count, "blocks"]
+    num_heads: Annotated[Count, "attention heads; must divide d_model"]
+    num_kv_heads: Annotated[
+        Count | None,
+        "heads for keys and values (grouped-query attention); must divide num_heads; "
+        "null: num_heads",
+    ]
+    d_ff: Annotated[Count, "width of the feed-forward layer"]
+    rope_theta: Annotated[float, POSITIVE, "base of the rotary positions"]
+    norm_eps: Annotated[float, POSITIVE, "epsilon of RMSNorm"]
+    dropout: Annotated[float, BELOW_ONE, "on embeddings, attention and residual branches"]
+    qk_norm: Annotated[bool, "RMSNorm on queries and keys"]
+    tie_embeddings: Annotated[bool, "one matrix for embedding and head"]
+    norm: Annotated[Literal["rmsnorm", "none"], "for ablations"]
+    norm_position: Annotated[
+        Literal["pre", "post"],
+        "norm before each layer, or after it and its residual; for ablations",
+    ]
+    position_embedding: Annotated[Literal["rope", "none"], "for ablations"]
+    ffn: Annotated[str, key_of("lm/model/activations.py", "ACTIVATIONS"), "for ablations"]
+    intra_document_masking: Annotated[
+        bool, "attend within the document alone, not across its end token"
+    ]
+    zero_init: Annotated[bool, "residual branches start at zero: each block begins as the identity"]
 
     def __post_init__(self) -> None:
         if self.d_model % self.num_heads:
@@ -95,11 +105,13 @@ def _in_words(found: list[int]) -> str:
 class ScheduleConfig:
     """The schedule's part of the section `train`."""
 
-    schedule: Literal["cosine", "wsd", "constant"]
-    max_steps: Count
-    warmup_steps: Annotated[int, NOT_NEGATIVE]
-    decay_steps: Annotated[int, NOT_NEGATIVE]  # of "wsd": the linear decay at the end
-    min_lr_ratio: Annotated[float, UP_TO_ONE]  # of the peak rate
+    schedule: Annotated[
+        Literal["cosine", "wsd", "constant"], "of the learning rates, after a linear warm-up"
+    ]
+    max_steps: Annotated[Count, "updates"]
+    warmup_steps: Annotated[int, NOT_NEGATIVE, "steps in which the rates rise to their peak"]
+    decay_steps: Annotated[int, NOT_NEGATIVE, "wsd: steps of the linear decay at the end"]
+    min_lr_ratio: Annotated[float, UP_TO_ONE, "the last learning rate as a share of the peak"]
 
     def __post_init__(self) -> None:
         if self.warmup_steps > self.max_steps:
@@ -120,40 +132,77 @@ class ScheduleConfig:
 class OptimizerConfig:
     """The optimizer's part of the section `train`."""
 
-    optimizer: Literal["adamw", "muon"]
-    lr: Annotated[float, POSITIVE]  # at its peak; the schedule scales it
-    beta1: Annotated[float, BELOW_ONE]
-    beta2: Annotated[float, BELOW_ONE]
-    eps: Annotated[float, POSITIVE]
-    weight_decay: Annotated[float, NOT_NEGATIVE]
-    decay_embeddings: bool
-    muon_lr: Annotated[float, POSITIVE]  # of the matrices when optimizer is "muon"
-    muon_momentum: Annotated[float, BELOW_ONE]
+    optimizer: Annotated[
+        Literal["adamw", "muon"], "muon: Muon for the matrices of the blocks, AdamW for the rest"
+    ]
+    lr: Annotated[float, POSITIVE, "peak learning rate of AdamW"]
+    beta1: Annotated[float, BELOW_ONE, "of AdamW"]
+    beta2: Annotated[float, BELOW_ONE, "of AdamW"]
+    eps: Annotated[float, POSITIVE, "of AdamW"]
+    weight_decay: Annotated[float, NOT_NEGATIVE, "decoupled; never on norms"]
+    decay_embeddings: Annotated[bool, "weight decay on the embedding too"]
+    muon_lr: Annotated[float, POSITIVE, "peak learning rate of Muon"]
+    muon_momentum: Annotated[float, BELOW_ONE, "of Muon"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ScheduleConfig, OptimizerConfig):
     """The section `train`."""
 
-    init_from: str | None  # a name in models/pretrained/; null: random weights
-    seed: Annotated[int, SEED]
-    num_threads: (
-        Annotated[int, THREADS] | None
-    )  # of a CPU; null: as many as torch takes, often one a core
-    batch_size: Count  # windows per update
-    micro_batch_size: Count | None  # windows per backward pass; null: as many as fit
-    parallel: Literal["none", "ddp", "fsdp"]  # how several processes share the work
-    reduction: Literal["sum", "tree"]  # of gradients: in any order, or always in the same one
-    max_grad_norm: Annotated[float, POSITIVE] | None
-    on_nonfinite: Literal["stop", "skip"]  # a step whose loss or gradient norm is nan or infinite
-    max_skipped_steps: Count  # in a row, before "skip" stops too
-    sampling: Sampling
-    dtype: Dtype
-    compile: Literal["auto", True, False]  # auto: lm.plan.plan decides, before training
-    gradient_checkpointing: bool
-    eval_interval: Count  # steps between two validations
-    eval_batches: Count  # batches of a validation, spread over the split
-    early_stopping: Count | None  # validations without a new best before stopping
+    init_from: Annotated[
+        str | None,
+        "start from the Llama or Qwen3 in `models/pretrained/NAME/` (docs/HUGGINGFACE.md); "
+        "null: random weights",
+    ]
+    seed: Annotated[int, SEED, "of weights, batches and dropout"]
+    num_threads: Annotated[
+        Annotated[int, UP_TO_1024] | None,
+        "of a CPU; a number lets machines with other numbers of cores agree; null: torch's choice, "
+        "with ddp and fsdp one a process (or `OMP_NUM_THREADS`)",
+    ]
+    batch_size: Annotated[Count, "windows per update"]
+    micro_batch_size: Annotated[
+        Count | None,
+        "windows per backward pass; must divide batch_size; less needs less memory, with the same "
+        "result up to rounding (dropout draws other masks); null: as many as fit into memory, "
+        "halved where they do not after all (with ddp and fsdp an error that says what to set)",
+    ]
+    parallel: Annotated[
+        Literal["none", "ddp", "fsdp"],
+        "several processes, each with the whole model (ddp) or with a share of it (fsdp, not with "
+        "float16): docs/SCALE.md",
+    ]
+    reduction: Annotated[
+        Literal["sum", "tree"],
+        "how gradients are added up: tree gives the same bytes for 1, 2, 4, 8, ... processes; it "
+        "needs `train.micro_batch_size`, and `batch_size` 1, 2, 4, 8, ... times that",
+    ]
+    max_grad_norm: Annotated[Annotated[float, POSITIVE] | None, "global L2 clipping; null: none"]
+    on_nonfinite: Annotated[
+        Literal["stop", "skip"], "at a step whose loss or gradient norm is nan or infinite"
+    ]
+    max_skipped_steps: Annotated[
+        Count, "in a row, before `skip` stops too; metrics/train.json counts all"
+    ]
+    sampling: Annotated[
+        Sampling,
+        "windows anywhere; adjoining ones, each exactly once an epoch; the same with every "
+        "document cut from its start",
+    ]
+    dtype: Annotated[Dtype, "of matrix products; float16 with loss scaling"]
+    compile: Annotated[
+        Literal["auto", True, False],
+        "`torch.compile`, which on a CPU needs a C++ compiler; auto: where the length of the run "
+        "repays it",
+    ]
+    gradient_checkpointing: Annotated[bool, "compute activations again: less memory, more time"]
+    eval_interval: Annotated[Count, "steps between two validations"]
+    eval_batches: Annotated[Count, "batches of a validation, spread over the split"]
+    early_stopping: Annotated[
+        Count | None,
+        "stop after this number of validations without a new best; the best model is published; "
+        "null: never",
+    ]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,23 +273,38 @@ def share_of_batch(config: TrainConfig, num_processes: int) -> int:
 class CorpusConfig:
     """The section `corpus`: the default text, which stage corpus writes into data/raw."""
 
-    source: Literal["packages", "grammar"]
-    packages: list[str]  # as name==version
-    grammar_bytes: Count  # of stories
+    source: Annotated[
+        Literal["packages", "grammar"],
+        "the default text: source code of installed packages, or stories of known entropy "
+        "(`make preset NAME=grammar`)",
+    ]
+    packages: Annotated[list[str], "packages: which ones, as name==version"]
+    grammar_bytes: Annotated[Count, "grammar: bytes of stories, or just more"]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """The section `evaluate`."""
 
-    batch_size: Count  # windows at a time; changes memory and speed alone
-    stride: Count | None  # tokens a window advances; null: context_length, no overlap
-    prompts: Annotated[list[str], NOT_EMPTY]  # of the samples
-    max_new_tokens: Annotated[int, SAMPLE_TOKENS]  # of a sample
-    temperatures: Annotated[list[Annotated[float, NOT_NEGATIVE]], NOT_EMPTY]  # the first: summary
-    top_k: Count | None
-    top_p: Annotated[float, ABOVE_ZERO_UP_TO_ONE] | None
-    seed: Annotated[int, SEED]
+    batch_size: Annotated[Count, "windows at a time; changes memory and speed alone"]
+    stride: Annotated[
+        Count | None,
+        "new tokens per window, as it slides; null: context_length, windows do not overlap",
+    ]
+    prompts: Annotated[list[str], NOT_EMPTY, "of the samples"]
+    max_new_tokens: Annotated[int, SAMPLE_TOKENS, "of a sample"]
+    temperatures: Annotated[
+        list[Annotated[float, NOT_NEGATIVE]],
+        NOT_EMPTY,
+        "of the samples, each prompt at each; 0: always the most probable token; "
+        "`metrics/summary.md` shows the first",
+    ]
+    top_k: Annotated[Count | None, "of the samples: from the most probable tokens; null: from all"]
+    top_p: Annotated[
+        Annotated[float, ABOVE_ZERO_UP_TO_ONE] | None,
+        "of the samples: from the most probable tokens that hold this share; null: from all",
+    ]
+    seed: Annotated[int, SEED, "of the samples"]
 
     def __post_init__(self) -> None:
         if (samples := len(self.prompts) * len(self.temperatures)) > MAX_SAMPLES:

@@ -14,8 +14,10 @@ from collections import Counter
 import torch
 
 from lm.base.settings import ModelConfig, TrainConfig, share_of_batch
+from lm.model.activations import ACTIVATIONS
 from lm.model.kernels import attention_blocks, rows_at_once
 from lm.model.loss import validation_logits
+from lm.train.optim import OPTIMIZERS
 
 # measured: the heap of a training grows to 1.3 to 1.7 times of what is alive at once (nine shapes,
 # glibc 2.36, which asks for more in order to align: a hole is too small for what has left it)
@@ -45,7 +47,7 @@ def parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def _matrices(model: ModelConfig) -> int:
-    return 3 if model.ffn == "swiglu" else 2
+    return ACTIVATIONS[model.ffn].matrices
 
 
 def flops_per_token(
@@ -97,11 +99,11 @@ def activations(model: ModelConfig, config: TrainConfig, windows: int) -> dict[s
     N, C, F = windows * model.context_length, model.d_model, model.d_ff
     a = 4 if config.dtype == "float32" else 2
     casts = a == 2 and config.compile is not True
-    normed, gated = model.norm == "rmsnorm", model.ffn == "swiglu"
+    normed, activation = model.norm == "rmsnorm", ACTIVATIONS[model.ffn]
     kv_width = model.kv_heads * model.head_dim
     # a norm's output is input to a product; without norm that input is the residual stream itself
     norms = normed * 2 * (4 * N * C + 4 * N)
-    into = N * C * a * ((3 if casts else 1) + (2 if casts and gated else 1))
+    into = N * C * a * ((3 if casts else 1) + (2 if casts and activation.gated else 1))
     if not normed and a == 4:
         into = 2 * N * C * 4
     attention = 4.0 * N * C * a + 4 * N * model.num_heads
@@ -115,7 +117,7 @@ def activations(model: ModelConfig, config: TrainConfig, windows: int) -> dict[s
     block = {
         "norms and residuals": norms + into + dropped,
         "attention": attention,
-        "feed-forward": (2.0 + gated) * N * F * a,
+        "feed-forward": float(activation.kept * N * F * a),
     }
     layers = model.num_layers
     total = {part: layers * size for part, size in block.items()}
@@ -165,21 +167,19 @@ def _through_a_block(model: ModelConfig, config: TrainConfig, windows: int) -> f
 
 
 def optimizer_bytes(model: ModelConfig, config: TrainConfig, shards: int) -> tuple[float, float]:
-    """(state, scratch of an update): AdamW keeps two numbers a weight, Muon one a matrix.
-
-    Of one of so many processes that hold a share of the state each.
-    """
-    sizes = parameters(model)
-    total = sum(sizes.values())
-    if config.optimizer == "adamw":
-        return 8 * total / shards, 0
+    """Return (state, scratch of an update) of one process, with the state shared by `shards`."""
+    sizes, optimizer = parameters(model), OPTIMIZERS[config.optimizer]
     matrices = sizes["attention"] + sizes["feed-forward"]
+    others = sum(sizes.values()) - matrices
+    state = 4 * (optimizer.matrix_numbers * matrices + optimizer.other_numbers * others) / shards
+    if not optimizer.whole_matrices:
+        return state, 0
     # every matrix's direction; the largest stack of equal ones in float32, and thrice in bfloat16
     scratch = 4.0 * matrices + 10 * max(sizes["attention"], sizes["feed-forward"])
     if config.parallel == "fsdp":  # one whole matrix at a time, and what is sent and received of it
         largest = max(rows * columns for rows, columns in _shapes(model))
         scratch = 4 * matrices / shards + (10 + 4 + 4) * largest
-    return (8 * total - 4 * matrices) / shards, scratch
+    return state, scratch
 
 
 def _shapes(model: ModelConfig) -> Counter[tuple[int, int]]:
@@ -335,7 +335,7 @@ def communication(
     sent["all-to-all of gradients" if tree else "reduce-scatter of gradients"] = whole * (
         micro_batches if tree else 1
     )
-    if config.optimizer == "muon":
+    if OPTIMIZERS[config.optimizer].whole_matrices:
         numbers = sum(
             rows * columns * -(-count // num_processes)
             for (rows, columns), count in _shapes(model).items()

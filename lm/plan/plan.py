@@ -301,7 +301,7 @@ def begin(
     Of several processes all take as many windows at once as fit into the memory of each.
     """
     state = new_state(plan.model, plan.config, plan.device, processes, initialise)
-    state.windows_at_once = min(processes.gather(plan.windows))
+    state.micro_batch_size = min(processes.gather(plan.windows))
     say(f"Model has {state.model.num_parameters():,} parameters")
     tell(plan, asked)
     return state
@@ -381,7 +381,7 @@ def calibrate(plan: Plan) -> float | None:
     tokens = np.resize(ids, max(len(ids), 2 * plan.model.context_length))
     with torch.random.fork_rng():
         state = new_state(plan.model, config, plan.device)
-        state.windows_at_once = windows
+        state.micro_batch_size = windows
         steps = train(state, Split("random", tokens, 0, end_id=0), config)
         seconds = [record["step_s"] for record in steps]
     return statistics.mean(seconds[1:]) * plan.share / measured

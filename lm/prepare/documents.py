@@ -55,20 +55,43 @@ class SourceConfig:
 class DataConfig:
     """The section `data`: which text, and how it is split."""
 
-    path: Annotated[str, NOT_EMPTY]  # a file or a folder
-    glob: str  # which files of a folder, e.g. "**/*.py"
-    text_field: str  # of JSON objects, the column of tables
-    sources: dict[str, SourceConfig] | None  # null: all of path is one
-    separator: (
-        Annotated[str, NOT_EMPTY] | None
-    )  # cuts plain-text files into documents; null: one file, one document
-    encoding_errors: Literal["strict", "replace"]
-    on_bad_document: Literal["stop", "skip"]
-    deduplicate: bool
-    split: Literal["hash", "tail"]
-    valid_fraction: Annotated[float, INSIDE_ONE]
-    shard_bytes: Annotated[Count, SHORTEST_SHARD]  # of text, about, in one shard of tokens
-    max_expansion: Count  # times its size that a .gz, .zst or parquet file may hold
+    path: Annotated[
+        str,
+        NOT_EMPTY,
+        "the text: a file, a folder or a listing (docs/SCALE.md); `data/raw` is the default text",
+    ]
+    glob: Annotated[str, "which files of the folder"]
+    text_field: Annotated[str, "the field of JSON objects, the column of tables"]
+    sources: Annotated[
+        dict[str, SourceConfig] | None,
+        "parts of `data.path` (a file, folder or pattern in it), each with its share of the "
+        "training windows; weight null: by size; null: all of it is one",
+    ]
+    separator: Annotated[
+        Annotated[str, NOT_EMPTY] | None,
+        'cuts text files into documents, e.g. `<|endoftext|>`, or `"\\n\\n"` in double quotes; '
+        "must stand in one of them; null: one file, one document",
+    ]
+    encoding_errors: Annotated[
+        Literal["strict", "replace"],
+        "stop at NUL and at bytes that are not UTF-8, or count and replace them",
+    ]
+    on_bad_document: Annotated[
+        Literal["stop", "skip"],
+        "at what is no text (a null, bad JSON, bytes, too long): stop, or leave it out and count",
+    ]
+    deduplicate: Annotated[bool, "leave out exact duplicates"]
+    split: Annotated[
+        Literal["hash", "tail"],
+        "by a hash of each document (stable when others come and go), or the last part of the text",
+    ]
+    valid_fraction: Annotated[float, INSIDE_ONE, "the share held out for validation"]
+    shard_bytes: Annotated[Count, SHORTEST_SHARD, "text in one shard of tokens, about"]
+    max_expansion: Annotated[
+        Count,
+        "stop where a `.gz`, a `.zst` or the column of a parquet table holds more than this many "
+        "times its size (and than 64 MiB)",
+    ]
 
     def __post_init__(self) -> None:
         if self.sources is None:

@@ -28,7 +28,7 @@ class History:
         self._sum = self._weight = 0.0
 
     def add(self, record: dict[str, Any]) -> None:
-        """Take in one step's record; keys beyond COLUMNS are left out."""
+        """Add the record of a step; keys beyond COLUMNS are left out."""
         if "skipped" not in record:
             self._sum = _SMOOTHING * self._sum + record["train_loss"]
             self._weight = _SMOOTHING * self._weight + 1
@@ -50,9 +50,9 @@ class History:
         return self._sum / self._weight if self._weight else math.nan
 
     def to_csv(self, clock: "Clock | None" = None) -> bytes:
-        """The rows as CSV, with a clock their times too.
+        """Return the rows as CSV; with a clock, add their times.
 
-        A row without a validation, or without a time, says nan, which plots leave out.
+        A row without a validation, or without a time, has nan there, which plots leave out.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -63,22 +63,22 @@ class History:
         return text.getvalue().encode()
 
     def state(self) -> dict[str, Any]:
-        """Everything above as JSON, for the checkpoint."""
+        """Return all of it as JSON values, for the checkpoint."""
         return dict(vars(self))
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> "History":
-        """The history that `state` was taken from."""
+        """Return the history that `state` was taken from."""
         history = cls()
         vars(history).update(state)
         return history
 
 
 class Clock:
-    """The time of training that a run's steps had taken, summed over the processes that ran it.
+    """The seconds of training up to each step, summed over the interruptions of the run.
 
-    Kept beside the history, never in it: a checkpoint must hold no clock. If the times until a
-    resumed step are lost, those after it are unknown too.
+    It stands beside the history, never in it: a checkpoint must hold no clock. If the times up to
+    a resumed step are lost, those after it stay unknown.
     """
 
     def __init__(self, elapsed_s: Mapping[int, float] | None = None, runs: bool = True):
@@ -87,7 +87,7 @@ class Clock:
         self._before_s = max(self.elapsed_s.values(), default=0.0)
 
     def tick(self, step: int, seconds: float, history: History) -> None:
-        """Note when a step was done, in seconds since this process began to train."""
+        """Record when a step was done, in seconds since this process began to train."""
         if not self.runs:
             return
         self.elapsed_s[step] = self._before_s + seconds
@@ -97,7 +97,7 @@ class Clock:
 
     @classmethod
     def from_csv(cls, text: bytes, resumed_at: int | None = None) -> "Clock":
-        """The clock that History.to_csv wrote, or as of a step; unknown if the text is torn."""
+        """Read the clock that History.to_csv wrote, up to a step; without times if it is torn."""
         times: dict[int, float] = {}
         with suppress(KeyError, TypeError, ValueError, csv.Error):
             for row in csv.DictReader(text.decode().splitlines()):

@@ -1,7 +1,4 @@
-"""Whether what a file says of an optimizer can be the state of this one.
-
-All is looked at before anything is changed.
-"""
+"""Check the optimizer state of a file against an optimizer, before anything is changed."""
 
 import math
 import sys
@@ -14,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.base.errors import InputError
-from lm.model.fitting import (
-    Stored,
-    word_of,
-)
+from lm.model.fitting import Stored, word_of
 from lm.model.transformer import TransformerLM
 
 # what torch's optimizers and ours keep of each number of a parameter, by these names
@@ -27,12 +21,12 @@ State = dict[int, dict[str, Any]]
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters by the numbers that the optimizer's state gives them."""
+    """Return the parameters in the order of their numbers in the optimizer's state."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def place(key: str) -> tuple[int, str]:
-    """Of "optimizer.3.exp_avg": the number of the parameter and the entry of its state."""
+    """Split "optimizer.3.exp_avg" into the parameter's number and the entry of its state."""
     _, index, entry = key.split(".", 2)
     return int(index), entry
 
@@ -40,7 +34,7 @@ def place(key: str) -> tuple[int, str]:
 def fitting_groups(
     name: str, saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer
 ) -> list[dict[str, Any]]:
-    """The parameter groups of a file, each value of the type that it has in this optimizer.
+    """Return the parameter groups of a file, each value of the type it has in this optimizer.
 
     JSON knows neither tuples nor the floats of NumPy. Raises InputError if they are of another
     optimizer, or have something else where this one has a number.
@@ -67,7 +61,7 @@ def fitting_groups(
 
 
 def _like(saved: Any, own: Any, where: str) -> Any:
-    """A value that came from JSON, as the type that this optimizer has in its place."""
+    """Return a value from JSON as the type that this optimizer has in its place."""
     fits, value = True, saved
     if isinstance(own, bool):
         fits = saved is None or isinstance(saved, bool)
@@ -103,8 +97,8 @@ def require_state(
 ) -> None:
     """Raise InputError unless the state in a file can be that of this optimizer's parameters.
 
-    `values` are what is no tensor. Which entries a parameter has, our optimizers say; of others all
-    parameters of a group have the same of the known ones, or none: one without gradients so far.
+    `values` are what is no tensor. Our optimizers say which entries a parameter has. In another
+    optimizer all parameters of a group have the same known entries, or none before a gradient came.
     """
     parameters, found = parameters_of(optimizer), defaultdict[int, set[str]](set)
     names_of = getattr(optimizer, "state_names", None)  # of ours

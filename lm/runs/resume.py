@@ -1,235 +1,198 @@
-"""The checkpoints of an unfinished run, kept whatever happens to the process that writes them.
+"""Where a run begins: at its own newest checkpoint, at another run's, or at the first step."""
 
-    step-00000500.safetensors   written by a thread, from a copy of the state in memory
-    step-00000500.json          its manifest: the rename of this file is the commit
-    lock                        held as long as a process trains this run
-
-Several processes write a folder step-00000500 in its place, each its share, by a thread in each.
-
-The folder lies outside of every DVC output, because DVC deletes those before it starts a stage.
-"""
-
-import fcntl
-import os
-import shutil
-import sys
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import partial
+import json
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import torch
-from torch import Tensor, nn
-
-from lm.base.console import changes
-from lm.base.errors import EnvironmentFault, InputError
-from lm.base.files import writing
-from lm.base.runs import decided, locked
-from lm.machine.processes import ALONE, Processes
-from lm.machine.sharded_tensors import local, staged
-from lm.model.model_folder import write_checkpoint
-from lm.runs.checkpoint import (
-    Extra,
-    commit,
-    contents,
-    discard,
-    read_extra,
-    read_run,
-    verify,
-    write_folder,
-)
+from lm.base.console import changes, count, say
+from lm.base.errors import InputError
+from lm.base.files import atomic_copy, require_file
+from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided
+from lm.base.settings import TrainConfig
+from lm.runs.checkpoint import Extra, load_checkpoint
+from lm.runs.history import Clock
+from lm.runs.logbook import Logbook
+from lm.runs.manifest import commit, verify
+from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints, newest_first
+from lm.runs.saved_run import Identity, read_run
 
 MOST_TOLD = 4  # differences of two runs in a line
 
 
-class ResumeDirectory:
-    """The newest checkpoints of one run, and those that one of them calls the best so far.
-
-    A checkpoint's extra["best"]["step"] names the best one that belongs to it. Only one process
-    may use a folder at a time, or those that train together.
-    """
-
-    def __init__(self, folder: Path, keep: int, processes: Processes = ALONE):
-        """Lock the folder, making it first.
-
-        Raises Busy if another run holds it, EnvironmentFault if it is not one folder for all.
-        """
-        self.folder, self.keep, self.processes = folder, keep, processes
-        self.sharded = processes.store is not None
-        self._writers = processes.with_own_group() if self.sharded else ALONE
-        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self._writer = ThreadPoolExecutor(max_workers=1, initializer=partial(_begin_thread, gpu))
-        self._pending: Future[None] | None = None
-        self._buffers: dict[str, Tensor] = {}
-        self._lock: Any = None
-        processes.lead(self._open)
-        if processes.size > 1:
-            self._require_shared()
-
-    def _open(self) -> None:
-        _require_kind(self.folder, folder=True)
-        _require_kind(self.folder / "lock", folder=False)
-        for path in sorted(self.folder.glob("step-*")):
-            if path.suffix in ("", ".safetensors", ".json"):
-                _require_kind(path, folder=path.suffix == "")
-        self._lock = locked(self.folder)
-        for litter in (*self.folder.glob("*.tmp"), *self.folder.glob(".tmp*")):  # and safetensors'
-            folder = litter.is_dir() and not litter.is_symlink()
-            shutil.rmtree(litter) if folder else litter.unlink()
-        for path in _newest_first(self.folder):  # a kill came before the commit: it would be kept
-            if not path.with_suffix(".json").exists():
-                discard(path)
-
-    def _probe(self) -> Path:
-        probe = self.folder / f".tmp-{uuid4().hex}"
-        with writing(probe):
-            probe.touch()
-        return probe
-
-    def _require_shared(self) -> None:
-        probe = self.processes.lead(self._probe)
-
-        def see() -> None:
-            if not probe.exists():
-                raise EnvironmentFault(
-                    f"{self.folder.resolve()}: not the folder in which rank 0 writes; start all "
-                    "processes in one folder that every host sees"
-                )
-
-        self.processes.together(see)
-        self.processes.lead(probe.unlink)
-
-    def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
-    ) -> None:
-        """Copy the state; a thread writes it, then drops what is no longer needed.
-
-        So a step waits for a copy in memory, not for the disk, unless the save before is still
-        being written. Raises EnvironmentFault if that one failed.
-        """
-        self.wait()
-        tensors, metadata = contents(model, optimizer, step, extra)
-        copies = {}
-        for name, tensor in tensors.items():
-            rows = local(tensor)
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty(
-                    rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda
-                )
-            self._buffers[name].copy_(rows)
-            copies[name] = staged(self._buffers[name], tensor, self._writers.messages)
-        self._pending = self._writer.submit(self._write, step, copies, metadata)
-
-    def _write(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        path = self.path(step)
-        if self.sharded:
-            write_folder(tensors, metadata, path, self._writers)
-        else:
-            write_checkpoint(tensors, metadata, path)
-            with writing(path):
-                commit(path)
-        self._writers.lead(partial(self._drop_all_but, path))
-
-    def _drop_all_but(self, path: Path) -> None:
-        """Delete what is no longer needed when this checkpoint is there."""
-        with writing(path):
-            kept = {path, *_newest_first(self.folder)[: self.keep]}
-            for old in set(_newest_first(self.folder)) - kept - self._bests_of(kept):
-                discard(old)
-
-    def _bests_of(self, paths: set[Path]) -> set[Path]:
-        """The checkpoints that these call the best."""
-        steps = set()
-        for path in paths:
-            # a torn one needs nothing, nor does one that says no step
-            with suppress(InputError, LookupError, TypeError):
-                steps.add(read_extra(path)["best"]["step"])
-        return {self.path(step) for step in steps if step is not None}
-
-    @property
-    def failed(self) -> bool:
-        """Whether the last save has failed, as far as is known."""
-        pending = self._pending
-        return pending is not None and pending.done() and pending.exception() is not None
-
-    def wait(self) -> None:
-        """Wait until the last save is on disk. Raises EnvironmentFault if it failed."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is; one that was copied from elsewhere is a file."""
-        file = self.folder / f"step-{step:08d}.safetensors"
-        return file.with_suffix("") if self.sharded and not file.exists() else file
-
-    def remove(self) -> None:
-        """Delete the folder and let go of it."""
-        shutil.rmtree(self.folder)
-        self.unlock()
-
-    def unlock(self) -> None:
-        """Finish a save in flight, whether or not it succeeds, and let others use the folder."""
+def resume(logbook: Logbook, directory: ResumeDirectory) -> bool:
+    """Restore the newest intact checkpoint of this very run; return whether there is one."""
+    state = logbook.state
+    for path, fault in kept_checkpoints(directory.folder, state.processes):
         try:
-            with suppress(Exception):  # what ends the run is told already
-                self.wait()
-        finally:
-            self._writer.shutdown()
-            if self._lock is not None:
-                self._lock.close()
-
-
-def kept_checkpoints(
-    folder: Path, processes: Processes = ALONE
-) -> Iterator[tuple[Path, str | None]]:
-    """The checkpoints of a run, newest first, each with what is wrong with it, or None."""
-    for path in processes.lead(lambda: _newest_first(folder)):
-        fault = None
-        try:
-            verify(path, processes)
-        except (InputError, FileNotFoundError) as error:  # its trainer may drop it meanwhile
+            fault = fault or _fault(logbook, directory, path)
+            theirs = {} if fault else _restore(logbook, directory, path)["identity"]
+        except InputError as error:
             fault = str(error)
-        yield path, next(filter(None, processes.gather(fault)), None)
+        if fault is not None:
+            say(f"warning: {fault}; passed over")
+            continue
+        _keep_micro_batch_size(logbook, theirs[MICRO_BATCH_SIZES])
+        if NUM_PROCESSES in theirs:
+            logbook.changes[NUM_PROCESSES] = dict(theirs[NUM_PROCESSES])
+        finished = f"; it is finished: delete {path.parent} to train anew"
+        say(f"Resumed at step {state.step}{finished if logbook.finished else ''}")
+        return True
+    return False
 
 
-def _require_kind(path: Path, folder: bool) -> None:
-    """Raise InputError if something else than a folder, or else a file, stands there.
+def _fault(logbook: Logbook, directory: ResumeDirectory, path: Path) -> str | None:
+    """Return why an undamaged checkpoint must not be resumed, or None."""
+    extra = read_run(path)
+    ours, theirs = _as_json(logbook.identity.parts()), decided(extra["identity"])
+    if ours != theirs:
+        return f"{path}: of another run: {_few(_differences(theirs, ours))}"
+    step, processes = extra["iteration"], logbook.state.processes
+    if path.stem != directory.path(step).stem or step > logbook.config.max_steps:
+        return f"{path}: is at step {step}: not that of its name, or beyond train.max_steps"
+    if extra["best"]["step"] is not None:
+        try:
+            best = directory.path(extra["best"]["step"])
+            processes.together(lambda: verify(best, processes))
+        except InputError as error:
+            return str(error)
+    return None
 
-    A link would lead what is written or deleted to another place, and a pipe would hang.
+
+def _restore(logbook: Logbook, directory: ResumeDirectory, path: Path) -> Extra:
+    """Bring everything to where a checkpoint was; return what was saved beside the state."""
+    extra, state = read_run(path), logbook.state
+    state.step = load_checkpoint(path, state.model, state.optimizer, state.processes)
+    logbook.restore(extra)
+    times = clock_file(directory.folder.parent, extra["identity"])
+    text = times.read_bytes() if times.is_file() else b""
+    logbook.clock = Clock.from_csv(text, resumed_at=state.step)
+    return extra
+
+
+def _keep_micro_batch_size(logbook: Logbook, sizes: dict[str, int]) -> None:
+    """Go on with the micro-batch size that the run had, or with what fits if that is less."""
+    state = logbook.state
+    before, fitting = sizes[max(sizes, key=int)], state.micro_batch_size
+    share = logbook.config.batch_size // state.processes.size  # another number may not divide it
+    fitting = max(n for n in range(1, min(before, fitting) + 1) if share % n == 0)
+    logbook.changes[MICRO_BATCH_SIZES] = dict(sizes)
+    state.micro_batch_size = before
+    if fitting < before and not logbook.finished:
+        state.micro_batch_size = fitting
+        why = (
+            f"Micro-batches of {count(before, 'window')} no longer fit"
+            if share % before == 0
+            else f"This process's {count(share, 'window')} cannot be split into micro-batches of "
+            f"{before}"
+        )
+        say(f"{why}; using {fitting} from now on")
+        logbook.add_change(MICRO_BATCH_SIZES, fitting, state.step + 1)
+
+
+def require_continuable(path: Path, identity: Identity, config: TrainConfig) -> None:
+    """Raise InputError unless a checkpoint is a file, whole, of the same model and data."""
+    require_file(path)
+    verify(path)
+    extra = read_run(path)
+    for part, ours in (("model", identity.model), ("inputs", identity.inputs)):
+        theirs = extra["identity"].get(part, {})
+        if ours != theirs:
+            raise InputError(f"{path}: made with another {_difference(part, ours, theirs)}")
+    if extra["best"]["step"] is not None:
+        _best_beside(path)
+    if extra["iteration"] >= config.max_steps:
+        raise InputError(
+            f"{path}: is at step {extra['iteration']}, train.max_steps = "
+            f"{config.max_steps}; nothing is left to do, raise train.max_steps"
+        )
+
+
+def continue_from(path: Path, logbook: Logbook, directory: ResumeDirectory) -> None:
+    """Start from another run's checkpoint, with the settings of this one."""
+    state = logbook.state
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in state.optimizer.param_groups
+    ]
+    _restore(logbook, directory, path)
+    for group, ours in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(ours)
+    logbook.best["misses"] = 0
+    if (step := logbook.best["step"]) is not None:
+        state.processes.lead(lambda: _adopt(_best_beside(path), directory.folder, step))
+    logbook.begin_changes()
+    say(f"Continuing {path} from step {state.step}")
+
+
+def _adopt(best: Path, folder: Path, step: int) -> None:
+    """Keep another run's best checkpoint, a file, as one of this run's."""
+    file = folder / f"step-{step:08d}.safetensors"
+    atomic_copy(best, file)
+    commit(file)
+
+
+def _best_beside(path: Path) -> Path:
+    """Return the best checkpoint of the run that `path` is of: itself or a file beside it.
+
+    Raises InputError if none has the weights that `path` names: it decides what is published.
     """
-    if path.is_symlink() or (path.exists() and not (path.is_dir() if folder else path.is_file())):
-        kind = "a link" if path.is_symlink() else f"not a {'folder' if folder else 'file'}"
-        raise InputError(f"{path}: {kind}; move it away: only this project writes there")
+    extra = read_run(path)
+    step = extra["best"]["step"]
+    for best in (
+        path,
+        path.with_name("best.safetensors"),
+        path.with_name(f"step-{step:08d}.safetensors"),
+    ):
+        if best.is_file():
+            theirs = read_run(best)
+            same = theirs["weights"].get(str(step)) == extra["weights"][str(step)]
+            if theirs["iteration"] == step and same:
+                verify(best)
+                return best
+    raise InputError(
+        f"{path}: its best checkpoint, of step {step}, is not beside it; copy it there"
+    )
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    found = (path for path in folder.glob("step-*") if path.suffix in ("", ".safetensors"))
-    return sorted(found, key=lambda path: path.stem, reverse=True)
+def report_others(folder: Path, begins_anew: Identity | None) -> None:
+    """Say how much unfinished runs with other settings, data or code keep on disk.
+
+    If this run begins anew, say too why it does not go on with one of them.
+    """
+    siblings = (path for path in folder.parent.iterdir() if path != folder)
+    others = [path for path in siblings if any(path.glob("step-*"))]
+    if not others:
+        return
+    files = (f for path in others for f in path.rglob("*") if f.is_file())
+    size = sum(map(_size_bytes, files))
+    keep = "keeps" if len(others) == 1 else "keep"
+    line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {folder.parent}"
+    if begins_anew is not None and (words := _nearest(others, _as_json(begins_anew.parts()))):
+        line += f"; {'that' if len(others) == 1 else 'the nearest'}, {words}"
+    say(line)
 
 
-def nearest(folders: Iterable[Path], identity: dict[str, Any]) -> str:
-    """Of the runs in some folders the one most like `identity`, and why it is another, in words.
+def _nearest(folders: Iterable[Path], identity: dict[str, Any]) -> str:
+    """Say which of the runs in some folders is most like `identity`, and why it is another.
 
-    Nothing if no checkpoint of theirs can be read.
+    Return nothing if no checkpoint of theirs can be read.
     """
     found = []
-    for path in (path for folder in folders for path in _newest_first(folder)[:1]):
+    for path in (path for folder in folders for path in newest_first(folder)[:1]):
         with suppress(InputError, OSError):  # its trainer may drop it meanwhile
             extra, written = read_run(path), path.stat().st_mtime
-            why = differences(decided(extra["identity"]), identity)
-            found.append((len(why), -written, extra["iteration"], few(why)))
+            why = _differences(decided(extra["identity"]), identity)
+            found.append((len(why), -written, extra["iteration"], _few(why)))
     if not found:
         return ""
     _, _, step, words = min(found)
     return f"at step {step}, is not resumed because of {words}"
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes two identities those of different runs, in words: "train.lr 0.001 -> 0.003"."""
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what tells two identities apart, in words such as "train.lr 0.001 -> 0.003"."""
     found = []
     for part in dict.fromkeys(("model", "train", *sorted({**before, **now}))):
         of_before, of_now = before.get(part), now.get(part)
@@ -242,23 +205,27 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
-def few(words: list[str]) -> str:
-    """Some of them as a line, and how many more there are."""
+def _few(words: list[str]) -> str:
+    """Join the first few into a line, with the number of the others."""
     more = len(words) - MOST_TOLD
     return ", ".join(words[:MOST_TOLD]) + f" and {more} more" * (more > 0)
 
 
-@contextmanager
-def publishing(unfinished: Path) -> Iterator[None]:
-    """Let one run after the other write the outputs, which all runs of a workspace share."""
-    with open(unfinished.with_name("lm-publish.lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _size_bytes(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # that run has just finished
+        return 0
 
 
-def _begin_thread(gpu: int | None) -> None:
-    """Use the GPU of this process, not the first; let training's threads go first on the CPU."""
-    if gpu is not None:
-        torch.cuda.set_device(gpu)
-    if sys.platform == "linux":  # where a thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the value as it comes back from a checkpoint."""
+    return dict(json.loads(json.dumps(value)))
+
+
+def _difference(part: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{part}.{key} = {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted(ours.keys() | theirs.keys())
+        if theirs.get(key) != ours.get(key)
+    )

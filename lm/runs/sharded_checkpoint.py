@@ -1,12 +1,14 @@
-"""Tensors in a folder that several processes write and any number reads.
+"""Checkpoints as folders that several processes write and any number reads.
 
 By torch.distributed.checkpoint, which plans who writes and who reads what, in its safetensors
 format: opening a folder runs no code, where that library's own format is a pickle.
 
     shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote, and so on
+    header.json                                    what is no tensor: see checkpoint.py
 """
 
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,36 +20,40 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lm.base.errors import EnvironmentFault, InputError
-from lm.base.files import writing
+from lm.base.files import atomic_write, sync_directory, write_json, writing
 from lm.machine.processes import Processes, common, of_rank
 from lm.model.fitting import Stored
+from lm.model.model_folder import write_checkpoint
+from lm.runs.manifest import describe, discard
+
+HEADER = "header.json"
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, writers: Processes) -> None:
     """Write what each process keeps of some tensors, all processes together.
 
-    Of a tensor that all have, one writes it. Raises EnvironmentFault, in every process, if the
+    One process writes a tensor that all have. Raises EnvironmentFault, in every process, if the
     disk of one is full.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _told_in_one_line(folder, by_all=True):
+    with _errors_in_one_line(folder, by_all=True):
         save(tensors, storage_writer=storage, process_group=writers.messages)
 
 
 def own_files(folder: Path, rank: int) -> list[Path]:
-    """What a rank has written there."""
+    """Return the files that a rank has written there."""
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """The shape of each tensor there, whole, and its type."""
+    """Return the whole shape and the type of each tensor there."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     try:
-        with _told_in_one_line(folder):
+        with _errors_in_one_line(folder):
             found: Any = HuggingFaceStorageReader(str(folder)).read_metadata()
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError | EnvironmentFault):
@@ -64,22 +70,22 @@ def stored(folder: Path) -> dict[str, Stored]:
 
 
 def blank(like: Tensor) -> Tensor:
-    """A tensor of this kind to be read into: not a number where no file has anything."""
+    """Make a tensor of this kind to read into; it is nan where no file has anything."""
     return torch.full_like(like, math.nan if like.is_floating_point() else 0)
 
 
 def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
-    """Fill tensors in place, of shared ones the rows of this process; nobody waits for anybody."""
+    """Fill tensors in place, shared ones with the rows of this process; no process waits."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    with _told_in_one_line(folder), warnings.catch_warnings():
+    with _errors_in_one_line(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 def assemble(folder: Path) -> dict[str, Tensor]:
-    """Every tensor there, whole, in this process's memory."""
+    """Read every tensor there, whole, into this process's memory."""
     tensors = {
         name: blank(torch.empty(shape, dtype=dtype))
         for name, (shape, dtype) in stored(folder).items()
@@ -89,10 +95,10 @@ def assemble(folder: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _told_in_one_line(folder: Path, by_all: bool = False) -> Iterator[None]:
-    """Turn what the library raises, a BaseException with a traceback of each rank, into faults.
+def _errors_in_one_line(folder: Path, by_all: bool = False) -> Iterator[None]:
+    """Turn the library's errors, with a traceback of each rank, into faults of one line.
 
-    What processes do together, by_all, is raised by all and names the rank whose fault it is.
+    If processes do this together, by_all, all raise the fault with the rank that caused it.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -113,3 +119,46 @@ def _told_in_one_line(folder: Path, by_all: bool = False) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def write_folder(
+    tensors: dict[str, Tensor], metadata: dict[str, str], folder: Path, writers: Processes
+) -> None:
+    """Write and commit a checkpoint that several processes hold, all of them together.
+
+    Neither a process that dies nor a full disk leaves a torn checkpoint. Raises
+    EnvironmentFault, in all of them, if the disk of one is full.
+    """
+    scratch = folder.with_name(folder.name + ".tmp")
+
+    def begin() -> None:
+        with writing(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            atomic_write(scratch / HEADER, metadata["checkpoint"].encode())
+
+    def finish() -> None:
+        with writing(folder):
+            files[HEADER] = describe(scratch / HEADER)
+            sync_directory(scratch)
+            discard(folder)  # a damaged one, which was passed over
+            scratch.replace(folder)
+            sync_directory(folder.parent)
+            write_json(folder.with_suffix(".json"), {"files": dict(sorted(files.items()))})
+
+    try:
+        writers.lead(begin)
+        write_tensors(tensors, scratch, writers)
+        own = own_files(scratch, writers.rank)
+        hashed = writers.together(lambda: {file.name: describe(file, sync=True) for file in own})
+        files = {name: entry for part in writers.gather(hashed) for name, entry in part.items()}
+        writers.lead(finish)
+    finally:
+        if writers.leads:  # after a failure, what it left on a full disk
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def as_one_file(folder: Path, path: Path) -> None:
+    """Write a checkpoint that is a folder as the file that one process would have written."""
+    metadata = {"checkpoint": (folder / HEADER).read_text(encoding="utf-8")}
+    write_checkpoint(assemble(folder), metadata, path)

@@ -1,4 +1,4 @@
 """Training: the loop, one step, optimizers, schedules, gradients of several processes.
 
-Begin with step.py.
+Begin with loop.py, then step.py.
 """

@@ -1,26 +1,53 @@
-"""What to say of a step whose loss or gradients are not finite."""
+"""Where a step went wrong whose loss or gradient norm is not finite."""
+
+import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.base.settings import TrainConfig as TrainConfig
+from lm.base.errors import Diverged
 from lm.machine.sharded_tensors import local
-from lm.train.parallel import Backward
+from lm.train.parallel import BatchGradients
 from lm.train.state import TrainState
 
 
-def _origin(state: TrainState, losses: NDArray[np.float32], backward: Backward) -> str:
-    """On which of several processes something is not finite, in words."""
+def diagnose_nonfinite(
+    state: TrainState,
+    losses: NDArray[np.float32],
+    loss: float,
+    grad_norm: float,
+    gradients: BatchGradients,
+    forward_backward: Callable[[], object],
+) -> Diverged:
+    """Compute the step again, which clipping has spoilt; return the error that says what is wrong.
+
+    `losses` (N, n) are of the n micro-batches of each of the N processes.
+    """
+    state.scaler.update()
+    gradients.watching, gradients.spoilt = True, False
+    forward_backward()
+    gradients.watching = False
+    state.scaler.update()
+    name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+    return Diverged(
+        f"{name} is {value} at step {state.step + 1}{_first_ranks(state, losses, gradients)}; "
+        f"{_nonfinite_gradients(state)}"
+    )
+
+
+def _first_ranks(state: TrainState, losses: NDArray[np.float32], gradients: BatchGradients) -> str:
+    """Name the ranks, of several, on which a loss or gradient was not finite at first."""
     if state.processes.size == 1:
         return ""
     spoilt = [not np.isfinite(row).all() for row in losses]
-    gathered = state.processes.gather(backward.spoilt)
+    gathered = state.processes.gather(gradients.spoilt)
     ranks = [str(r) for r, both in enumerate(zip(spoilt, gathered, strict=True)) if any(both)]
     return f", first on rank {', '.join(ranks)}" if ranks else ""
 
 
-def _nonfinite(state: TrainState) -> str:
-    """Which parameters have gradients that are not finite, in words."""
+def _nonfinite_gradients(state: TrainState) -> str:
+    """Name the parameters whose gradients are not finite."""
     groups = {
         id(p): f"{i} (weight decay {group['weight_decay']})"
         for i, group in enumerate(state.optimizer.param_groups)

@@ -1,21 +1,46 @@
-"""The loop of a training, as a stream of records."""
+"""The training loop: batch, learning rate, step, validate, log, save."""
 
-import math
 import time
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.base.console import count
 from lm.base.errors import Diverged
-from lm.base.settings import TrainConfig as TrainConfig
-from lm.data.batches import Split
+from lm.base.settings import TrainConfig
+from lm.data.batches import Split, Tokens
 from lm.machine.device import to_device
-from lm.train.parallel import Backward
+from lm.model.loss import evaluate, loss_nats
+from lm.train.parallel import BatchGradients, make_gradients
+from lm.train.recover import skip_step
 from lm.train.schedule import learning_rate_fraction
 from lm.train.state import Record, TrainState
-from lm.train.step import _backward_of, _own_micro_batches, train_step
+from lm.train.step import own_numbers, train_step
+
+
+@runtime_checkable
+class Run(Protocol):
+    """A run's life on disk, as far as the loop needs it: see lm.runs.run.Run."""
+
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def save_due(self) -> bool: ...
+    def log(self, record: Record) -> None: ...
+    def save(self) -> None: ...
+
+
+def fit(state: TrainState, tokens: Tokens, config: TrainConfig, run: Run) -> None:
+    """Train to the end of a run: of each step validate, log and save what is due."""
+    steps = train(state, tokens.train, config)
+    while not run.finished:
+        record = next(steps)
+        if due(state.step, config.eval_interval) or state.step == config.max_steps:
+            record["valid_loss"] = validation_loss(state, tokens.valid, config)
+        run.log(record)
+        if run.save_due:
+            run.save()
 
 
 def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Record]:
@@ -25,54 +50,51 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
     loss or gradient norm is not finite raises Diverged, or is skipped: parameters and optimizer
     stay as they are, and its record says why under "skipped".
     """
-    device = state.model.head.device
-    backward = _backward_of(state, config, split.end_id)
-    windows = config.batch_size, state.model.config.context_length, config.seed, config.sampling
-    tokens_per_step = config.batch_size * state.model.config.context_length
+    device, context_length = state.model.head.device, state.model.config.context_length
+    gradients = make_gradients(state.model, config, state.processes, split.end_id)
+    dealt = config.batch_size, context_length, config.seed, config.sampling
     while state.step < config.max_steps:
         start = time.perf_counter()
         state.processes.at(state.step + 1)
         state.model.train()
-        mine = _own_windows(state, config, backward)
-        x, y = (to_device(ids, device) for ids in split.batch(state.step, *windows, mine))
+        fraction = learning_rate_fraction(state.step + 1, config)
+        for group in state.optimizer.param_groups:
+            group["lr"] = fraction * group["initial_lr"]
+        own = _own_windows(state, config, gradients)
+        x, y = (to_device(ids, device) for ids in split.batch(state.step, *dealt, own))
         try:
-            record = train_step(state, x, y, config, backward)
+            record = train_step(state, config, x, y, gradients)
             state.skipped_in_a_row = 0
         except Diverged as error:
-            places = split.starts(state.step, *windows)
-            few = f"{', '.join(map(str, places[:8]))}{', ...' * (len(places) > 8)}"
-            record = _skip(state, config, f"{error}; windows at {split.name} tokens {few}")
+            starts = split.starts(state.step, *dealt)
+            few = f"{', '.join(map(str, starts[:8]))}{', ...' * (len(starts) > 8)}"
+            record = skip_step(state, config, f"{error}; windows at {split.name} tokens {few}")
         yield record | {
-            "tokens": state.step * tokens_per_step,
+            "learning_rate": fraction * config.lr,
+            "tokens": state.step * config.batch_size * context_length,
             "step_s": time.perf_counter() - start,
-            "forward_s": backward.forward.take(),
+            "forward_s": gradients.forward.take(),
         }
 
 
-def _own_windows(state: TrainState, config: TrainConfig, backward: Backward) -> NDArray[np.int64]:
-    """Which windows of a batch this process computes, micro-batch by micro-batch."""
-    numbers, size = np.array(_own_micro_batches(state, config, backward)), state.windows_at_once
+def _own_windows(
+    state: TrainState, config: TrainConfig, gradients: BatchGradients
+) -> NDArray[np.int64]:
+    """Return the windows of a batch that this process computes, micro-batch by micro-batch."""
+    numbers = np.array(own_numbers(state, config, gradients))
+    size = state.micro_batch_size
     return (numbers[:, None] * size + np.arange(size)).ravel()
 
 
-def _skip(state: TrainState, config: TrainConfig, reason: str) -> Record:
-    """Leave a step out, or raise Diverged if that is not wanted or does not help."""
-    remedy = "lower train.lr, raise train.warmup_steps or set train.dtype: float32"
-    if config.on_nonfinite == "stop":
-        raise Diverged(f"{reason}; parameters untouched; {remedy}")
-    if state.skipped_in_a_row == config.max_skipped_steps:
-        raise Diverged(
-            f"{reason}; after skipping {count(config.max_skipped_steps, 'step')} in a row "
-            f"(train.max_skipped_steps); {remedy}"
-        )
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    state.skipped_steps += 1
-    state.skipped_in_a_row += 1
-    return {
-        "step": state.step,
-        "train_loss": math.nan,
-        "learning_rate": learning_rate_fraction(state.step, config) * config.lr,
-        "grad_norm": math.nan,
-        "skipped": reason,
-    }
+def validation_loss(state: TrainState, valid: Split, config: TrainConfig) -> float:
+    """Return the loss, in nats, on the batches that every validation of the run looks at."""
+    size = state.micro_batch_size
+    batches = config.eval_batches * config.batch_size // size
+    processes, dtype = state.processes, config.dtype
+    sums = evaluate(state.model, valid, size, max_batches=batches, dtype=dtype, processes=processes)
+    return loss_nats(sums)
+
+
+def due(step: int, interval: int) -> bool:
+    """Return whether something done every `interval` steps is done after this one."""
+    return step % interval == 0

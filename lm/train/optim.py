@@ -1,8 +1,12 @@
-"""Optimizers, chosen by name, and gradient clipping."""
+"""Optimizers, chosen by name, and gradient clipping.
+
+A new one is a function that makes it, an entry of OPTIMIZERS and its name in OptimizerConfig.
+"""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from inspect import unwrap
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,31 +53,21 @@ class AdamW(Optimizer):
         weight_decay: float = 0.01,
         fused: bool = True,
     ):
-        """Raises ValueError for a rate, beta, eps or decay outside of its range."""
+        """Raise ValueError for a rate, beta, eps or decay outside of its range."""
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"AdamW: {lr=}, {betas=}, {eps=}, {weight_decay=} out of range")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"fused": fused})
 
     def state_names(self, group: dict[str, Any]) -> set[str]:
-        """What the state of each parameter of a group has after its first step."""
+        """Return the entries of each parameter's state after its first step."""
         return {"step", "exp_avg", "exp_avg_sq"}
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             self._update(group)
-        return loss
 
     def _update(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -115,6 +109,7 @@ class Muon(AdamW):
     """
 
     def state_names(self, group: dict[str, Any]) -> set[str]:
+        """See AdamW."""
         return {"momentum_buffer"} if "momentum" in group else super().state_names(group)
 
     def _update(self, group: dict[str, Any]) -> None:
@@ -144,7 +139,7 @@ class Muon(AdamW):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Roughly the nearest orthogonal matrices: five Newton-Schulz steps in bfloat16, (N, R, C)."""
+    """Return nearly the nearest orthogonal matrices (N, R, C), by five Newton-Schulz steps."""
     a, b, c = _NEWTON_SCHULZ
     x = matrices.bfloat16()
     if transposed := x.shape[1] > x.shape[2]:
@@ -158,7 +153,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def _orthogonalise_shared(updates: list[Tensor], shape: torch.Size, like: Tensor) -> list[Tensor]:
-    """The same for matrices of which each process has rows: N at a time, a whole one in each."""
+    """Return the same where each process has rows: N matrices at a time, a whole one in each."""
     group, directions = group_of(like), []
     for first in range(0, len(updates), group.size()):
         some = updates[first : first + group.size()]
@@ -171,7 +166,7 @@ def _orthogonalise_shared(updates: list[Tensor], shape: torch.Size, like: Tensor
 def parameter_groups(
     model: nn.Module, decay_embeddings: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The trainable parameters as (hidden matrices, other decayed ones, undecayed ones).
+    """Return the parameters as (matrices in the blocks, other decayed ones, undecayed ones).
 
     Norms never decay; embeddings, and a head tied to them, only on request.
     """
@@ -190,13 +185,13 @@ def parameter_groups(
 
 
 def make_adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over all parameters."""
+    """Make AdamW over all parameters."""
     matrices, decayed, undecayed = parameter_groups(model, config.decay_embeddings)
     return AdamW(_adamw_groups(config, matrices + decayed, undecayed))
 
 
 def make_muon(model: nn.Module, config: OptimizerConfig) -> Muon:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, head and norms."""
+    """Make Muon for the matrices in the blocks, AdamW for embeddings, head and norms."""
     matrices, decayed, undecayed = parameter_groups(model, config.decay_embeddings)
     muon_group = {
         "params": matrices,
@@ -221,9 +216,19 @@ def _adamw_groups(
     return [common | {"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig], AdamW]] = {
-    "adamw": make_adamw,
-    "muon": make_muon,
+@dataclass(frozen=True)
+class OptimizerKind:
+    """All that depends on the choice of train.optimizer; lm/plan reads what it holds and sends."""
+
+    make: Callable[[nn.Module, OptimizerConfig], AdamW]
+    matrix_numbers: int  # of float32 in the state, for each weight of a matrix within a block
+    other_numbers: int  # likewise, for each other weight
+    whole_matrices: bool  # an update computes with whole matrices: scratch, and traffic of fsdp
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(make_adamw, matrix_numbers=2, other_numbers=2, whole_matrices=False),
+    "muon": OptimizerKind(make_muon, matrix_numbers=1, other_numbers=2, whole_matrices=True),
 }
 
 
@@ -232,9 +237,8 @@ def gradient_clipping(
 ) -> Tensor:
     """Scale all gradients by min(1, max / (norm + 1e-6)), norm being their joint L2 norm.
 
-    Parameters without gradient are skipped. `by_rows` adds the squares row by row in float64, so
-    that the norm is the same for any number of processes that share the rows. Returns the norm
-    before clipping, a scalar.
+    Parameters without gradient are skipped. Return the norm before clipping, a scalar. `by_rows`
+    adds the squares row by row in float64: the norm is then the same for any number of processes.
     """
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -242,6 +246,6 @@ def gradient_clipping(
         norm = sums_of_squares(gradients).sum().sqrt().float()
     else:
         norm = nn.utils.get_total_norm(gradients)
-    if not norm + 1e-6 <= max_l2_norm:  # nan, too: it shall reach the gradients
+    if not norm + 1e-6 <= max_l2_norm:  # also nan: it must reach the gradients
         nn.utils.clip_grads_with_norm_(parameters, max_l2_norm, norm)
     return norm

@@ -1,6 +1,6 @@
 """The gradients of a batch that several processes share.
 
-    micro-batches of this process -> Backward -> gradients of the whole batch, in every process
+    micro-batches of this process -> BatchGradients -> every .grad, summed over the whole batch
 
     none   one process: loss and gradients are one function, which a compiler sees whole
     ddp    every process holds the whole model: torch's DistributedDataParallel
@@ -8,19 +8,20 @@
 
 Every micro-batch weighs its loss by 1 / (micro-batches of the batch), and gradients are summed. By
 `reduction: sum` in whatever order is fast. By `tree`, those of micro-batches 2i and 2i + 1 are
-added, then those sums likewise: one order for any number of processes that is a power of two.
+added, then those sums in pairs again: one order for 1, 2, 4, 8, ... processes.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lm.machine.device import Stopwatch
+from lm.base.settings import TrainConfig
+from lm.machine.device import Stopwatch, autocast, compiled
 from lm.machine.processes import Processes
 from lm.machine.sharded_tensors import mesh_of
 from lm.model.transformer import TransformerLM
@@ -30,8 +31,8 @@ LossOf = Callable[[TransformerLM, Tensor, Tensor], Tensor]
 Gradients = Callable[[TransformerLM, Tensor, Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 
 
-class Backward:
-    """Takes the micro-batches of a batch one by one; after the last, every .grad is the batch's."""
+class BatchGradients:
+    """The gradients of a batch, of which the micro-batches are added one by one."""
 
     def __init__(self, model: TransformerLM, tree: bool) -> None:
         self.model, self.tree, self.sums = model, tree, PairwiseSum()
@@ -39,24 +40,27 @@ class Backward:
         self.watching, self.spoilt = False, False
         self.alternating = False  # whether processes take micro-batches in turn
 
-    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
-        """The loss of a micro-batch of windows (B, T), in nats."""
+    def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
+        """Run a micro-batch (B, T) forward and backward; return its loss, in nats.
+
+        After the last one every parameter's .grad is that of the whole batch.
+        """
         raise NotImplementedError
 
     def watch(self, gradients: Tensor) -> None:
-        """Remember whether gradients are not finite before they meet those of others."""
+        """Record whether gradients are not finite before they meet those of others."""
         if self.watching:
             self.spoilt |= not bool(gradients.isfinite().all())
 
 
 class PairwiseSum:
-    """The sum of 2^k lists of tensors over a balanced binary tree, as they come."""
+    """The sum of 2^k lists of tensors over a balanced binary tree, in the order they come."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[int, list[Tensor]]] = []  # terms and their sum, the largest first
 
     def add(self, term: list[Tensor]) -> None:
-        """Take in the next term, whose memory may be used."""
+        """Add the next term, whose memory is used again."""
         count = 1
         while self.parts and self.parts[-1][0] == count:
             _, before = self.parts.pop()
@@ -66,23 +70,23 @@ class PairwiseSum:
         self.parts.append((count, term))
 
     def take(self) -> list[list[Tensor]]:
-        """The sums to which the next is to be added, the smallest first; none remains."""
+        """Remove and return the sums to which the next term is to be added, the smallest first."""
         parts, self.parts = self.parts, []
         return [sums for _, sums in reversed(parts)]
 
 
 def pairwise(terms: Tensor) -> Tensor:
-    """The same sum over the first dimension: (2^k, n) to (n,)."""
+    """Return the same sum over the first dimension: (2^k, n) to (n,)."""
     while len(terms) > 1:
         terms = terms[0::2] + terms[1::2]
     return terms[0]
 
 
 def own_micro_batches(count: int, processes: Processes, alternating: bool) -> range:
-    """The numbers of those of `count` micro-batches of a batch that this process computes.
+    """Return the numbers of the micro-batches, of `count` in a batch, that this process computes.
 
-    Neighbours, so that a process can add up its own; or, `alternating`, every N-th, so that those
-    which all processes compute at the same time are neighbours.
+    They are neighbours, so that a process can add up its own. If `alternating`, they are every
+    N-th: what the processes compute at the same time are neighbours then.
     """
     if alternating:
         return range(processes.rank, count, processes.size)
@@ -90,16 +94,16 @@ def own_micro_batches(count: int, processes: Processes, alternating: bool) -> ra
     return range(processes.rank * share, (processes.rank + 1) * share)
 
 
-class Alone(Backward):
-    """One process."""
+class OneProcess(BatchGradients):
+    """The only process: loss and gradients are one function."""
 
     def __init__(self, model: TransformerLM, gradients_of: Gradients, tree: bool):
         super().__init__(model, tree)
         self.gradients_of = gradients_of
         self.parameters = tuple(model.parameters())
 
-    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
-        """See Backward."""
+    def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
+        """See BatchGradients."""
         loss, gradients = self.gradients_of(self.model, x, y, weight)
         if self.tree:
             self.sums.add(list(gradients))
@@ -112,7 +116,7 @@ class Alone(Backward):
 
 
 class _Loss(nn.Module):
-    """What DistributedDataParallel wraps: a module whose forward pass gives the loss."""
+    """A module whose forward pass returns the loss, as DistributedDataParallel wants it."""
 
     def __init__(self, model: TransformerLM, loss_of: LossOf):
         super().__init__()
@@ -122,8 +126,8 @@ class _Loss(nn.Module):
         return self.loss_of(self.model, x, y)
 
 
-class Replicated(Backward):
-    """Every process holds the whole model; gradients are reduced during the last backward pass."""
+class Replicated(BatchGradients):
+    """The whole model in every process; the last backward pass reduces the gradients."""
 
     def __init__(self, model: TransformerLM, loss_of: LossOf, processes: Processes, tree: bool):
         super().__init__(model, tree)
@@ -138,16 +142,16 @@ class Replicated(Backward):
     def _lay_out(self, x: Tensor, y: Tensor) -> None:
         """Let DDP see a backward pass, after which it lays its buckets out anew.
 
-        The order in which a ring adds depends on a number's place in its bucket: in a resumed run
-        the first step would else be added otherwise than in one that was never stopped.
+        A ring adds in an order that depends on a number's place in its bucket: without this, the
+        first step of a resumed run would be added in another order than in an uninterrupted one.
         """
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             self.ddp(x, y).backward()
         _taken(self.parameters)
         self.laid_out = True
 
-    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
-        """See Backward."""
+    def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
+        """See BatchGradients."""
         if not self.laid_out:
             self._lay_out(x, y)
         if last:
@@ -167,7 +171,7 @@ class Replicated(Backward):
         _: object,
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> torch.futures.Future[Tensor]:
-        """The gradients of a bucket, summed over micro-batches and processes."""
+        """Sum the gradients of a bucket over micro-batches and processes."""
         flat, size = bucket.buffer(), self.processes.size
         for sums in self.before:
             for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True):
@@ -189,8 +193,8 @@ class Replicated(Backward):
         return done
 
 
-class Sharded(Backward):
-    """Every process keeps its rows of each parameter; `shard` has made the model so."""
+class Sharded(BatchGradients):
+    """Some rows of each parameter in every process, as `shard` has cut the model."""
 
     def __init__(self, model: TransformerLM, loss_of: LossOf, tree: bool):
         super().__init__(model, tree)
@@ -204,8 +208,8 @@ class Sharded(Backward):
             fsdp.set_force_sum_reduction_for_comms(True)
             fsdp.set_gradient_divide_factor(1.0)
 
-    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
-        """See Backward."""
+    def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
+        """See BatchGradients."""
         fsdp: Any = self.model
         fsdp.set_requires_gradient_sync(last or self.tree)
         self.gather.waited_s = 0.0
@@ -224,7 +228,7 @@ class Sharded(Backward):
 
 
 class _AllGather:
-    """FSDP's own, with the time that a CPU waits in it; a GPU's is in its forward pass."""
+    """FSDP's all-gather, which records how long a CPU waits in it."""
 
     waited_s = 0.0
 
@@ -241,10 +245,10 @@ class _AllGather:
 
 
 class _ReduceScatter(_AllGather):
-    """FSDP's own, or by a tree."""
+    """FSDP's reduce-scatter, or one over a tree."""
 
-    def __init__(self, backward: Backward):
-        self.backward = backward
+    def __init__(self, gradients: BatchGradients):
+        self.gradients = gradients
 
     def __call__(  # type: ignore[override]
         self,
@@ -254,8 +258,8 @@ class _ReduceScatter(_AllGather):
         op: Any,
         async_op: bool = False,
     ) -> Any:
-        self.backward.watch(input_tensor)
-        if not self.backward.tree:
+        self.gradients.watch(input_tensor)
+        if not self.gradients.tree:
             return dist.reduce_scatter_single(
                 output_tensor, input_tensor, op=op, group=group, async_op=async_op
             )
@@ -265,20 +269,51 @@ class _ReduceScatter(_AllGather):
 
 
 def _reduce_scattered(parts: Tensor, group: Any = None) -> Tensor:
-    """The part of my rank of what each process has, (N, n), summed pairwise over them, (n,)."""
+    """Sum what each process has, (N, n), pairwise; return this rank's part (n,)."""
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
     return pairwise(received)
 
 
 def _taken(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients, which the parameters then have no more."""
+    """Remove the gradients from the parameters and return them."""
     gradients = []
     for parameter in parameters:
         assert parameter.grad is not None
         gradients.append(parameter.grad)
         parameter.grad = None
     return gradients
+
+
+def make_gradients(
+    model: TransformerLM, config: TrainConfig, processes: Processes, end_id: int | None
+) -> BatchGradients:
+    """Return how the gradients of a batch are computed, as train.parallel and train.compile say."""
+    device, tree = model.head.device, {"sum": False, "tree": True}[config.reduction]
+
+    def loss_of(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
+        with autocast(device, config.dtype):
+            return model.loss(x, y, model.documents(x, end_id))
+
+    def gradients_of(
+        model: TransformerLM, x: Tensor, y: Tensor, weight: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = loss_of(model, x, y)
+        return loss.detach(), torch.autograd.grad(loss * weight, tuple(model.parameters()))
+
+    match config.parallel:
+        case "none":
+            if config.compile is True and config.gradient_checkpointing:
+                loss_of = compiled(loss_of, device)  # a graph of both would recompute nothing
+            elif config.compile is True:
+                gradients_of = compiled(gradients_of, device)
+            return OneProcess(model, gradients_of, tree)
+        case "ddp":
+            return Replicated(model, loss_of, processes, tree)
+        case "fsdp":
+            return Sharded(model, loss_of, tree)
+        case other:
+            assert_never(other)
 
 
 def shard(model: TransformerLM, device: torch.device) -> None:

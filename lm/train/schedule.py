@@ -13,7 +13,7 @@ def get_lr_cosine_schedule(
     warmup_iters: int,
     cosine_cycle_iters: int,
 ) -> float:
-    """Linear warm-up from 0, cosine to the minimum at `cosine_cycle_iters`, then flat.
+    """Warm up linearly from 0, follow a cosine to the minimum at `cosine_cycle_iters`, then flat.
 
     Loshchilov and Hutter 2017 (SGDR), eq. 5, without restarts.
     """
@@ -36,7 +36,7 @@ def get_lr_wsd_schedule(
     decay_iters: int,
     total_iters: int,
 ) -> float:
-    """Warm-up, stable, linear decay over the last `decay_iters`: WSD (Hu et al. 2024, sec. 4)."""
+    """Warm up, stay, decay linearly over the last `decay_iters`: WSD (Hu et al. 2024, sec. 4)."""
     if it < warmup_iters:
         return it / warmup_iters * max_learning_rate
     if it >= total_iters:
@@ -46,7 +46,7 @@ def get_lr_wsd_schedule(
 
 
 def get_lr_constant_schedule(it: int, max_learning_rate: float, warmup_iters: int) -> float:
-    """Warm-up, then the maximum for ever."""
+    """Warm up, then stay at the maximum."""
     return min(1.0, it / warmup_iters) * max_learning_rate if warmup_iters else max_learning_rate
 
 
@@ -62,5 +62,5 @@ SCHEDULES: dict[str, Callable[[int, ScheduleConfig], float]] = {
 
 
 def learning_rate_fraction(update: int, config: ScheduleConfig) -> float:
-    """Share of the peak rate for an update; updates count from 1, so none is lost at rate 0."""
+    """Return the share of the peak rate for an update, from 1: no update is lost at rate 0."""
     return SCHEDULES[config.schedule](update, config)

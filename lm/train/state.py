@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lm.base import rng
-from lm.base.settings import TrainConfig as TrainConfig
+from lm.base.settings import TrainConfig
 from lm.machine.device import compiled
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import ModelConfig, TransformerLM
@@ -24,8 +24,8 @@ class TrainState:
     model: TransformerLM
     optimizer: AdamW
     scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
-    windows_at_once: int  # per backward pass; fewer after running out of memory
-    processes: Processes = ALONE  # that train this model together
+    micro_batch_size: int  # windows per backward pass; fewer after running out of memory
+    processes: Processes = ALONE  # training this model together
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -38,7 +38,7 @@ def new_state(
     processes: Processes = ALONE,
     initialise: Callable[[TransformerLM], None] | None = None,
 ) -> TrainState:
-    """The state before the first step: a function of the settings and the seed.
+    """Return the state before the first step: a function of the settings and the seed.
 
     `initialise` may give the model other weights, before processes share them.
     """
@@ -54,8 +54,6 @@ def new_state(
     else:
         model.to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    optimizer = OPTIMIZERS[config.optimizer](model, config)
-    windows = config.windows_at_once
-    if config.micro_batch_size is None:
-        windows //= processes.size
-    return TrainState(model, optimizer, scaler, windows, processes)
+    optimizer = OPTIMIZERS[config.optimizer].make(model, config)
+    micro_batch_size = config.micro_batch_size or config.batch_size // processes.size
+    return TrainState(model, optimizer, scaler, micro_batch_size, processes)

@@ -21,7 +21,8 @@ from lm.base.config import parse_yaml
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write, sha256_file
-from lm.base.tables import COUNT, DIVERGED, MAYBE, SHAPES, SOME, require_shape
+from lm.base.shapes import COUNT, MAYBE, SHAPES, SOME, require_shape
+from lm.base.tables import DIVERGED
 from lm.runs.history import COLUMNS
 from tools.report.page import Rows, RunResults, page
 from tools.report.vega import script

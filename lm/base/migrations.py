@@ -1,0 +1,26 @@
+"""Settings that files of earlier versions lack, each with the value that means what was done then.
+
+Whoever adds a setting to the sections `model` or `train` adds a line here: then models and
+checkpoints of before still open.
+"""
+
+from typing import Any
+
+ADDED: dict[str, dict[str, Any]] = {
+    "model": {"intra_document_masking": False, "zero_init": False},
+    "train": {
+        "init_from": None,
+        "max_skipped_steps": 10,
+        "num_threads": None,
+        "on_nonfinite": "stop",
+        "parallel": "none",
+        "reduction": "sum",
+    },
+}
+
+
+def migrated(section: str, settings: Any) -> Any:
+    """Return the settings of a file with those that it lacks; what is no section, as it is."""
+    if not isinstance(settings, dict):
+        return settings
+    return settings | {key: v for key, v in ADDED[section].items() if key not in settings}

@@ -1,0 +1,108 @@
+"""What a run is and what it has been through, as its checkpoints keep it beside the state."""
+
+import math
+from typing import Any
+
+from lm.base.errors import Diverged
+from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES
+from lm.base.settings import TrainConfig
+from lm.base.tables import DIVERGED
+from lm.runs.checkpoint import Extra, weights_sha256
+from lm.runs.history import Clock, History
+from lm.runs.saved_run import Identity
+from lm.train.state import Record, TrainState
+
+
+class Logbook:
+    """The record of a run up to the step at which `state` is.
+
+    Beside the identity stand `changes`: the sizes of micro-batches, which memory decided, and
+    where it moves the last bits the number of processes; each value by the first step that had it.
+    """
+
+    def __init__(self, state: TrainState, config: TrainConfig, identity: Identity):
+        self.state, self.config, self.identity = state, config, identity
+        self.history, self.clock = History(), Clock()
+        self.best: dict[str, Any] = {"valid_loss": None, "step": None, "misses": 0}
+        self.valid_loss: float | None = None
+        self.weights: dict[str, str] = {}  # their hash at each validation, by step
+        self.begin_changes()
+
+    def begin_changes(self) -> None:
+        """Record what a run may change on its way, as of the next step."""
+        first = str(self.state.step + 1)
+        self.changes = {MICRO_BATCH_SIZES: {first: self.state.micro_batch_size}}
+        if self.config.parallel != "none" and self.config.reduction == "sum":
+            self.changes[NUM_PROCESSES] = {first: self.state.processes.size}
+
+    def add_change(self, part: str, value: int, step: int) -> None:
+        """Record the value that a part has from a step on, if that is another."""
+        values = self.changes.get(part, {})
+        if values and values[max(values, key=int)] != value:
+            values[str(step)] = value
+
+    def provenance(self) -> dict[str, Any]:
+        """Return identity and changes as files keep them."""
+        return self.identity.parts() | self.changes
+
+    def add(self, record: Record, elapsed_s: float) -> None:
+        """Add a finished step, and when it was done since this process began to train."""
+        self.add_change(MICRO_BATCH_SIZES, self.state.micro_batch_size, record["step"])
+        self.add_change(NUM_PROCESSES, self.state.processes.size, record["step"])
+        self.history.add(record)
+        self.clock.tick(record["step"], elapsed_s, self.history)
+
+    def add_validation(self, loss: float) -> None:
+        """Add the validation loss of the last step. Raises Diverged if it is not finite."""
+        self.valid_loss = loss
+        if not math.isfinite(loss):
+            raise Diverged(f"validation loss is {loss} at step {self.state.step}; lower train.lr")
+        self.weights[str(self.state.step)] = weights_sha256(self.state.model)
+        if self.best["valid_loss"] is None or loss < self.best["valid_loss"]:
+            self.best = {"valid_loss": loss, "step": self.state.step, "misses": 0}
+        else:
+            self.best["misses"] += 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done or validation has stopped improving."""
+        patience = self.config.early_stopping
+        stopped_early = patience is not None and bool(self.best["misses"] >= patience)
+        return self.state.step >= self.config.max_steps or stopped_early
+
+    def extra(self) -> Extra:
+        """Return what a checkpoint keeps of it."""
+        return {
+            "identity": self.provenance(),
+            "scaler": self.state.scaler.state_dict(),
+            "history": self.history.state(),
+            "best": self.best,
+            "valid_loss": self.valid_loss,
+            "weights": self.weights,
+            "skipped": [self.state.skipped_steps, self.state.skipped_in_a_row],
+        }
+
+    def restore(self, extra: Extra) -> None:
+        """Go back to what a checkpoint kept, but for identity and changes."""
+        if extra["scaler"]:
+            self.state.scaler.load_state_dict(extra["scaler"])
+        self.history = History.restore(extra["history"])
+        self.best, self.valid_loss = extra["best"], extra["valid_loss"]
+        self.weights = extra["weights"]
+        self.state.skipped_steps, self.state.skipped_in_a_row = extra["skipped"]
+
+    def figures(self, diverged_at: int | None = None) -> dict[str, Any]:
+        """Return the figures of the last step, for metrics/train.json."""
+        state, average, valid_loss = self.state, self.history.average_loss, self.valid_loss
+        figures: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.step * self.config.batch_size * state.model.config.context_length,
+            "parameters": state.model.num_parameters(),
+            "micro_batch_size": state.micro_batch_size,
+            "train_loss": average if math.isfinite(average) else None,
+            "valid_loss": valid_loss if math.isfinite(valid_loss or 0.0) else None,
+            "best_valid_loss": self.best["valid_loss"],
+            "best_step": self.best["step"],
+            "skipped_steps": state.skipped_steps,
+        }
+        return figures if diverged_at is None else figures | {DIVERGED: diverged_at}

@@ -1,0 +1,80 @@
+"""The outputs of a run: written from its checkpoints, and again if a kill came between."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lm.base.console import Progress, duration, say
+from lm.base.files import atomic_copy, atomic_write, write_json
+from lm.base.tables import ended_worse
+from lm.data.tokenizer import Tokenizer
+from lm.model.model_folder import save_model
+from lm.model.transformer import TransformerLM
+from lm.runs.checkpoint import load_checkpoint
+from lm.runs.logbook import Logbook
+from lm.runs.manifest import commit, verify
+from lm.runs.resume_directory import ResumeDirectory
+from lm.runs.sharded_checkpoint import as_one_file
+
+
+def publish(
+    logbook: Logbook,
+    directory: ResumeDirectory,
+    tokenizer: Tokenizer,
+    models: Path,
+    metrics: Path,
+    progress: Progress,
+) -> None:
+    """Write models/model, models/checkpoints and the metrics, one run after the other.
+
+    models/model holds the last weights, or with early stopping the best.
+    """
+    state, checkpoints = logbook.state, models / "checkpoints"
+    last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
+    best_step, early_stopping = logbook.best["step"], logbook.config.early_stopping is not None
+    assert best_step is not None  # the last step is always validated
+    with publishing(directory.folder.parent):
+        for step in (best_step, state.step):
+            verify(directory.path(step))
+        _copy_as_file(directory.path(best_step), best)
+        write_metrics(logbook, metrics)
+        chosen = TransformerLM(state.model.config)  # this process may hold a share of its own
+        load_checkpoint(directory.path(best_step if early_stopping else state.step), chosen)
+        save_model(chosen, tokenizer, models / "model")
+        write_json(models / "model" / "provenance.json", logbook.provenance())
+        # at the end: a continued run that is killed before still finds what it continues
+        _copy_as_file(directory.path(state.step), last)
+        say(
+            f"Final loss {logbook.history.average_loss:.4f}, validation {logbook.valid_loss:.4f}, "
+            f"in {duration(progress.elapsed_s())}; model in {models / 'model'}, "
+            f"checkpoints in {checkpoints}, curves in {metrics / 'curves.csv'}"
+        )
+        if worse := ended_worse(logbook.figures(), early_stopping):
+            say(f"warning: {worse}")
+
+
+@contextmanager
+def publishing(unfinished: Path) -> Iterator[None]:
+    """Let one run after the other write the outputs, which all runs of a workspace share."""
+    with open(unfinished.with_name("lm-publish.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def write_metrics(
+    logbook: Logbook, metrics: Path, durable: bool = True, diverged_at: int | None = None
+) -> None:
+    """Write the curves, the last step's figures, and the times, which no stage declares."""
+    atomic_write(metrics / "curves.csv", logbook.history.to_csv(), durable)
+    write_json(metrics / "train.json", logbook.figures(diverged_at), durable)
+    atomic_write(metrics / "wall_clock.csv", logbook.history.to_csv(logbook.clock), durable)
+
+
+def _copy_as_file(checkpoint: Path, target: Path) -> None:
+    """Copy a checkpoint, as one file if several processes have written it as a folder."""
+    if checkpoint.is_dir():
+        as_one_file(checkpoint, target)
+    else:
+        atomic_copy(checkpoint, target)
+    commit(target)

@@ -1,0 +1,209 @@
+"""The checkpoints of an unfinished run, kept whatever happens to the process that writes them.
+
+    step-00000500.safetensors   written by a thread, from a copy of the state in memory
+    step-00000500.json          its manifest: the rename of this file is the commit
+    lock                        held as long as a process trains this run
+
+Several processes write a folder step-00000500 in its place, each its share, by a thread in each.
+
+The folder lies outside of every DVC output, because DVC deletes those before it starts a stage.
+"""
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+
+from lm.base.errors import EnvironmentFault, InputError
+from lm.base.files import writing
+from lm.base.runs import locked
+from lm.machine.processes import ALONE, Processes
+from lm.machine.sharded_tensors import local, staged
+from lm.model.model_folder import write_checkpoint
+from lm.runs.checkpoint import Extra, contents, read_extra
+from lm.runs.manifest import commit, discard, verify
+from lm.runs.sharded_checkpoint import write_folder
+
+
+class ResumeDirectory:
+    """The newest checkpoints of one run, and those that they call the best so far.
+
+    A checkpoint's extra["best"]["step"] names the best one that belongs to it. Only one process
+    may use a folder at a time, or those that train together.
+    """
+
+    def __init__(self, folder: Path, keep: int, processes: Processes = ALONE):
+        """Lock the folder, making it first.
+
+        Raises Busy if another run holds it, EnvironmentFault if it is not one folder for all.
+        """
+        self.folder, self.keep, self.processes = folder, keep, processes
+        self.sharded = processes.store is not None
+        self._writers = processes.with_own_group() if self.sharded else ALONE
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._writer = ThreadPoolExecutor(max_workers=1, initializer=partial(_begin_thread, gpu))
+        self._pending: Future[None] | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._lock: Any = None
+        processes.lead(self._open)
+        if processes.size > 1:
+            self._require_shared()
+
+    def _open(self) -> None:
+        _require_kind(self.folder, folder=True)
+        _require_kind(self.folder / "lock", folder=False)
+        for path in sorted(self.folder.glob("step-*")):
+            if path.suffix in ("", ".safetensors", ".json"):
+                _require_kind(path, folder=path.suffix == "")
+        self._lock = locked(self.folder)
+        for litter in (*self.folder.glob("*.tmp"), *self.folder.glob(".tmp*")):  # and safetensors'
+            folder = litter.is_dir() and not litter.is_symlink()
+            shutil.rmtree(litter) if folder else litter.unlink()
+        for path in newest_first(self.folder):  # a kill came before the commit: it would be kept
+            if not path.with_suffix(".json").exists():
+                discard(path)
+
+    def _probe(self) -> Path:
+        probe = self.folder / f".tmp-{uuid4().hex}"
+        with writing(probe):
+            probe.touch()
+        return probe
+
+    def _require_shared(self) -> None:
+        probe = self.processes.lead(self._probe)
+
+        def see() -> None:
+            if not probe.exists():
+                raise EnvironmentFault(
+                    f"{self.folder.resolve()}: not the folder in which rank 0 writes; start all "
+                    "processes in one folder that every host sees"
+                )
+
+        self.processes.together(see)
+        self.processes.lead(probe.unlink)
+
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
+    ) -> None:
+        """Copy the state; a thread writes it, then drops what is no longer needed.
+
+        A step waits for a copy in memory, not for the disk, unless the previous save is still
+        being written. Raises EnvironmentFault if that one failed.
+        """
+        self.wait()
+        tensors, metadata = contents(model, optimizer, step, extra)
+        copies = {}
+        for name, tensor in tensors.items():
+            rows = local(tensor)
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(
+                    rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda
+                )
+            self._buffers[name].copy_(rows)
+            copies[name] = staged(self._buffers[name], tensor, self._writers.messages)
+        self._pending = self._writer.submit(self._write, step, copies, metadata)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        path = self.path(step)
+        if self.sharded:
+            write_folder(tensors, metadata, path, self._writers)
+        else:
+            write_checkpoint(tensors, metadata, path)
+            with writing(path):
+                commit(path)
+        self._writers.lead(partial(self._drop_all_but, path))
+
+    def _drop_all_but(self, path: Path) -> None:
+        """Delete what is no longer needed once this checkpoint is there."""
+        with writing(path):
+            kept = {path, *newest_first(self.folder)[: self.keep]}
+            for old in set(newest_first(self.folder)) - kept - self._bests_of(kept):
+                discard(old)
+
+    def _bests_of(self, paths: set[Path]) -> set[Path]:
+        """Return the checkpoints that these call the best."""
+        steps = set()
+        for path in paths:
+            # a torn one needs nothing, nor does one that says no step
+            with suppress(InputError, LookupError, TypeError):
+                steps.add(read_extra(path)["best"]["step"])
+        return {self.path(step) for step in steps if step is not None}
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed, as far as is known."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk. Raises EnvironmentFault if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is; one that was copied from elsewhere is a file."""
+        file = self.folder / f"step-{step:08d}.safetensors"
+        return file.with_suffix("") if self.sharded and not file.exists() else file
+
+    def remove(self) -> None:
+        """Delete the folder and let go of it."""
+        shutil.rmtree(self.folder)
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Finish a save in flight, whether or not it succeeds, and let others use the folder."""
+        try:
+            with suppress(Exception):  # what ends the run is told already
+                self.wait()
+        finally:
+            self._writer.shutdown()
+            if self._lock is not None:
+                self._lock.close()
+
+
+def kept_checkpoints(
+    folder: Path, processes: Processes = ALONE
+) -> Iterator[tuple[Path, str | None]]:
+    """Return the checkpoints of a run, newest first, each with its fault or None."""
+    for path in processes.lead(lambda: newest_first(folder)):
+        fault = None
+        try:
+            verify(path, processes)
+        except (InputError, FileNotFoundError) as error:  # its trainer may drop it meanwhile
+            fault = str(error)
+        yield path, next(filter(None, processes.gather(fault)), None)
+
+
+def _require_kind(path: Path, folder: bool) -> None:
+    """Raise InputError if something else than a folder, or else a file, stands there.
+
+    A link would lead what is written or deleted to another place, and a pipe would hang.
+    """
+    if path.is_symlink() or (path.exists() and not (path.is_dir() if folder else path.is_file())):
+        kind = "a link" if path.is_symlink() else f"not a {'folder' if folder else 'file'}"
+        raise InputError(f"{path}: {kind}; move it away: only this project writes there")
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, committed or not."""
+    found = (path for path in folder.glob("step-*") if path.suffix in ("", ".safetensors"))
+    return sorted(found, key=lambda path: path.stem, reverse=True)
+
+
+def _begin_thread(gpu: int | None) -> None:
+    """Use the GPU of this process, not the first; let training's threads go first on the CPU."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -1,0 +1,132 @@
+"""What a checkpoint of stage train says of its run, checked before any of it is used."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+from lm.base.config import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, Bound, Count, read_section
+from lm.base.errors import InputError
+from lm.base.migrations import ADDED, migrated
+from lm.runs.checkpoint import Extra, read_extra
+
+Number = Annotated[int, NOT_NEGATIVE]
+BY_STEP = Bound(lambda x: all(map(str.isdecimal, x)), "must have steps as its keys")
+TWO = Bound(lambda x: len(x) == 2, "must be two numbers")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the history: see lm.runs.history."""
+
+    step: Count
+    tokens: Number
+    train_loss: float | None
+    valid_loss: float | None
+    learning_rate: float
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class _History:
+    interval: Count
+    rows: list[_Row]
+    pending: list[_Row]
+    _sum: float
+    _weight: float
+
+
+@dataclass(frozen=True)
+class _Best:
+    valid_loss: float | None
+    step: Count | None
+    misses: Number
+
+
+@dataclass(frozen=True)
+class _Scaler:
+    scale: Annotated[float, POSITIVE]
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that decides the result of a run: only a run that agrees in every part is resumed.
+
+    It becomes the model's provenance. It holds no clock, no path and no commit, or the outputs
+    would not reproduce.
+    """
+
+    model: Extra
+    train: Extra
+    inputs: Extra
+    code: Extra
+    environment: Extra
+    resume_from: str | None  # SHA-256 of the checkpoint of another run that it continues
+
+    def parts(self) -> Extra:
+        """Return it as files keep it."""
+        parts = asdict(self)
+        if self.resume_from is None:
+            del parts["resume_from"]
+        return parts
+
+
+@dataclass(frozen=True)
+class _SavedIdentity(Identity):
+    """An identity, and what may change on the way beside it, by the first step that had it."""
+
+    micro_batch_sizes: Annotated[dict[str, Count], NOT_EMPTY, BY_STEP]
+    num_processes: Annotated[dict[str, Count], BY_STEP] | None
+
+
+@dataclass(frozen=True)
+class _SavedRun:
+    """What stage train saves beside model and optimizer: see lm.runs.logbook."""
+
+    identity: _SavedIdentity
+    scaler: _Scaler | None
+    history: _History
+    best: _Best
+    valid_loss: float | None
+    weights: Annotated[dict[str, str], BY_STEP]
+    skipped: Annotated[list[Number], TWO]
+
+
+def read_run(path: Path) -> Extra:
+    """Return what stage train saved beside the state; see read_extra.
+
+    Settings that an earlier version did not have are added. Raises InputError for what no training
+    saves.
+    """
+    extra = read_extra(path)
+    iteration = extra["iteration"]
+    if not isinstance(extra.get("identity"), dict):
+        raise InputError(
+            f"{path}: not saved by stage train; use lm.runs.checkpoint.load_checkpoint"
+        )
+    extra["identity"] |= {
+        part: migrated(part, extra["identity"][part]) for part in ADDED if part in extra["identity"]
+    }
+    identity = {"num_processes": None, "resume_from": None} | extra["identity"]
+    known = {key.name: extra[key.name] for key in fields(_SavedRun) if key.name in extra}
+    known |= {"identity": identity, "scaler": known.get("scaler") or None}
+    run = read_section(_SavedRun, {"extra": known}, "extra", str(path))
+    history, best = run.history, run.best
+    merged = len(history.rows) * history.interval
+    steps = [
+        *range(history.interval, merged + 1, history.interval),
+        *range(merged + 1, iteration + 1),
+    ]
+    if merged > iteration or [row.step for row in (*history.rows, *history.pending)] != steps:
+        raise InputError(f"{path}: its history is not of {iteration} steps")
+    if (best.step is None) != (best.valid_loss is None) or (
+        best.step is not None and not (best.step <= iteration and str(best.step) in run.weights)
+    ):
+        raise InputError(f"{path}: extra.best = {extra['best']}: of no step of its {iteration}")
+    skipped, in_a_row = run.skipped
+    if not in_a_row <= skipped <= iteration:
+        raise InputError(f"{path}: extra.skipped = {run.skipped}: more than its {iteration} steps")
+    return extra

@@ -1,0 +1,83 @@
+"""How training goes on after a failed step: with smaller micro-batches, or without the step."""
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, assert_never
+
+import torch
+
+from lm.base.console import count, say
+from lm.base.errors import Diverged, EnvironmentFault, is_out_of_memory
+from lm.base.settings import TrainConfig
+from lm.train.state import Record, TrainState
+
+Step = Callable[Concatenate[TrainState, TrainConfig, ...], Any]
+
+
+def retry_with_smaller_micro_batches(compute: Step) -> Step:
+    """Make a function begin again with smaller micro-batches when it runs out of memory."""
+
+    @wraps(compute)
+    def retrying(state: TrainState, config: TrainConfig, *batch: Any) -> Any:
+        while True:
+            try:
+                return compute(state, config, *batch)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            shrink_micro_batches(state, config)  # here nothing holds the tensors any more
+
+    return retrying
+
+
+def shrink_micro_batches(state: TrainState, config: TrainConfig) -> None:
+    """Lower the micro-batch size to the next divisor of this process's share, at most half of it.
+
+    Raises EnvironmentFault if the settings fix the size, if it is one window already, or if other
+    processes compute with it.
+    """
+    device, before = state.model.head.device, state.micro_batch_size
+    share = config.batch_size // state.processes.size
+    fewer = next((n for n in range(before // 2, 0, -1) if share % n == 0), None)
+    if config.micro_batch_size is not None or fewer is None or config.parallel != "none":
+        smaller = f"train.micro_batch_size: {fewer}" if fewer else "a smaller model"
+        raise EnvironmentFault(
+            f"out of memory on {device} with {count(before, 'window')} at a time; try {smaller} "
+            "or train.gradient_checkpointing: true"
+        )
+    state.micro_batch_size = fewer
+    state.optimizer.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    say(
+        f"Out of memory on {device} with {count(before, 'window')} at a time: step "
+        f"{state.step + 1} again and the rest with {fewer}"
+    )
+
+
+def skip_step(state: TrainState, config: TrainConfig, reason: str) -> Record:
+    """Leave a step out; raise Diverged if the settings forbid that or it has not helped."""
+    remedy = "lower train.lr, raise train.warmup_steps or set train.dtype: float32"
+    match config.on_nonfinite:
+        case "stop":
+            raise Diverged(f"{reason}; parameters untouched; {remedy}")
+        case "skip":
+            pass
+        case other:
+            assert_never(other)
+    if state.skipped_in_a_row == config.max_skipped_steps:
+        raise Diverged(
+            f"{reason}; after skipping {count(config.max_skipped_steps, 'step')} in a row "
+            f"(train.max_skipped_steps); {remedy}"
+        )
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    return {
+        "step": state.step,
+        "train_loss": math.nan,
+        "grad_norm": math.nan,
+        "skipped": reason,
+    }

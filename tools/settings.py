@@ -1,0 +1,114 @@
+"""Write docs/SETTINGS.md: each setting with its values, its default and the stages that it runs.
+
+    python -m tools.settings    after a setting was added, changed or described anew
+
+Descriptions and bounds stand in the annotations of the dataclasses, defaults in
+presets/default.yaml, which becomes a copy of params.yaml where the two have other settings.
+"""
+
+import json
+import re
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from lm.base.config import AT_LEAST_ONE, BELOW_2_31, Bound, RuntimeConfig, load_params
+from lm.base.files import atomic_copy, atomic_write
+from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig
+from lm.data.tokenizer import TokenizerConfig
+from lm.export.card import ExportConfig
+from lm.prepare.documents import DataConfig
+from stages import ROOT
+
+PAGE, DEFAULTS = ROOT / "docs" / "SETTINGS.md", ROOT / "presets" / "default.yaml"
+KINDS = {
+    "corpus": CorpusConfig,
+    "data": DataConfig,
+    "tokenizer": TokenizerConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "runtime": RuntimeConfig,
+}
+HEAD = """# Settings
+
+Every setting of `params.yaml`; `python -m tools.settings` makes this page from the dataclasses. A
+*count* is a whole number from 1 to 2³¹ - 1. The last column names the stages that run again after a
+change; later ones follow if their inputs changed. No stage depends on `runtime`.
+
+The file is YAML without anchors, aliases and tags; what readers take for different numbers (0777,
+1_000, 2026-01-01) must be quoted.
+"""
+NAMES = {int: "integer", float: "number", bool: "true, false", str: "text"}
+
+
+def page() -> str:
+    """Return the page. Raises KeyError for a setting without a description."""
+    lines = [HEAD]
+    for section, values in load_params(DEFAULTS).items():
+        lines += [f"## {section}\n", "| setting | values | default | what it does | stages |"]
+        lines += ["|---|---|---|---|---|"]
+        hints = get_type_hints(KINDS[section], include_extras=True)
+        for key, default in values.items():
+            what = [word for word in get_args(hints[key]) if isinstance(word, str)]
+            if get_origin(hints[key]) is not Annotated or not what:
+                raise KeyError(f"{section}.{key}: no description; put one into its Annotated")
+            cells = [f"`{section}.{key}`", allowed(hints[key]), f"`{_yaml(default)}`"]
+            cells += [re.sub(r"docs/(\w+\.md)", r"[\1](\1)", what[-1])]
+            cells += [", ".join(_stages(section, key))]
+            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def allowed(hint: Any) -> str:
+    """Return the values of an annotation in words, such as "number > 0, null"."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounds = [bound for bound in arguments[1:] if isinstance(bound, Bound)]
+        words = allowed(arguments[0])
+        if bounds[:2] == [AT_LEAST_ONE, BELOW_2_31]:
+            words, bounds = "count", bounds[2:]
+        return words + "".join(map(_condition, bounds))
+    if origin in (Union, UnionType):
+        inner = [allowed(argument) for argument in arguments if argument is not NoneType]
+        return ", ".join([*inner, "null"])
+    if origin is Literal:
+        return ", ".join(map(_yaml, arguments))
+    if origin is list:
+        return f"list of {allowed(arguments[0])}"
+    if origin is dict:
+        return f"name: {{{', '.join(get_type_hints(arguments[1]))}}}"
+    return NAMES[hint]
+
+
+def _condition(bound: Bound) -> str:
+    text = bound.text.replace("must not be", "not").removeprefix("must be ")
+    text = text.removesuffix(", or null")  # which a message adds; here it stands behind all
+    return f" {text}" if text.startswith((">", "<", "in ")) else f", {text}"
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _stages(section: str, key: str) -> list[str]:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    named = {section, f"{section}.{key}"}
+    return [name for name, stage in stages.items() if named & set(stage["params"])]
+
+
+def main() -> None:
+    """Write the page and, where params.yaml has other settings, the default preset."""
+    params = load_params(ROOT / "params.yaml")
+    if {s: [*keys] for s, keys in params.items()} != {
+        s: [*keys] for s, keys in load_params(DEFAULTS).items()
+    }:
+        atomic_copy(ROOT / "params.yaml", DEFAULTS)
+    atomic_write(PAGE, page().encode())
+
+
+if __name__ == "__main__":
+    main()
