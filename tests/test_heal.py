@@ -14,7 +14,7 @@ import yaml
 
 from tests.kill import Victim, commit, git, heal, outputs, run, survivors
 from tests.project import ROOT
-from tools.heal import fault_of_dvc_lock
+from tools.heal.dvc_lock import fault_of_dvc_lock
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_what_is_whole_is_left_as_it_is_without_a_word_or_a_heavy_import(project
     before = {f: f.read_bytes() for f in project.folder.rglob("*") if f.is_file()}
     assert heal(project) == ""
     assert {f: f.read_bytes() for f in before} == before
-    program = "import sys, tools.heal; sys.exit(bool({'torch', 'dvc', 'psutil'} & {*sys.modules}))"
+    heavy = "{'torch', 'dvc', 'psutil'} & {*sys.modules}"
+    program = f"import sys, tools.heal.heal; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 

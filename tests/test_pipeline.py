@@ -108,6 +108,22 @@ def test_each_change_reruns_what_depends_on_it_and_nothing_else(finished):
     assert ran(dvc(finished, "repro")) == []  # this very state was run before: restored from cache
 
 
+def test_code_runs_again_only_the_stages_that_read_its_wing(finished):
+    """What a person runs beside the pipeline is read by none; torch never sees how text is read."""
+
+    def edit(*names):
+        for name in names:
+            file = finished.folder / name
+            file.write_text(file.read_text() + "# edited\n")
+
+    edit("tools/verify.py", "tools/heal/heal.py", "tools/report/page.py")
+    assert "up to date" in dvc(finished, "status")
+    edit("lm/prepare/formats.py", "lm/prepare/documents.py")
+    assert ran(dvc(finished, "repro")) == ["tokenizer", "tokens"]
+    edit("lm/export/card.py", "lm/generate/decoder.py")
+    assert ran(dvc(finished, "repro", "--dry")) == ["evaluate", "export"]
+
+
 def test_a_diverged_training_leaves_its_curves_to_plots_and_report(finished):
     for key, value in (("model.norm", "none"), ("train.weight_decay", 0.0), ("train.lr", 2.0)):
         finished.set(key, value)

@@ -20,7 +20,7 @@ ABSENT = ("deleted", "not in cache")  # not pulled yet: no sign of a change
 
 
 def changes(repo: Repo) -> Iterator[str]:
-    """What of code, settings and commands has changed since dvc.lock was written."""
+    """Yield what of code, settings and commands has changed since dvc.lock was written."""
     for stage, entries in repo.status().items():
         for entry in entries:
             if isinstance(entry, str):  # "changed command"
@@ -31,7 +31,7 @@ def changes(repo: Repo) -> Iterator[str]:
 
 
 def gaps(repo: Repo, recorded: dict[str, Any]) -> Iterator[str]:
-    """Where dvc.lock does not fit dvc.yaml, the files that git has, or itself."""
+    """Yield where dvc.lock does not fit dvc.yaml, the files that git has, or itself."""
     made = {str(out): out.hash_info.value for stage in repo.index.stages for out in stage.outs}
     for stage in repo.index.stages:
         if not stage.cmd:  # a .dvc file
@@ -53,7 +53,7 @@ def gaps(repo: Repo, recorded: dict[str, Any]) -> Iterator[str]:
 
 
 def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and change; a file of settings has both for each of its sections."""
+    """Yield name and change; a file of settings has both for each of its sections."""
     for name, what in found.items():
         if isinstance(what, dict):
             yield from ((f"{name}: {section}", change) for section, change in _flat(what))
@@ -62,7 +62,7 @@ def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def faults() -> list[str]:
-    """Why dvc.lock is stale; empty if it is not. Raises InputError if a file cannot be read."""
+    """Return why dvc.lock is stale, if it is. Raises InputError if a file cannot be read."""
     if not LOCK.is_file():
         raise InputError(f"{LOCK}: no such file; run `make repro` and commit it")
     try:

@@ -38,39 +38,42 @@ def run_git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def git(*arguments: str) -> str:
-    """What a git command prints. Raises EnvironmentFault, with the cure, if git refuses it."""
+    """Return what a git command prints. Raises EnvironmentFault, with the cure, if it fails."""
     try:
         done = run_git(Path(), *arguments)
     except FileNotFoundError:
         raise EnvironmentFault("git is not installed, and DVC's experiments need it") from None
     if done.returncode != 0:
-        raise EnvironmentFault(cure(done.stderr) or f"git: {' '.join(done.stderr.split())}")
+        raise _refusal(done.stderr)
     return done.stdout
 
 
 def is_under_git(root: Path) -> bool:
-    """Whether git works in the project. Raises EnvironmentFault if it refuses to."""
+    """Return whether git works in the project. Raises EnvironmentFault if it refuses to."""
     try:
         done = run_git(root, "rev-parse")
     except FileNotFoundError:
         return False
     if done.returncode != 0 and "not a git repository" not in done.stderr:
-        raise EnvironmentFault(cure(done.stderr) or f"git: {' '.join(done.stderr.split())}")
+        raise _refusal(done.stderr)
     return done.returncode == 0
 
 
+def _refusal(said: str) -> EnvironmentFault:
+    return EnvironmentFault(cure(said) or f"git: {' '.join(said.split())}")
+
+
 def cure(said: str) -> str | None:
-    """What is wrong, and what to type, if git or DVC said something that is known here."""
-    found = [text for words, text in CURES.items() if words in said]
+    """Return what is wrong and what to type, if git or DVC said something that is known here."""
     place = re.search("repository at '(.*)'", said)  # further up, if this is a subfolder
-    return (
-        found[0].format(root=shlex.quote(place[1] if place else str(Path.cwd()))) if found else None
-    )
+    root = shlex.quote(place[1] if place else str(Path.cwd()))
+    found = (text.format(root=root) for words, text in CURES.items() if words in said)
+    return next(found, None)
 
 
 @contextmanager
 def opened() -> Iterator[Any]:
-    """Open the project with DVC; what git or DVC refuse meanwhile is told in one line."""
+    """Open the project with DVC; tell in one line what git or DVC refuse meanwhile."""
     from dvc.exceptions import DvcException  # takes a second
     from dvc.repo import Repo
     from dvc.scm import RevError
@@ -90,7 +93,7 @@ def opened() -> Iterator[Any]:
 
 
 def commit_of(repo: Any, revision: str) -> str:
-    """The commit of an experiment, branch, tag or hash; to be called within opened()."""
+    """Return the commit of an experiment, branch, tag or hash; call it within opened()."""
     from dvc.scm import resolve_rev
 
     return str(resolve_rev(repo.scm, revision))

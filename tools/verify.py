@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -41,20 +40,18 @@ from lm.runs.saved_run import read_run
 from lm.train.loop import train
 from lm.train.state import TrainState, new_state
 from lm.train.step import TrainConfig
+from stages.run import UNFINISHED
+from tools.repository import opened
 
-PIPELINE, LOCK, UNFINISHED = Path("dvc.yaml"), Path("dvc.lock"), Path(".dvc/tmp/lm-resume")
+PIPELINE, LOCK = Path("dvc.yaml"), Path("dvc.lock")
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
-MODEL, PRETRAINED, LAST, BEST = (
-    Path("models/model"),
-    Path("models/pretrained"),
-    Path("models/checkpoints/last.safetensors"),
-    Path("models/checkpoints/best.safetensors"),
-)
-Fault = str
+MODEL, PRETRAINED = Path("models/model"), Path("models/pretrained")
+LAST = Path("models/checkpoints/last.safetensors")
+BEST = Path("models/checkpoints/best.safetensors")
 
 
-def recorded_faults(lock: Path, repo: Repo) -> Iterator[Fault]:
-    """What differs from the hashes that DVC recorded, in the workspace or in its cache."""
+def recorded_faults(lock: Path, repo: Repo) -> Iterator[str]:
+    """Yield what differs from the hashes that DVC recorded, in the workspace or in its cache."""
     recorded = _stages(lock)
     for name in _stages(PIPELINE).keys() - {name.partition("@")[0] for name in recorded}:
         yield f"stage {name}: not in {lock}; `dvc repro` runs it"
@@ -73,14 +70,14 @@ def recorded_faults(lock: Path, repo: Repo) -> Iterator[Fault]:
 
 
 def _stages(file: Path) -> dict[str, Any]:
-    """The stages of dvc.yaml or dvc.lock."""
+    """Return the stages of dvc.yaml or dvc.lock."""
     try:
         return dict(parse_yaml(file.read_text(encoding="utf-8"), str(file))["stages"])
     except (UnicodeDecodeError, LookupError, TypeError, ValueError):
         raise InputError(f"{file}: torn or not of DVC; `make heal` mends dvc.lock") from None
 
 
-def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[Fault]:
+def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[str]:
     cache = Path(repo.cache.local.path)
     restore = f"`dvc checkout --force {path}` brings it back from the cache"
     instead = f"delete it, then {restore}"  # DVC takes size and time for the content
@@ -102,7 +99,7 @@ def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[Fault]:
 
 
 def _hash(path: Path, repo: Repo) -> str:
-    """The hash as DVC defines it: md5 of a file, or of the sorted list of a folder's files."""
+    """Return DVC's hash: the md5 of a file, or of the sorted list of a folder's files."""
     if path.is_file():
         return _md5(path)
     files = map(Path, repo.dvcignore.find(repo.fs, str(path.absolute())))
@@ -113,7 +110,7 @@ def _hash(path: Path, repo: Repo) -> str:
     return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def _cache_faults(cache: Path, md5: str) -> Iterator[Fault]:
+def _cache_faults(cache: Path, md5: str) -> Iterator[str]:
     file = _cached(cache, md5)
     if file.is_file() and (found := _md5(file)) != md5.removesuffix(".dir"):
         yield (
@@ -132,34 +129,29 @@ def _md5(file: Path) -> str:
         return hashlib.file_digest(stream, "md5").hexdigest()
 
 
-def belonging_faults() -> Iterator[Fault]:
-    """What does not belong together among tokens, tokenizer, model and provenance."""
-    yield from _raised(
-        lambda: open_tokens(
-            TOKENS, sha256_file(TOKENIZER / "tokenizer.json"), load_tokenizer(TOKENIZER)
-        )
-    )
+def belonging_faults() -> Iterator[str]:
+    """Yield what does not belong together among tokens, tokenizer, model and provenance."""
+    ours, theirs = MODEL / "tokenizer.json", TOKENIZER / "tokenizer.json"
+    yield from _raised(lambda: open_tokens(TOKENS, sha256_file(theirs), load_tokenizer(TOKENIZER)))
     yield from _raised(lambda: load_model(MODEL, torch.device("cpu")))
-    if sha256_file(MODEL / "tokenizer.json") != sha256_file(TOKENIZER / "tokenizer.json"):
-        yield f"{MODEL / 'tokenizer.json'}: differs from {TOKENIZER / 'tokenizer.json'}"
+    if sha256_file(ours) != sha256_file(theirs):
+        yield f"{ours}: differs from {theirs}"
     provenance = read_provenance(MODEL)
     for name, sha256 in {**provenance["inputs"], **provenance["code"]}.items():
         if not Path(name).is_file() or sha256_file(Path(name)) != sha256:
             yield f"{name}: not what the model was made with; `dvc repro` makes it again"
 
 
-def checkpoint_faults() -> Iterator[Fault]:
-    """What is damaged among the published checkpoints, or of another training than the model."""
+def checkpoint_faults() -> Iterator[str]:
+    """Yield what is damaged among the published checkpoints, or not of the model's training."""
     for path in (LAST, BEST):
         verify(path)
     last, best, provenance = read_run(LAST), read_run(BEST), read_provenance(MODEL)
     if last["identity"] != provenance:
         yield f"{LAST}: of another run than {MODEL / 'provenance.json'} says"
     step = last["best"]["step"]
-    if (best["iteration"], best["weights"].get(str(step))) != (
-        step,
-        last["weights"].get(str(step)),
-    ):
+    weights, named = best["weights"].get(str(step)), last["weights"].get(str(step))
+    if best["iteration"] != step or weights != named:
         yield f"{BEST}: not the best checkpoint that {LAST} names"
     source = LAST if last["identity"]["train"].get("early_stopping") is None else BEST
     tensors, published = load_file(source), load_file(MODEL / "model.safetensors")
@@ -172,8 +164,8 @@ def checkpoint_faults() -> Iterator[Fault]:
         yield f"{MODEL / 'model.safetensors'}: other weights than in {source}"
 
 
-def unfinished_faults(unfinished: Path) -> Iterator[Fault]:
-    """What is damaged among the checkpoints of unfinished runs.
+def unfinished_faults(unfinished: Path) -> Iterator[str]:
+    """Yield what is damaged among the checkpoints of unfinished runs.
 
     One without a manifest is no checkpoint yet, or no more: kills and trainers leave such files.
     """
@@ -183,16 +175,16 @@ def unfinished_faults(unfinished: Path) -> Iterator[Fault]:
                 yield f"{fault}; the run would go on from the checkpoint before it"
 
 
-def _raised(action: Callable[[], object]) -> Iterator[Fault]:
+def _raised(action: Callable[[], object]) -> Iterator[str]:
     try:
         action()
     except (InputError, OSError) as error:
         yield str(error)
 
 
-def _complete(faults: Iterator[Fault]) -> list[Fault]:
-    """The faults, once each, with the one that kept the check from going on."""
-    found: list[Fault] = []
+def _complete(faults: Iterator[str]) -> list[str]:
+    """Return the faults, once each, with the one that kept the check from going on."""
+    found: list[str] = []
     try:
         found.extend(faults)
     except (InputError, OSError, SafetensorError) as error:
@@ -212,15 +204,10 @@ def replay(steps: int, device: torch.device) -> str:
     identity = recorded["identity"]
     config = read_section(TrainConfig, identity, "train", str(LAST))
     make_deterministic(device, config.threads)
-    here = environment(device, config.compile is True)
-    if differing := sorted(
-        key
-        for key in here.keys() | identity["environment"].keys()
-        if here.get(key) != identity["environment"].get(key)
-    ):
-        there = {key: identity["environment"].get(key) for key in differing}
+    here, there = environment(device, config.compile is True), identity["environment"]
+    if differing := sorted(k for k in here.keys() | there if here.get(k) != there.get(k)):
         raise EnvironmentFault(
-            f"{LAST}: trained where {_words(there)}; here {_words({k: here.get(k) for k in there})}"
+            f"{LAST}: trained where {_words(there, differing)}; here {_words(here, differing)}"
             ": other bits are to be expected"
         )
     if any(size > 1 for size in identity.get(NUM_PROCESSES, {}).values()):
@@ -274,7 +261,7 @@ def _replayed(
 
 
 def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> int:
-    """Bring `state` to the newest point at least `steps` steps before the end; returns its step."""
+    """Bring `state` to the newest point at least `steps` steps before the end; return its step."""
     verify(BEST)
     best = read_run(BEST)
     last_step: int = recorded["iteration"]
@@ -290,12 +277,12 @@ def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> i
 
 
 def size_at(sizes: dict[int, int], step: int) -> int:
-    """The micro-batch size of a step, given the first step of each size."""
+    """Return the micro-batch size of a step, given the first step of each size."""
     return sizes[max(first for first in sizes if first <= step)]
 
 
-def _words(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} is {value}" for name, value in values.items())
+def _words(values: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name} is {values.get(name)}" for name in names)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -309,23 +296,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError("--replay: must be >= 1")
         if not LOCK.is_file():
             raise InputError(f"{LOCK}: no such file; run `make repro` in the project's root folder")
-        try:
-            repo = Repo()
-        except DvcException as error:  # no git, or not for this user
-            raise EnvironmentFault(f"{error}; `make heal` helps or says what does") from None
-        checks = {
-            "every output and dependency is as dvc.lock says": recorded_faults(LOCK, repo),
-            "tokens, tokenizer, model and provenance belong together": belonging_faults(),
-            "the published checkpoints are whole and of this model": checkpoint_faults(),
-            "the checkpoints of unfinished runs are whole": unfinished_faults(UNFINISHED),
-        }
-        count = 0
-        for claim, faults in checks.items():
-            found = _complete(faults)
-            say("\n".join([f"fault: {fault}" for fault in found] or [f"ok: {claim}"]))
-            count += len(found)
-        if count:
-            raise InputError(f"{count} fault{'s' * (count > 1)} found")
+        with opened() as repo:
+            checks = {
+                "every output and dependency is as dvc.lock says": recorded_faults(LOCK, repo),
+                "tokens, tokenizer, model and provenance belong together": belonging_faults(),
+                "the published checkpoints are whole and of this model": checkpoint_faults(),
+                "the checkpoints of unfinished runs are whole": unfinished_faults(UNFINISHED),
+            }
+            number = 0
+            for claim, faults in checks.items():
+                found = _complete(faults)
+                say("\n".join([f"fault: {fault}" for fault in found] or [f"ok: {claim}"]))
+                number += len(found)
+        if number:
+            raise InputError(f"{count(number, 'fault')} found")
         if options.replay is not None:
             say(f"ok: {replay(options.replay, choose_device(options.device))}")
 

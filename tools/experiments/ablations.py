@@ -2,7 +2,7 @@
 
 No stage of dvc.yaml: `make ablations` calls it, after tools.heal. Each variant is params.yaml with
 some settings changed, run with every seed in the queue of tools.experiments.sweep and compared by
-tools.experiments.compare. A variant that diverges is a result, and is told as one.
+tools.experiments.compare. A variant that diverges is a result too.
 """
 
 import argparse
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lm.base.config import load_params
-from lm.base.console import count, say
+from lm.base.console import count
 from lm.base.errors import InputError, one_line_errors
-from lm.base.files import atomic_write
 from stages.run import PARAMS
-from tools.experiments.compare import report
+from tools.experiments.compare import report, write
 from tools.experiments.read import CODE, SEED, TEXT, Experiment
-from tools.experiments.sweep import DONE, ENDED, find, run_all
+from tools.experiments.sweep import DONE, ENDED, find, require_results, run_all
 
 PAGE, PLOT = Path("docs/ABLATIONS.md"), Path("docs/images/ablations.svg")
 PARAMETERS = "metrics/train.json:parameters"
@@ -27,7 +26,7 @@ Point = tuple[str, ...]
 
 
 def variants(model: Mapping[str, Any]) -> dict[str, Point]:
-    """The settings of each variant by its name, at about the default's number of parameters.
+    """Return the settings of each variant by its name, at about the default's number of parameters.
 
     SiLU has two matrices where SwiGLU has three, so they are 3/2 as wide (Shazeer 2020, sec. 2).
     Raises InputError if that is no whole number.
@@ -50,18 +49,10 @@ def ablations(seeds: list[str]) -> None:
     grid = {(name, seed): (*changes[name], f"{SEED}={seed}") for seed in seeds for name in changes}
     after = run_all(list(grid.values()))
     results: dict[str, list[Experiment]] = {name: [] for name in changes}
-    failed = []
-    for (name, seed), point in grid.items():
-        ended = find(after, point, DONE) or find(after, point, ENDED)
-        results[name] += ended[:1]
-        if not ended:
-            failed.append(f"{name}, seed {seed}")
-    if failed:
-        raise InputError(
-            f"{len(failed)} of {len(grid)} experiments failed: {'; '.join(failed)}; `dvc queue "
-            "status` names them, `dvc queue logs NAME` shows why, `make ablations` runs them again"
-        )
-    publish(*page(changes, results, budget(params)))
+    for (name, _), point in grid.items():
+        results[name] += (find(after, point, DONE) or find(after, point, ENDED))[:1]
+    require_results(after, grid.values(), "make ablations")
+    write(*page(changes, results, budget(params)), PAGE, PLOT)
 
 
 def page(
@@ -69,12 +60,8 @@ def page(
     results: Mapping[str, Sequence[Experiment]],
     trained_for: str,
 ) -> tuple[str, dict[str, Any]]:
-    """What is written to docs/ (Markdown) and the plot (Vega-Lite)."""
-    named = [
-        identified(name, experiment)
-        for name, experiments in results.items()
-        for experiment in experiments
-    ]
+    """Return what is written to docs/ (Markdown) and the plot (Vega-Lite)."""
+    named = [identified(name, one) for name, several in results.items() for one in several]
     text, plot = report(named, None)
     what = ["| variant | settings | parameters |", "|---|---|---:|"]
     for name, settings in changes.items():
@@ -86,26 +73,17 @@ def page(
 
 
 def budget(params: Mapping[str, Any]) -> str:
-    """How long each variant is trained, in words."""
+    """Return how long each variant is trained, in words."""
     train, context = params["train"], params["model"]["context_length"]
     return f"{count(train['max_steps'], 'step')} of {train['batch_size']} x {context} tokens"
 
 
 def identified(name: str, experiment: Experiment) -> Experiment:
-    """The experiment, its settings told by the variant's name."""
+    """Return the experiment with the variant's name instead of its settings."""
     if experiment.diverged:
         return replace(experiment, params={"variant": name, SEED: experiment.params[SEED]})
     kept = {key: experiment.made_by[key] for key in (SEED, CODE, TEXT)}
     return replace(experiment, made_by={"variant": name} | kept)
-
-
-def publish(text: str, spec: dict[str, Any]) -> None:
-    """Print the page; write it and its plot."""
-    import vl_convert
-
-    atomic_write(PAGE, text.encode())
-    atomic_write(PLOT, vl_convert.vegalite_to_svg(spec).encode())
-    say(f"{text}\nWritten to {PAGE}, plot in {PLOT}")
 
 
 PROSE = """# Ablations: what each part of the model is worth

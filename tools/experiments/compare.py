@@ -21,7 +21,18 @@ from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write
 from tools.experiments.figure import figure
-from tools.experiments.read import CODE, SEED, TEXT, Experiment, flat, label, read_experiments, show
+from tools.experiments.read import (
+    CODE,
+    SEED,
+    TEXT,
+    WHICH,
+    Experiment,
+    flat,
+    label,
+    read_experiments,
+    show,
+    varying,
+)
 from tools.experiments.statistics import (
     CONFIDENCE,
     MAX_SEEDS,
@@ -37,7 +48,7 @@ TABLE, PLOT = Path("metrics/compare.md"), Path("metrics/compare.svg")
 
 
 def report(experiments: list[Experiment], metric: str | None) -> tuple[str, dict[str, Any]]:
-    """The table with what must be said of it (Markdown), and the plot (Vega-Lite).
+    """Return the table with what must be said of it (Markdown), and the plot (Vega-Lite).
 
     Raises InputError for an unknown metric, or if there are no two results to compare.
     """
@@ -52,8 +63,8 @@ def report(experiments: list[Experiment], metric: str | None) -> tuple[str, dict
             f"makes some, `dvc exp show` lists them{ends}"
         )
     best, differences = compare([row.losses for row in rows])
-    for i, row in enumerate(rows):
-        row.difference, row.is_best = differences[i], i == best and any(differences)
+    for i, (row, difference) in enumerate(zip(rows, differences, strict=True)):
+        row.difference, row.is_best = difference, i == best and any(differences)
     rows.sort(key=lambda row: (len(row.losses) == 1, row.mean))
     without = diverged(experiments, rows)
     names = varying([*(row.setting for row in rows), *(setting for setting, _ in without)])
@@ -70,7 +81,7 @@ def report(experiments: list[Experiment], metric: str | None) -> tuple[str, dict
 
 
 def choose_metric(experiments: list[Experiment], wanted: str) -> str:
-    """The metric that is meant by file:key, by eval.key or by a key that only one file has."""
+    """Return the metric of this name: file:key, eval.key, or a key that only one file has."""
     known = sorted({name for e in experiments for name in e.metrics})
     short = {name: name.removeprefix("metrics/").replace(".json:", ".") for name in known}
     found = [n for n in known if wanted in (n, short[n], n.partition(":")[2])]
@@ -81,7 +92,7 @@ def choose_metric(experiments: list[Experiment], wanted: str) -> str:
 
 
 def group(experiments: list[Experiment], metric: str) -> tuple[list[ComparedSetting], list[str]]:
-    """A row for each setting, and notes on what is in none of them.
+    """Return the results of each setting, and notes on what is in none of them.
 
     A result that several experiments share counts once. If one seed of a setting gave different
     results, none of them counts.
@@ -123,7 +134,7 @@ def group(experiments: list[Experiment], metric: str) -> tuple[list[ComparedSett
 def diverged(
     experiments: list[Experiment], rows: list[ComparedSetting]
 ) -> list[tuple[dict[str, Any], dict[int, str]]]:
-    """The settings with which a training diverged, and how, by seed.
+    """Return the settings with which a training diverged, and how, by seed.
 
     They have no dvc.lock: what else made them is what made the rows, where those agree.
     """
@@ -139,20 +150,13 @@ def diverged(
     return list(found.values())
 
 
-def varying(settings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names whose values are not the same in all settings."""
-    several = list(settings)
-    names = {name: None for setting in several for name in setting}
-    return [n for n in names if len({show(setting.get(n, "")) for setting in several}) > 1]
-
-
 def table(
     rows: list[ComparedSetting],
     names: list[str],
     metric: str,
     without: Iterable[tuple[Mapping[str, Any], Mapping[int, str]]] = (),
 ) -> list[str]:
-    """The rows as a Markdown table, under the metric's name, then those without a result."""
+    """Return the rows as a Markdown table, under the metric's name, then those without a result."""
     n = decimals(rows)
     lines = [
         f"**{title(metric)}** (`{metric}`), lower is better.",
@@ -161,34 +165,38 @@ def table(
         "| verdict | seeds to tell |",
         f"|{'---|' * len(names or ['setting'])}---:|---:|---:|---:|---|---:|",
     ]
-    for row in rows:
-        values = list(row.losses.values())
-        cells = [show(row.setting.get(name, "")) for name in names] or ["all the same"]
-        cells += [str(len(values)), f"{row.mean:.{n}f}"]
-        cells += [f"{statistics.stdev(values):.{n}f}" if len(values) > 1 else ""]
-        cells += [f"{min(values):.{n}f} to {max(values):.{n}f}" if len(values) > 1 else ""]
-        cells += [verdict(row, n), seeds_to_tell(row.difference)]
-        lines.append(f"| {' | '.join(cells)} |")
-    for setting, seeds in without:
+
+    def add_line(setting: Mapping[str, Any], *figures: str) -> None:
         cells = [show(setting.get(name, "")) for name in names] or ["all the same"]
-        cells += [str(len(seeds)), "", "", "", "; ".join(dict.fromkeys(seeds.values())), ""]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([*cells, *figures])} |")
+
+    for row in rows:
+        values, spread, ends = list(row.losses.values()), "", ""
+        if len(values) > 1:
+            spread = f"{statistics.stdev(values):.{n}f}"
+            ends = f"{min(values):.{n}f} to {max(values):.{n}f}"
+        mean = f"{row.mean:.{n}f}"
+        verdicts = verdict(row, n), seeds_to_tell(row.difference)
+        add_line(row.setting, str(len(values)), mean, spread, ends, *verdicts)
+    for setting, seeds in without:
+        how = "; ".join(dict.fromkeys(seeds.values()))
+        add_line(setting, str(len(seeds)), "", "", "", how, "")
     return lines
 
 
 def title(metric: str) -> str:
-    """What a metric is, with its unit where we know it."""
+    """Return what a metric is, with its unit where we know it."""
     return TITLES.get(metric, metric.partition(":")[2])
 
 
 def decimals(rows: list[ComparedSetting]) -> int:
-    """So many that five digits of the largest result are told."""
+    """Return how many decimals show five digits of the largest result."""
     largest = max(abs(loss) for row in rows for loss in row.losses.values())
     return max(0, 4 - math.floor(math.log10(largest))) if largest else 0
 
 
 def verdict(row: ComparedSetting, n: int) -> str:
-    """What can be said of a setting beside the best one."""
+    """Return what can be said of a setting beside the best one."""
     if row.is_best:
         return "best"
     if row.difference is None:
@@ -203,14 +211,14 @@ def verdict(row: ComparedSetting, n: int) -> str:
 
 
 def seeds_to_tell(difference: Difference | None) -> str:
-    """How many seeds each setting would need."""
+    """Return how many seeds each setting would need."""
     if difference is None or difference.shown:
         return ""
     return f"about {difference.seeds_needed}" if difference.seeds_needed else f"> {MAX_SEEDS}"
 
 
 def conclusions(rows: list[ComparedSetting], names: list[str]) -> list[str]:
-    """How the verdicts come about, and what they do not say."""
+    """Return how the verdicts come about, and what they do not say."""
     compared = [row.difference for row in rows if row.difference]
     if not compared:
         return ["Nothing can be compared: it takes two settings with two seeds each."]
@@ -239,7 +247,7 @@ def conclusions(rows: list[ComparedSetting], names: list[str]) -> list[str]:
 
 
 def mixtures(experiments: list[Experiment], names: list[str], metric: str) -> list[str]:
-    """What the experiments do not share and should, for a comparison to be of settings alone."""
+    """Return what the experiments should share, to compare settings alone, and do not."""
     notes = []
     if len({e.tokenizer for e in experiments if e.metrics}) > 1:
         unit = "so these are bits per byte" if metric == BITS else "use --metric eval.bits_per_byte"
@@ -259,22 +267,21 @@ def mixtures(experiments: list[Experiment], names: list[str], metric: str) -> li
 def main() -> None:
     """Print the table and write it and the plot to metrics/."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    which = "a commit, with its experiments, or an experiment by name; default: HEAD"
-    parser.add_argument("revisions", nargs="*", metavar="REV", help=which)
+    parser.add_argument("revisions", nargs="*", metavar="REV", help=WHICH)
     default = "default: eval.loss_nats, or eval.bits_per_byte if the tokenizers differ"
     parser.add_argument("--metric", help=default)
     arguments = parser.parse_args()
     with one_line_errors():
-        publish(*report(read_experiments(arguments.revisions), arguments.metric))
+        write(*report(read_experiments(arguments.revisions), arguments.metric))
 
 
-def publish(text: str, spec: dict[str, Any]) -> None:
-    """Print the table, write metrics/compare.md and metrics/compare.svg."""
+def write(text: str, spec: dict[str, Any], table: Path = TABLE, plot: Path = PLOT) -> None:
+    """Print the table; write it and its plot."""
     import vl_convert
 
-    atomic_write(TABLE, text.encode())
-    atomic_write(PLOT, vl_convert.vegalite_to_svg(spec).encode())
-    say(f"{text}\nTable in {TABLE}, plot in {PLOT}")
+    atomic_write(table, text.encode())
+    atomic_write(plot, vl_convert.vegalite_to_svg(spec).encode())
+    say(f"{text}\nTable in {table}, plot in {plot}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ BLUE = "#4c78a8"
 
 
 def figure(rows: list[ComparedSetting], names: list[str], title: str) -> dict[str, Any]:
-    """Each seed, and each setting's mean with its own confidence interval (Vega-Lite)."""
+    """Return each seed, and each setting's mean with its own confidence interval (Vega-Lite)."""
     numeric = [n for n in names if all(is_number(row.setting.get(n)) for row in rows)]
     x = max(numeric, key=lambda n: len({row.setting[n] for row in rows}), default=None)
     x = x or (names[0] if names else "setting")
@@ -72,12 +72,12 @@ def figure(rows: list[ComparedSetting], names: list[str], title: str) -> dict[st
 
 
 def is_logarithmic(name: str, values: list[float]) -> bool:
-    """Learning rates, and what spans more than a decade."""
+    """Return whether an axis is logarithmic: learning rates, and what spans over a decade."""
     return min(values) > 0 and (name.endswith("lr") or max(values) > 10 * min(values))
 
 
 def dodge(name: str, places: list[float], series: list[str]) -> list[float]:
-    """Numbers moved a little to the side, so that several series at one place can be told apart."""
+    """Return numbers moved a little to the side, to tell several series at one place apart."""
     several = sorted(set(series))
     log = is_logarithmic(name, places)
     span = math.log(max(places) / min(places)) if log else max(places) - min(places)
@@ -89,7 +89,10 @@ def dodge(name: str, places: list[float], series: list[str]) -> list[float]:
 
 
 def domain(seeds: list[dict[str, Any]], means: list[dict[str, Any]]) -> list[float]:
-    """All seeds, and the intervals as far as these do not dwarf them (two seeds: 12 times)."""
+    """Return a range with all seeds, and with the intervals unless they dwarf the seeds.
+
+    With two seeds an interval is 12 times as wide as they are apart.
+    """
     losses = [point["loss"] for point in seeds]
     low, high = min(losses), max(losses)
     span = high - low or abs(high) or 1.0

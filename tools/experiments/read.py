@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from stages import CODE as FOLDERS
 from tools.repository import commit_of, opened
 
 SEED, CODE, TEXT = "train.seed", "code", "text"
+WHICH = "a commit, with its experiments, or an experiment by name; default: HEAD"
 RESULTS = {  # the columns of the table, and where they come from
     "loss_nats": "metrics/eval.json",
     "bits_per_byte": "metrics/eval.json",
@@ -47,7 +48,7 @@ class Experiment:
 
 
 def read_experiments(revisions: list[str]) -> list[Experiment]:
-    """Revisions and their experiments, as `dvc exp show` lists them; HEAD's if none is given.
+    """Return revisions and their experiments, as `dvc exp show` does; HEAD's if none is given.
 
     Raises InputError for what git and DVC do not know.
     """
@@ -61,7 +62,7 @@ def read_experiments(revisions: list[str]) -> list[Experiment]:
 
 
 def _shown(repo: Any, revisions: list[str], hide_workspace: bool) -> list[Any]:
-    """What `dvc exp show` shows, named as asked for.
+    """Return what `dvc exp show` shows, named as asked for.
 
     It stumbles over a task that a worker is just setting up.
     """
@@ -83,10 +84,9 @@ def _state(experiment: Any) -> str:
 
 
 def _read(repo: Any, shown: Any, name: str | None, state: str) -> Experiment:
-    params = shown.data.params.get("params.yaml", {}).get("data", {}) if shown.data else {}
-    experiment = Experiment(name or shown.rev[:7], shown.rev, state, flat(params))
+    experiment = Experiment(name or shown.rev[:7], shown.rev, state, _params(shown))
     if state == "failed":
-        experiment.diverged = divergence(log(repo.experiments.celery_queue, shown.rev))
+        experiment.diverged = divergence(last_lines(repo.experiments.celery_queue, shown.rev))
         experiment.state = "diverged" if experiment.diverged else state
     if shown.data and state in ("success", "baseline"):
         with repo.switch(shown.rev):
@@ -103,8 +103,8 @@ def _read(repo: Any, shown: Any, name: str | None, state: str) -> Experiment:
     return experiment
 
 
-def log(tasks: Any, rev: str) -> list[str]:
-    """The last lines that a queued experiment has written, while DVC lists it."""
+def last_lines(tasks: Any, rev: str) -> list[str]:
+    """Return the last lines that a queued experiment has written, while DVC lists it."""
     process = tasks.proc.get(rev)
     if process is None:
         return []
@@ -114,7 +114,7 @@ def log(tasks: Any, rev: str) -> list[str]:
 
 
 def divergence(lines: list[str]) -> str | None:
-    """How a training diverged that wrote these last lines; None if it ended otherwise."""
+    """Return how a training diverged that wrote these last lines; None if it did not."""
     text = "\n".join(lines)
     found = re.search(r"^error: ([a-z ]+ is \S+) at step (\d+)", text, re.M)
     if found is None or f"exited with {Diverged.exit_code}" not in text:
@@ -146,7 +146,7 @@ def _read_lock(repo: Any, experiment: Experiment, lock: dict[str, Any]) -> None:
 
 
 def _environment(repo: Any, model_md5: str) -> dict[str, str]:
-    """Of the model's provenance; empty if the model is not in the cache."""
+    """Return that of the model's provenance; empty if the model is not in the cache."""
     cache = repo.cache.local
     try:
         files = json.loads(Path(cache.oid_to_path(model_md5)).read_text())
@@ -157,7 +157,7 @@ def _environment(repo: Any, model_md5: str) -> dict[str, str]:
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings as one, with dots in its keys."""
+    """Return nested mappings as one, with dots in its keys."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
@@ -168,22 +168,29 @@ def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting or a metric is a number: true and false are none."""
+    """Return whether a setting or a metric is a number: true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def show(value: Any) -> str:
-    """A value as params.yaml has it."""
+    """Return a value as params.yaml has it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def label(setting: Mapping[str, Any], names: list[str]) -> str:
-    """A setting as DVC is told of it."""
+    """Return a setting as `dvc exp run -S` takes it."""
     return " ".join(f"{name}={show(setting.get(name, ''))}" for name in names) or "the setting"
 
 
+def varying(settings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names whose values are not the same in all settings."""
+    several = list(settings)
+    names = {name: None for setting in several for name in setting}
+    return [n for n in names if len({show(setting.get(n, "")) for setting in several}) > 1]
+
+
 def table(revisions: list[str]) -> Any:
-    """Revisions and their experiments as a table; of the workspace and HEAD if none is given.
+    """Return revisions and their experiments as a table; workspace and HEAD if none is given.
 
     A baseline shows all settings that differ anywhere, an experiment those that it changed.
     """
@@ -196,30 +203,34 @@ def table(revisions: list[str]) -> Any:
             rows.append((name, base, {}))
             for one in base.experiments or []:
                 state = "" if _state(one) == "success" else f" ({_state(one)})"
-                rows.append((f"  {one.name or one[0].rev[:7]}{state}", one[0], _settings(base)))
-    several = [settings for _, shown, _ in rows if (settings := _settings(shown))]
-    keys = dict.fromkeys(key for settings in several for key in settings)
-    differing = [key for key in keys if len({show(s.get(key)) for s in several}) > 1]
+                name = f"  {one.name or one[0].rev[:7]}{state}"
+                rows.append((name, one[0], deciding(_params(base))))
+    several = [settings for _, shown, _ in rows if (settings := deciding(_params(shown)))]
+    differing = varying(several)
     found = Table(box=None, pad_edge=False)
     found.add_column("experiment", overflow="fold")
     for name in RESULTS:
         found.add_column(name, justify="right", no_wrap=True)
     found.add_column("settings that differ", overflow="fold")
     for name, shown, before in rows:
-        settings = _settings(shown)
+        settings = deciding(_params(shown))
         changed = [k for k in differing if k in settings and settings[k] != before.get(k, ...)]
         found.add_row(name, *_results(shown), label(settings, changed) if changed else "")
     return found
 
 
-def _settings(shown: Any) -> dict[str, Any]:
-    """The settings of a row of `dvc exp show` that can change a result."""
-    params = shown.data.params.get("params.yaml", {}).get("data", {}) if shown.data else {}
-    return {key: value for key, value in flat(params).items() if not key.startswith("runtime.")}
+def _params(shown: Any) -> dict[str, Any]:
+    """Return params.yaml of a row of `dvc exp show`, by section.key."""
+    return flat(shown.data.params.get("params.yaml", {}).get("data", {}) if shown.data else {})
+
+
+def deciding(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that can change a result."""
+    return {key: value for key, value in params.items() if not key.startswith("runtime.")}
 
 
 def _results(shown: Any) -> list[str]:
-    """Its cells under RESULTS."""
+    """Return its cells under RESULTS."""
     files = shown.data.metrics if shown.data else {}
     values = [files.get(file, {}).get("data", {}).get(name) for name, file in RESULTS.items()]
     return [f"{value:.4f}" if is_number(value) else "-" for value in values]
@@ -230,8 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    which = "a commit, with its experiments, or an experiment by name; default: HEAD"
-    parser.add_argument("revisions", nargs="*", metavar="REV", help=which)
+    parser.add_argument("revisions", nargs="*", metavar="REV", help=WHICH)
     arguments = parser.parse_args()
     with one_line_errors():
         from rich.console import Console

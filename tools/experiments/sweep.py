@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,19 @@ from lm.base.console import duration, say
 from lm.base.errors import EnvironmentFault, InputError, Interrupted, one_line_errors
 from stages import CODE as FOLDERS
 from stages.run import PARAMS
-from tools.experiments.compare import publish, report
+from tools.experiments.compare import report, write
 from tools.experiments.read import (
     CODE,
     SEED,
     TEXT,
     Experiment,
+    deciding,
     divergence,
     flat,
-    log,
+    last_lines,
     read_experiments,
 )
-from tools.heal import heal
+from tools.heal.heal import heal
 from tools.repository import git, opened
 
 DONE, UNDER_WAY = ("success", "baseline"), ("queued", "running")
@@ -52,25 +54,33 @@ def sweep(axes: list[str]) -> None:
     """Run what is missing of the grid, and report. Raises InputError if an experiment failed."""
     grid = points(axes)
     after = run_all(grid)
-    failed = [p for p in grid if not find(after, p, ENDED)]
     try:
-        publish(*report(after, None))
+        write(*report(after, None))
     except InputError as error:
-        if not failed and all(find(after, p, DONE) for p in grid):
+        if all(find(after, p, DONE) for p in grid):
             raise
         say(str(error))
+    require_results(after, grid, "make sweep")
+
+
+def require_results(
+    experiments: list[Experiment], grid: Collection[tuple[str, ...]], command: str
+) -> None:
+    """Raise InputError if an experiment of the grid failed: which, and the command to repeat."""
+    failed = [
+        " ".join([*point, *(f"({e.name})" for e in find(experiments, point, ("failed",)))])
+        for point in grid
+        if not find(experiments, point, ENDED)
+    ]
     if failed:
-        names = [
-            " ".join([*p, *(f"({e.name})" for e in find(after, p, ("failed",)))]) for p in failed
-        ]
         raise InputError(
-            f"{len(failed)} of {len(grid)} experiments failed: {', '.join(names)}; `dvc queue logs "
-            "NAME` shows why, `make sweep` runs them again"
+            f"{len(failed)} of {len(grid)} experiments failed: {', '.join(failed)}; "
+            f"`dvc queue logs NAME` shows why, `{command}` runs them again"
         )
 
 
 def run_all(grid: list[tuple[str, ...]]) -> list[Experiment]:
-    """Run what is missing of some points; gives all experiments of HEAD after it."""
+    """Run what is missing of some points; return all experiments of HEAD after it."""
     before = read_experiments([])
     if changed := git("diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock").split("\n")[:-1]:
         say(f"Not committed, the experiments take it along: {', '.join(changed)}")
@@ -86,7 +96,7 @@ def run_all(grid: list[tuple[str, ...]]) -> list[Experiment]:
 
 
 def points(axes: list[str]) -> list[tuple[str, ...]]:
-    """Every combination, as section.key=value; seed by seed, so that each round is complete."""
+    """Return every combination, as section.key=value; seed by seed, so each round is complete."""
     several = []
     for axis in axes:
         key, _, values = axis.partition("=")
@@ -100,22 +110,17 @@ def points(axes: list[str]) -> list[tuple[str, ...]]:
 def find(
     experiments: list[Experiment], point: tuple[str, ...], states: tuple[str, ...]
 ) -> list[Experiment]:
-    """The experiments with these settings, and the code of the workspace, that are in a state."""
-    wanted = settings(flat(load_params(PARAMS, point)))
+    """Return the experiments in a state, of these settings and the code of the workspace."""
+    wanted = deciding(flat(load_params(PARAMS, point)))
     return [
         e
         for e in experiments
         if e.state in states
-        and settings(e.params) == wanted
+        and deciding(e.params) == wanted
         and (e.state not in DONE or e.metrics)
         and all(wanted.get(k) == value for k, value in e.made_by.items() if k not in (CODE, TEXT))
         and git("diff", "--name-only", e.rev, "--", ".", *NOT_CODE) == ""
     ]
-
-
-def settings(params: dict[str, Any]) -> dict[str, Any]:
-    """Those that decide the result."""
-    return {key: value for key, value in params.items() if not key.startswith("runtime.")}
 
 
 def queue(missing: list[tuple[str, ...]], stale: list[str]) -> None:
@@ -131,7 +136,7 @@ def queue(missing: list[tuple[str, ...]], stale: list[str]) -> None:
 
 
 def wait(labels: dict[str, str]) -> None:
-    """Let a worker run the queue until these experiments have ended; says how each did.
+    """Let a worker run the queue until these experiments have ended; say how each did.
 
     A worker that dies is started again. Raises Interrupted once Ctrl-C has stopped the worker.
     """
@@ -162,9 +167,9 @@ def follow(tasks: Any, labels: dict[str, str]) -> None:
         for rev in list(left):
             if rev in active:
                 began.setdefault(rev, time.monotonic())
-                bar.set_postfix_str(f"{left[rev]}: {(log(tasks, rev) or ['starts'])[-1]}")
+                bar.set_postfix_str(f"{left[rev]}: {(last_lines(tasks, rev) or ['starts'])[-1]}")
             elif rev not in queued:
-                lines = log(tasks, rev)
+                lines = last_lines(tasks, rev)
                 words = [line for line in lines if line.startswith(LAST_WORDS)] or lines
                 end = divergence(lines) or (words or ["no output"])[-1]
                 took = duration(time.monotonic() - began.get(rev, time.monotonic()))
@@ -189,7 +194,7 @@ def start_worker() -> None:
 
 
 def has_worker() -> bool:
-    """Whether a worker of this project lives, or is being started."""
+    """Return whether a worker of this project lives, or is being started."""
     for process in psutil.process_iter(["cmdline", "status"]):
         words = set(process.info["cmdline"] or [])
         if "queue-worker" in words or {"dvc", "queue", "start"} <= {Path(w).name for w in words}:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from lm.base.console import count, duration
 from lm.base.tables import DIVERGED, plain, predictors, remarks_on
-from tools.experiments.read import flat, show
+from tools.experiments.read import flat, show, varying
 
 HERE = Path(__file__).parent
 SECTIONS = {
@@ -165,16 +165,14 @@ def guesses(run: RunResults) -> list[Any]:
 def metrics_of_all(runs: list[RunResults]) -> Iterator[tuple[str, list[str]]]:
     """Yield the words of each metric, its value in each of two runs, and the difference."""
     for name, (words, form) in METRICS.items():
-        values = [run.evaluation.get(name) for run in runs]
-        if any(value is not None for value in values):
-            shown = ["-" if value is None else format(value, form) for value in values]
-            yield words, [*shown, _difference(values[0], values[-1], form)]
-
-
-def _difference(before: float | None, after: float | None, form: str) -> str:
-    if before is None or after is None:
-        return "-"
-    return "same" if before == after else format(after - before, f"+{form}")
+        before, after = (run.evaluation.get(name) for run in runs)
+        if before is None and after is None:
+            continue
+        difference = "-"
+        if before is not None and after is not None:
+            difference = "same" if before == after else format(after - before, f"+{form}")
+        shown = ["-" if value is None else format(value, form) for value in (before, after)]
+        yield words, [*shown, difference]
 
 
 def tiles(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
@@ -276,14 +274,11 @@ def settings_by_section(run: RunResults) -> dict[str, list[tuple[str, str, str |
     return found
 
 
-def differing_settings(runs: list[RunResults]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the names of all settings, and the values of each that is not the same in all runs."""
+def differing_settings(runs: list[RunResults]) -> tuple[int, dict[str, list[str]]]:
+    """Return how many settings there are, and the values of each that differs between runs."""
     used = [used_settings(run) for run in runs]
-    values = {
-        name: [show(settings.get(name, "-")) for settings in used]
-        for name in dict.fromkeys(name for settings in used for name in settings)
-    }
-    return list(values), {name: each for name, each in values.items() if len(set(each)) > 1}
+    total = len({name for settings in used for name in settings})
+    return total, {name: [show(each.get(name, "-")) for each in used] for name in varying(used)}
 
 
 ENVIRONMENT = Environment(

@@ -96,7 +96,7 @@ def draw(revisions: list[str]) -> list[Path]:
 
 
 def clock(repo: Repo, revision: str) -> Clock:
-    """The times of a revision's training, as far as they are known on this machine."""
+    """Return the times of a revision's training, as far as they are known on this machine."""
     with switch_repo(repo, revision) as (there, _):
         in_folder = isinstance(there.fs, LocalFileSystem)  # a workspace, or else a commit
         files, root = (there.fs, there.root_dir) if in_folder else (there.dvcfs, "")
@@ -111,7 +111,7 @@ def clock(repo: Repo, revision: str) -> Clock:
 
 
 def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRenderer:
-    """The losses again, by the time of training."""
+    """Return the plot of the losses again, by the time of training."""
     points = [
         {**point, "elapsed_s": clocks[point["rev"]].elapsed_s.get(_number(point["step"]))}
         for point in losses.datapoints
@@ -127,7 +127,7 @@ def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRendere
 
 
 def _number(step: str) -> int:
-    """A step of curves.csv; -1 if it is none."""
+    """Return a step of curves.csv; -1 if it is none."""
     return int(step) if step.isdecimal() else -1
 
 

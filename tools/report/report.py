@@ -39,30 +39,28 @@ Read = Callable[[str], bytes]
 
 
 def read_run(name: str, read: Read, commit: str, clocks: bool) -> RunResults:
-    """What is known of a run. Raises InputError for a file that is missing or torn."""
+    """Return what is known of a run. Raises InputError for a file that is missing or torn."""
 
     def parsed(file: str) -> Any:
+        data = read(file)
         try:
-            content = json.loads(read(file))
+            content = json.loads(data)
         except (ValueError, RecursionError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{file}: not valid JSON ({error}); run `make repro`") from None
         diverged = isinstance(content, dict) and DIVERGED in content
         require_shape(content, CURVES_ALONE if diverged else SHAPES[Path(file).name], file)
         return content
 
     def rows(file: str, columns: Iterable[str]) -> Rows:
+        data = read(file)
         try:
-            table = csv.DictReader(io.StringIO(read(file).decode()))
+            table = csv.DictReader(io.StringIO(data.decode()))
             return [{key: float(row[key]) for key in columns} for row in table]
-        except (ValueError, TypeError, KeyError, csv.Error) as error:
-            if isinstance(error, InputError):
-                raise
+        except (ValueError, TypeError, KeyError, csv.Error):
             raise InputError(f"{file}: not a table of numbers; run `make repro`") from None
 
     def timed() -> bool:
-        """Whether the clocks in metrics/ are of the training whose curves are there.
+        """Return whether the clocks in metrics/ are of the training whose curves are there.
 
         They are of the last training on this machine, and DVC may have put another run's results
         in place since. That training's curves stand in wall_clock.csv, with their times.
@@ -97,7 +95,7 @@ def read_run(name: str, read: Read, commit: str, clocks: bool) -> RunResults:
 
 
 def workspace() -> RunResults:
-    """The run whose results lie here."""
+    """Return the run whose results lie here."""
 
     def read(name: str) -> bytes:
         try:
@@ -112,14 +110,16 @@ def workspace() -> RunResults:
         if git("status", "--porcelain", "--untracked-files=no"):
             commit += ", with uncommitted changes"
     run = read_run("workspace", read, commit, clocks=True)
-    for file, sha256 in run.provenance.get("code", {}).items():
-        if not Path(file).is_file() or sha256_file(Path(file)) != sha256:
-            run.changed_code.append(file)
+    run.changed_code = [
+        file
+        for file, sha256 in run.provenance.get("code", {}).items()
+        if not Path(file).is_file() or sha256_file(Path(file)) != sha256
+    ]
     return run
 
 
 def revision(name: str) -> RunResults:
-    """A run that git and DVC know. Raises InputError for a revision that has no results here."""
+    """Return a run that git and DVC know. Raises InputError if its results are not here."""
     with opened() as repo:
         from dvc_data.index import DataIndexDirError
 

@@ -1,0 +1,4 @@
+"""What a killed DVC leaves torn, mended.
+
+Begin with heal.py.
+"""

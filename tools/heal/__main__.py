@@ -1,0 +1,5 @@
+"""`python -m tools.heal`."""
+
+from tools.heal.heal import main
+
+main()

@@ -1,0 +1,175 @@
+"""What a killed experiment had borrowed: HEAD and stash of git, a task of the queue, folders."""
+
+import base64
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from tools.heal.project import Project, locked
+from tools.heal.rwlocks import holders, is_held, read_rwlock
+
+EXEC_REFS = [f"refs/exps/exec/EXEC_{name}" for name in ("BASELINE", "MERGE", "BRANCH")]
+REFS_IN = ("for-each-ref", "--format=%(refname)")
+EXPERIMENT = re.compile(r"(On .*: )?dvc-exp:[0-9a-f]{40}:[0-9a-f]{40}:")
+STASHED = ("log", "-g", "-1", "refs/stash")
+SET_UP_SECONDS = 60  # an experiment takes far less to stash the workspace and to detach HEAD
+APPLIED = "refs/exps/exec/EXEC_APPLY"
+RUN_EXPERIMENT = "dvc.repo.experiments.queue.tasks.run_exp"
+
+
+def heal_workspace(project: Project) -> Iterator[str]:
+    """Give back what a killed `dvc exp run` had borrowed: branch, index and uncommitted changes."""
+    if not experiment_died(project) or project.has_living_dvc():
+        return
+    with locked(project.tmp / "lock") as free:
+        if free:
+            (project.tmp / "repro.dat").unlink(missing_ok=True)  # its arguments, and a staged file
+            yield from drop_git_locks(project)
+            began = set_up_at(project)
+            yield from reattach_head(project, began)
+            yield from return_stash(project, began)
+            for ref in [*EXEC_REFS, *(project.git(*REFS_IN, "refs/exps/temp") or "").split()]:
+                project.git("update-ref", "--no-deref", "-d", ref)
+
+
+def experiment_died(project: Project) -> bool:
+    """Return whether an experiment was setting up, running in the workspace or being collected."""
+    path = project.experiments / "rwlock"
+    if project.git("rev-parse", "-q", "--verify", EXEC_REFS[0]) is not None:
+        return True
+    entries = read_rwlock(path)
+    return entries is None or any(not is_held(project, holder, path) for holder in holders(entries))
+
+
+def set_up_at(project: Project) -> list[int]:
+    """Return when the dead experiment began to borrow from git, as far as its traces tell."""
+    path = project.experiments / "rwlock"
+    traces = [folder / EXEC_REFS[0] for folder in project.git_folders()]
+    if holders(read_rwlock(path) or {}):
+        traces.append(path)
+    return [int(trace.stat().st_mtime) for trace in traces if trace.exists()]
+
+
+def happened_then(began: list[int], seconds: str) -> bool:
+    """Return whether something of this time is the experiment's, and not the user's after it."""
+    return seconds.isdigit() and any(-1 <= int(seconds) - t <= SET_UP_SECONDS for t in began)
+
+
+def drop_git_locks(project: Project) -> Iterator[str]:
+    """Remove git's lock files; no git and no DVC is there to own them."""
+    for folder in project.git_folders():
+        for lock in sorted([*folder.glob("*.lock"), *folder.glob("refs/**/*.lock")]):
+            lock.unlink()
+            yield f"{os.path.relpath(lock, project.root)} was left behind: removed"
+
+
+def reattach_head(project: Project, began: list[int]) -> Iterator[str]:
+    """Return from the commit that DVC checked out to the branch it came from, as its own end does.
+
+    Not if somebody has moved HEAD or the branch since, as a rebase does, or detached it himself.
+    """
+    branch = project.git("rev-parse", "--symbolic-full-name", "@{-1}") or ""
+    if project.git("symbolic-ref", "-q", "HEAD") or not branch.startswith("refs/heads/"):
+        return
+    newest = ("log", "-g", "-1", "--format=%gd %gs", "--date=unix", "HEAD")  # HEAD@{SECONDS} WHAT
+    when, _, what = (project.git(*newest) or "").removeprefix("HEAD@{").partition("} ")
+    if not what.startswith("checkout: ") or not happened_then(began, when):
+        return
+    commits = [project.git("rev-parse", "-q", "--verify", name) for name in (branch, EXEC_REFS[2])]
+    if project.git("rev-parse", "HEAD") in commits:
+        name = branch.removeprefix("refs/heads/")
+        project.git("symbolic-ref", "-m", f"heal: Restore HEAD to '{name}'", "HEAD", branch)
+        project.git("reset", "-q")
+        yield f"git's HEAD was left detached by an experiment: back on branch {name}"
+
+
+def return_stash(project: Project, began: list[int]) -> Iterator[str]:
+    """Take the user's changes out of the stash where DVC puts them while it sets up an experiment.
+
+    A workspace that is neither the user's nor clean is stashed itself. A stash with a message of
+    its own, with untracked files, or of another time is the user's; none of those is dropped.
+    """
+    while EXPERIMENT.match(project.git(*STASHED, "--format=%s") or ""):
+        project.git("stash", "drop", "-q")
+        yield "an experiment was left in git's stash: dropped"
+    entries = read_rwlock(project.experiments / "rwlock") or {}
+    if "workspace" not in entries.get("write", {}):
+        return
+    stashed = project.git(*STASHED, "--format=%ct %s") or ""
+    stashed_at, _, message = stashed.partition(" ")
+    if not happened_then(began, stashed_at) or not message.startswith("WIP on "):
+        return
+    if project.git("rev-parse", "-q", "--verify", "stash@{0}^3") is not None:
+        return
+    if project.git("diff", "--quiet", "stash@{0}") is not None:
+        yield "git's newest stash equals the workspace: left there, it may be your own"
+        return
+    kept, place = "", "stash@{0}"
+    if project.git("diff", "--quiet", "HEAD") is None:
+        project.git("stash", "push", "-q", "-m", "left by a killed experiment")
+        kept, place = "; git's stash has what the experiment made of them", "stash@{1}"
+    if project.git("stash", "pop", "--index", "-q", place) is not None:
+        yield f"your uncommitted changes were in git's stash: back in the workspace{kept}"
+    else:
+        yield f"your uncommitted changes are in git's stash ({place}): take them with git stash pop"
+
+
+def heal_queue(project: Project) -> Iterator[str]:
+    """Queue a task again whose worker was killed: for DVC it would be "Running" for ever.
+
+    The message goes back to the folder it was taken from, the experiment back into DVC's stash.
+    """
+    celery = project.experiments / "celery"
+    for path in sorted(celery.glob("broker/processed/*.celery.msg")):
+        message = json.loads(path.read_bytes() or "{}")
+        headers = message.get("headers", {})
+        result = celery / "result" / f"celery-task-meta-{headers.get('id')}"
+        if headers.get("task") != RUN_EXPERIMENT or (result.exists() and result.stat().st_size):
+            continue
+        if project.has_living_dvc():
+            return
+        entry = json.loads(base64.b64decode(message["body"]))[0][0]
+        if stash_again(project, entry):
+            path.rename(celery / "broker" / "in" / path.name)
+            name = entry["name"] or entry["stash_rev"][:7]
+            yield f"experiment {name} was left running: queued again, `dvc queue start` goes on"
+
+
+def stash_again(project: Project, entry: dict[str, Any]) -> bool:
+    """Put an experiment back on the stack of the workers; return False if it is gone."""
+    stash, revision = entry["stash_ref"], entry["stash_rev"]
+    if revision in (project.git("log", "-g", "--format=%H", stash) or "").split():
+        return True
+    message = f"commit: dvc-exp:{entry['head_rev']}:{entry['baseline_rev']}:{entry['name'] or ''}"
+    message += f":{entry['branch']}" if entry["branch"] else ""
+    done = project.git("update-ref", "--create-reflog", "-m", message, stash, revision)
+    return done is not None
+
+
+def drop_dead_folders(project: Project) -> Iterator[str]:
+    """Remove the temporary workspaces of killed experiments: their work is not kept there."""
+    folders = [*project.experiments.glob("tmp*"), *project.experiments.glob("standalone/tmp*")]
+    if folders and not project.has_living_dvc():
+        for folder in sorted(folders):
+            shutil.rmtree(folder)
+            yield f"{folder.relative_to(project.root)} was left by an experiment: removed"
+
+
+def taken_back(project: Project) -> list[str]:
+    """Return the files that `dvc exp apply` took back to the older commit it started from.
+
+    They were committed since, and lie here as the experiment has them. Results and settings are
+    what one applies an experiment for.
+    """
+    if project.git("rev-parse", "-q", "--verify", APPLIED) is None:
+        return []
+    differing = ("diff", "--name-only", "--relative")
+    here = ("--", ".", ":!params.yaml", ":!dvc.lock", ":!metrics")
+    since, edited, own = (
+        set((project.git(*differing, *revisions, *here) or "").splitlines())
+        for revisions in ((f"{APPLIED}^", "HEAD"), ("HEAD",), (APPLIED,))
+    )
+    return sorted((since & edited) - own)

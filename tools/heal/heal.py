@@ -1,0 +1,126 @@
+"""Mend what a killed DVC leaves torn, so that the next command goes on: `python -m tools.heal`.
+
+No stage of dvc.yaml: `make repro` calls it before `dvc repro`, `make heal` before anything else.
+DVC writes its locks and dvc.lock in place, and an experiment borrows HEAD and stash from git;
+SIGKILL and SIGTERM end DVC at once, so whatever it was doing stays half done. Each function that
+heal() calls puts one such thing right and yields a line for it. What a living DVC holds is left
+alone, and what may be the user's own work is kept. A DVC in another container or on
+another machine is seen only while it trains: then nothing is mended and Busy is raised.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lm.base.errors import Busy, one_line_errors
+from tools.heal.dvc_lock import heal_dvc_lock
+from tools.heal.experiments import drop_dead_folders, heal_queue, heal_workspace, taken_back
+from tools.heal.project import Project, locked
+from tools.heal.rwlocks import has_dead_claim, heal_rwlocks
+from tools.repository import is_under_git
+
+DVC_TMP_FILE = re.compile(r"\.[\w-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname
+DYING_SECONDS = 3  # a killed process holds its locks until its memory has been given back
+NO_SCM = re.compile(r"^\s*no_scm\s*=\s*true\s*$", re.MULTILINE)
+NO_GIT = "set, so that DVC works without git (its experiments need one)"
+
+
+def heal(root: Path) -> Iterator[str]:
+    """Put everything right that a killed DVC left in a project; yield one line per thing.
+
+    Raises Busy if a training runs in the project whose process cannot be seen from here, and
+    EnvironmentFault if git refuses to work in it.
+    """
+    project = Project(root.resolve())
+    yield from heal_no_scm(project)
+    if not project.tmp.is_dir():
+        return
+    refuse_unseen_training(project)
+    healed = has_dead_claim(project)
+    (project.tmp / "heal.lock").touch()
+    with locked(project.tmp / "heal.lock", wait=True):
+        for cure in (heal_dvc_lock, heal_workspace, heal_rwlocks, heal_queue, drop_dead_folders):
+            for line in cure(project):
+                healed = True
+                yield line
+        if healed and not project.has_living_dvc():
+            yield from drop_temporary_files(project)
+
+
+def heal_no_scm(project: Project) -> Iterator[str]:
+    """Let DVC work where there is no git, as in an archive or an image, and use git where it is."""
+    config = project.root / ".dvc/config.local"
+    is_off = config.exists() and NO_SCM.search(config.read_text()) is not None
+    if shutil.which("git") is None:
+        has_git = any(
+            (folder / ".git").exists() for folder in (project.root, *project.root.parents)
+        )
+    else:
+        has_git = is_under_git(project.root)
+    if has_git == is_off:
+        change = ["--unset", "core.no_scm"] if is_off else ["core.no_scm", "true"]
+        command = [sys.executable, "-m", "dvc", "config", "--quiet", "--local", *change]
+        subprocess.run(command, cwd=project.root, check=True)
+        yield f"core.no_scm in .dvc/config.local: {'removed, git is here' if has_git else NO_GIT}"
+
+
+def refuse_unseen_training(project: Project) -> None:
+    """Raise Busy if somebody in another container or on another machine trains in this project."""
+    for path in project.tmp.glob("lm-resume/*/lock"):
+        try:
+            pid = path.read_text().strip()
+        except FileNotFoundError:  # it has just finished
+            continue
+        if pid and not is_seen(project, pid) and not becomes_free(path):
+            raise Busy(f"{path}: a process that cannot be seen from here trains; wait for it")
+
+
+def becomes_free(path: Path) -> bool:
+    """Return whether nobody holds a lock; one that is being killed lets go of it a little later."""
+    end = time.monotonic() + DYING_SECONDS
+    while True:
+        with locked(path) as free:
+            if free or time.monotonic() > end:
+                return free
+        time.sleep(0.1)
+
+
+def is_seen(project: Project, pid: str) -> bool:
+    """Return whether a process of this number works in the project."""
+    import psutil
+
+    try:
+        return Path(psutil.Process(int(pid)).cwd()).is_relative_to(project.root)
+    except (psutil.Error, ValueError):
+        return False
+
+
+def drop_temporary_files(project: Project) -> Iterator[str]:
+    """Remove the half copied files of a killed DVC from its cache and from the workspace."""
+    places = [project.root / ".dvc/cache", project.tmp]
+    places += [p for p in project.root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    for place in places:
+        if place.is_symlink():  # others may be writing there
+            continue
+        for folder, _, names in os.walk(place):
+            for name in filter(DVC_TMP_FILE.fullmatch, names):
+                path = Path(folder, name)
+                path.unlink()
+                yield f"{path.relative_to(project.root)} was left behind: removed"
+
+
+def main() -> None:
+    """Heal the project in the current folder."""
+    with one_line_errors():
+        for line in heal(Path.cwd()):
+            sys.stdout.write(f"healed: {line}\n")
+        if files := " ".join(taken_back(Project(Path.cwd()))):
+            sys.stdout.write(
+                "note: `dvc exp apply` took these back to an older commit; bring them up to date "
+                f"by: git checkout HEAD -- {files}\n"
+            )
