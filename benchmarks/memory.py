@@ -1,4 +1,4 @@
-"""Peak memory of training, ours and others', at the same number of windows at once.
+"""Peak memory of training, ours and others', at the same micro-batch size.
 
     python -m benchmarks.memory [--shapes L long] [--contestants NAME ...]
 

@@ -32,8 +32,8 @@ NODE, NETWORK = 450e9, PER_HOST * 50e9
 GPUS = (8, 64, 512)
 PARTS = ("weights", "optimizer state", "gradients", "gathered weights")
 HEADER = (
-    "| way, GPUs | windows at once | checkpointing | weights | state | gradients | gathered | rest "
-    "| GB in all | micro-batches | GB sent | s computing | s sending | even at GB/s |"
+    "| way, GPUs | micro-batch size | checkpointing | weights | state | gradients | gathered "
+    "| rest | GB in all | micro-batches | GB sent | s computing | s sending | even at GB/s |"
 )
 
 
@@ -84,7 +84,7 @@ TORCHTITAN_GIB = {8: 77.0, 128: 62.0}
 
 
 class Step(NamedTuple):
-    """An update by one of several GPUs: as many windows at once as fit."""
+    """An update by one of several GPUs: micro-batches as large as fit."""
 
     config: TrainConfig
     windows: int

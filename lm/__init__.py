@@ -1,18 +1,6 @@
-"""The language-model library: what the stages are made of.
+"""The language-model library: what the stages are made of, a folder for each job.
 
-Modules stand on floors and import only downwards (tests/test_house.py holds them to it):
-
-    run  verify  demo  serve, on completions    a run; is it all true?; a walk; what it says
-    train  evaluate  excerpt  generate  export  gguf     joins: data meets model
-            and of data preparation:        publish  sample, on prepare  check
-    checkpoint, on dcp, on it resume  huggingface   training state and models as files
-    parallel, on processes  shares          several processes train one model
-    model  optim  schedule  device  |  text  encoder  tokens, on formats  tokenizer  sampling
-            (torch, no files)       |  shards  packages  grammar  listing  baselines  workers
-    settings  functional  card
-    errors  config  rng  files  history  console  signals  report  compare
-
-Above them stand the stages, which alone know paths and params.yaml.
+docs/ARCHITECTURE.md is the map. Begin with lm/model/transformer.py and lm/train/step.py.
 """
 
 import os

@@ -63,7 +63,7 @@ Ids = NDArray[np.uint8]
 
 
 def walk() -> None:
-    """All steps, one after the other."""
+    """Take all steps, one after the other."""
     torch.set_num_threads(1)  # the number of threads decides how sums are cut, and so the last bits
     training, held_out = dataset()
     model = new_model()
@@ -75,7 +75,7 @@ def walk() -> None:
 
 
 def dataset() -> tuple[Ids, list[str]]:
-    """Stories as bytes to train on, and stories that are held out."""
+    """Return stories as bytes to train on, and stories that are held out."""
     texts = list(stories(SEED, TEXT_BYTES))
     n_held_out = math.ceil(HELD_OUT * len(texts))
     training, held_out = encode(texts[n_held_out:]), texts[:n_held_out]
@@ -92,17 +92,17 @@ def dataset() -> tuple[Ids, list[str]]:
 
 
 def encode(texts: Sequence[str]) -> Ids:
-    """The bytes of some texts with an empty line behind each: token ids from 0 to 255."""
+    """Return the bytes of texts, an empty line behind each: token ids from 0 to 255."""
     return np.frombuffer("".join(f"{text}\n\n" for text in texts).encode(), dtype=np.uint8)
 
 
 def decode(ids: Sequence[int]) -> str:
-    """The text of some token ids; a character that was cut in two becomes a question mark."""
+    """Return the text of token ids; a character that was cut in two becomes a question mark."""
     return bytes(ids).decode(errors="replace")
 
 
 def new_model() -> TransformerLM:
-    """A Transformer with random weights."""
+    """Build a Transformer with random weights."""
     torch.manual_seed(SEED)
     model = TransformerLM(MODEL)
     by_part = ", ".join(f"{part} {count:,}" for part, count in parameters(MODEL).items())
@@ -116,7 +116,7 @@ def new_model() -> TransformerLM:
 
 
 def new_optimizer(model: TransformerLM) -> AdamW:
-    """What moves the weights."""
+    """Build the optimizer, and show its schedule."""
     optimizer = AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
     rates = [get_lr_cosine_schedule(it, LR, MIN_LR, WARMUP, STEPS) for it in (1, WARMUP, STEPS)]
     heading("Optimizer and schedule", "lm/train/optim.py, lm/train/schedule.py")
@@ -130,7 +130,7 @@ def new_optimizer(model: TransformerLM) -> AdamW:
 
 
 def train(model: TransformerLM, optimizer: AdamW, training: Ids, done: int, until: int) -> None:
-    """The loop: steps `done` + 1 to `until`."""
+    """Take steps `done` + 1 to `until`: the loop."""
     for it in range(done + 1, until + 1):
         for group in optimizer.param_groups:
             group["lr"] = get_lr_cosine_schedule(it, LR, MIN_LR, WARMUP, STEPS)
@@ -147,7 +147,7 @@ def train(model: TransformerLM, optimizer: AdamW, training: Ids, done: int, unti
 
 
 def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, folder: Path) -> None:
-    """Train to the end with a checkpoint half-way; then go on from that once more."""
+    """Train to the end with a checkpoint half-way; then resume from that and compare."""
     half, start = STEPS // 2, time.perf_counter()
     heading("Training", "lm/train/step.py")
     explain(
@@ -180,7 +180,7 @@ def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, fold
 
 
 def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
-    """How well the model predicts what it has never seen, and what simpler models manage."""
+    """Show how well the model predicts what it has never seen, and how well simpler models do."""
     ids = encode(held_out)
     one_byte_each = np.ones(MODEL.vocab_size, dtype=np.int64)
     sums = evaluate(model, Split("held out", ids, len(ids)), 32, one_byte_each)
@@ -207,12 +207,12 @@ def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
 
 
 def of_bytes(nats: float) -> list[float]:
-    """A loss as nats per token, perplexity, and bits per byte, where a token is a byte."""
+    """Return a loss as nats per token, perplexity and bits per byte, where a token is a byte."""
     return [nats, math.exp(nats), nats / math.log(2)]
 
 
 def sample(model: TransformerLM) -> None:
-    """What the model writes."""
+    """Let the model write."""
     prompt = list(b"Once upon a time")
     steps = generate(model, [prompt], SAMPLE_BYTES, temperature=TEMPERATURE, seed=SEED)
     text = decode(prompt + [token.id for (token,) in steps if token is not None])
@@ -237,7 +237,7 @@ def explain(*paragraphs: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     description = "Walk from text to a trained model in half a minute."
     argparse.ArgumentParser(prog="python -m lm.demo", description=description).parse_args(arguments)
     with one_line_errors():

@@ -1,13 +1,14 @@
 """Stage export: models/model/ as a folder that Hugging Face opens, with its model card."""
 
-from lm.export.folder import CORPUS, MEASURED, MODEL, OUT, ExportConfig, export, read_results, write
+from lm.export.card import TEMPLATE, ExportConfig
+from lm.export.folder import CORPUS, MEASURED, MODEL, OUT, export, read_results, write
 from stages.run import Inputs, run
 
 
 def export_stage(inputs: Inputs) -> None:
     """Write models/huggingface/; the card alone if no stock architecture is this model."""
     config = inputs.section(ExportConfig, "export")
-    inputs.watch(MODEL, CORPUS, *MEASURED)
+    inputs.watch(MODEL, CORPUS, *MEASURED, TEMPLATE)
     results = read_results(str(inputs.params["data"]["path"]))
     folder = export(MODEL, config, results)
     inputs.check()

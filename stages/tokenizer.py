@@ -10,7 +10,8 @@ from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.prepare.documents import DataConfig, source_files, split_documents
-from lm.prepare.learn import foreign_tokenizer, from_tiktoken, train_bpe_large
+from lm.prepare.foreign import foreign_tokenizer, from_tiktoken
+from lm.prepare.learn import train_bpe_large
 from lm.prepare.learning_sample import write_sample
 from lm.prepare.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run

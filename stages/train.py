@@ -36,10 +36,7 @@ MODELS, METRICS, PRETRAINED = Path("models"), Path("metrics"), Path("models/pret
 
 
 def train_stage(inputs: Inputs) -> None:
-    """Write models/model, models/checkpoints and metrics/; in several processes, if set so.
-
-    Under DVC, which has deleted the outputs by now, curves.csv and train.json can be watched.
-    """
+    """Write models/model, models/checkpoints and metrics/; in several processes, if set so."""
     asked = inputs.section(TrainConfig, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
     if runtime.num_processes > 1 and not launched():
@@ -69,7 +66,7 @@ def train_stage(inputs: Inputs) -> None:
         with explain_out_of_memory(plan):
             state = begin(plan, asked, processes, initialise)
         resume_from = inputs.arguments.resume_from
-        live = METRICS if "DVC_ROOT" in os.environ else None
+        live = METRICS if "DVC_ROOT" in os.environ else None  # DVC has deleted the old metrics
         run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
         with explain_out_of_memory(plan), run_ as this_run:
             watched = _Watched(this_run, inputs, Forecast(plan, state.step))

@@ -136,8 +136,13 @@ def special(name, make):
 def setting(key, value, line):
     """A setting in params.yaml, read by the first stage that depends on its section."""
     section = key.split(".")[0]
-    stage = {"data": "tokens", "tokenizer": "tokenizer", "evaluate": "evaluate"}.get(section)
-    return Row("params", stage or "train", [f"{key}={value}"], 2, line)
+    reader = {
+        "corpus": "corpus",
+        "data": "tokens",
+        "tokenizer": "tokenizer",
+        "evaluate": "evaluate",
+    }
+    return Row("params", reader.get(section, "train"), [f"{key}={value}"], 2, line)
 
 
 def in_params(**sections):
@@ -423,6 +428,7 @@ ROWS = [
     setting("model.dropout", "-0.1", "params.yaml: model.dropout = -0.1: must be in [0, 1)"),
     setting("model.norm", "layernorm", "params.yaml: model.norm = layernorm: must be one of rmsnorm, none"),
     setting("model.norm", "a" * 1000, f"params.yaml: model.norm = {'a' * 80}...: must be one of rmsnorm, none"),
+    setting("model.ffn", "relu_cubed", "params.yaml: model.ffn = relu_cubed: must be one of swiglu, silu"),
     written("train", "params.yaml: model.norm = a\\nb\\x1b[31m: must be one of rmsnorm, none", model={"norm": "a\nb\x1b[31m"}),
     setting("model.qk_norm", "1", "params.yaml: model.qk_norm = 1 is a number, wanted true or false"),
     setting("model.context_length", "100000", "train split has 13578 tokens, needs at least 100001; lower model.context_length or add text"),
@@ -476,7 +482,7 @@ ROWS = [
     written("corpus", "data.path = text/*.txt: no such file or folder; a pattern goes into data.glob", data={"path": "text/*.txt"}),
     written("corpus", "data/tokenizers/missing.json: no such file; copy it there (tokenizer.source names it)", tokenizer={"kind": "file", "source": "missing.json"}),
     *(written(stage, "models/pretrained/missing: no such folder; copy the model's there (train.init_from names it)", train={"init_from": "missing"}) for stage in ("corpus", "tokens")),
-    written("corpus", "corpus.source = grammar: needs data.path: data/raw and data.split: hash, found text and hash; for text of your own set corpus.source: packages", data={"source": "grammar"}),
+    written("corpus", "corpus.source = grammar: needs data.path: data/raw and data.split: hash, found text and hash; for text of your own set corpus.source: packages", corpus={"source": "grammar"}),
     Row("params", "train", ["evaluate.top_p=0.5"], 2, "-S evaluate.top_p=0.5: this stage reads the sections model, train, runtime alone"),
     Row("params", "tokenizer", ["tokenizer.kind=file", "tokenizer.source=../x"], 2,
         "params.yaml: tokenizer.source = ../x: must be a file's name in data/tokenizers/, which DVC watches; copy the file there"),
@@ -487,16 +493,18 @@ ROWS = [
         "params.yaml: not a file; run from the project's root folder"),
     Row("params", "train", [special("params.yaml", os.mkfifo)], 2,
         "params.yaml: not a file; run from the project's root folder"),
-    settings("", "holds no sections; expected data, tokenizer, model, train, evaluate, export, runtime"),
-    settings("- 1", "holds no sections; expected data, tokenizer, model, train, evaluate, export, runtime"),
+    settings("", "holds no sections; expected corpus, data, tokenizer, model, train, evaluate, export, runtime"),
+    settings("- 1", "holds no sections; expected corpus, data, tokenizer, model, train, evaluate, export, runtime"),
     settings("trian: {}", "unknown section trian (did you mean train?)"),
-    settings("model: {}", "missing section data"),
-    settings("data: {}", "missing key corpus.source"),
+    settings("model: {}", "missing section corpus"),
+    settings("corpus: {}", "missing key corpus.source"),
     settings("train: 3", "section train holds no keys"),
-    settings("data: {<<: {lr: 1}}", "unknown key data.<<…"),
-    settings(f"data: {{? {'k' * 2000} : 1}}", f"unknown key data.{'k' * 75}..."),
+    settings("data: {path: text, packages: []}", "data.packages is called corpus.packages now; move it there"),
+    Row("params", "tokens", ["data.source=grammar"], 2, "-S data.source=grammar: data.source is called corpus.source now"),
+    settings("corpus: {<<: {lr: 1}}", "unknown key corpus.<<…"),
+    settings(f"corpus: {{? {'k' * 2000} : 1}}", f"unknown key corpus.{'k' * 73}..."),
     settings(f"? {'k' * 2000}\n: {{}}\n", f"unknown section {'k' * 80}..."),
-    settings("data: {pakages: []}", "unknown key data.pakages (did you mean corpus.packages?)"),
+    settings("corpus: {pakages: []}", "unknown key corpus.pakages (did you mean corpus.packages?)"),
     settings("train: {lr: 1, lr: 2}", "not valid YAML: line 1: key lr stands twice"),
     settings("train: {1: 2}", "not valid YAML: line 1: key 1 is not text"),
     settings("train: {[a]: 2}", "not valid YAML: line 1: key ['a'] is not text"),

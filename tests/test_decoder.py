@@ -1,13 +1,18 @@
 """The decoder against the model's full pass and transformers' Llama, token by token."""
 
-from dataclasses import replace
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from lm.base.errors import InputError
 from lm.generate.decoder import SPAN, Decoder
-from tests.test_model import END, PACKED, VARIANTS, as_llama, variant_model
+from tests.project import ROOT
+from tests.test_model import END, PACKED, VARIANTS, as_llama, variant_model, with_third_choice
 
 PROMPTS = [[7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 5, 5]]
 
@@ -97,3 +102,71 @@ def test_a_masked_model_has_to_know_what_ends_documents(model_config):
     model = variant_model(model_config, {"intra_document_masking": True})
     with pytest.raises(InputError, match="no id is known to end a document"):
         Decoder(model, 3).read(range(3), PACKED.tolist())
+
+
+PROGRAM = """
+import torch
+from lm.base.settings import ModelConfig
+from lm.generate.decoder import require_same_logits
+from lm.generate.stream import generate
+from lm.model.transformer import TransformerLM
+
+torch.manual_seed(0)
+model = TransformerLM(ModelConfig(**%r)).eval()
+logprobs = model(torch.tensor([[1, 2, 3]]))[0, -1].log_softmax(dim=0)
+(token,) = next(generate(model, [[1, 2, 3]], 1, temperature=0, top_logprobs=96))
+print([token.logprob, dict(token.top)[50]], logprobs[[token.id, 50]].tolist())
+require_same_logits(model, list(range(16)), None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "changed", "follows"),
+    [
+        ("kernels", "return F.silu(gate) * up", "return F.relu(gate).square() * up", True),
+        ("transformer", "self.activation.function(*project(x, self.inner))",
+         "project(x, self.inner)[0].relu().square()", False),
+        ("transformer", "return rms_norm(x, self.weight, self.eps)",
+         "return x / x.norm(dim=-1, keepdim=True) * self.weight", False),
+    ],
+    ids=["activation", "feed-forward", "norm"],
+)  # fmt: skip
+def test_a_change_of_the_models_code_reaches_the_decoder_or_is_an_error(
+    tmp_path, model_config, file, line, changed, follows
+):
+    shutil.copytree(ROOT / "lm", tmp_path / "lm", ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "lm" / "model" / f"{file}.py"
+    text = source.read_text()
+    assert text.count(line) == 1
+    results = {}
+    for name in ("before", "after"):
+        result = subprocess.run(
+            [sys.executable, "-B", "-c", PROGRAM % asdict(model_config)],
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        results[name] = result
+        source.write_text(text.replace(line, changed))
+    assert results["before"].returncode == 0, results["before"].stderr
+    assert results["before"].stdout != results["after"].stdout  # the change is one
+    if follows:
+        decoded, computed = map(
+            json.loads, results["after"].stdout.replace("] [", "]|[").split("|")
+        )
+        assert results["after"].returncode == 0, results["after"].stderr
+        assert decoded == pytest.approx(computed, abs=1e-4)
+    else:
+        said = results["after"].stderr.splitlines()[-1]
+        assert "decoder.py computes another model than lm/model/transformer.py" in said
+
+
+def test_what_the_decoder_does_not_know_is_an_error_there(model):
+    model.ln_final = torch.nn.LayerNorm(model.config.d_model)
+    with pytest.raises(AssertionError, match="the decoder does not know LayerNorm"):
+        Decoder(model, 1)
+
+
+@pytest.mark.parametrize("key", ["norm_position", "position_embedding"])
+def test_a_third_choice_is_never_decoded_as_another(model, key):
+    model.config = with_third_choice(model.config, key)
+    with pytest.raises(AssertionError, match="third"):
+        Decoder(model, 1).read([0], [[1]])

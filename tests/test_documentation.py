@@ -21,7 +21,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 HISTORY = {"CHANGELOG.md", "docs/LOG.md"}  # tell of what was there
 CURRENT = {name: text for name, text in PAGES.items() if name not in HISTORY}
 # processes that others start, which nobody types
-INTERNAL = {"lm.prepare.learn", "benchmarks.saver", "benchmarks.worker"}
+INTERNAL = {"lm.prepare.foreign", "benchmarks.saver", "benchmarks.worker"}
 # not run here: what has tests of its own, takes experiments to work on, or goes on for ever
 ELSEWHERE = {
     "lm.demo",
@@ -139,9 +139,11 @@ def test_every_setting_that_is_given_a_value_exists():
 
 
 def test_every_preset_and_path_that_is_named_exists():
+    made = {"presets/NAME.yaml", "benchmarks/tasks/validation.jsonl"}  # by who follows the page
+    file = r"(?:presets|lm|stages|tools|benchmarks|tests|docs)/(?:[\w-]+/)*\w[\w-]*\.\w+"
     for where, text in [*CURRENT.items(), ("Makefile", MAKEFILE)]:
-        for name in re.findall(r"\b(?:presets|lm|stages|benchmarks|tests)/\w[\w-]*\.\w+", text):
-            assert name == "presets/NAME.yaml" or (ROOT / name).exists(), (where, name)
+        for name in set(re.findall(rf"(?<![\w/]){file}", text)) - made:
+            assert (ROOT / name).exists(), (where, name)
 
 
 def anchors(text):
@@ -197,7 +199,7 @@ def test_a_quick_command_runs_in_a_trained_project(command, baseline, tmp_path):
     assert done["out"]
 
 
-# --- the tour ---------------------------------------------------------------------------
+# --- the tour, the architecture ---------------------------------------------------------
 
 
 def names_in(path):
@@ -210,9 +212,10 @@ def names_in(path):
     return found
 
 
-def test_what_the_tour_cites_is_there():
-    tour = " ".join(PAGES["docs/TOUR.md"].split())
-    cited = re.findall(r"`([A-Za-z_][\w.]*)` \(`((?:lm|stages)/[\w/]+\.py)`\)", tour)
+@pytest.mark.parametrize("page", ["docs/TOUR.md", "docs/ARCHITECTURE.md"])
+def test_what_a_page_cites_is_there(page):
+    text = " ".join(re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S).split())
+    cited = re.findall(r"`([A-Za-z_][\w.]*)` \(`((?:lm|stages|tools)/[\w/]+\.py)`\)", text)
     assert len(cited) > 15
     for name, path in cited:
         assert set(name.split(".")) <= names_in(ROOT / path), (name, path)
@@ -221,9 +224,11 @@ def test_what_the_tour_cites_is_there():
     settings = {
         f"{s}.{key}" for s, keys in load_params(ROOT / "params.yaml").items() for key in keys
     }
-    for span in re.findall(r"(?<!`)`([A-Za-z_][\w.]*)`(?!`)", tour):
+    for span in re.findall(r"(?<!`)`([A-Za-z_][\w.]*)`(?!`)", text):
         known = span in settings or set(span.split(".")) <= everything or (ROOT / span).exists()
         assert known or span in SECTIONS, span
+    for folder in re.findall(r"`((?:lm|stages|tools|tests|presets)/[\w/]*)`", text):
+        assert (ROOT / folder).is_dir(), folder
 
 
 def snippets():

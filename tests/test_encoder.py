@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import lm.prepare.encoder
+import lm.prepare.gigatoken_guard
 from lm.base.errors import InputError
-from lm.data.tokenizer import END_TOKEN, Tokenizer, _byte_characters, byte_tokenizer
-from lm.prepare.encoder import NEWER_CHARACTERS, DocumentRefused, Encoder, EncodersDiffer
-from lm.prepare.learn import from_tiktoken, train_bpe
+from lm.data.tokenizer import END_TOKEN, Tokenizer, byte_characters, byte_tokenizer
+from lm.prepare.encoder import DocumentRefused, Encoder
+from lm.prepare.foreign import from_tiktoken
+from lm.prepare.gigatoken_guard import NEWER_CHARACTERS, EncodersDiffer
+from lm.prepare.learn import train_bpe
 from tests.project import ROOT
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -82,7 +85,7 @@ def test_ids_equal_tokenizers_and_tiktoken(encoder, encoding, bpe, texts):
 def test_both_libraries_and_both_ways_of_gigatoken_give_the_same(bpe, encoder, monkeypatch):
     documents = [line.encode() for text in MIXED for line in text.splitlines() if line] * 3
     one_by_one = encoder.encode(documents)
-    monkeypatch.setattr(lm.prepare.encoder, "SHORT_RUN", 0)
+    monkeypatch.setattr(lm.prepare.gigatoken_guard, "SHORT_RUN", 0)
     batched = encoder.encode(documents)
     slow = Encoder(bpe, "tokenizers")
     assert slow.library == "tokenizers"
@@ -211,7 +214,8 @@ def test_a_tokenizer_that_drops_bytes_is_noticed():
 def test_every_call_compares_a_sample_so_that_a_wrong_library_is_found_out(bpe, encoder):
     """gigatoken with another vocabulary stands in for one with a defect."""
     wrong = Encoder(bpe, "gigatoken")
-    wrong._gigatoken = Encoder(train_bpe(MIXED[:1], 2000), "gigatoken")._gigatoken
+    other = Encoder(train_bpe(MIXED[:1], 2000), "gigatoken")
+    wrong._gigatoken._library = other._gigatoken._library
     document = ENGLISH.encode()
     wrong._byte_lengths = train_bpe(MIXED[:1], 2000).byte_lengths.astype(np.int32)
     for documents in ([document], [b"the documents"], document.splitlines()[:5]):
@@ -222,9 +226,9 @@ def test_every_call_compares_a_sample_so_that_a_wrong_library_is_found_out(bpe, 
 
 def test_a_document_that_gets_lost_is_noticed(encoder, monkeypatch):
     """gigatoken drops empty ones from some sources; we pass none, and count."""
-    monkeypatch.setattr(lm.prepare.encoder, "SHORT_RUN", 0)
-    lose = encoder._by_gigatoken
-    monkeypatch.setattr(encoder, "_by_gigatoken", lambda texts: lose(texts[1:]))
+    monkeypatch.setattr(lm.prepare.gigatoken_guard, "SHORT_RUN", 0)
+    lose = encoder._gigatoken._encode
+    monkeypatch.setattr(encoder._gigatoken, "_encode", lambda texts: lose(texts[1:]))
     with pytest.raises(EncodersDiffer, match="made 2 texts of 3"):
         encoder.encode([b"a", b"b", b"c"])
 
@@ -232,12 +236,12 @@ def test_a_document_that_gets_lost_is_noticed(encoder, monkeypatch):
 GROWTH = """
 import random, sys
 import psutil
-import lm.prepare.encoder
+import lm.prepare.gigatoken_guard
 from lm.prepare.encoder import Encoder
 from lm.data.tokenizer import byte_tokenizer
 from lm.prepare.learn import train_bpe
 
-lm.prepare.encoder.CACHE_BYTES = int(sys.argv[1]) << 20
+lm.prepare.gigatoken_guard.CACHE_BYTES = int(sys.argv[1]) << 20
 encoder = Encoder(train_bpe(["low lower lowest"], 300), "gigatoken")
 letters = bytes(b"abcdefghijklmnopqrstuvwxyz      "[i % 32] for i in range(256))
 before = psutil.Process().memory_info().rss
@@ -310,7 +314,7 @@ PATTERNS = [GPT2, *(pytest.param(pattern, marks=pytest.mark.soak) for pattern in
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_character_is_classed_alike_or_known_not_to_be(pattern):
     """A tokenizer that merges a character with each neighbour unless the pattern parts them."""
-    characters = _byte_characters()
+    characters = byte_characters()
     pairs = [
         pair
         for probe in map(ord, "aA1. ")
@@ -325,7 +329,9 @@ def test_every_character_is_classed_alike_or_known_not_to_be(pattern):
     encoder = Encoder(other_pattern(Tokenizer(backend), pattern), "gigatoken")
 
     def differ(text):
-        return encoder._gigatoken.encode(text.encode()).tolist() != encoder.tokenizer.encode(text)
+        return encoder._gigatoken._library.encode(
+            text.encode()
+        ).tolist() != encoder.tokenizer.encode(text)
 
     private = {*range(0xD800, 0xF900), *range(0x40000, 0xE0000), *range(0xF0000, 0x110000)}
     codes = [code for code in range(128, 0x110000) if code not in private]
@@ -360,7 +366,7 @@ def test_refusals_travel_between_processes():
 
 
 def test_words_in_any_order_keep_their_ids_while_the_cache_is_renewed(bpe, monkeypatch):
-    monkeypatch.setattr(lm.prepare.encoder, "CACHE_BYTES", 0)
+    monkeypatch.setattr(lm.prepare.gigatoken_guard, "CACHE_BYTES", 0)
     encoder = Encoder(bpe, "gigatoken")
     words = ENGLISH.split(" ")
     for i in range(5):

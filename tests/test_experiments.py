@@ -63,8 +63,8 @@ def test_an_experiment_is_compared_renamed_branched_and_applied(finished):
         page = finished.folder / "metrics/report-compare.html"
         assert f"<h1>{name} and workspace</h1>" in page.read_text()
         page.unlink()
-    for module in ("report --compare", "compare"):
-        done = run(finished, "python", "-m", *f"stages.{module} nonsense".split())
+    for words in ("tools.report --compare", "tools.experiments.compare"):
+        done = run(finished, "python", "-m", *words.split(), "nonsense")
         assert (done.returncode, done.stdout.count("\n")) == (2, 1)
         assert done.stdout.startswith("error: unknown Git revision 'nonsense'; `dvc exp list`")
     dvc(finished, "exp", "branch", "higher", "adopted")

@@ -24,10 +24,12 @@ from transformers import (
 from lm.base.config import read_section
 from lm.base.errors import InputError
 from lm.base.files import write_json
-from lm.base.tables import samples
 from lm.data.tokenizer import byte_tokenizer, load_tokenizer
-from lm.export.card import MARK, aligned, loss_curve
-from lm.export.folder import ExportConfig, _compared, export, main, write
+from lm.evaluate.samples import Sample, samples_as_markdown
+from lm.export.agreement import compared
+from lm.export.card import MARK, ExportConfig, aligned
+from lm.export.curve import loss_curve
+from lm.export.folder import export, main, write
 from lm.generate.stream import generate
 from lm.model.huggingface import start_from, stock_config, stock_weights
 from lm.model.model_folder import load_model, save_model
@@ -113,7 +115,8 @@ def test_ids_and_greedy_text_are_the_same(saved, tmp_path, tokenizer, kind):
 
 
 def test_samples_that_run_from_right_to_left_are_framed_and_others_left_as_they_are():
-    latin, hebrew = samples([("a", 1, "b\n\nc\r# d")]), samples([("שלום", 1, " עולם\n\nb")])
+    latin = samples_as_markdown([Sample("a", 1.0, "b\n\nc\r# d")])
+    hebrew = samples_as_markdown([Sample("שלום", 1.0, " עולם\n\nb")])
     assert latin == "Prompt `a`, temperature 1:\n\n    ab\n\n    c\\r# d\n\n"
     assert aligned(latin) == latin
     framed = '<div dir="auto">\n\n    שלום עולם\n\n    b\n\n</div>\n\n'
@@ -184,7 +187,7 @@ def test_a_folder_of_others_is_left_as_it_is_and_ours_is_written_again(saved, tm
     (out / "deep").mkdir(parents=True)
     (out / "README.md").write_text("somebody's card")
     for place in (out, folder, tmp_path / "out" / "README.md"):
-        with pytest.raises(InputError, match=r"not written by lm.export.folder|not a folder"):
+        with pytest.raises(InputError, match=r"not written by lm.export|not a folder"):
             write(export(folder, NO_LICENSE, None), place)
     assert [file.name for file in sorted(out.iterdir())] == ["README.md", "deep"]
     assert (out / "README.md").read_text() == "somebody's card"
@@ -206,7 +209,7 @@ def test_rounding_is_told_from_a_wrong_model(saved):
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weight.mul_(8)
     text, config = [1, 2, 3], stock_config(ours.config, 0)
-    said = _compared(copy.deepcopy(ours), config, stock_weights(ours), text)
+    said = compared(copy.deepcopy(ours), config, stock_weights(ours), text)
     assert "all of it rounding" in said
     direct, exact = (float(number) for number in re.findall(r"\d\.\de-\d\d", said))
     assert direct > 1e-4
@@ -215,7 +218,7 @@ def test_rounding_is_told_from_a_wrong_model(saved):
     key = "model.layers.1.self_attn.k_proj.weight"
     swapped[key] = swapped[key].roll(1, dims=0)
     with pytest.raises(AssertionError, match="where nothing is rounded"):
-        _compared(ours, config, swapped, text)
+        compared(ours, config, swapped, text)
 
 
 def test_logits_that_are_no_numbers_are_none_that_agree(saved, tmp_path):
@@ -224,7 +227,7 @@ def test_logits_that_are_no_numbers_are_none_that_agree(saved, tmp_path):
     with torch.no_grad():
         ours.lm_head.weight.fill_(3e38)
     with pytest.raises(InputError, match="logits are not finite"):
-        _compared(ours, stock_config(ours.config, 0), stock_weights(ours), [7, 8])
+        compared(ours, stock_config(ours.config, 0), stock_weights(ours), [7, 8])
 
 
 # --- start_from -------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing, rows are independent, sampling keeps what it should."""
 
 import io
+import json
 import re
 import sys
 from dataclasses import replace
@@ -13,10 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from lm.base.errors import InputError
+from lm.base.files import write_json
+from lm.base.migrations import ADDED
 from lm.data.tokenizer import byte_tokenizer
+from lm.generate.__main__ import main
 from lm.generate.decoder import Decoder, memory_bytes
-from lm.generate.stream import Completion, complete, complete_many, generate, main, sample, stream
-from lm.model.model_folder import save_model
+from lm.generate.stream import Completion, complete, complete_many, generate, sample, stream
+from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import TransformerLM
 from tests.test_model import as_llama, variant_model
 
@@ -344,3 +349,15 @@ def test_wrong_options_are_one_line(arguments, message, capsys):
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_folder_from_before_a_setting_still_opens(folder):
+    file = folder / "config.json"
+    settings = json.loads(file.read_text())
+    model, _ = load_model(folder, torch.device("cpu"))
+    write_json(file, {key: value for key, value in settings.items() if key not in ADDED["model"]})
+    older, _ = load_model(folder, torch.device("cpu"))
+    assert older.config == replace(model.config, **ADDED["model"])
+    write_json(file, {key: value for key, value in settings.items() if key != "norm"})
+    with pytest.raises(InputError, match=r"missing key model\.norm$"):
+        load_model(folder, torch.device("cpu"))

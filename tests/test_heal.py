@@ -355,8 +355,8 @@ def test_a_repository_that_git_does_not_trust_is_one_line(project, tmp_path, mon
         monkeypatch.setenv(variable, str(tmp_path))
     for path in (project.folder, project.folder / ".git"):
         os.chown(path, 12345, 12345)
-    for command in (("heal",), ("report",), ("plots", "HEAD")):
-        done = run(project, "python", "-m", f"stages.{command[0]}", *command[1:])
+    for command in (("heal",), ("report",), ("report.plots", "HEAD")):
+        done = run(project, "python", "-m", f"tools.{command[0]}", *command[1:])
         assert (done.returncode, done.stdout.count("\n")) == (3, 1), done.stdout
         assert f"--add safe.directory {project.folder}" in done.stdout
 

@@ -1,9 +1,10 @@
-"""The house rules that can be checked: floors, DVC dependencies, sizes, pins, the README."""
+"""The house rules that can be checked: wings, DVC dependencies, sizes, copies, pins, the README."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_a_wing_says_its_one_job_in_five_lines(name):
     assert (ROOT / name / begin).is_file()
 
 
+def test_readme_names_every_wing():
+    _, _, tour = (ROOT / "README.md").read_text().partition("## A tour of the house\n")
+    assert not [name for name in WINGS if f"{name}/" not in tour.partition("\n## ")[0]]
+
+
+def test_what_a_newcomer_reads_is_short():
+    files = [ROOT / file for file in FILES if wing(file) in ("lm/model", "lm/train")]
+    assert sum(file.read_text().count("\n") for file in files) < 2500
+
+
 def test_no_two_wings_have_a_file_of_one_name():
     names = [Path(file).name for file in FILES if file.startswith("lm/")]
     assert not {n for n in names if names.count(n) > 1} - {"__init__.py", "__main__.py"}
@@ -117,6 +128,20 @@ def test_dvc_deps_are_the_wings_each_stage_imports(stage):
     code = {dep for dep in PIPELINE[stage]["deps"] if dep.startswith(("lm/", "stages/"))}
     reached = closure(f"stages.{stage}")
     assert code == {file if file.startswith("stages/") else wing(file) for file in reached}
+
+
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_the_page_names_the_wings_of_each_stage(stage):
+    (wings,) = re.findall(rf"^\| {stage} \|.*\| ([\w, ]+) \|$", ARCHITECTURE, re.M)
+    deps = PIPELINE[stage]["deps"]
+    assert wings.split(", ") == [dep[3:] for dep in deps if re.fullmatch(r"lm/\w+", dep)]
+
+
+def test_what_python_and_editors_leave_in_a_wing_runs_no_stage_again():
+    litter = [f"lm/base/{name}" for name in ("__pycache__/files.pyc", ".files.py.swp", "files.py~")]
+    ask = [sys.executable, "-m", "dvc", "check-ignore", "lm/base/files.py", *litter]
+    done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == litter
 
 
 def test_each_stage_depends_on_the_settings_it_reads():
@@ -154,6 +179,89 @@ def test_a_stage_is_short(stage):
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
+
+
+@pytest.mark.parametrize("file", ["lm/train/loop.py", "lm/train/step.py"])
+def test_the_loop_and_a_step_are_read_on_one_screen(file):
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 45, node.name
+
+
+def test_the_map_of_the_pipeline_is_short():
+    assert (ROOT / "dvc.yaml").read_text().count("\n") < 200
+
+
+# --- nothing stands twice ---------------------------------------------------------------
+
+COPIED_LINES = 6  # of a function as Python prints it, a statement a line: about eight as we wrap
+
+
+class Anonymous(ast.NodeTransformer):
+    """A function but for what a copy of it may call or say in another way.
+
+    That is its own name, its arguments and variables, annotations, docstrings and texts.
+    """
+
+    def __init__(self, function):
+        names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+        self.own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        self.own |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+
+    def visit_FunctionDef(self, node):
+        self.generic_visit(node)
+        node.name, node.returns = "_", None
+        return node
+
+    def visit_Name(self, node):
+        return ast.Name("_") if node.id in self.own - {"self"} else node
+
+    def visit_arg(self, node):
+        return ast.arg("_")
+
+    def visit_AnnAssign(self, node):
+        self.generic_visit(node)
+        node.annotation = ast.Name("_")
+        return node
+
+    def visit_Constant(self, node):
+        return ast.Constant("") if isinstance(node.value, str) else node
+
+    def visit_JoinedStr(self, node):
+        return ast.Constant("")
+
+
+def functions(text):
+    """(name, node) of the functions and methods of a file; those within one are part of it."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef):
+            methods = (n for n in node.body if isinstance(n, ast.FunctionDef))
+            yield from ((f"{node.name}.{method.name}", method) for method in methods)
+
+
+def copies(texts):
+    """The groups of functions, as "file: name", that have COPIED_LINES alike in one piece."""
+    found = defaultdict(set)
+    for file, text in texts.items():
+        for name, function in functions(text):
+            lines = ast.unparse(Anonymous(function).visit(function)).split("\n")[1:]
+            lines = [line.strip() for line in lines if line.strip(" '\"")]
+            for i in range(len(lines) - COPIED_LINES + 1):
+                found[tuple(lines[i : i + COPIED_LINES])].add(f"{file}: {name}")
+    return {tuple(sorted(places)) for places in found.values() if len(places) > 1}
+
+
+def test_no_logic_stands_twice():
+    assert not copies({file: (ROOT / file).read_text() for file in FILES})
+
+
+def test_a_copy_with_other_names_and_words_is_found():
+    text = (ROOT / "lm" / "base" / "files.py").read_text()
+    renamed = text.replace("scratch", "draft").replace("chunks", "parts").replace("The data", "It")
+    assert renamed != text
+    assert ("a: atomic_write", "b: atomic_write") in copies({"a": text, "b": renamed})
 
 
 def test_presets_have_the_keys_of_params_yaml():

@@ -149,7 +149,10 @@ def test_a_killed_repro_of_two_processes_goes_on_where_it_was(
     assert outputs(project) == undisturbed_pair.outputs
 
 
-@pytest.mark.parametrize("moment", ["publishing", "before the first step", "saving"])
+@pytest.mark.parametrize(
+    "moment",
+    ["publishing", pytest.param("before the first step", marks=pytest.mark.soak), "saving"],
+)
 @pytest.mark.parametrize("number", [pytest.param(TERM, marks=pytest.mark.soak), KILL])
 def test_a_repro_killed_at_its_worst_moments_goes_on(project, undisturbed, moment, number):
     published = project.folder / "models/checkpoints/best.safetensors"

@@ -1,5 +1,6 @@
 """The model against loops in float64, against transformers' Llama, and against its own promises."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lm.base.config import load_params, read_section
 from lm.base.errors import InputError
-from lm.model.kernels import cross_entropy
+from lm.model.kernels import cross_entropy, rotate
 from lm.model.transformer import (
     ModelConfig,
     RMSNorm,
@@ -149,13 +150,26 @@ def test_checkpointed_gradients_of_masked_windows_are_the_same(model_config):
 
 def test_a_masked_model_is_never_run_without_its_mask_nor_another_with_one(model_config, model):
     masked = TransformerLM(replace(model_config, intra_document_masking=True))
-    with pytest.raises(ValueError, match="documents are for models with intra_document_masking"):
+    with pytest.raises(ValueError, match="pass documents if and only if"):
         masked(PACKED)
-    with pytest.raises(ValueError, match="documents are for models with intra_document_masking"):
+    with pytest.raises(ValueError, match="pass documents if and only if"):
         model(PACKED, documents=PACKED)
     with pytest.raises(InputError, match="no id is known to end a document"):
         masked.documents(PACKED, None)
     assert model.documents(PACKED, None) is None
+
+
+def with_third_choice(config, key):
+    """The settings with a value that is none of the choices, as one that was added elsewhere."""
+    changed = copy.copy(config)
+    object.__setattr__(changed, key, "third")
+    return changed
+
+
+@pytest.mark.parametrize("key", ["norm", "norm_position", "position_embedding", "ffn"])
+def test_a_third_choice_is_never_computed_as_another(model_config, key):
+    with pytest.raises((AssertionError, KeyError), match="third"):
+        TransformerLM(with_third_choice(model_config, key))
 
 
 def test_parameter_count_of_the_requirement(model_config):
@@ -233,8 +247,11 @@ def test_rope_turns_interleaved_pairs_as_complex_numbers():
     rope = RotaryEmbedding(head_dim=8, context_length=32, theta=10000.0)
     x = torch.randn(1, 1, 24, 8)
     expected = [reference.rotate(row, t, 10000.0) for t, row in enumerate(x[0, 0].double().numpy())]
-    got = rope(x)[0, 0].double()
+    got = rotate(x, *rope(24))[0, 0].double()
+    halves = [*range(0, 8, 2), *range(1, 8, 2)]
+    as_compiled = rotate(x[..., halves], *rope(24), evens_first=True)[0, 0].double()
     torch.testing.assert_close(got, torch.tensor(np.array(expected)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(as_compiled, got[:, halves], atol=1e-6, rtol=1e-6)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model_config):

@@ -64,7 +64,7 @@ MANY_BUCKETS = {"vocab_size": 12_000}  # DistributedDataParallel sends gradients
 SETTINGS = [
     (MANY_BUCKETS, {}),
     ({}, {"optimizer": "muon"}),
-    ({"tie_embeddings": True, "vocab_size": 97}, {}),
+    pytest.param({"tie_embeddings": True, "vocab_size": 97}, {}, marks=pytest.mark.soak),
     ({"dropout": 0.2}, {"gradient_checkpointing": True, "dtype": "bfloat16"}),
 ]
 

@@ -26,6 +26,7 @@ from lm.base.errors import EnvironmentFault, InputError
 from lm.base.runs import run_folder
 from lm.base.settings import EvaluateConfig, share_of_batch
 from lm.data.batches import Split
+from lm.evaluate.metrics import require_logits_fit
 from lm.machine.device import autocast
 from lm.machine.gauges import free_memory_bytes
 from lm.machine.processes import Processes
@@ -54,7 +55,6 @@ from lm.plan.plan import (
 from lm.train.loop import train
 from lm.train.parallel import Replicated, Sharded
 from lm.train.state import new_state
-from stages.evaluate import require_logits_fit
 from tests import test_run
 from tests.project import ROOT
 from tests.test_train import SPLIT, run, weights

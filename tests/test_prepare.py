@@ -321,7 +321,7 @@ def test_nothing_is_reused_after_a_change_of(desk, changes):
 def test_what_decides_no_bytes_changes_no_key(desk):
     desk.make()
     desk.config = replace(
-        desk.config, packages=[], glob="**/*.txt", sources={"a": SourceConfig(".", "text", 2.0)}
+        desk.config, glob="**/*.txt", sources={"a": SourceConfig(".", "text", 2.0)}
     )
     assert encoded(desk) == 0
 

@@ -77,7 +77,10 @@ def weights(project, storage):
     return storage / f"files/md5/{md5[:2]}/{md5[2:]}"
 
 
-@pytest.mark.parametrize("kind", WRITABLE)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.soak if k == "webdav" else ()) for k in WRITABLE],
+)
 def test_what_is_pushed_comes_back_in_a_fresh_clone(kind, trained, tmp_path):
     project = copied(trained, tmp_path / "project")
     with WRITABLE[kind](tmp_path / kind) as remote:

@@ -27,8 +27,10 @@ from lm.base.errors import EnvironmentFault
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.model_folder import save_model
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.serve.app import READ_SECONDS, main
-from lm.serve.completions import Served, Usage, fault
+from lm.serve.app import READ_SECONDS, fault
+from lm.serve.completions import Served, Usage
+from lm.serve.request import read_prompts, read_request
+from lm.serve.server import main
 from tests.browser import BROWSER
 from tests.project import ROOT, SMOKE
 from tests.servers import HOST
@@ -76,7 +78,7 @@ def server(folder):
     command = [
         sys.executable,
         "-m",
-        "lm.serve.app",
+        "lm.serve",
         "--port",
         "0",
         "--device",
@@ -408,9 +410,10 @@ def test_more_than_fits_into_memory_is_refused_with_what_it_would_take(model_con
         model_config, vocab_size=256, context_length=1 << 30, position_embedding="none"
     )
     served = Served("model", 0, TransformerLM(config), byte_tokenizer())
-    asked, prompts = served.read(ONE | {"n": 128})
+    asked = read_request(ONE | {"n": 128})
+    prompts = read_prompts(asked, served.tokenizer, config.context_length)
     with pytest.raises(EnvironmentFault) as refused:
-        next(served.choices(asked, prompts, Usage(), lambda: False))
+        next(served.answer(asked, prompts, Usage(), lambda: False))
     answer, status = fault(refused.value)
     assert status == 503
     assert answer["error"]["message"].startswith("128 completions at once need ")

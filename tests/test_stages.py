@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(long, number, code):
     assert outputs(project) == straight
 
 
-@pytest.mark.parametrize("command", ["stages.train", "lm.plan.plan"])
+@pytest.mark.parametrize("command", ["stages.train", "lm.plan"])
 def test_ctrl_c_while_torch_is_imported_is_no_traceback(prepared, command):
     (prepared.folder / "torch.py").write_text("raise KeyboardInterrupt\n")
     result = prepared.run("python", "-m", command)

@@ -19,22 +19,14 @@ from transformers import AutoTokenizer
 from lm.base.errors import EnvironmentFault, InputError
 from lm.data.tokenizer import (
     END_TOKEN,
-    _byte_characters,
+    byte_characters,
     byte_tokenizer,
     load_tokenizer,
     open_tokenizer_json,
 )
-from lm.prepare.learn import (
-    LARGE_BYTES,
-    LONG_RUN,
-    _split,
-    _train_by_gigatoken,
-    _with_long_runs_cut,
-    foreign_tokenizer,
-    from_tiktoken,
-    train_bpe,
-    train_bpe_large,
-)
+from lm.prepare.foreign import foreign_tokenizer, from_tiktoken
+from lm.prepare.gigatoken_guard import LARGE_BYTES, learn, split_at_nul
+from lm.prepare.learn import LONG_RUN, _with_long_runs_cut, train_bpe, train_bpe_large
 from tests import reference
 from tests.project import ROOT
 
@@ -48,7 +40,7 @@ TEXTS = [
 SOURCE = (ROOT / "lm" / "data" / "tokenizer.py").read_text()
 HEX_ORDER = {byte: byte for byte in range(256)}
 GPT2_ORDER = {
-    byte: i for i, byte in enumerate(sorted(range(256), key=_byte_characters().__getitem__))
+    byte: i for i, byte in enumerate(sorted(range(256), key=byte_characters().__getitem__))
 }
 
 
@@ -60,7 +52,7 @@ def words(texts):
 
 
 def spelled(token):
-    return bytes(map(_byte_characters().index, token))
+    return bytes(map(byte_characters().index, token))
 
 
 def test_training_equals_an_independent_trainer():
@@ -100,10 +92,10 @@ NEWER = "\ua7ce\ua7ce letters of Unicode 17"
 
 
 def test_a_large_corpus_gives_the_same_tokenizer_by_either_library(monkeypatch, capfd):
-    monkeypatch.setattr("lm.prepare.learn.LARGE_BYTES", 1 << 19)
+    monkeypatch.setattr("lm.prepare.gigatoken_guard.LARGE_BYTES", 1 << 19)
     joined = "\0".join([*LARGE, NEWER * 1000]).encode()
     fast = train_bpe_large(joined, 2000).backend.to_str()
-    assert _train_by_gigatoken("\0".join(LARGE).encode(), 2000, END_TOKEN) is not None
+    assert learn("\0".join(LARGE).encode(), 1999) is not None
     monkeypatch.setitem(sys.modules, "gigatoken", None)  # its import now fails
     assert train_bpe_large(joined, 2000).backend.to_str() == fast
     assert train_bpe(LARGE, 2000).backend.to_str() == fast
@@ -118,10 +110,9 @@ def test_32_megabytes_give_the_same_tokenizer_by_either_library():
     drawn = rng.zipf(1.2, size=8 << 20) % len(known)
     joined = b"".join(known[i] for i in drawn).replace(b"\n\n", b"\0")
     assert len(joined) > LARGE_BYTES
-    fast = _train_by_gigatoken(joined, 5000, END_TOKEN)
-    assert (
-        fast.backend.to_str() == train_bpe(map(bytes.decode, _split(joined)), 5000).backend.to_str()
-    )
+    assert learn(joined, 4999) is not None
+    fast = train_bpe_large(joined, 5000).backend.to_str()
+    assert fast == train_bpe(map(bytes.decode, split_at_nul(joined)), 5000).backend.to_str()
 
 
 @given(st.lists(st.text(st.sampled_from("ab1² .-\u0301\n\u3000_é")), max_size=4))
@@ -146,7 +137,7 @@ def longest_word(text):
 @pytest.mark.parametrize("unit", ["acgt", "é", "\u0301", "7", "=-", " \n\t", "\u3000 "])
 def test_a_run_without_a_word_break_is_learnt_in_pieces(monkeypatch, unit):
     text = "def f():\n    return 1 " + unit * 1000 + "!"
-    monkeypatch.setattr("lm.prepare.learn.LARGE_BYTES", 1 << 30)
+    monkeypatch.setattr("lm.prepare.gigatoken_guard.LARGE_BYTES", 1 << 30)
     by_tokenizers = train_bpe_large(text.encode(), 300).backend.to_str()
     pieces = _with_long_runs_cut(text.encode()).decode().split("\0")
     assert len(pieces) == 1 + (1000 * len(unit) - 1) // LONG_RUN or unit.isspace()
@@ -168,7 +159,7 @@ def test_a_small_corpus_is_left_to_tokenizers():
 
 def test_when_pairs_run_out_no_made_up_merge_is_learnt(monkeypatch):
     """gigatoken goes on with pairs that no longer occur."""
-    monkeypatch.setattr("lm.prepare.learn.LARGE_BYTES", 0)
+    monkeypatch.setattr("lm.prepare.gigatoken_guard.LARGE_BYTES", 0)
     _, merges = gigatoken.train_bpe(b"low lower", 300, [], "huggingface", b"\0")
     possible = reference.train_bpe(words(["low lower"]), 300, GPT2_ORDER, lambda pair, _: pair)
     assert len(merges) > len(possible)
@@ -380,7 +371,7 @@ def test_ids_that_no_token_has_are_known_and_spell_nothing(bpe, tmp_path):
 
 def test_a_pattern_that_takes_years_is_stopped(bpe, tmp_path, monkeypatch):
     """Each match stays below the library's limit of retries, but there is one at every place."""
-    monkeypatch.setattr("lm.prepare.learn.TRIAL_SECONDS", 3)
+    monkeypatch.setattr("lm.prepare.foreign.TRIAL_SECONDS", 3)
     file = with_pattern(bpe, tmp_path / "foreign.json", "(?:a{1,60}){1,3}b|.")
     started = time.monotonic()
     with pytest.raises(

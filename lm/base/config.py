@@ -10,6 +10,7 @@ which `python -m tools.settings` makes docs/SETTINGS.md:
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import math
@@ -33,6 +34,7 @@ import yaml
 from lm.base.errors import InputError
 
 Config = TypeVar("Config")
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,23 @@ class Bound:
 
     holds: Callable[[Any], bool]
     text: str
+
+
+def key_of(file: str, registry: str) -> Bound:
+    """Return the bound "a key of this dict", as of ACTIVATIONS in lm/model/activations.py.
+
+    The file is parsed, not imported: settings are checked before torch is loaded, and by stages
+    that do not depend on the file.
+    """
+    tree = ast.parse((ROOT / file).read_text())
+    (found,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == registry
+    )
+    assert isinstance(found, ast.Dict)
+    keys = [key.value for key in found.keys if isinstance(key, ast.Constant)]
+    return Bound(lambda x: x in keys, f"must be one of {', '.join(map(str, keys))}")
 
 
 POSITIVE = Bound(lambda x: x > 0, "must be > 0")
@@ -84,6 +103,11 @@ class RuntimeConfig:
 
 MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds
 SECTIONS = ("corpus", "data", "tokenizer", "model", "train", "evaluate", "export", "runtime")
+RENAMED = {  # settings that have moved: a line each
+    "data.source": "corpus.source",
+    "data.packages": "corpus.packages",
+    "data.grammar_bytes": "corpus.grammar_bytes",
+}
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +146,8 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
         *parents, name = key.split(".")
         if not (equals and parents):
             raise InputError(f"-S {override}: expected section.key=value, as in -S train.lr=1e-3")
+        if key in RENAMED:
+            raise InputError(f"-S {override}: {key} is called {RENAMED[key]} now")
         known = dict(_keys(params))
         if key not in known:
             raise InputError(f"-S {override}: unknown key {key}{_suggest(key, known)}")
@@ -143,6 +169,9 @@ def _sections(params: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
             raise InputError(f"{path}: unknown section {_brief(name)}{_suggest(name, SECTIONS)}")
         if not isinstance(section, dict):
             raise InputError(f"{path}: section {name} holds no keys")
+    for key, _ in _keys(params):
+        if key in RENAMED:
+            raise InputError(f"{path}: {key} is called {RENAMED[key]} now; move it there")
     return params
 
 

@@ -21,6 +21,7 @@ from lm.base.config import (
     UP_TO_ONE,
     Bound,
     Count,
+    key_of,
 )
 from lm.base.errors import InputError
 
@@ -56,7 +57,7 @@ class ModelConfig:
         "norm before each layer, or after it and its residual; for ablations",
     ]
     position_embedding: Annotated[Literal["rope", "none"], "for ablations"]
-    ffn: Annotated[Literal["swiglu", "silu"], "for ablations"]
+    ffn: Annotated[str, key_of("lm/model/activations.py", "ACTIVATIONS"), "for ablations"]
     intra_document_masking: Annotated[
         bool, "attend within the document alone, not across its end token"
     ]

@@ -1,12 +1,10 @@
-"""Results as text for people, and what the files that they are read from must hold."""
+"""Results as text for people: Markdown tables and remarks."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from lm.base.errors import InputError
 
 WORSE = 0.01  # times the best validation loss is noise
 DIVERGED = "diverged_at_step"  # in metrics/train.json of a run that has curves and no results
@@ -21,127 +19,9 @@ ROWS = {
     "floor": "entropy of the grammar",
 }
 
-NUMBER, MAYBE, COUNT, SOME = "a number", "a number or null", "a count", "a count of 1 or more"
-POSITIVE, TEXT, FLAG, GUESS = "a number > 0", "text", "true or false", "a name and a probability"
-SHOWN = "what UTF-8 can show"
-_KINDS = {
-    NUMBER: lambda x: _is_number(x),
-    MAYBE: lambda x: x is None or _is_number(x),
-    COUNT: lambda x: type(x) is int and 0 <= x < 1 << 63,
-    SOME: lambda x: type(x) is int and 1 <= x < 1 << 63,
-    POSITIVE: lambda x: _is_number(x) and x > 0,
-    TEXT: lambda x: _is_text(x),
-    GUESS: lambda x: isinstance(x, list) and len(x) == 2 and _is_text(x[0]) and _is_number(x[1]),
-    FLAG: lambda x: isinstance(x, bool),
-    SHOWN: lambda x: _is_text(str(x)),
-}
-_SIDE = {"documents": COUNT, "bytes": COUNT, "tokens": SOME}
-_SOURCE = {
-    **dict.fromkeys(("documents", "bytes", "tokens"), COUNT),
-    **dict.fromkeys(("longest_document_bytes", "vocabulary_used"), COUNT),
-    "bytes_per_token": NUMBER,
-    "valid": {"tokens": COUNT},
-}
-# what is read of each file: "key?" may be missing, "*" is every key, a list holds any number
-SHAPES: dict[str, Any] = {
-    "data.json": {
-        **_SOURCE,
-        **dict.fromkeys(("train", "valid"), _SIDE),
-        "vocabulary": SOME,
-        **dict.fromkeys(("duplicates", "replacement_characters"), COUNT),
-        "left_out": {"*": COUNT},
-        "sources": {"*": _SOURCE},
-    },
-    "train.json": {
-        **dict.fromkeys(("step", "tokens", "parameters", "best_step"), SOME),
-        **dict.fromkeys(("train_loss", "valid_loss", "best_valid_loss"), NUMBER),
-    },
-    "eval.json": {
-        **dict.fromkeys(("loss_nats", "bits_per_byte"), POSITIVE),
-        **dict.fromkeys(("perplexity", "accuracy", "calibration_error"), NUMBER),
-        **dict.fromkeys(("tokens", "bytes"), SOME),
-        "baseline_loss_nats": dict.fromkeys(("uniform", "unigram", "bigram"), NUMBER),
-        **dict.fromkeys(("floor_bits_per_byte?", "distance_to_floor?"), NUMBER),
-    },
-    "samples.json": [{"prompt": TEXT, "temperature": NUMBER, "completion": TEXT}],
-    "held_out.json": [
-        {
-            "whole": FLAG,
-            "tokens": [{"text": TEXT, "name": TEXT, "loss_nats": NUMBER, "guesses": [GUESS]}],
-        }
-    ],
-    "performance.json": {
-        **{key: {"predicted": MAYBE, "measured": NUMBER} for key in ("seconds", "memory_bytes")},
-        **dict.fromkeys(("tokens_per_second", "step_seconds_median", "flops_per_token"), NUMBER),
-        **dict.fromkeys(("matmul_flops_per_second", "mfu", "micro_batch_size"), NUMBER),
-        "compiled": FLAG,
-        **dict.fromkeys(("mfu_is_of", "device", "dtype"), TEXT),
-        "num_devices?": SOME,
-    },
-    "provenance.json": {
-        "model": {
-            "*": SHOWN,
-            **dict.fromkeys(("vocab_size", "context_length", "num_layers", "d_model"), SOME),
-        },
-        "train": {"*": SHOWN},
-        **{key: {"*": TEXT} for key in ("inputs", "code")},
-        "environment": {"*": SHOWN},
-    },
-    "corpus.json": [{"package?": TEXT, "version?": TEXT, "bytes": COUNT, "sha256": TEXT}],
-}
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # not nan; room for sums
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)  # has no UTF-8
-
-
-def require_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise InputError unless a value of JSON has what is read of it; more may be there."""
-    if isinstance(shape, str):
-        if not _KINDS[shape](value):
-            raise InputError(f"{where} = {str(value)[:40]}, expected {shape}; run `dvc repro`")
-        return
-    if type(value) is not type(shape):
-        kind = "a list" if isinstance(shape, list) else "keys and values"
-        raise InputError(f"{where} = {str(value)[:40]}, expected {kind}; run `dvc repro`")
-    if isinstance(shape, list):
-        for number, item in enumerate(value):
-            require_shape(item, shape[0], f"{where}[{number}]")
-        return
-    for key, inner in shape.items():
-        for name in value if key == "*" else (key.removesuffix("?"),):
-            if key == "*":
-                require_shape(name, TEXT, where)
-            if name in value:
-                require_shape(value[name], inner, f"{where}{'.' if ': ' in where else ': '}{name}")
-            elif not key.endswith("?"):
-                raise InputError(f"{where}: no {name} in it; run `dvc repro`")
-
-
-def summary(
-    metrics: Mapping[str, Any],
-    baselines: Mapping[str, float],
-    sample: tuple[str, str],
-    places: Mapping[str, str],
-    remarks: Iterable[str] = (),
-) -> str:
-    """The validation loss beside its baselines, a sample, and where everything lies (Markdown)."""
-    prompt, completion = sample
-    lines = [
-        loss_table(metrics, baselines),
-        *(f"Warning: {remark}\n" for remark in remarks),
-        _sample(f"Prompt `{prompt}`", prompt + completion),
-        *(f"{what:<12} {where}" for what, where in places.items()),
-    ]
-    return "\n".join(lines) + "\n"
-
 
 def behind_bigram(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str | None:
-    """That counting pairs of tokens predicts better than the model, in words; None if not."""
+    """Return a remark if counting pairs of tokens predicts better than the model."""
     loss, bigram = metrics["loss_nats"], baselines["bigram"]
     if loss <= bigram:
         return None
@@ -152,7 +32,7 @@ def behind_bigram(metrics: Mapping[str, Any], baselines: Mapping[str, float]) ->
 
 
 def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str:
-    """The validation loss beside its baselines (Markdown)."""
+    """Return the validation loss beside its baselines as Markdown."""
     bits = metrics["tokens"] / (math.log(2) * metrics["bytes"])  # nats/token to bits/byte
     losses = {**baselines, "loss_nats": metrics["loss_nats"]}
     if "floor_bits_per_byte" in metrics:
@@ -173,24 +53,8 @@ def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> st
     return "\n".join(lines) + "\n"
 
 
-def samples(texts: Iterable[tuple[str, float, str]]) -> str:
-    """Prompts, temperatures and completions (Markdown)."""
-    return "".join(
-        _sample(f"Prompt `{prompt}`, temperature {temperature:g}", prompt + completion)
-        for prompt, temperature, completion in texts
-    )
-
-
-def _sample(head: str, text: str) -> str:
-    return f"{head}:\n\n{_indented(text)}\n\n"
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}".rstrip() for line in plain(text).rstrip().split("\n"))
-
-
 def plain(text: str) -> str:
-    """A text whose control characters are written out: of a model, they may be any.
+    """Write out the control characters of a text; a model may generate any.
 
     A terminal would obey them, and Markdown ends a line at a carriage return.
     """
@@ -198,7 +62,7 @@ def plain(text: str) -> str:
 
 
 def data_table(report: Mapping[str, Any]) -> str:
-    """What the tokens hold, by source and in all, and what was left out (Markdown)."""
+    """Return what the tokens hold, by source and in all, and what was left out, as Markdown."""
     rows = [*report["sources"].items(), *([("all", report)] if len(report["sources"]) > 1 else [])]
     lines = [
         "| source | documents | bytes | tokens | held out | bytes per token | longest document "
@@ -230,7 +94,7 @@ def data_table(report: Mapping[str, Any]) -> str:
 
 
 def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]], left_out: str) -> str:
-    """How many files of each suffix were read, and as what, and which were not (Markdown)."""
+    """Return how many files of each suffix were read, and as what, as Markdown."""
     order = sorted(kinds, key=lambda kind: (kind[0], -len(kind[3]), kind[1]))
     lines = ["| source | suffix | files | read as |", "|--------|--------|------:|---------|"]
     lines += [
@@ -254,9 +118,9 @@ def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]], left_out:
 
 
 def ended_worse(train: Mapping[str, Any], publishes_best: bool) -> str | None:
-    """That a training ended worse than it was, of its metrics/train.json, in words; None if not.
+    """Return a remark if a training, by its metrics/train.json, ended worse than its best.
 
-    With early stopping the best model is published, and all is well.
+    With early stopping the best model is published, so there is none.
     """
     best, last = train["best_valid_loss"], train["valid_loss"]
     if publishes_best or last <= (1 + WORSE) * best:

@@ -133,7 +133,7 @@ class Tokenizer:
     @cached_property
     def _bytes_of_id(self) -> dict[int, bytes]:
         special = self.backend.get_added_tokens_decoder()
-        bytes_of_character = {c: bytes([b]) for b, c in enumerate(_byte_characters())}
+        bytes_of_character = {c: bytes([b]) for b, c in enumerate(byte_characters())}
         no_token = dict.fromkeys(range(self.vocab_size), b"")  # transformers passes over these, too
         return no_token | {
             i: token.encode()
@@ -211,23 +211,24 @@ def _raised_by_library(error: BaseException) -> bool:
 
 def byte_tokenizer(end_token: str = END_TOKEN) -> Tokenizer:
     """Each byte is its own id, 256 in all. Id 255 ends a document: UTF-8 has no byte 0xff."""
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-    del vocabulary[_byte_characters()[255]]
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    del vocabulary[byte_characters()[255]]
     vocabulary[end_token] = 255
-    backend = _byte_level_backend(models.BPE(vocab=vocabulary, merges=[]), use_regex=False)
+    backend = byte_level_backend(models.BPE(vocab=vocabulary, merges=[]), use_regex=False)
     backend.add_special_tokens([end_token])
     return Tokenizer(backend, end_token)
 
 
-def _byte_level_backend(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:
+def byte_level_backend(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:
+    """Return a model of merges that spells bytes; `use_regex` cuts text by GPT-2's pattern."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _byte_characters() -> list[str]:
-    """The character that spells each byte in a byte-level vocabulary (GPT-2's encoder.py).
+def byte_characters() -> list[str]:
+    """Return the character that spells each byte in a byte-level vocabulary (GPT-2's encoder.py).
 
     Printable Latin-1 characters spell themselves; the other bytes take U+0100 and on.
     """

@@ -1,4 +1,4 @@
-"""What a loss is compared with: baselines, an excerpt.
+"""The metrics of a model and what they are compared with; samples; the summary.
 
-Begin with baselines.py.
+Begin with metrics.py.
 """

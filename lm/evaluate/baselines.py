@@ -1,10 +1,12 @@
-"""What can be predicted without a neural network: the losses that a model has to beat."""
+"""Baselines: the losses of predictors without a neural network."""
 
 import math
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lm.data.batches import Tokens
 
 CHUNK_TOKENS = 1 << 22
 
@@ -17,8 +19,15 @@ class Sliced(Protocol):
     def __getitem__(self, place: slice, /) -> NDArray[Any]: ...
 
 
+def baseline_losses_nats(tokens: Tokens) -> dict[str, float]:
+    """Return the losses of the baselines on the validation split, in nats per token."""
+    vocab_size = tokens.vocab_size
+    unigram, bigram = Bigram(tokens.train.tokens, vocab_size).losses_nats(tokens.valid.tokens)
+    return {"uniform": uniform_loss_nats(vocab_size), "unigram": unigram, "bigram": bigram}
+
+
 def uniform_loss_nats(vocab_size: int) -> float:
-    """Loss of guessing every token alike, in nats per token: ln V."""
+    """Return the loss of guessing every token alike, in nats per token: ln V."""
     return math.log(vocab_size)
 
 
@@ -55,7 +64,7 @@ class Bigram:
         self.keys, self.pair_counts = merged, total
 
     def losses_nats(self, tokens: Sliced) -> tuple[float, float]:
-        """Unigram and bigram loss, nats per token, of every token but the first."""
+        """Return the unigram and bigram loss of every token but the first, in nats per token."""
         unigram = bigram = 0.0
         for start in range(0, len(tokens) - 1, CHUNK_TOKENS):
             chunk = np.asarray(tokens[start : start + CHUNK_TOKENS + 1], dtype=np.int64)
@@ -67,7 +76,7 @@ class Bigram:
     def probability(
         self, history: NDArray[np.int64], targets: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """P(target | history), element by element."""
+        """Return P(target | history), element by element."""
         keys = history * self.vocab_size + targets
         places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         pairs = np.where(self.keys[places] == keys, self.pair_counts[places], 0)

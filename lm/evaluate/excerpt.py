@@ -1,4 +1,4 @@
-"""An excerpt of a split, token by token: its loss, and what the model held for likely instead."""
+"""An excerpt of a split, token by token: its loss, and what the model held most probable."""
 
 import codecs
 import json
@@ -17,34 +17,34 @@ from lm.machine.device import to_device
 from lm.model.transformer import TransformerLM
 
 MAX_TOKENS, MAX_GUESSES = 1500, 5
-SEARCHED = 1 << 20  # tokens in which the documents are looked for
-MAX_CHARACTERS = 100  # of a token that are shown: BPE makes one token of a long run
+SEARCHED = 1 << 20  # tokens at the start of the split in which documents are searched
+MAX_CHARACTERS = 100  # shown of a token: BPE makes one token of a long run
 
 
 @dataclass(frozen=True)
-class Token:
-    """A token in its place."""
+class ScoredToken:
+    """A token of a document, and how well the model predicted it."""
 
-    text: str  # what the excerpt gains by it: nothing until the last byte of a character is there
+    text: str  # the characters that it completes: none before the last byte of a character
     name: str  # the token by itself; bytes that are no character as \\xc3
     loss_nats: float
     guesses: list[tuple[str, float]]  # the most probable tokens, by name, and their probabilities
 
 
 @dataclass(frozen=True)
-class Document:
-    """Of the split; all of it, or its beginning."""
+class ScoredDocument:
+    """A document of the split, or its beginning."""
 
     whole: bool
-    tokens: list[Token]
+    tokens: list[ScoredToken]
 
 
 @torch.no_grad()
-def excerpt(model: TransformerLM, split: Split, tokenizer: Tokenizer) -> list[Document]:
-    """Whole documents from the start of a split, those that fit; else the beginning of the first.
+def excerpt(model: TransformerLM, split: Split, tokenizer: Tokenizer) -> list[ScoredDocument]:
+    """Score the whole documents at the start of a split that fit, else the start of the first.
 
-    A document is read after an end token, as when it is generated; past the context length each
-    token is predicted from at least half of a context. The model must be in evaluation mode.
+    Each document is read after an end token, as in generation. Past the context length each token
+    is predicted from at least half a context. The model must be in evaluation mode.
     """
     found = []
     for ids, whole in _chosen(split):
@@ -56,19 +56,19 @@ def excerpt(model: TransformerLM, split: Split, tokenizer: Tokenizer) -> list[Do
             guesses = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
             text = characters.decode(tokenizer.decode_bytes([target]))
             tokens.append(
-                Token(
+                ScoredToken(
                     _cut(text),
                     _name(tokenizer, target),
                     round(-log_p[target].item(), 4),
                     [(_name(tokenizer, guess), round(p, 4)) for guess, p in guesses],
                 )
             )
-        found.append(Document(whole, tokens))
+        found.append(ScoredDocument(whole, tokens))
     return found
 
 
 def _chosen(split: Split) -> list[tuple[NDArray[Any], bool]]:
-    """The ids of each document of the excerpt, and whether they are all of it."""
+    """Return the ids of each document of the excerpt, and whether the document is whole."""
     ids = split.tokens[:SEARCHED]
     room, chosen = MAX_TOKENS, []
     for document in np.split(ids, np.flatnonzero(ids == split.end_id) + 1)[:-1]:
@@ -79,7 +79,7 @@ def _chosen(split: Split) -> list[tuple[NDArray[Any], bool]]:
 
 
 def _logits(model: TransformerLM, ids: NDArray[Any], end_id: int) -> Iterator[torch.Tensor]:
-    """The logits (V,) for each of some ids, on the CPU."""
+    """Yield the logits (V,) that predict each id, on the CPU."""
     length, device = model.config.context_length, next(model.parameters()).device
     read = np.concatenate([[end_id], ids[:-1]]).astype(np.int64)
     done = 0
@@ -102,8 +102,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "…"
 
 
-def excerpt_json(documents: list[Document]) -> bytes:
-    """JSON with a token a line."""
+def excerpt_json(documents: list[ScoredDocument]) -> bytes:
+    """Return the documents as JSON with one token a line."""
     parts = []
     for document in documents:
         tokens = ",\n".join(json.dumps(asdict(t), ensure_ascii=False) for t in document.tokens)

@@ -10,11 +10,11 @@ from lm.corpus.grammar import STORIES
 from lm.data.batches import Split
 from lm.data.tokenizer import Tokenizer
 
-CHANCE = 0.001  # how far below the floor a model may come: rounding, and no more
+CHANCE = 0.001  # how far below the floor a model may come: by rounding alone
 
 
 def floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[str, float]:
-    """What the best model can reach on this very text, and how far above it this one is.
+    """Return the least bits per byte that any model can reach here, and this model's distance.
 
     floor_bits_per_byte = sum of bits(document) / bytes, with the bytes of `bits_per_byte`. Both
     numerators are of the same events. The model's holds every token but the split's first, end
@@ -46,7 +46,7 @@ def floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[s
 
 
 def documents(split: Split, tokenizer: Tokenizer) -> Iterator[str]:
-    """The texts of a split, cut after each end token."""
+    """Yield the texts of a split, cut after each end token."""
     ids = split.tokens[: len(split.tokens)]
     for document in np.split(ids, np.flatnonzero(ids == tokenizer.end_id) + 1)[:-1]:
         yield tokenizer.decode(document[:-1].tolist())

@@ -82,7 +82,7 @@ def _add_settings(writer: GGUFWriter, config: ModelConfig) -> None:
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Tokens by id, and merges. Ids that no token has, up to the model's vocabulary, are padding.
+    """Add tokens by id, and merges. Ids of the model without a token become padding.
 
     Raises InputError if it is not byte-level BPE over the words of GPT-2's pattern.
     """
@@ -114,7 +114,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def _cuts_as_gpt2(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether a tokenizer.json cuts text as GPT-2 does, in either of two spellings."""
+    """Return whether a tokenizer.json cuts text as GPT-2 does, in either of two spellings."""
     if pre_tokenizer is None:
         return False
     *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
@@ -145,7 +145,7 @@ def _write_atomically(writer: GGUFWriter, out: Path, size_bytes: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m lm.export.gguf", description=__doc__.split("\n")[0]
     )

@@ -1,5 +1,111 @@
-"""`python -m lm.generate`."""
+"""Complete prompts: `python -m lm.generate --prompt "def "` streams what follows."""
 
-from lm.generate.stream import main
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-main()
+from lm.base.errors import InputError, one_line_errors
+from lm.generate.stream import SamplingOptions, complete, complete_many, require_memory
+from lm.machine.device import choose_device
+from lm.model.model_folder import load_model
+
+STDIN = Path("-")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lm.generate",
+        description="Complete prompts. One is streamed; several are printed when all are done.",
+    )
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; repeat it")
+    parser.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a prompt, as it is, last line break included; - is standard input, which is read too "
+        "if no prompt is given and it is no terminal",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--num-samples", type=int, default=1, help="completions of each prompt")
+    parser.add_argument("--stop", action="append", default=[], help="text to end before; repeat it")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: most probable token")
+    parser.add_argument("--top-k", type=int, help="keep the k most probable tokens")
+    parser.add_argument("--top-p", type=float, help="keep the tokens that make up this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    options = parser.parse_args(arguments)
+    with one_line_errors():
+        for holds, name, bound in (
+            (
+                1 <= options.max_new_tokens <= sys.maxsize,
+                "max-new-tokens",
+                f"in [1, {sys.maxsize}]",
+            ),
+            (options.num_samples >= 1, "num-samples", ">= 1"),
+            (all(options.stop), "stop", "a text that is not empty"),
+            (0 <= options.temperature < float("inf"), "temperature", ">= 0"),
+            (options.top_k is None or options.top_k >= 1, "top-k", ">= 1"),
+            (options.top_p is None or 0 < options.top_p <= 1, "top-p", "in (0, 1]"),
+        ):
+            if not holds:
+                raise InputError(f"--{name}: must be {bound}")
+        prompts, stop = (
+            [_utf8(f"--{name}", os.fsencode(text)) for text in getattr(options, name)]
+            for name in ("prompt", "stop")
+        )
+        prompts += [_read_prompt(file) for file in options.prompt_file]
+        if not prompts:
+            prompts = [""] if sys.stdin.isatty() else [_read_prompt(STDIN)]
+        model, tokenizer = load_model(options.model, choose_device(options.device))
+        longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+        require_memory(model, len(prompts) * options.num_samples, longest, options.dtype)
+        prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
+        sampling = SamplingOptions(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            dtype=options.dtype,
+        )
+        if len(prompts) == 1:
+            print(prompts[0], end="", flush=True)
+            for text in complete(
+                model, tokenizer, prompts[0], options.max_new_tokens, stop=stop, **sampling
+            ):
+                print(text, end="", flush=True)
+            print()
+            return
+        texts = complete_many(
+            model, tokenizer, prompts, options.max_new_tokens, stop=stop, **sampling
+        )
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            print(f"==> {row} <==\n{prompt}{text}\n")
+
+
+def _read_prompt(file: Path) -> str:
+    """Return the text of a file, or of standard input. Raises InputError if it cannot be read."""
+    if file == STDIN:
+        return _utf8("standard input", sys.stdin.buffer.read())
+    if not file.exists() or file.is_dir():
+        raise InputError(f"{file}: {'a directory' if file.exists() else 'no such file'}")
+    return _utf8(str(file), file.read_bytes())
+
+
+def _utf8(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,29 +1,35 @@
-"""A TransformerLM that reads on: it keeps what it has seen, so that a token costs one step.
+"""Decoding with a KV cache: keys and values are kept, so that a new token costs one step.
 
-    read(rows, prompts)   these rows begin anew, each with ids of its own
-    step(ids)             one more token for every row
+    read(rows, prompts)   forget these rows, and read a prompt into each
+    step(ids)             append one token to every row
 
-The same function as the model's, for inference alone. A step of a small model is a question of how
-many operations there are, not of how large they are. So weights that multiply the same stand side
-by side, in a copy; all else is made once, keys and values too (KV cache).
+It computes the same logits as TransformerLM, for inference alone. A step of a small model takes as
+long as it has operations, whatever their size. So weights that multiply the same input stand side
+by side, in a copy, and a residual branch ends in one addmm. The activation and the attention over
+a prompt are the model's own; norms, rotary positions and the order of a block are repeated here.
+`require_same_logits` compares both on real ids: stage evaluate and lm.export call it.
 
 Letters in shapes as in lm.model.transformer, and N = B T rows of x, S = context_length places to
 remember.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from lm.base.errors import InputError
+from lm.model.activations import Activation
+from lm.model.kernels import attention
 from lm.model.transformer import RMSNorm, TransformerLM, document_mask
 
-SPAN = 16  # places are looked through in multiples of this: not all of S, in few shapes
+SPAN = 16  # a step attends to a multiple of this many places: not to all of S, and in few shapes
+COMPARED, TOLERANCE = 32, 1e-3  # ids; how far logits may be off, as a share of the largest
 
-# layer and its heads of q, k and v for each row of x -> what the values mix to
+# (number of a layer, its heads of q, k and v for each row of x) -> the values, mixed
 Attend = Callable[[int, Float[Tensor, "N heads D"]], Float[Tensor, "N E"]]
 
 
@@ -34,12 +40,13 @@ class _Layer(NamedTuple):
     qk_norm: Float[Tensor, "heads D"] | None
     output: Float[Tensor, "E C"]
     up: Float[Tensor, "C F"]  # with a gate: its weights before the others
+    activation: Activation
     down: Float[Tensor, "F C"]
     norms: tuple[Tensor | None, Tensor | None]
 
 
 def _layer(block: Any, dtype: torch.dtype) -> _Layer:
-    """Of a Block."""
+    """Return copies of a Block's weights as `dtype`."""
     attn, ffn = block.attn, block.ffn
     by_head = None
     if attn.q_norm and attn.k_norm:
@@ -50,7 +57,8 @@ def _layer(block: Any, dtype: torch.dtype) -> _Layer:
         _transposed(dtype, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight),
         by_head,
         _transposed(dtype, attn.output_proj.weight),
-        _transposed(dtype, ffn.w1.weight, *([ffn.w3.weight] if ffn.w3 else [])),
+        _transposed(dtype, *ffn.inner),
+        ffn.activation,
         _transposed(dtype, ffn.w2.weight),
         (_norm_weight(block.ln1), _norm_weight(block.ln2)),
     )
@@ -60,16 +68,34 @@ def _transposed(dtype: torch.dtype, *weights: Tensor) -> Tensor:
     return torch.cat(weights).detach().to(dtype).t().contiguous()
 
 
-def _norm_weight(norm: torch.nn.Module) -> Tensor | None:
-    return norm.weight.detach() if isinstance(norm, RMSNorm) else None
+def _norm_weight(norm: nn.Module) -> Tensor | None:
+    match norm:
+        case RMSNorm():
+            return norm.weight.detach()
+        case nn.Identity():
+            return None
+        case _:
+            raise AssertionError(f"the decoder does not know {type(norm).__name__}")
+
+
+def _turns(model: TransformerLM) -> Tensor | None:
+    """Return the rotation of each pair of features at each position, as complex numbers."""
+    match model.config.position_embedding:
+        case "rope":
+            assert model.rope is not None
+            return torch.complex(model.rope.cos, model.rope.sin)  # (S, D / 2)
+        case "none":
+            return None
+        case _:
+            assert_never(model.config.position_embedding)
 
 
 def memory_bytes(model: TransformerLM, n_rows: int, longest: int, dtype: torch.dtype) -> int:
-    """Bytes that a Decoder of these rows takes, and its `read` of prompts of up to `longest` ids.
+    """Return the bytes of a Decoder of `n_rows`, and of its `read` of prompts of `longest` ids.
 
-    The copied weights; keys and values of each layer, S places a row, and the mask over them; and
-    of each id that is read the widest that is alive at once: x, its norm and both sides of the
-    feed-forward layer. Of each row, at last, the logits and what sampling makes of them.
+    It holds the copied weights and, for each row, S places: keys and values of each layer, and the
+    mask over them. `read` needs most in a feed-forward layer: x, its norm and both sides, for each
+    id. Sampling adds each row's logits and their copies in float64.
     """
     config, size = model.config, dtype.itemsize
     places = 2 * config.num_layers * config.kv_heads * config.head_dim + 1
@@ -80,7 +106,7 @@ def memory_bytes(model: TransformerLM, n_rows: int, longest: int, dtype: torch.d
 
 
 class Decoder:
-    """A model, its weights copied as `dtype`, and what it remembers of each of several rows."""
+    """A model's weights, copied as `dtype`, and the keys and values of several rows."""
 
     def __init__(
         self,
@@ -89,7 +115,7 @@ class Decoder:
         end_id: int | None = None,
         dtype: torch.dtype = torch.float32,
     ):
-        """`end_id` ends documents; a model with intra-document masking has to know it."""
+        """Copy the weights; a model with intra-document masking needs the `end_id` of documents."""
         config = self.config = model.config
         self.model, self.end_id = model, end_id
         self.layers = [_layer(block, dtype) for block in model.layers]
@@ -100,8 +126,7 @@ class Decoder:
         )
         self.eps = torch.full((1, 1), config.norm_eps, device=self.embeddings.device)
         self.head = model.head.detach().to(dtype).t()  # (C, V); so wide, it is fast as it lies
-        rope = model.rope
-        self.turns = None if rope is None else torch.complex(rope.cos, rope.sin)  # (S, D / 2)
+        self.turns = _turns(model)
         length, like = config.context_length, self.embeddings
         shape = (config.num_layers, n_rows, 2, config.kv_heads, length, config.head_dim)
         self.memory = list(like.new_zeros(shape))  # of each layer: keys and values of each row
@@ -117,10 +142,10 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Float[Tensor, "R V"]:
-        """Logits of what follows each prompt; each of `rows` forgets and remembers its own.
+        """Replace what `rows` hold by a prompt each; return the logits of the ids that follow.
 
-        Prompts have 1 to context_length ids. Shorter ones are padded on the right, where causality
-        keeps the padding from mattering.
+        Prompts have 1 to context_length ids. Shorter ones are padded on the right: causality hides
+        the padding from them.
         """
         lengths = [len(prompt) for prompt in prompts]
         n, longest, config = len(prompts), max(lengths), self.config
@@ -139,11 +164,8 @@ class Decoder:
             qkv = qkv.unflatten(0, (n, longest)).transpose(1, 2)  # (R, heads, T, D)
             q, kv = qkv.split([config.num_heads, 2 * config.kv_heads], dim=1)
             self.memory[layer].flatten(1, 2)[where, :, :longest] = kv
-            groups = config.num_heads // config.kv_heads
-            k, v = kv.repeat_interleave(groups, dim=1).chunk(2, dim=1)
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None
-            )  # (R, H, T, D)
+            k, v = kv.chunk(2, dim=1)
+            mixed = attention(q, k, v, mask)  # (R, H, T, D)
             return mixed.transpose(1, 2).reshape(n * longest, -1)
 
         turns = None if self.turns is None else self.turns[:longest].repeat(n, 1)
@@ -153,7 +175,7 @@ class Decoder:
         self.positions[where] = ends
         places = torch.arange(config.context_length, device=device)
         seen = places < ends[:, None]  # (R, S)
-        if documents is not None:  # of them, the document to which the next token belongs
+        if documents is not None:  # only the document to which the next token belongs
             last = torch.arange(n, device=device), ends - 1
             next_document = documents[last] + (ids[last] == self.end_id)
             seen[:, :longest] &= documents == next_document[:, None]
@@ -162,9 +184,9 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, ids: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        """Logits of what follows one more token of each row.
+        """Append a token to each row; return the logits of the ids that follow.
 
-        A row that is full gives nothing of use, and has to be read anew.
+        The logits of a row that was full already are of no use: read it anew.
         """
         config, n_rows = self.config, len(self.lengths)
         positions = self.positions.clamp(max=config.context_length - 1)
@@ -193,36 +215,38 @@ class Decoder:
     def _features(
         self, ids: Int[Tensor, " N"], turns: Tensor | None, attend: Attend
     ) -> Float[Tensor, "N C"]:
-        """What the head turns into logits; `turns` (N, D / 2) are of each row's position."""
-        config = self.config
-        turned = config.num_heads + config.kv_heads  # q and k
-        pre = config.norm_position == "pre"
+        """Return what the head turns into logits; `turns` (N, D / 2) are those of the positions."""
         x = F.embedding(ids, self.embeddings)
         for i, layer in enumerate(self.layers):
             first, second = layer.norms
-            h = self._norm(x, first) if pre else x
-            qkv = (h @ layer.qkv).view(len(x), -1, config.head_dim)  # (N, heads, D)
-            if layer.qk_norm is not None:
-                normed = F.rms_norm(qkv[:, :turned], (config.head_dim,), eps=config.norm_eps)
-                qkv[:, :turned] = normed * layer.qk_norm
-            if turns is not None:
-                _turn(qkv[:, :turned], turns)
-            x = torch.addmm(x, attend(i, qkv), layer.output)
-            if not pre:
-                x = self._norm(x, first)
-            h = (self._norm(x, second) if pre else x) @ layer.up
-            if config.ffn == "swiglu":
-                gate, up = h.chunk(2, dim=1)
-                h = F.silu(gate).mul_(up)
-            else:
-                h = F.silu(h)
-            x = torch.addmm(x, h, layer.down)
-            if not pre:
-                x = self._norm(x, second)
+            match self.config.norm_position:
+                case "pre":
+                    qkv = self._heads(layer, self._norm(x, first), turns)
+                    x = torch.addmm(x, attend(i, qkv), layer.output)
+                    x = torch.addmm(x, _inner(layer, self._norm(x, second)), layer.down)
+                case "post":
+                    qkv = self._heads(layer, x, turns)
+                    x = self._norm(torch.addmm(x, attend(i, qkv), layer.output), first)
+                    x = self._norm(torch.addmm(x, _inner(layer, x), layer.down), second)
+                case _:
+                    assert_never(self.config.norm_position)
         return self._norm(x, self.final_norm)
 
+    def _heads(
+        self, layer: _Layer, x: Float[Tensor, "N C"], turns: Tensor | None
+    ) -> Float[Tensor, "N heads D"]:
+        """Return the heads of q, k and v; those of q and k are normalized and turned."""
+        config = self.config
+        qkv = (x @ layer.qkv).view(len(x), -1, config.head_dim)
+        qk = qkv[:, : config.num_heads + config.kv_heads]
+        if layer.qk_norm is not None:
+            qk.copy_(F.rms_norm(qk, (config.head_dim,), eps=config.norm_eps) * layer.qk_norm)
+        if turns is not None:
+            _turn(qk, turns)
+        return qkv
+
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """As lm.model.kernels.rms_norm; a product takes the mean in half of the time."""
+        """Return what lm.model.kernels.rms_norm does; a product takes the mean in half the time."""
         if weight is None:
             return x
         exact = x.float()
@@ -230,9 +254,41 @@ class Decoder:
         return (exact * by_rms).mul_(weight).to(x.dtype)
 
 
+def _inner(layer: _Layer, x: Float[Tensor, "N C"]) -> Float[Tensor, "N F"]:
+    """Return the input to the feed-forward layer's last matrix."""
+    function, gated, _ = layer.activation
+    h = x @ layer.up
+    return function(*h.chunk(2, dim=1)) if gated else function(h)
+
+
 def _turn(x: Float[Tensor, "N heads D"], turns: Tensor) -> None:
-    """Rotary positions, in place: pairs (2i, 2i + 1) are complex numbers, a turn is a product."""
+    """Rotate in place: the pairs (2i, 2i + 1) are complex numbers, a rotation is a product."""
     exact = x.float()  # x itself if it is float32
     torch.view_as_complex(exact.view(*x.shape[:2], -1, 2)).mul_(turns[:, None])
     if exact is not x:
         x.copy_(exact)
+
+
+@torch.inference_mode()
+def require_same_logits(model: TransformerLM, text: Sequence[int], end_id: int | None) -> None:
+    """Raise InputError unless a Decoder gives the model's logits for the first ids of a text.
+
+    Half of the ids are read, the others are steps. This finds a change of the model's code that the
+    decoder lacks. Logits that are not finite pass: the callers report them better.
+    """
+    n_ids = min(COMPARED, model.config.context_length)
+    ids = torch.tensor(text[:n_ids], device=model.head.device)
+    half = -(-len(ids) // 2)
+    decoder = Decoder(model, 1, end_id)
+    logits = [decoder.read([0], [ids[:half].tolist()])]
+    logits += [decoder.step(column) for column in ids[half:, None]]
+    expected = model(ids[None], model.documents(ids[None], end_id))[0, half - 1 :]
+    if not expected.isfinite().all():
+        return
+    difference, largest = (t.abs().max().item() for t in (torch.cat(logits) - expected, expected))
+    if not difference <= TOLERANCE * largest:
+        raise InputError(
+            "lm/generate/decoder.py computes another model than lm/model/transformer.py: over "
+            f"{len(ids)} ids logits of up to {largest:.1e} differ by {difference:.1e}, allowed is "
+            f"{TOLERANCE:.0e} of them; change both alike"
+        )

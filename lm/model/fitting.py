@@ -1,7 +1,7 @@
-"""Whether what a file says of a model can be its weights.
+"""Check that stored tensors are the weights of a model, before any of its weights is changed.
 
-A hash shows that a file is as it was written, not that it makes sense: integers in place of
-weights load without a word, NaN among them makes text. All is looked at before anything is changed.
+A hash shows that a file is as it was written, not that it makes sense: torch loads integers in
+place of weights silently, and a model with NaN among its weights still makes text.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,16 +18,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # become float32 withou
 
 
 class Stored(NamedTuple):
-    """What the header of a file says of a tensor."""
+    """Shape and type of a tensor in a file, as its header says."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def require_settings(name: str, config: ModelConfig, stored: Mapping[str, Stored]) -> None:
-    """Raise InputError if settings are of a model that the weights in a file cannot be of.
+    """Raise InputError if the sizes in the settings are not those of the stored weights.
 
-    Cheap, and to be done before the model is built: its settings may ask for any amount of memory.
+    Call it before the model is built: settings may ask for any amount of memory.
     """
     layers = {key.split(".")[1] for key in stored if key.startswith("layers.")}
     embedding = _shape(stored, "token_embeddings.weight", 2)
@@ -53,9 +53,9 @@ def require_weights(
     stored: Mapping[str, Stored],
     dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> None:
-    """Raise InputError unless the tensors of a model are stored, and no others.
+    """Raise InputError unless the stored tensors are those of a model, by name, shape and type.
 
-    Their types are the model's own, or with `dtypes` among these.
+    A type must be the model's own, or one of `dtypes`.
     """
     for key in sorted(own.keys() | stored.keys()):
         here = tuple(own[key].shape) if key in own else "nothing"
@@ -73,7 +73,7 @@ def word_of(dtype: torch.dtype) -> str:
 
 
 def require_finite(name: str, tensors: Mapping[str, Tensor], keys: Iterable[str]) -> None:
-    """Raise InputError if one of some tensors has a number that is none; `name` holds them."""
+    """Raise InputError if one of the tensors `keys` of file `name` is not finite."""
     for key in keys:
         tensor = local(tensors[key])
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -84,14 +84,11 @@ def require_finite(name: str, tensors: Mapping[str, Tensor], keys: Iterable[str]
 
 
 def finite_keys(model: nn.Module, stored: Iterable[str]) -> list[str]:
-    """The tensors of a checkpoint that must be finite: a buffer, as of a mask, may not be."""
+    """Return the names of stored tensors that must be finite: all but buffers, such as a mask."""
     buffers = {f"model.{key}" for key, _ in model.named_buffers()}
     return [key for key in stored if key not in buffers]
 
 
-# --- optimizers -------------------------------------------------------------------------
-
-
 def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """What a file's header would say of these."""
+    """Return shape and type of each tensor."""
     return {key: Stored(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}

@@ -1,9 +1,9 @@
-"""The same model in the files of Hugging Face: a stock Llama, or Qwen3 where it has QK-norm.
+"""Convert a model to Hugging Face's files and back: a stock Llama, or Qwen3 where it has QK-norm.
 
     model --stock_config, stock_weights--> config.json, model.safetensors --start_from--> model
 
-Both compute the same function of the ids. Names differ, and the order of features within a head:
-our rotary positions turn the pairs (2i, 2i + 1), theirs (i, i + D / 2).
+Names differ, and the order of features within a head: our rotary positions rotate the pairs
+(2i, 2i + 1), theirs (i, i + D / 2). The logits are the same.
 """
 
 import json
@@ -35,7 +35,7 @@ INNER = {
     "ffn.w3": "mlp.up_proj",
     "ffn.w2": "mlp.down_proj",
 }
-TURNED = ("q_proj.weight", "k_proj.weight", "q_norm.weight", "k_norm.weight")  # by positions
+ROTATED = ("q_proj.weight", "k_proj.weight", "q_norm.weight", "k_norm.weight")
 STOCK = {"norm": "rmsnorm", "norm_position": "pre", "position_embedding": "rope", "ffn": "swiglu"}
 KINDS = {
     "model_type": str,
@@ -44,12 +44,12 @@ KINDS = {
     "rope_scaling": dict,
     "rope_parameters": dict,
 }
-# what a tokenizer.json says of the ids of a text; the rest is of truncation, padding and templates
+# the keys of a tokenizer.json that decide the ids of a text
 MEANING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 
 
 def not_stock(config: ModelConfig) -> str | None:
-    """Which settings no stock architecture has, in words; None if one has them all."""
+    """Return, in words, the settings that no stock architecture has; None if one has all."""
     found = [
         f"model.{key} = {getattr(config, key)} (theirs: {value})"
         for key, value in STOCK.items()
@@ -63,7 +63,7 @@ def not_stock(config: ModelConfig) -> str | None:
 
 
 def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
-    """Their config.json, for a model that `not_stock` lets pass."""
+    """Return their config.json, for a model of which `not_stock` is None."""
     model_type = "qwen3" if config.qk_norm else "llama"
     return {
         "architectures": [ARCHITECTURES[model_type]],
@@ -90,17 +90,17 @@ def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
 
 
 def stock_weights(model: TransformerLM) -> dict[str, Tensor]:
-    """The weights under their names and in their order; most are the model's own memory."""
+    """Return the weights by their names, in their order; most share the model's memory."""
     return {
         _their_name(name): _halves_apart(weight, model.config.head_dim)
-        if name.endswith(TURNED)
+        if name.endswith(ROTATED)
         else weight
         for name, weight in model.state_dict().items()
     }
 
 
 def _their_name(name: str) -> str:
-    """layers.3.ffn.w2.weight is model.layers.3.mlp.down_proj.weight."""
+    """Return model.layers.3.mlp.down_proj.weight for layers.3.ffn.w2.weight."""
     module = name.removesuffix(".weight")
     if module in OUTER:
         return f"{OUTER[module]}.weight"
@@ -109,12 +109,12 @@ def _their_name(name: str) -> str:
 
 
 def _halves_apart(weight: Float[Tensor, "E *C"], head_dim: int) -> Float[Tensor, "E *C"]:
-    """The rows of each head: the even ones before the odd ones."""
+    """Return the rows of each head reordered: the even ones before the odd ones."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _pairs_together(weight: Float[Tensor, "E *C"], head_dim: int) -> Float[Tensor, "E *C"]:
-    """The inverse of `_halves_apart`."""
+    """Return the rows in our order: the inverse of `_halves_apart`."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -122,11 +122,11 @@ def _pairs_together(weight: Float[Tensor, "E *C"], head_dim: int) -> Float[Tenso
 
 
 def start_from(folder: Path, model: TransformerLM, tokenizer: Tokenizer) -> None:
-    """Give `model` the weights of a folder of Hugging Face's, as float32.
+    """Copy the weights of a Hugging Face folder into `model`, as float32.
 
-    Rows of the embedding that no token of the tokenizer has (padding) are left out. Nothing in the
-    folder is executed. Raises InputError if its model or its tokenizer is another than ours, or
-    has what ours has not; the settings that it needs are named.
+    Rows of the embedding beyond the tokenizer's tokens (padding) are left out. Nothing in the
+    folder is executed. Raises InputError if its model or its tokenizer differs from ours; the
+    message names the settings to change.
     """
     if not folder.is_dir():
         raise InputError(
@@ -151,7 +151,7 @@ def start_from(folder: Path, model: TransformerLM, tokenizer: Tokenizer) -> None
         if tensor.shape != target.shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(target.shape)}"
             raise InputError(f"{file}: {name} is {shapes}")
-        if name.endswith(TURNED):
+        if name.endswith(ROTATED):
             tensor = _pairs_together(tensor, model.config.head_dim)
         target.copy_(tensor)
         del ours[name]
@@ -160,9 +160,9 @@ def start_from(folder: Path, model: TransformerLM, tokenizer: Tokenizer) -> None
 
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """File, name and value of every tensor, one at a time, of one safetensors file or of several.
+    """Yield file, name and value of every tensor in the folder's safetensors files.
 
-    Raises InputError if there is none: pickles (.bin, .pt) run code when opened.
+    Raises InputError if there are none: pickles (.bin, .pt) run code when opened.
     """
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
@@ -223,7 +223,7 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
 
 
 def _settings(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the section `model` that the weights fix; defaults as in transformers."""
+    """Return the settings of section `model` that the weights fix; defaults as in transformers."""
     width, heads = (_number(file, theirs, k) for k in ("hidden_size", "num_attention_heads"))
     head_dim = theirs.get("head_dim") or (128 if theirs["model_type"] == "qwen3" else width / heads)
     if head_dim * heads != width:

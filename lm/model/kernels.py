@@ -1,4 +1,11 @@
-"""Functions with gradients of their own: the same numbers in less memory, or less time.
+"""How the model's formulas are computed: the same numbers in less memory, or less time.
+
+Two functions decide by whether torch compiles, so that the model need not:
+
+    project_heads          queries, keys and values: one product of all weights where compiled
+    attention              torch's kernel; compiled on a CPU formulas in blocks of queries
+
+The others have gradients of their own:
 
     rms_norm               keeps its input and a number a row
     causal_attention       keeps a number a row instead of the weights
@@ -9,6 +16,7 @@ Letters in shapes as in transformer.py, and N = B T rows. Each has its plain for
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +28,87 @@ from torch.utils.checkpoint import checkpoint
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 4  # queries at a time; their number
 LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # in training
 CROSS_ENTROPY_CHUNK = 1 << 26  # logits turned into float32 at once: 256 MiB
+
+
+def project(x: Float[Tensor, "*batch C"], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return x @ weight.T for each weight.
+
+    Compiled it is one product: copying the weights side by side is then part of a cast.
+    """
+    if len(weights) == 1 or not torch.compiler.is_compiling():
+        return [F.linear(x, weight) for weight in weights]
+    return list(F.linear(x, torch.cat(list(weights))).split([len(w) for w in weights], dim=-1))
+
+
+def project_heads(
+    x: Float[Tensor, "B T C"],
+    weights: Sequence[Tensor],
+    head_dim: int,
+    norms: Sequence[Float[Tensor, " D"]] | None,
+    eps: float,
+    angles: tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]] | None,
+) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G T D"], Float[Tensor, "B G T D"]]:
+    """Return queries, keys and values: products with the three weights, split into heads.
+
+    Queries and keys are normalized by the weights `norms`, and turned by the cosines and sines
+    `angles`. Compiled, their features come with the even ones of each head before the odd ones:
+    a compiler likes halves, and q . k does not depend on the order.
+    """
+    evens_first = torch.compiler.is_compiling() and angles is not None
+
+    def ordered(weight: Tensor) -> Tensor:
+        if not evens_first:
+            return weight
+        return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    q, k, v = (
+        product.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, heads, T, D)
+        for product in project(x, [ordered(weights[0]), ordered(weights[1]), weights[2]])
+    )
+    if norms is not None:
+        q, k = (rms_norm(t, ordered(weight), eps) for t, weight in zip((q, k), norms, strict=True))
+    if angles is not None:
+        q, k = (rotate(t, *angles, evens_first) for t in (q, k))
+    return q, k, v
+
+
+def rotate(
+    x: Float[Tensor, "B H T D"],
+    cos: Float[Tensor, "T half"],
+    sin: Float[Tensor, "T half"],
+    evens_first: bool = False,
+) -> Float[Tensor, "B H T D"]:
+    """Turn each pair of features (2i, 2i + 1) of each position by its angles (RoFormer, eq. 15).
+
+    With `evens_first` pair i is (i, i + D / 2) instead, before and after.
+    """
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, D / 2)
+    x = x.transpose(1, 2)  # (B, T, H, D), as it lies in memory
+    even, odd = x.chunk(2, dim=-1) if evens_first else (x[..., 0::2], x[..., 1::2])
+    turned = even * cos - odd * sin, even * sin + odd * cos
+    both = torch.cat(turned, dim=-1) if evens_first else torch.stack(turned, dim=-1).flatten(-2)
+    return both.to(x.dtype).transpose(1, 2)
+
+
+def attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G T D"],
+    v: Float[Tensor, "B G T D"],
+    mask: Bool[Tensor, "B 1 T T"] | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B H T D"]:
+    """Return softmax(q k^T / sqrt(D)) v over the keys that `mask` shows; None: causal.
+
+    Where there are fewer heads of keys and values, neighbouring heads of queries share them.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))  # (B, H, T, D)
+    if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
+        return causal_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+    )
 
 
 def rms_norm(
@@ -130,16 +219,22 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, start: int, end: int) -> 
 def swiglu(
     gate: Float[Tensor, "*batch F"], up: Float[Tensor, "*batch F"]
 ) -> Float[Tensor, "*batch F"]:
-    """silu(gate) * up (Shazeer 2020)."""
+    """Return silu(gate) * up (Shazeer 2020)."""
+    if not torch.is_grad_enabled():  # a small model's decoding would feel the detour
+        return _gated_silu(gate, up)
     product: Tensor = _SwiGLU.apply(gate, up)
     return product
+
+
+def _gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return _gated_silu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""How well a model predicts a split: one deterministic pass, summed, then turned into metrics."""
+"""Measure how well a model predicts a split.
+
+windows -evaluate-> Sums -> METRICS, loss_by_position, calibration
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -29,7 +32,7 @@ class Sums:
     nats: NDArray[np.float64]  # (T,), by position in the window
     counts: NDArray[np.int64]  # (T,)
     n_bytes: int  # of text behind the targets; 0 if not asked for
-    # (3, 15), of the most probable tokens by their probability: how many, its sum, how many came
+    # (3, 15), the most probable tokens in bins of their probability: number, its sum, number right
     first_guesses: NDArray[np.float64]
 
     def __add__(self, other: "Sums") -> "Sums":
@@ -56,10 +59,10 @@ def evaluate(
     """Sum the loss of every token but the first; each is a target exactly once.
 
     Windows start every `stride` tokens and only their new targets count, so a smaller stride
-    gives each target more context. The last window is moved back to fit. With `max_batches`,
-    as many batches of windows, evenly spread over the split, are taken. `byte_lengths` (V,) says
-    how many bytes each id stands for. Several processes take the batches in turn, and each gets the
-    sums of all, which are added in the same order however many there are.
+    gives each target more context. The last window is moved back to fit. `max_batches` limits the
+    batches of windows; those taken are spread evenly over the split. `byte_lengths` (V,) holds the
+    number of bytes of each id. Several processes take the batches in turn; each returns the sums of
+    all, added in the same order whatever the number of processes.
     """
     length = model.config.context_length
     split.require(length)
@@ -70,13 +73,11 @@ def evaluate(
         np.zeros((3, len(CONFIDENCE_EDGES) - 1)),
     )  # fmt: skip
     table = _windows(len(split.tokens), length, stride or length)
-    if max_batches is not None and len(table) > max_batches * batch_size:
-        table = table[
-            np.arange(max_batches * batch_size) * len(table) // (max_batches * batch_size)
-        ]
+    if max_batches is not None and len(table) > (limit := max_batches * batch_size):
+        table = table[np.arange(limit) * len(table) // limit]
     batches = np.split(table, range(batch_size, len(table), batch_size))
     for first in range(0, len(batches), processes.size):
-        mine = min(first + processes.rank, len(batches) - 1)  # nobody may stay away
+        mine = min(first + processes.rank, len(batches) - 1)  # all must join in gathering
         sums = _sums_of(model, split, batches[mine], byte_lengths, dtype)
         for part in processes.gather(sums)[: len(batches) - first]:
             total = total + part
@@ -91,7 +92,7 @@ def _sums_of(
     byte_lengths: NDArray[np.int64] | None,
     dtype: Dtype,
 ) -> Sums:
-    """The sums of a batch of windows, given as rows of `_windows`."""
+    """Return the sums of a batch of windows, given as rows of `_windows`."""
     starts, first_new = rows[:, 0], rows[:, 1]
     length, device = model.config.context_length, model.head.device
     x, y = windows(split.tokens, starts, length)  # (B, T)
@@ -117,7 +118,7 @@ def _sums_of(
 def _by_confidence(
     confidence: NDArray[np.float64], right: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Sums.first_guesses of some targets; what is not a number goes into the last bin."""
+    """Return Sums.first_guesses of some targets; NaN goes into the last bin."""
     bins = np.searchsorted(CONFIDENCE_EDGES[1:-1], confidence)  # a bin holds its upper edge
     n = len(CONFIDENCE_EDGES) - 1
     weights = (None, confidence, right)
@@ -125,7 +126,7 @@ def _by_confidence(
 
 
 def _windows(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
-    """Rows (start, first new position) of windows that make each target new exactly once."""
+    """Return rows (start, first new position) of windows: each target is new exactly once."""
 
     def rows() -> Iterator[tuple[int, int]]:
         done, start = 0, 0  # targets 0 .. done - 1 are counted; target t follows token t
@@ -138,12 +139,12 @@ def _windows(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
 
 
 def loss_nats(sums: Sums) -> float:
-    """Mean negative log-likelihood, in nats per token."""
+    """Return the mean negative log-likelihood, in nats per token."""
     return float(sums.nats.sum() / sums.counts.sum())
 
 
 def bits_per_byte(sums: Sums) -> float:
-    """Cross-entropy of the targets in bits per byte of their text: nats / (ln 2 * bytes).
+    """Return the cross-entropy in bits per byte of the targets' text: nats / (ln 2 * bytes).
 
     Independent of the vocabulary, so models with different tokenizers can be compared.
     Raises InputError if there are no bytes.
@@ -154,16 +155,16 @@ def bits_per_byte(sums: Sums) -> float:
 
 
 def accuracy(sums: Sums) -> float:
-    """The share of the targets that the model held for the most probable token."""
+    """Return the share of the targets that were the model's most probable token."""
     n, _, right = sums.first_guesses.sum(axis=1)
     return float(right / n)
 
 
 def calibration_error(sums: Sums) -> float:
-    """How far off the probability of the most probable token is, in the mean over all targets.
+    """Return the expected calibration error of the most probable tokens.
 
-    The expected calibration error of Guo et al. 2017 ("On Calibration of Modern Neural Networks",
-    eq. 3): the distance of confidence and accuracy in each bin, weighted by its targets.
+    Guo et al. 2017 ("On Calibration of Modern Neural Networks", eq. 3): the distance of confidence
+    and accuracy in each bin, weighted by its targets.
     """
     n, confidence, right = sums.first_guesses
     return float(np.abs(right - confidence).sum() / n.sum())
@@ -171,9 +172,7 @@ def calibration_error(sums: Sums) -> float:
 
 METRICS: dict[str, Callable[[Sums], float]] = {
     "loss_nats": loss_nats,
-    "perplexity": lambda sums: math.exp(
-        min(loss_nats(sums), 690.0)
-    ),  # e^709 is the largest of a float
+    "perplexity": lambda sums: math.exp(min(loss_nats(sums), 690.0)),  # a float holds e^709
     "bits_per_byte": bits_per_byte,
     "accuracy": accuracy,
     "calibration_error": calibration_error,
@@ -183,9 +182,10 @@ METRICS: dict[str, Callable[[Sums], float]] = {
 
 
 def loss_by_position(sums: Sums, max_rows: int = 1000) -> list[tuple[int, float]]:
-    """Mean loss in nats by position in the window; neighbours share a row beyond `max_rows`.
+    """Return rows (position in the window, mean loss in nats), at most `max_rows`.
 
-    A row has the first of its positions; rows in which nothing was counted are left out.
+    Neighbouring positions share a row where there are more, under the first of them. Rows without
+    a target are left out.
     """
     firsts = np.arange(0, len(sums.counts), -(-len(sums.counts) // max_rows))
     counts = np.add.reduceat(sums.counts, firsts)
@@ -194,7 +194,7 @@ def loss_by_position(sums: Sums, max_rows: int = 1000) -> list[tuple[int, float]
 
 
 def calibration(sums: Sums) -> list[tuple[float, float, int, float, float]]:
-    """A row for each bin that is not empty: its edges, targets, mean confidence, accuracy."""
+    """Return a row for each bin with targets: edges, targets, mean confidence, accuracy."""
     rows = zip(pairwise(CONFIDENCE_EDGES), sums.first_guesses.T, strict=True)
     return [
         (float(low), float(high), int(n), float(confidence / n), float(right / n))
@@ -204,6 +204,6 @@ def calibration(sums: Sums) -> list[tuple[float, float, int, float, float]]:
 
 
 def validation_logits(model: ModelConfig, dtype: Dtype, windows: int) -> float:
-    """Bytes of a validation's logits: as they come, in float32 where they differ, log-softmax."""
-    copies = 8 if dtype == "float32" else 10
-    return float(windows * model.context_length * model.vocab_size * copies)
+    """Return the bytes of a batch's logits in `evaluate`: in `dtype`, in float32, log-softmax."""
+    per_logit = 4 + 4 if dtype == "float32" else 2 + 4 + 4
+    return float(windows * model.context_length * model.vocab_size * per_logit)

@@ -1,8 +1,8 @@
-"""A model as files: written whole, checked when opened, safe to open.
+"""Write and read a model folder: weights, settings and tokenizer, without the optimizer.
 
     models/model/   model.safetensors, config.json, tokenizer.json, provenance.json
 
-Opening one runs no code.
+Files are written whole and checked when they are read. Reading them runs no code.
 """
 
 import os
@@ -43,7 +43,7 @@ PROVENANCE = ("model", "train", "inputs", "code", "environment")
 
 
 def open_safetensors(path: Path) -> Any:
-    """A safetensors file, to be used by `with`. Raises InputError if it is none."""
+    """Open a safetensors file, for use by `with`. Raises InputError if it is not one."""
     require_file(path)
     with open(path, "rb") as file:
         _require_short_header(str(path), file.read(8))
@@ -62,7 +62,7 @@ def _require_short_header(name: str, head: bytes) -> None:
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, contiguous, each with memory of its own, as safetensors wants them."""
+    """Return the tensors, contiguous, each with memory of its own, as safetensors needs them."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -77,7 +77,7 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_checkpoint(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     """Write tensors that share no memory to `path`, atomically.
 
-    Raises EnvironmentFault if they do not fit, or cannot be written for another reason.
+    Raises EnvironmentFault if they cannot be written, as to a full disk.
     """
     scratch = path.with_name(path.name + ".tmp")
     with writing(path, sum(tensor.nbytes for tensor in tensors.values())):
@@ -99,13 +99,13 @@ def write_checkpoint(tensors: dict[str, Tensor], metadata: dict[str, str], path:
 
 
 def _os_error(error: SafetensorError) -> Exception:
-    """The OSError that the library speaks of in words: "I/O error: ... (os error 28)"."""
+    """Return the OSError that the library gives in words: "I/O error: ... (os error 28)"."""
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
 
 
 def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write weights, configuration and tokenizer: all that using the model needs."""
+    """Write weights, settings and tokenizer: all that using the model needs."""
     tokenizer.save(folder)
     write_json(folder / "config.json", asdict(model.config))
     weights = _unshared(model.state_dict())
@@ -113,9 +113,9 @@ def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What a model was made of: settings, hashes of inputs and code, environment.
+    """Return what a model was made of: settings, hashes of inputs and code, environment.
 
-    Raises InputError if the file is missing or something else.
+    Raises InputError if the file is missing or was not written by stage train.
     """
     provenance = read_json(folder / "provenance.json")
     if not (
@@ -132,7 +132,7 @@ def _is_threads(value: Any) -> bool:
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:
-    """A saved model, in evaluation mode, and its tokenizer.
+    """Return a saved model, in evaluation mode, and its tokenizer.
 
     Raises InputError if a file is missing, torn or does not fit the others.
     """
@@ -159,7 +159,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
 
 
 def _require_room(file: Path, config: ModelConfig) -> None:
-    """Raise InputError if the angles of all positions, of which weights say nothing, do not fit."""
+    """Raise InputError if the rotary angles do not fit: no weight shows their context_length."""
     needed = 12 * config.context_length * config.head_dim  # two of float64, and one of float32
     free = free_memory_bytes(torch.device("cpu"))
     if config.position_embedding == "rope" and free is not None and needed > free:
@@ -171,7 +171,7 @@ def _require_room(file: Path, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def _require_finite_logits(name: str, model: TransformerLM, end_id: int) -> None:
-    """Raise InputError if weights, each of them finite, are too large to compute with."""
+    """Raise InputError if finite weights are too large to compute with."""
     ids = torch.arange(min(PROBED, model.config.vocab_size, model.config.context_length))[None]
     if not model(ids, model.documents(ids, end_id)).isfinite().all():
         raise InputError(f"{name}: weights too large: logits are not finite; lower train.lr")

@@ -12,6 +12,7 @@ SwiGLU, no biases. Every deviation is one setting of ModelConfig.
 """
 
 import math
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lm.base.errors import InputError
 from lm.base.settings import ModelConfig as ModelConfig
-from lm.model.kernels import causal_attention, linear_cross_entropy, rms_norm, swiglu
+from lm.model.activations import ACTIVATIONS
+from lm.model.kernels import attention, linear_cross_entropy, project, project_heads, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +39,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns each pair of features (2i, 2i + 1) by position * theta^(-2i / D) (RoFormer, eq. 15)."""
+    """Angles position * theta^(-2i / D), by which `rotate` turns pairs of features (RoFormer)."""
 
     cos: Tensor
     sin: Tensor
@@ -49,28 +51,22 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # (T, D / 2)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-    def forward(
-        self, x: Float[Tensor, "B H T D"], evens_first: bool = False
-    ) -> Float[Tensor, "B H T D"]:
-        """Rotate queries or keys; with `evens_first` the features come, and go, in that order."""
-        cos = self.cos[: x.shape[2], None]  # (T, 1, D / 2)
-        sin = self.sin[: x.shape[2], None]
-        x = x.transpose(1, 2)  # (B, T, H, D), as it lies in memory
-        even, odd = x.chunk(2, dim=-1) if evens_first else (x[..., 0::2], x[..., 1::2])
-        turned = even * cos - odd * sin, even * sin + odd * cos
-        both = torch.cat(turned, dim=-1) if evens_first else torch.stack(turned, dim=-1).flatten(-2)
-        return both.to(x.dtype).transpose(1, 2)
+    def forward(self, length: int) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
+        """Return the cosines and sines of the first positions."""
+        return self.cos[:length], self.sin[:length]
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017), grouped (Ainslie et al. 2023)."""
+    """Causal multi-head self-attention (Vaswani et al. 2017), grouped (Ainslie et al. 2023).
+
+    output_proj(softmax(q k^T / sqrt(D)) v): kernels.py chooses how to compute q, k, v and the mix.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, kv_width = config.d_model, config.kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.groups = config.num_heads // config.kv_heads
-        self.dropout = config.dropout
+        self.dropout, self.norm_eps = config.dropout, config.norm_eps
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
@@ -84,65 +80,42 @@ class Attention(nn.Module):
         rope: RotaryEmbedding | None,
         mask: Bool[Tensor, "B 1 T T"] | None = None,
     ) -> Float[Tensor, "B T C"]:
-        # q . k does not depend on the order of features, and a compiler likes halves
-        evens_first = torch.compiler.is_compiling() and rope is not None
-        order = self._evens_first if evens_first else lambda weight: weight
-        q, k, v = map(
-            self._heads,
-            _together(x, order(self.q_proj.weight), order(self.k_proj.weight), self.v_proj.weight),
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = project_heads(
+            x,
+            [projection.weight for projection in projections],
+            self.head_dim,
+            norms=[self.q_norm.weight, self.k_norm.weight] if self.q_norm and self.k_norm else None,
+            eps=self.norm_eps,
+            angles=None if rope is None else rope(x.shape[1]),
         )  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
-        if self.q_norm and self.k_norm:
-            q = rms_norm(q, order(self.q_norm.weight), self.q_norm.eps)
-            k = rms_norm(k, order(self.k_norm.weight), self.k_norm.eps)
-        if rope is not None:
-            q, k = rope(q, evens_first), rope(k, evens_first)
-        if self.groups > 1:
-            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
-            mixed = causal_attention(q, k, v, mask)
-        else:
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
-            )  # (B, H, T, D)
+        mixed = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.output_proj(mixed.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Float[Tensor, "B T E"]) -> Float[Tensor, "B heads T D"]:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _evens_first(self, weight: Float[Tensor, "E *C"]) -> Float[Tensor, "E *C"]:
-        """The weight whose output has, in each head, the even features before the odd ones."""
-        pairs = weight.unflatten(0, (-1, self.head_dim // 2, 2))
-        return pairs.transpose(1, 2).flatten(0, 2)
-
-
-def _together(x: Tensor, *weights: Tensor) -> list[Tensor]:
-    """Each x @ weight.T; compiled in one product, where copying the weights is part of a cast."""
-    if not torch.compiler.is_compiling():
-        return [F.linear(x, weight) for weight in weights]
-    return list(F.linear(x, torch.cat(weights)).split([len(w) for w in weights], dim=-1))
 
 
 def document_mask(documents: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
-    """True where queries may look: back, and in their own document."""
+    """Return where queries may look: back, and in their own document."""
     return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, eq. 6); "silu": w2(silu(w1 x))."""
+    """w2(f(w1 x)), or gated w2(f(w1 x, w3 x)); activations.py holds the choices of f."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.activation = ACTIVATIONS[config.ffn]
         self.w1 = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.w2 = nn.Linear(config.d_ff, config.d_model, bias=False)
-        gated = config.ffn == "swiglu"
+        gated = self.activation.gated
         self.w3 = nn.Linear(config.d_model, config.d_ff, bias=False) if gated else None
 
+    @property
+    def inner(self) -> list[Tensor]:
+        """The matrices before the activation, (F, C) each."""
+        return [layer.weight for layer in (self.w1, self.w3) if layer is not None]
+
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        if self.w3 is None:
-            return self.w2(F.silu(self.w1(x)))
-        gate, up = _together(x, self.w1.weight, self.w3.weight)  # (B, T, F) each
-        return self.w2(swiglu(gate, up))
+        return self.w2(self.activation.function(*project(x, self.inner)))
 
 
 class Block(nn.Module):
@@ -150,7 +123,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.pre_norm = config.norm_position == "pre"
+        self.norm_position = config.norm_position
         self.attn = Attention(config)
         self.ffn = FeedForward(config)
         self.ln1 = _norm(config)
@@ -163,22 +136,52 @@ class Block(nn.Module):
         rope: RotaryEmbedding | None,
         mask: Bool[Tensor, "B 1 T T"] | None = None,
     ) -> Float[Tensor, "B T C"]:
-        if self.pre_norm:
-            x = x + self.drop(self.attn(self.ln1(x), rope, mask))
-            return x + self.drop(self.ffn(self.ln2(x)))
-        x = self.ln1(x + self.drop(self.attn(x, rope, mask)))
-        return self.ln2(x + self.drop(self.ffn(x)))
+        match self.norm_position:
+            case "pre":
+                x = x + self.drop(self.attn(self.ln1(x), rope, mask))
+                return x + self.drop(self.ffn(self.ln2(x)))
+            case "post":
+                x = self.ln1(x + self.drop(self.attn(x, rope, mask)))
+                return self.ln2(x + self.drop(self.ffn(x)))
+            case _:
+                assert_never(self.norm_position)
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    return RMSNorm(config.d_model, config.norm_eps) if config.norm == "rmsnorm" else nn.Identity()
+    match config.norm:
+        case "rmsnorm":
+            return RMSNorm(config.d_model, config.norm_eps)
+        case "none":
+            return nn.Identity()
+        case _:
+            assert_never(config.norm)
+
+
+def _final_norm(config: ModelConfig) -> nn.Module:
+    match config.norm_position:
+        case "pre":
+            return _norm(config)
+        case "post":  # each block ends with a norm already
+            return nn.Identity()
+        case _:
+            assert_never(config.norm_position)
+
+
+def _rotary_embedding(config: ModelConfig) -> RotaryEmbedding | None:
+    match config.position_embedding:
+        case "rope":
+            return RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta)
+        case "none":
+            return None
+        case _:
+            assert_never(config.position_embedding)
 
 
 class TransformerLM(nn.Module):
     """The language model: token ids to the logits of each next token."""
 
     def __init__(self, config: ModelConfig, gradient_checkpointing: bool = False):
-        """Random weights from torch's global generator.
+        """Draw random weights from torch's global generator.
 
         `gradient_checkpointing` recomputes each block in the backward pass instead of keeping
         its activations (Chen et al. 2016).
@@ -189,19 +192,14 @@ class TransformerLM(nn.Module):
         self.token_embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.drop = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        # post-norm blocks end with a norm of their own
-        self.ln_final = _norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.ln_final = _final_norm(config)
         tied = config.tie_embeddings
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.rope = (
-            RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta)
-            if config.position_embedding == "rope"
-            else None
-        )
+        self.rope = _rotary_embedding(config)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal cut at 3 std: linear layers std sqrt(2 / (d_in + d_out)), embeddings std 1.
+        """Draw normal weights cut at 3 std: embeddings std 1, others sqrt(2 / (d_in + d_out)).
 
         A tied embedding is the head as well and takes the head's std, or its logits would
         start with a std of sqrt(d_model).
@@ -225,7 +223,7 @@ class TransformerLM(nn.Module):
         ids: Int[Tensor, "B T"],
         documents: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Logits of the token after each position; see `features`."""
+        """Return the logits of the token after each position; see `features`."""
         return F.linear(self.features(ids, documents), self.head)
 
     def loss(
@@ -234,7 +232,7 @@ class TransformerLM(nn.Module):
         targets: Int[Tensor, "B T"],
         documents: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, ""]:
-        """cross_entropy(self(ids), targets), in nats, without holding all the logits at once."""
+        """Return cross_entropy(self(ids), targets) in nats, without holding all the logits."""
         features = self.features(ids, documents)
         return linear_cross_entropy(features.flatten(0, 1), self.head, targets.flatten())
 
@@ -243,14 +241,14 @@ class TransformerLM(nn.Module):
         ids: Int[Tensor, "B T"],
         documents: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T C"]:
-        """What the head turns into the logits of the token after each position.
+        """Return what the head turns into the logits of the token after each position.
 
-        A model with intra-document masking (Zhao et al. 2024) attends within a document alone; it,
-        and no other, needs the `documents` of all positions. Raises ValueError if they are missing,
-        or there are more positions than context_length.
+        Pass the `documents` of all positions if and only if the model has intra-document masking
+        (Zhao et al. 2024): it attends within a document alone. Raises ValueError otherwise, and for
+        more positions than context_length.
         """
         if self.config.intra_document_masking != (documents is not None):
-            raise ValueError("documents are for models with intra_document_masking, and for all")
+            raise ValueError("pass documents if and only if model.intra_document_masking is true")
         positions = ids.shape[1]
         if positions > self.config.context_length:
             raise ValueError(f"{positions} positions exceed {self.config.context_length=}")
@@ -264,10 +262,10 @@ class TransformerLM(nn.Module):
         return self.ln_final(x)
 
     def documents(self, ids: Int[Tensor, "B T"], end_id: int | None) -> Int[Tensor, "B T"] | None:
-        """What `forward` has to know of documents: for each position its own, counted from 0.
+        """Return the number of each position's document, from 0; None without masking.
 
-        An end token belongs to the document that it ends. None without intra-document masking.
-        Raises InputError if there is masking, but no end token.
+        An end token belongs to the document that it ends. Raises InputError if the model has
+        intra-document masking and `end_id` is None.
         """
         if not self.config.intra_document_masking:
             return None
@@ -277,11 +275,11 @@ class TransformerLM(nn.Module):
         return ends.cumsum(dim=1) - ends
 
     def num_parameters(self) -> int:
-        """Trainable numbers, each counted once."""
+        """Return the number of trainable numbers, each counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> float:
-        """Floating-point operations to train on one token, forward and backward.
+        """Return the floating-point operations to train on one token, forward and backward.
 
         6 per weight that multiplies an activation and 12 L C T for attention over a full
         context (Chowdhery et al. 2022, appendix B; causality is not subtracted).

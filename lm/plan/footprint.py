@@ -14,6 +14,7 @@ from collections import Counter
 import torch
 
 from lm.base.settings import ModelConfig, TrainConfig, share_of_batch
+from lm.model.activations import ACTIVATIONS
 from lm.model.kernels import attention_blocks, rows_at_once
 from lm.model.loss import validation_logits
 from lm.train.optim import OPTIMIZERS
@@ -49,7 +50,7 @@ def parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def _matrices(model: ModelConfig) -> int:
-    return 3 if model.ffn == "swiglu" else 2
+    return ACTIVATIONS[model.ffn].matrices
 
 
 def flops_per_token(
@@ -101,11 +102,11 @@ def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) 
     N, C, F = micro_batch_size * model.context_length, model.d_model, model.d_ff
     a = 4 if config.dtype == "float32" else 2
     casts = a == 2 and config.compile is not True
-    normed, gated = model.norm == "rmsnorm", model.ffn == "swiglu"
+    normed, activation = model.norm == "rmsnorm", ACTIVATIONS[model.ffn]
     kv_width = model.kv_heads * model.head_dim
     # a norm's output is input to a product; without norm that input is the residual stream itself
     norms = normed * 2 * (4 * N * C + 4 * N)
-    into = N * C * a * ((3 if casts else 1) + (2 if casts and gated else 1))
+    into = N * C * a * ((3 if casts else 1) + (2 if casts and activation.gated else 1))
     if not normed and a == 4:
         into = 2 * N * C * 4
     attention = 4.0 * N * C * a + 4 * N * model.num_heads
@@ -119,7 +120,7 @@ def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) 
     block = {
         "norms and residuals": norms + into + dropped,
         "attention": attention,
-        "feed-forward": (2.0 + gated) * N * F * a,
+        "feed-forward": float(activation.kept * N * F * a),
     }
     layers = model.num_layers
     total = {part: layers * size for part, size in block.items()}

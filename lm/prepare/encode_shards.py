@@ -30,8 +30,9 @@ from lm.base.files import read_json, sha256_file, sha256_json, write_json, writi
 from lm.data.shards import SPLITS, ShardWriter, token_dtype
 from lm.data.tokenizer import load_tokenizer
 from lm.prepare.documents import DataConfig, Document, Shard, documents, sides, tail_boundary
-from lm.prepare.encoder import DocumentRefused, Encoder, EncodersDiffer, Library
+from lm.prepare.encoder import DocumentRefused, Encoder, Library
 from lm.prepare.formats import compression, format_of
+from lm.prepare.gigatoken_guard import EncodersDiffer
 from lm.prepare.workers import ordered_map
 
 BATCH_BYTES = 1 << 21  # of text, encoded at once

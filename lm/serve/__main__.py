@@ -1,5 +1,5 @@
 """`python -m lm.serve`."""
 
-from lm.serve.app import main
+from lm.serve.server import main
 
 main()

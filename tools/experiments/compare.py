@@ -3,7 +3,7 @@
 No stage of dvc.yaml: it reads HEAD and its finished experiments (or other revisions and theirs, or
 single experiments by name), prints a table and draws the results.
 
-    read.py --> Experiment --group--> Row --statistics.py--> table, figure.py
+    read.py --> Experiment --group--> ComparedSetting --statistics.py--> table, figure.py
 
 A setting is all settings but the seed, and the code and the text too: results of different code
 are never averaged. What cannot be used is named.
@@ -22,7 +22,14 @@ from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write
 from tools.experiments.figure import figure
 from tools.experiments.read import CODE, SEED, TEXT, Experiment, flat, label, read_experiments, show
-from tools.experiments.statistics import CONFIDENCE, MAX_SEEDS, POWER, Difference, Row, compare
+from tools.experiments.statistics import (
+    CONFIDENCE,
+    MAX_SEEDS,
+    POWER,
+    ComparedSetting,
+    Difference,
+    compare,
+)
 
 LOSS, BITS = "metrics/eval.json:loss_nats", "metrics/eval.json:bits_per_byte"
 TITLES = {LOSS: "Validation loss, nats per token", BITS: "Validation loss, bits per byte"}
@@ -73,7 +80,7 @@ def choose_metric(experiments: list[Experiment], wanted: str) -> str:
     raise InputError(f"--metric {wanted}: {problem}; there are {', '.join(short.values())}")
 
 
-def group(experiments: list[Experiment], metric: str) -> tuple[list[Row], list[str]]:
+def group(experiments: list[Experiment], metric: str) -> tuple[list[ComparedSetting], list[str]]:
     """A row for each setting, and notes on what is in none of them.
 
     A result that several experiments share counts once. If one seed of a setting gave different
@@ -106,7 +113,7 @@ def group(experiments: list[Experiment], metric: str) -> tuple[list[Row], list[s
                 )
         losses = {seed: min(found) for seed, found in sorted(seeds.items()) if len(found) == 1}
         if losses:
-            rows.append(Row(settings[key], losses))
+            rows.append(ComparedSetting(settings[key], losses))
     for names, what in ((missing, f"without {metric}"), (infinite, f"{metric} is not finite")):
         if names:
             notes.append(f"{len(names)} {what}, left out: {', '.join(names)}.")
@@ -114,7 +121,7 @@ def group(experiments: list[Experiment], metric: str) -> tuple[list[Row], list[s
 
 
 def diverged(
-    experiments: list[Experiment], rows: list[Row]
+    experiments: list[Experiment], rows: list[ComparedSetting]
 ) -> list[tuple[dict[str, Any], dict[int, str]]]:
     """The settings with which a training diverged, and how, by seed.
 
@@ -140,7 +147,7 @@ def varying(settings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def table(
-    rows: list[Row],
+    rows: list[ComparedSetting],
     names: list[str],
     metric: str,
     without: Iterable[tuple[Mapping[str, Any], Mapping[int, str]]] = (),
@@ -174,13 +181,13 @@ def title(metric: str) -> str:
     return TITLES.get(metric, metric.partition(":")[2])
 
 
-def decimals(rows: list[Row]) -> int:
+def decimals(rows: list[ComparedSetting]) -> int:
     """So many that five digits of the largest result are told."""
     largest = max(abs(loss) for row in rows for loss in row.losses.values())
     return max(0, 4 - math.floor(math.log10(largest))) if largest else 0
 
 
-def verdict(row: Row, n: int) -> str:
+def verdict(row: ComparedSetting, n: int) -> str:
     """What can be said of a setting beside the best one."""
     if row.is_best:
         return "best"
@@ -202,7 +209,7 @@ def seeds_to_tell(difference: Difference | None) -> str:
     return f"about {difference.seeds_needed}" if difference.seeds_needed else f"> {MAX_SEEDS}"
 
 
-def conclusions(rows: list[Row], names: list[str]) -> list[str]:
+def conclusions(rows: list[ComparedSetting], names: list[str]) -> list[str]:
     """How the verdicts come about, and what they do not say."""
     compared = [row.difference for row in rows if row.difference]
     if not compared:

@@ -4,12 +4,12 @@ import math
 from typing import Any
 
 from tools.experiments.read import is_number, label, show
-from tools.experiments.statistics import CONFIDENCE, Row, interval
+from tools.experiments.statistics import CONFIDENCE, ComparedSetting, interval
 
 BLUE = "#4c78a8"
 
 
-def figure(rows: list[Row], names: list[str], title: str) -> dict[str, Any]:
+def figure(rows: list[ComparedSetting], names: list[str], title: str) -> dict[str, Any]:
     """Each seed, and each setting's mean with its own confidence interval (Vega-Lite)."""
     numeric = [n for n in names if all(is_number(row.setting.get(n)) for row in rows)]
     x = max(numeric, key=lambda n: len({row.setting[n] for row in rows}), default=None)

@@ -24,13 +24,14 @@ that took no part in the choice tell its true mean. The t tests take seed noise 
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
 from scipy.stats import t as student
+from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
 CONFIDENCE = 0.95  # of all intervals together
 POWER = 0.8  # of the number of seeds that is advised
@@ -41,56 +42,47 @@ Losses = Mapping[int, float]  # by seed
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean loss of a setting minus that of the best one, and how sure that is."""
+    """The mean loss of a setting minus that of the best one, and its confidence interval."""
 
     mean: float
+    low: float
+    high: float
     variances: tuple[float, ...]  # of the paired differences, or (Welch) of both settings
-    counts: tuple[int, ...]  # of pairs, or of the seeds of both
     comparisons: int
 
     @property
     def paired(self) -> bool:
-        """Whether the same seeds are compared with each other."""
-        return len(self.counts) == 1
+        """Return whether the same seeds are compared with each other."""
+        return len(self.variances) == 1
 
     @property
     def margin(self) -> float:
-        """Half the confidence interval: the smallest difference that these seeds could show."""
-        error, freedom = _standard_errors(np.array(self.variances), np.array([self.counts]).T)
-        return float((student.isf(self._tail, freedom) * error)[0])
-
-    @property
-    def low(self) -> float:
-        """The lower end of the confidence interval."""
-        return self.mean - self.margin
-
-    @property
-    def high(self) -> float:
-        """The upper end of the confidence interval."""
-        return self.mean + self.margin
+        """Return half the interval: the smallest difference that these seeds could show."""
+        return (self.high - self.low) / 2
 
     @property
     def shown(self) -> bool:
-        """Whether the difference is larger than the seed noise explains."""
-        return abs(self.mean) > self.margin
+        """Return whether the difference is larger than the seed noise explains."""
+        return self.low > 0 or self.high < 0
 
     @property
     def seeds_needed(self) -> int | None:
-        """How many seeds of each would show a true difference of this size; None: very many."""
-        seeds = np.arange(2, MAX_SEEDS + 1)
-        counts = np.tile(seeds, (len(self.variances), 1))
-        errors, freedom = _standard_errors(np.array(self.variances), counts)
-        quantiles = student.isf(self._tail, freedom) + student.isf(1 - POWER, freedom)
-        enough = seeds[quantiles * errors < abs(self.mean)]
-        return int(enough[0]) if len(enough) else None
+        """Return how many seeds of each would show a true difference of this size.
 
-    @property
-    def _tail(self) -> float:
-        return (1 - CONFIDENCE) / 2 / self.comparisons
+        None stands for more than MAX_SEEDS. With n seeds of each, Satterthwaite's degrees of
+        freedom are (n - 1) (sum of variances)^2 / (sum of their squares).
+        """
+        seeds, total = np.arange(2, MAX_SEEDS + 1), sum(self.variances)
+        squares = sum(variance**2 for variance in self.variances)
+        freedom = (seeds - 1) * (total**2 / squares if squares else 1)
+        tail = (1 - CONFIDENCE) / 2 / self.comparisons
+        quantiles = student.isf(tail, freedom) + student.isf(1 - POWER, freedom)
+        enough = seeds[quantiles * np.sqrt(total / seeds) < abs(self.mean)]
+        return int(enough[0]) if len(enough) else None
 
 
 @dataclass
-class Row:
+class ComparedSetting:
     """A setting, and what it gave."""
 
     setting: dict[str, Any]
@@ -100,12 +92,12 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """The mean over its seeds."""
+        """Return the mean over its seeds."""
         return statistics.fmean(self.losses.values())
 
 
 def compare(settings: Sequence[Losses]) -> tuple[int | None, list[Difference | None]]:
-    """The position of the best setting and each one's difference to it.
+    """Return the position of the best setting and each one's difference to it.
 
     A setting with one seed says nothing of its noise: it is never the best and has no difference.
     Nor has the best itself; it is None if no setting has two seeds.
@@ -122,39 +114,32 @@ def compare(settings: Sequence[Losses]) -> tuple[int | None, list[Difference | N
 
 
 def difference(ours: Losses, best: Losses, comparisons: int = 1) -> Difference:
-    """The difference of two settings, with an interval that allows for so many comparisons."""
+    """Return the difference of two settings, its interval corrected for several comparisons."""
     shared = sorted(ours.keys() & best.keys())
-    paired = len(shared) > 1 and 2 * len(shared) > min(len(ours), len(best))
-    if paired:
-        samples = [[ours[seed] - best[seed] for seed in shared]]
-    else:
-        samples = [list(ours.values()), list(best.values())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # seeds may agree to the last digit
+        if len(shared) > 1 and 2 * len(shared) > min(len(ours), len(best)):
+            first, second = [ours[seed] for seed in shared], [best[seed] for seed in shared]
+            result = ttest_rel(first, second)
+            samples = [[a - b for a, b in zip(first, second, strict=True)]]
+        else:
+            samples = [list(ours.values()), list(best.values())]
+            result = ttest_ind(*samples, equal_var=False)
+    low, high = result.confidence_interval(1 - (1 - CONFIDENCE) / comparisons)
     means = [statistics.fmean(sample) for sample in samples]
     return Difference(
         mean=means[0] - sum(means[1:]),
+        low=float(low),
+        high=float(high),
         variances=tuple(statistics.variance(sample) for sample in samples),
-        counts=tuple(len(sample) for sample in samples),
         comparisons=comparisons,
     )
 
 
-def _standard_errors(
-    variances: Float64[np.ndarray, "S"], counts: Int64[np.ndarray, "S N"]
-) -> tuple[Float64[np.ndarray, "N"], Float64[np.ndarray, "N"]]:
-    """The standard error of a sum of S independent means, and its degrees of freedom, N times.
-
-    Satterthwaite 1946: (sum of v)^2 / sum of v^2 / (n - 1), where v = variance / n; for one mean
-    that is n - 1.
-    """
-    v = variances[:, None] / counts  # (S, N)
-    total = v.sum(axis=0)
-    v = np.where(total > 0, v, 1.0)  # of no variance each has an equal share
-    return np.sqrt(total), v.sum(axis=0) ** 2 / (v**2 / (counts - 1)).sum(axis=0)
-
-
 def interval(losses: Losses) -> tuple[float, float, float]:
-    """The mean over two seeds or more, and its own confidence interval (Student's t)."""
-    mean, n = statistics.fmean(losses.values()), len(losses)
-    error = statistics.stdev(losses.values()) / math.sqrt(n)
-    margin = float(student.isf((1 - CONFIDENCE) / 2, n - 1)) * error
-    return mean, mean - margin, mean + margin
+    """Return the mean over two seeds or more, and its own confidence interval (Student's t)."""
+    values = list(losses.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # seeds may agree to the last digit
+        low, high = ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
+    return statistics.fmean(values), float(low), float(high)

@@ -5,7 +5,7 @@
 No stage of dvc.yaml: it shows clocks, which do not reproduce. It reads what the stages left, needs
 no torch and takes a second. Of another revision DVC has all but the clocks.
 
-    metrics/, params.yaml, provenance --> Run --page.py--> sections --> metrics/report.html
+    metrics/, params.yaml, provenance --> RunResults --page.py, page.html--> metrics/report.html
 """
 
 import argparse
@@ -21,9 +21,10 @@ from lm.base.config import parse_yaml
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write, sha256_file
-from lm.base.tables import COUNT, DIVERGED, MAYBE, SHAPES, SOME, require_shape
+from lm.base.shapes import COUNT, MAYBE, SHAPES, SOME, require_shape
+from lm.base.tables import DIVERGED
 from lm.runs.history import COLUMNS
-from tools.report.page import Rows, Run, page
+from tools.report.page import Rows, RunResults, page
 from tools.report.vega import script
 from tools.repository import commit_of, git, is_under_git, opened, run_git
 
@@ -37,7 +38,7 @@ CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
 Read = Callable[[str], bytes]
 
 
-def read_run(name: str, read: Read, commit: str, clocks: bool) -> Run:
+def read_run(name: str, read: Read, commit: str, clocks: bool) -> RunResults:
     """What is known of a run. Raises InputError for a file that is missing or torn."""
 
     def parsed(file: str) -> Any:
@@ -73,7 +74,7 @@ def read_run(name: str, read: Read, commit: str, clocks: bool) -> Run:
             return False
 
     curves, train = rows("metrics/curves.csv", COLUMNS), parsed("metrics/train.json")
-    run = Run(
+    run = RunResults(
         name=name,
         commit=commit,
         params=parse_yaml(read("params.yaml").decode(), "params.yaml"),
@@ -95,7 +96,7 @@ def read_run(name: str, read: Read, commit: str, clocks: bool) -> Run:
     )
 
 
-def workspace() -> Run:
+def workspace() -> RunResults:
     """The run whose results lie here."""
 
     def read(name: str) -> bytes:
@@ -117,7 +118,7 @@ def workspace() -> Run:
     return run
 
 
-def revision(name: str) -> Run:
+def revision(name: str) -> RunResults:
     """A run that git and DVC know. Raises InputError for a revision that has no results here."""
     with opened() as repo:
         from dvc_data.index import DataIndexDirError

@@ -1,0 +1,118 @@
+"""What each result file must hold: checked by everything that reads one.
+
+Results come through DVC from other machines and other revisions, so nothing of them is trusted.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lm.base.config import Bound
+from lm.base.errors import InputError
+from lm.base.files import read_json
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # not nan; room for sums
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)  # has no UTF-8
+
+
+NUMBER = Bound(_is_number, "a number")
+MAYBE = Bound(lambda x: x is None or _is_number(x), "a number or null")
+POSITIVE = Bound(lambda x: _is_number(x) and x > 0, "a number > 0")
+COUNT = Bound(lambda x: type(x) is int and 0 <= x < 1 << 63, "a count")
+SOME = Bound(lambda x: type(x) is int and 1 <= x < 1 << 63, "a count of 1 or more")
+FLAG = Bound(lambda x: isinstance(x, bool), "true or false")
+TEXT = Bound(_is_text, "text")
+SHOWN = Bound(lambda x: _is_text(str(x)), "what UTF-8 can show")
+GUESS = Bound(
+    lambda x: isinstance(x, list) and len(x) == 2 and _is_text(x[0]) and _is_number(x[1]),
+    "a name and a probability",
+)
+_SIDE = {"documents": COUNT, "bytes": COUNT, "tokens": SOME}
+_SOURCE = {
+    **dict.fromkeys(("documents", "bytes", "tokens"), COUNT),
+    **dict.fromkeys(("longest_document_bytes", "vocabulary_used"), COUNT),
+    "bytes_per_token": NUMBER,
+    "valid": {"tokens": COUNT},
+}
+# the keys that are read: "key?" may be missing, "*" is any key, a list has any length
+SHAPES: dict[str, Any] = {
+    "data.json": {
+        **_SOURCE,
+        **dict.fromkeys(("train", "valid"), _SIDE),
+        "vocabulary": SOME,
+        **dict.fromkeys(("duplicates", "replacement_characters"), COUNT),
+        "left_out": {"*": COUNT},
+        "sources": {"*": _SOURCE},
+    },
+    "train.json": {
+        **dict.fromkeys(("step", "tokens", "parameters", "best_step"), SOME),
+        **dict.fromkeys(("train_loss", "valid_loss", "best_valid_loss"), NUMBER),
+    },
+    "eval.json": {
+        **dict.fromkeys(("loss_nats", "bits_per_byte"), POSITIVE),
+        **dict.fromkeys(("perplexity", "accuracy", "calibration_error"), NUMBER),
+        **dict.fromkeys(("tokens", "bytes"), SOME),
+        "baseline_loss_nats": dict.fromkeys(("uniform", "unigram", "bigram"), NUMBER),
+        **dict.fromkeys(("floor_bits_per_byte?", "distance_to_floor?"), NUMBER),
+    },
+    "samples.json": [{"prompt": TEXT, "temperature": NUMBER, "completion": TEXT}],
+    "held_out.json": [
+        {
+            "whole": FLAG,
+            "tokens": [{"text": TEXT, "name": TEXT, "loss_nats": NUMBER, "guesses": [GUESS]}],
+        }
+    ],
+    "performance.json": {
+        **{key: {"predicted": MAYBE, "measured": NUMBER} for key in ("seconds", "memory_bytes")},
+        **dict.fromkeys(("tokens_per_second", "step_seconds_median", "flops_per_token"), NUMBER),
+        **dict.fromkeys(("matmul_flops_per_second", "mfu", "micro_batch_size"), NUMBER),
+        "compiled": FLAG,
+        **dict.fromkeys(("mfu_is_of", "device", "dtype"), TEXT),
+        "num_devices?": SOME,
+    },
+    "provenance.json": {
+        "model": {
+            "*": SHOWN,
+            **dict.fromkeys(("vocab_size", "context_length", "num_layers", "d_model"), SOME),
+        },
+        "train": {"*": SHOWN},
+        **{key: {"*": TEXT} for key in ("inputs", "code")},
+        "environment": {"*": SHOWN},
+    },
+    "corpus.json": [{"package?": TEXT, "version?": TEXT, "bytes": COUNT, "sha256": TEXT}],
+}
+
+
+def require_shape(value: Any, shape: Any, where: str) -> None:
+    """Raise InputError unless a JSON value has this shape; it may hold more."""
+    if isinstance(shape, Bound):
+        if not shape.holds(value):
+            raise InputError(f"{where} = {str(value)[:40]}, expected {shape.text}; run `dvc repro`")
+        return
+    if type(value) is not type(shape):
+        kind = "a list" if isinstance(shape, list) else "keys and values"
+        raise InputError(f"{where} = {str(value)[:40]}, expected {kind}; run `dvc repro`")
+    if isinstance(shape, list):
+        for number, item in enumerate(value):
+            require_shape(item, shape[0], f"{where}[{number}]")
+        return
+    for key, inner in shape.items():
+        for name in value if key == "*" else (key.removesuffix("?"),):
+            if key == "*":
+                require_shape(name, TEXT, where)
+            if name in value:
+                require_shape(value[name], inner, f"{where}{'.' if ': ' in where else ': '}{name}")
+            elif not key.endswith("?"):
+                raise InputError(f"{where}: no {name} in it; run `dvc repro`")
+
+
+def read_result(file: Path) -> Any:
+    """Return the content of a result file. Raises InputError unless it has its shape."""
+    content = read_json(file)
+    require_shape(content, SHAPES[file.name], str(file))
+    return content

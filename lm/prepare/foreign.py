@@ -1,0 +1,142 @@
+"""Tokenizers by others: an encoding of tiktoken, or a tokenizer.json, each tried on texts."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from itertools import pairwise, zip_longest
+from pathlib import Path
+
+import tiktoken
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from lm.base.errors import EnvironmentFault, InputError, one_line_errors
+from lm.data.tokenizer import (
+    END_TOKEN,
+    GPT2_PATTERN,
+    Tokenizer,
+    byte_characters,
+    byte_level_backend,
+    open_tokenizer_json,
+)
+
+TRIED_CHARACTERS = 5000  # of a text on which a tokenizer from elsewhere is tried
+TRIAL_SECONDS = 60  # for a foreign tokenizer to encode a few megabytes
+# GPT-2's pattern as tiktoken spells it for speed, and as all others know it by sight.
+TIKTOKEN_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def from_tiktoken(name: str, texts: Iterable[str], end_token: str = END_TOKEN) -> Tokenizer:
+    """Return a named tiktoken encoding as a tokenizer, its ids compared on some texts.
+
+    tiktoken keeps the rank of each token; the merge that makes it is found by applying the
+    lower ranks to its bytes. Raises InputError for an unknown name, EnvironmentFault when
+    tiktoken cannot fetch its data.
+    """
+    known = {*tiktoken.list_encoding_names(), *tiktoken.registry.ENCODINGS}
+    if name not in known:
+        raise InputError(f"tokenizer.source = {name}: tiktoken knows {', '.join(sorted(known))}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # requests' errors; the hash is wrong
+        raise EnvironmentFault(
+            f"tokenizer.source = {name}: tiktoken could not fetch its data "
+            f"({type(error).__name__}); go online once or set TIKTOKEN_CACHE_DIR"
+        ) from None
+    characters, ranks = byte_characters(), encoding._mergeable_ranks
+
+    def spell(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    vocabulary = {spell(token): rank for token, rank in ranks.items()} | encoding._special_tokens
+    merges = [
+        (spell(left), spell(right))
+        for token in sorted(ranks, key=ranks.__getitem__)
+        if len(token) > 1
+        for left, right in [_last_merge(token, ranks)]
+    ]
+    backend = byte_level_backend(models.BPE(vocab=vocabulary, merges=merges), use_regex=False)
+    pattern = GPT2_PATTERN if encoding._pat_str == TIKTOKEN_GPT2 else encoding._pat_str
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+            backend.pre_tokenizer,
+        ]
+    )
+    backend.add_special_tokens(list(encoding._special_tokens))
+    tokenizer = Tokenizer(backend, end_token)
+    for text in (text[:TRIED_CHARACTERS] for text in texts):
+        if tokenizer.encode(text) != encoding.encode_ordinary(text):
+            raise InputError(
+                f"tokenizer.source = {name}: ids differ from tiktoken's; cannot be used"
+            )
+    return tokenizer
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """Return the pair whose merge makes `token`: byte-pair encode it with the lower ranks only."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def foreign_tokenizer(file: Path, texts: Iterable[str], end_token: str = END_TOKEN) -> Tokenizer:
+    """Open a tokenizer.json by others, tried on hard texts and on beginnings of the user's.
+
+    Raises InputError if it is damaged, alters text or takes too long. The trial is a process of its
+    own, because a pattern may backtrack for years and the library, when it gives up, panics aloud.
+    """
+    beginnings = json.dumps([text[:TRIED_CHARACTERS] for text in texts])
+    trial = subprocess.run(
+        [sys.executable, "-m", "lm.prepare.foreign", file, end_token, str(TRIAL_SECONDS)],
+        input=beginnings.encode(),
+        stderr=subprocess.PIPE,
+    )
+    if trial.returncode == -signal.SIGALRM:
+        raise InputError(
+            f"{file}: not done with a few megabytes of text after {TRIAL_SECONDS} s; its pattern "
+            "backtracks too much"
+        )
+    if trial.returncode != 0:
+        *_, last = trial.stderr.decode("utf-8", "replace").strip().split("\n")
+        if not last.startswith("error: "):
+            raise InputError(f"{file}: ended its trial by a crash {last}".rstrip())
+        raise InputError(last.removeprefix("error: "))
+    return open_tokenizer_json(file, end_token)
+
+
+def _trial(file: str, end_token: str, seconds: str) -> None:
+    """Encode every byte of UTF-8, long runs, added tokens amid spaces, and the texts on stdin."""
+    signal.alarm(int(seconds))  # ends the process, wherever it is and whoever still waits for it
+    tokenizer = open_tokenizer_json(Path(file), end_token)
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    texts = [
+        "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000, 0x1000)])),
+        *(chr(code) * 10_000 + "!" for code in range(128)),
+        "".join(f"a  {token.content}  b{token.content}c\n{token.content}\n" for token in added),
+        *json.load(sys.stdin),
+    ]
+    try:
+        encoded = tokenizer.encode_batch(texts)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    for text, ids in zip(texts, encoded, strict=True):
+        given, kept = text.encode(), tokenizer.decode_bytes(ids)
+        if given != kept:
+            different = (a != b for a, b in zip_longest(given, kept))
+            at = max(0, list(different).index(True) - 5)
+            raise InputError(
+                f"{file}: alters text: {given[at : at + 20]!r} came back as {kept[at : at + 20]!r}"
+            )
+        if tokenizer.backend.decode(ids, skip_special_tokens=False) != text:  # as others will
+            raise InputError(f"{file}: its decoder alters text; set decoder to type ByteLevel")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        _trial(*sys.argv[1:])

@@ -1,0 +1,155 @@
+"""The HTTP server of `python -m lm.serve`, which no client can keep from answering the others.
+
+    browser, openai, curl -> cheroot's threads -> app.py -> completions.py -> one answer, or events
+
+Only programs of this machine are served: the socket is loopback's. A thread serves a request, not a
+connection. Requests that arrive too slowly and answers that are not read are cut off.
+"""
+
+import argparse
+import logging
+import os
+import resource
+import select
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread, Timer
+
+from cheroot.server import HTTPConnection
+from cheroot.wsgi import Gateway_10, Server
+
+from lm.base.console import say
+from lm.base.errors import EnvironmentFault, InputError, one_line_errors
+from lm.base.signals import CatchSignals
+from lm.machine.device import choose_device
+from lm.model.model_folder import load_model
+from lm.serve.app import CONNECTION, HOST, MAX_BODY_BYTES, READ_SECONDS, application
+from lm.serve.completions import MAX_SEATS, POLL_SECONDS, Served
+
+MAX_HEADER_BYTES = 1 << 16
+THREADS = 2 * MAX_SEATS  # so that half of them read requests and serve the page
+MAX_CONNECTIONS = 256  # idle ones, and as many whose request waits for a thread
+IDLE_SECONDS = 10  # then a connection is closed if it is idle or its client does not read
+
+
+class _Connection(HTTPConnection):
+    """A connection that must send each request within READ_SECONDS."""
+
+    is_late = False
+
+    def communicate(self) -> bool:
+        self.deadline = Timer(READ_SECONDS, self._end_reading)
+        self.deadline.daemon = True
+        self.deadline.start()
+        try:
+            return bool(super().communicate())
+        finally:
+            self.deadline.cancel()
+
+    def _end_reading(self) -> None:
+        """Let reads find the end of the request."""
+        self.is_late = True
+        with suppress(OSError):  # already closed
+            self.socket.shutdown(socket.SHUT_RD)
+
+    def has_left(self) -> bool:
+        """Return whether the client has closed the connection."""
+        try:
+            readable, _, _ = select.select([self.socket], [], [], 0)
+            return bool(readable) and not self.socket.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):  # reset by the client; closed by us
+            return True
+
+
+class _Gateway(Gateway_10):
+    """Give the application the connection of a request."""
+
+    def respond(self) -> None:
+        self.env[CONNECTION] = self.req.conn
+        if self.req.chunked_read:
+            self.req.rfile.maxlen = 2 * MAX_BODY_BYTES  # a chunk is read whole before it is checked
+        super().respond()
+
+
+class _Server(Server):
+    """cheroot's server, but connections without a request hold no thread, and its log is short."""
+
+    ConnectionClass = _Connection
+    keep_alive_conn_limit = MAX_CONNECTIONS
+    max_request_header_size = MAX_HEADER_BYTES
+
+    def process_conn(self, conn: HTTPConnection) -> None:
+        if conn.last_used is None and self.can_add_keepalive_connection:
+            self.put_conn(conn)  # new: it gets a thread when its first byte arrives
+        else:
+            super().process_conn(conn)
+
+    def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
+        if level >= logging.WARNING:  # below it, clients leave
+            line = " ".join(f"{msg} {sys.exc_info()[1] or ''}".split())
+            sys.stderr.write(f"warning: {line}\n")
+
+
+def serve(served: Served, port: int) -> None:
+    """Answer requests until a signal arrives, then raise Interrupted.
+
+    Raises EnvironmentFault if the port is taken.
+    """
+    server = _bound_server(served, port)
+    with CatchSignals() as signals:
+        server.prepare()
+        thread = Thread(target=server.serve)
+        thread.start()
+        try:
+            say(f"http://{HOST}:{server.bind_addr[1]}/ serves {served.name}; Ctrl-C ends it")
+            while thread.is_alive() and signals.caught is None:
+                thread.join(POLL_SECONDS)
+        finally:
+            served.stopping.set()
+            server.stop()
+            thread.join()
+        signals.leave("stopped")
+
+
+def _bound_server(served: Served, port: int) -> Server:
+    try:
+        socket.create_server((HOST, port)).close()  # cheroot's own error has more words
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{HOST}:{port}: {os.strerror(error.errno or 0)}; choose another by --port, 0 takes "
+            "any free one"
+        ) from None
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < 4 * MAX_CONNECTIONS:  # as on macOS, where 256 are usual
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4 * MAX_CONNECTIONS, most), most))
+    server = _Server(
+        (HOST, port),
+        application(served),
+        numthreads=THREADS,
+        timeout=IDLE_SECONDS,
+        request_queue_size=MAX_CONNECTIONS,
+        accepted_queue_size=MAX_CONNECTIONS,
+        accepted_queue_timeout=0,  # beyond: 503
+    )
+    server.gateway = _Gateway
+    return server
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lm.serve", description="A playground and an OpenAI-compatible API."
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
+    parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    options = parser.parse_args(arguments)
+    with one_line_errors():
+        if not 0 <= options.port < 1 << 16:
+            raise InputError("--port: must be in [0, 65535]")
+        model, tokenizer = load_model(options.model, choose_device(options.device))
+        created = int((options.model / "config.json").stat().st_mtime)
+        serve(Served(options.model.resolve().name, created, model, tokenizer), options.port)
