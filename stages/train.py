@@ -17,12 +17,11 @@ from lm.machine.device import choose_device, describe, environment, prepare
 from lm.machine.processes import Processes, joined
 from lm.model.huggingface import start_from
 from lm.model.transformer import ModelConfig, TransformerLM
+from lm.plan.forecast import Forecast, begin
 from lm.plan.plan import (
-    Forecast,
     Plan,
-    begin,
+    explain_out_of_memory,
     make_plan,
-    naming_what_it_takes,
     require_room,
     require_room_for_processes,
 )
@@ -64,12 +63,12 @@ def train_stage(inputs: Inputs) -> None:
         }
         processes.require_same(agreed | made_of)
         initialise = partial(_initialise, asked, tokenizer, processes)
-        with naming_what_it_takes(plan):
+        with explain_out_of_memory(plan):
             state = begin(plan, asked, processes, initialise)
         resume_from = inputs.arguments.resume_from
         live = METRICS if "DVC_ROOT" in os.environ else None  # DVC has deleted the old metrics
         run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
-        with naming_what_it_takes(plan), run_ as this_run:
+        with explain_out_of_memory(plan), run_ as this_run:
             watched = _Watched(this_run, inputs, Forecast(plan, state.step))
             fit(state, tokens, plan.config, watched)
             processes.together(inputs.check)
@@ -124,7 +123,7 @@ class _Watched:
 
     def log(self, record: Record) -> None:
         """Take in a finished step; after the first few say how long the rest will take."""
-        self.run.log(self.forecast.heard(record))
+        self.run.log(self.forecast.observe(record))
 
     def save(self) -> None:
         """Write a checkpoint, if the inputs are what they were."""

@@ -32,6 +32,7 @@ from lm.machine.gauges import free_memory_bytes
 from lm.machine.processes import Processes
 from lm.machine.sharded_tensors import local
 from lm.model.transformer import TransformerLM
+from lm.plan import forecast
 from lm.plan import plan as planning
 from lm.plan.footprint import (
     activations,
@@ -40,16 +41,16 @@ from lm.plan.footprint import (
     parameters,
     peak_memory,
 )
+from lm.plan.forecast import calibrate
+from lm.plan.page import main, table
 from lm.plan.plan import (
     Plan,
-    calibrate,
     compiling,
+    explain_out_of_memory,
     largest_micro_batch,
     make_plan,
-    naming_what_it_takes,
     require_room,
     require_room_for_processes,
-    table,
 )
 from lm.train.loop import train
 from lm.train.parallel import Replicated, Sharded
@@ -545,11 +546,11 @@ def test_a_process_plans_with_its_share_of_batch_and_memory(
         planning, "free_memory_bytes", lambda device, n=1: round(4 * needed / 0.9 + 4) // n
     )
     plan = make_plan(model_config, config, CPU, 4)
-    assert (plan.share, plan.windows) == (6, 6)
+    assert (plan.share, plan.micro_batch_size) == (6, 6)
     monkeypatch.setattr(planning, "free_memory_bytes", lambda device, n=1: round(4 * needed) // n)
-    assert make_plan(model_config, config, CPU, 4).windows == 3
+    assert make_plan(model_config, config, CPU, 4).micro_batch_size == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the two others are on another machine
-    assert make_plan(model_config, config, CPU, 4).windows == 6
+    assert make_plan(model_config, config, CPU, 4).micro_batch_size == 6
     with pytest.raises(InputError, match="24 is not a multiple of 5 processes"):
         make_plan(model_config, config, CPU, 5)
 
@@ -558,7 +559,7 @@ def test_processes_divide_the_time_and_a_network_may_take_it_back(model_config, 
     config = replace(train_config, batch_size=8, max_steps=100, parallel="ddp", eval_interval=100)
     plan = Plan(model_config, config, CPU, 2, 0, 4)
     page = table(plan, 0.5, None, bandwidth=sum(plan.communication.values()))
-    assert "memory of each of 4 processes, ddp, float32, 2 windows at once" in page
+    assert "memory of each of 4 processes, ddp, float32, micro-batch size 2" in page
     assert "Sending takes 1.000 s an update" in page
     assert "0.500 s a step: 1:4" in page  # as long as sending takes, and a validation
     assert plan.flops == replace(plan, num_processes=1).flops
@@ -570,7 +571,7 @@ def test_a_step_too_large_for_this_machine_is_not_tried(model_config, train_conf
     monkeypatch.setattr(planning, "free_memory_bytes", lambda device, n=1: 1000)
     assert calibrate(plan) is None
     monkeypatch.undo()
-    monkeypatch.setattr(planning, "LONGEST_WINDOW_S", 0.0)
+    monkeypatch.setattr(forecast, "LONGEST_WINDOW_S", 0.0)
     assert calibrate(plan) is None
 
 
@@ -589,12 +590,12 @@ def test_out_of_memory_is_told_with_what_was_planned(model_config, train_config)
     model_config = replace(model_config, context_length=4096)
     plan = Plan(model_config, replace(train_config, batch_size=4), CPU, 4, 0)
     line = (
-        r"^out of memory: training \d+,\d+ parameters with 4 windows at a time takes about "
+        r"^out of memory: training \d+,\d+ parameters with micro-batch size 4 takes about "
         r"[\d,]+ MB; try train.micro_batch_size: 2$"
     )
-    with pytest.raises(EnvironmentFault, match=line), naming_what_it_takes(plan):
+    with pytest.raises(EnvironmentFault, match=line), explain_out_of_memory(plan):
         torch.empty(1 << 60)
-    with pytest.raises(RuntimeError, match="^another$"), naming_what_it_takes(plan):
+    with pytest.raises(RuntimeError, match="^another$"), explain_out_of_memory(plan):
         raise RuntimeError("another")
 
 
@@ -632,7 +633,7 @@ def test_logits_that_surely_do_not_fit_are_refused_before_they_are_computed(mode
 )
 def test_the_command_refuses_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        planning.main(["--params", str(ROOT / "presets" / "smoke.yaml"), *arguments])
+        main(["--params", str(ROOT / "presets" / "smoke.yaml"), *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -15,7 +15,8 @@ from lm.data.batches import Split
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.model.loss import EvaluateConfig
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.plan.plan import main, make_plan, table
+from lm.plan.page import main, table
+from lm.plan.plan import make_plan
 from lm.prepare.documents import cut_into_shards
 from lm.prepare.sources import DataConfig
 from lm.train.loop import train
@@ -142,13 +143,13 @@ def test_a_preset_is_planned_as_it_stands_whatever_tokens_are_there(tmp_path, mo
 
 def test_a_long_step_is_reckoned_from_a_part_of_its_windows(monkeypatch):
     """A step of so many windows that whole it would take the nominal rates a minute."""
-    from lm.plan import plan as planning
+    from lm.plan import forecast
 
     _, model, config = settings(ROOT / "presets" / "smoke.yaml")
     seconds = {}
     for batch_size in (64, 20_000):
         config = dataclasses.replace(config, batch_size=batch_size, compile=False)
         planned = make_plan(model, config, torch.device("cpu"))
-        monkeypatch.setattr(planning, "CALIBRATION_S", 0.05)
-        seconds[batch_size] = planning.calibrate(planned)
+        monkeypatch.setattr(forecast, "CALIBRATION_S", 0.05)
+        seconds[batch_size] = forecast.calibrate(planned)
     assert seconds[20_000] / seconds[64] == pytest.approx(20_000 / 64, rel=0.7)

@@ -18,7 +18,7 @@ from lm.base.files import atomic_copy, atomic_write
 from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig
 from lm.data.tokenizer import TokenizerConfig
 from lm.export.card import ExportConfig
-from lm.prepare.documents import DataConfig
+from lm.prepare.sources import DataConfig
 from stages import ROOT
 
 PAGE, DEFAULTS = ROOT / "docs" / "SETTINGS.md", ROOT / "presets" / "default.yaml"

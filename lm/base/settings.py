@@ -212,7 +212,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
                 f"train.init_from = {self.init_from}: must be a folder's name in "
                 "models/pretrained/, which DVC watches; copy the folder there"
             )
-        if self.batch_size % self.windows_at_once:
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise InputError(
                 f"train.batch_size = {self.batch_size} is not a multiple of "
                 f"train.micro_batch_size = {self.micro_batch_size}"
@@ -227,11 +227,6 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         """
         chosen = self.num_threads is not None or "OMP_NUM_THREADS" in os.environ
         return self.num_threads if chosen or self.parallel == "none" else 1
-
-    @property
-    def windows_at_once(self) -> int:
-        """Windows per backward pass, where memory does not decide: see TrainState."""
-        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
 
 def share_of_batch(config: TrainConfig, num_processes: int) -> int:

@@ -1,5 +1,5 @@
 """`python -m lm.plan`."""
 
-from lm.plan.plan import main
+from lm.plan.page import main
 
 main()

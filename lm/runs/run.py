@@ -25,7 +25,7 @@ from lm.base.runs import clock_file, run_folder
 from lm.base.settings import TrainConfig
 from lm.base.signals import CatchSignals
 from lm.data.tokenizer import Tokenizer
-from lm.plan.plan import Forecast
+from lm.plan.forecast import Forecast
 from lm.runs.logbook import Logbook
 from lm.runs.pace import Pace
 from lm.runs.publish import publish, write_metrics

@@ -1,0 +1,145 @@
+"""The time of a training: by a calibration before it, and by its own first steps."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from lm.base.console import count, duration, say
+from lm.base.settings import TrainConfig
+from lm.data.batches import Split
+from lm.machine.gauges import peak_memory_bytes
+from lm.machine.processes import ALONE, Processes
+from lm.model.transformer import TransformerLM
+from lm.plan.footprint import flops_per_token, peak_memory
+from lm.plan.plan import Plan, compiling, free_memory_of_one, needed_memory, nominal_rate
+from lm.train.loop import train
+from lm.train.state import Record, TrainState, new_state
+
+FORECAST_STEPS = 3  # of which the first, which warms up, does not count
+CALIBRATION_S = 10.0  # of a step, by the nominal rates: more of the batch is not measured
+LONGEST_WINDOW_S = 300.0  # likewise: of a window that takes longer nothing is measured
+
+
+def announce(plan: Plan, asked: TrainConfig) -> None:
+    """Say the plan in a few lines, at the head of a training."""
+    per_step = plan.flops / plan.config.max_steps
+    memory, processes = sum(plan.memory.values()), plan.num_processes
+    say(
+        f"Plan: {count(plan.config.max_steps, 'step')} of {per_step / 1e9:,.1f} GFLOP, "
+        f"{plan.flops:.2e} FLOP in all; memory at most {memory / 1e6:,.0f} MB"
+        + f" in each of {processes} processes ({plan.config.parallel})"
+        * (processes > 1)
+    )
+    if asked.compile == "auto":
+        done = "compiled" if plan.config.compile else "not compiled"
+        say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
+    if plan.micro_batch_size < (asked.micro_batch_size or plan.share):
+        say(
+            f"Plan: micro-batch size {plan.micro_batch_size}: {plan.share} windows do not fit into "
+            f"{(free_memory_of_one(plan.device, processes) or 0) / 1e6:,.0f} MB of free memory"
+        )
+
+
+def begin(
+    plan: Plan,
+    asked: TrainConfig,
+    processes: Processes = ALONE,
+    initialise: Callable[[TransformerLM], None] | None = None,
+) -> TrainState:
+    """The state before the first step, with the plan said aloud; see lm.train.state.new_state.
+
+    All processes take the micro-batch size that fits into the memory of each.
+    """
+    state = new_state(plan.model, plan.config, plan.device, processes, initialise)
+    state.micro_batch_size = min(processes.gather(plan.micro_batch_size))
+    say(f"Model has {state.model.num_parameters():,} parameters")
+    announce(plan, asked)
+    return state
+
+
+class Forecast:
+    """The time that a training will take, told after its first steps, and how it came out."""
+
+    def __init__(self, plan: Plan, step: int):
+        self.plan, self.left = plan, plan.config.max_steps - step
+        self.start = time.perf_counter()
+        self.step_seconds: list[float] = []
+        self.predicted_s: float | None = None
+
+    def observe(self, record: Record) -> Record:
+        """The record of a finished step; after the first few say how long the rest will take."""
+        if len(self.step_seconds) == FORECAST_STEPS:
+            return record
+        self.step_seconds.append(record["step_s"])
+        if len(self.step_seconds) == FORECAST_STEPS:
+            step_s = statistics.median(self.step_seconds[1:])
+            rest_s = seconds_for(self.plan, self.left - FORECAST_STEPS, step_s)
+            self.predicted_s = time.perf_counter() - self.start + rest_s
+            if rest_s >= 1:
+                say(f"Plan: {duration(self.predicted_s)} by the pace of the first steps")
+        return record
+
+    def beside_measured(self, device: torch.device) -> dict[str, Any]:
+        """Predicted beside measured, for metrics/performance.json."""
+        elapsed_s = time.perf_counter() - self.start
+        predicted_s = self.predicted_s and round(self.predicted_s, 3)
+        return {
+            "memory_bytes": {
+                "predicted": round(sum(self.plan.memory.values())),
+                "measured": peak_memory_bytes(device),
+            },
+            "seconds": {"predicted": predicted_s, "measured": round(elapsed_s, 3)},
+        }
+
+
+def seconds_for(plan: Plan, steps: int, step_s: float) -> float:
+    """Seconds for so many steps and their validations, which are forward passes alone."""
+    by_part = flops_per_token(plan.model, plan.config, plan.device)
+    forward = sum(f for f, _ in by_part.values()) / sum(map(sum, by_part.values()))
+    validations = -(-steps // plan.config.eval_interval)
+    return step_s * (steps + validations * plan.config.eval_batches * forward)
+
+
+def calibrate(plan: Plan) -> float | None:
+    """Seconds of a step here, from two steps after a warm-up, on random tokens and a state apart.
+
+    Where a step would take long, a part of its windows is measured and the rest reckoned with.
+    Of several processes one computes its share of the windows, alone, with the whole model and
+    nobody to send to. Torch's random generators are left as they were. None where the whole model
+    does not fit here, or a single window would take minutes: such a plan is for other machines.
+    """
+    flops = plan.flops / plan.config.max_steps / plan.num_processes
+    share_s = flops / nominal_rate(plan.config, plan.device)
+    measured = max(1, min(plan.share, int(plan.share * CALIBRATION_S / share_s)))
+    config = dataclasses.replace(
+        plan.config,
+        batch_size=measured,
+        micro_batch_size=None,
+        parallel="none",
+        reduction="sum",
+        max_steps=FORECAST_STEPS,
+        warmup_steps=0,
+        schedule="constant",
+        on_nonfinite="skip",
+    )
+    micro_batch_size, free = (
+        min(plan.micro_batch_size, measured),
+        free_memory_of_one(plan.device, 1),
+    )
+    needed = sum(peak_memory(plan.model, config, plan.device, micro_batch_size, 0).values())
+    needed = max(needed, needed_memory(plan))
+    if share_s / plan.share > LONGEST_WINDOW_S or (free is not None and needed > free):
+        return None
+    ids = np.random.default_rng(0).integers(plan.model.vocab_size, size=1 << 16, dtype=np.uint32)
+    tokens = np.resize(ids, max(len(ids), 2 * plan.model.context_length))
+    with torch.random.fork_rng():
+        state = new_state(plan.model, config, plan.device)
+        state.micro_batch_size = micro_batch_size
+        steps = train(state, Split("random", tokens, 0, end_id=0), config)
+        seconds = [record["step_s"] for record in steps]
+    return statistics.mean(seconds[1:]) * plan.share / measured
