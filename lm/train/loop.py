@@ -81,17 +81,17 @@ def _own_windows(
     state: TrainState, config: TrainConfig, gradients: BatchGradients
 ) -> NDArray[np.int64]:
     """Return the windows of a batch that this process computes, micro-batch by micro-batch."""
-    numbers = np.array(own_numbers(state, config, gradients))
-    size = state.micro_batch_size
+    numbers, size = np.array(own_numbers(state, config, gradients)), state.micro_batch_size
     return (numbers[:, None] * size + np.arange(size)).ravel()
 
 
 def validation_loss(state: TrainState, valid: Split, config: TrainConfig) -> float:
     """Return the loss, in nats, on the batches that every validation of the run looks at."""
     size = state.micro_batch_size
-    batches = config.eval_batches * config.batch_size // size
-    processes, dtype = state.processes, config.dtype
-    sums = evaluate(state.model, valid, size, max_batches=batches, dtype=dtype, processes=processes)
+    dtype, most = config.dtype, config.eval_batches * config.batch_size // size
+    sums = evaluate(
+        state.model, valid, size, max_batches=most, dtype=dtype, processes=state.processes
+    )
     return loss_nats(sums)
 
 

@@ -186,9 +186,8 @@ class Replicated(BatchGradients):
         sums_of_all = torch.empty_like(parts)
         dist.all_gather_single(sums_of_all.view(-1), _reduce_scattered(parts))
         flat.copy_(sums_of_all.view(-1)[: len(flat)])
-        done: torch.futures.Future[Tensor] = torch.futures.Future(
-            devices=[flat.device] if flat.is_cuda else None
-        )
+        devices = [flat.device] if flat.is_cuda else None
+        done: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         done.set_result(flat)
         return done
 

@@ -75,9 +75,4 @@ def skip_step(state: TrainState, config: TrainConfig, reason: str) -> Record:
     state.step += 1
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
-    return {
-        "step": state.step,
-        "train_loss": math.nan,
-        "grad_norm": math.nan,
-        "skipped": reason,
-    }
+    return {"step": state.step, "train_loss": math.nan, "grad_norm": math.nan, "skipped": reason}

@@ -8,6 +8,7 @@ processes each takes its windows of the batch, and parallel.py adds up the gradi
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,8 @@ def train_step(
             break
         state.scaler.update()  # the scale was too large for float16: lower it, and again
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise diagnose_nonfinite(
-            state, losses, loss, grad_norm, gradients,
-            lambda: forward_backward(state, config, x, y, gradients),
-        )  # fmt: skip
+        again = partial(forward_backward, state, config, x, y, gradients)
+        raise diagnose_nonfinite(state, losses, loss, grad_norm, gradients, again)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
@@ -106,8 +105,7 @@ def get_batch(
     """Return windows of a 1-D array of token ids, and the same one token later, on the device.
 
     With a seed, a pure function of (seed, step); without one, the seed is drawn from torch's
-    global generator. Raises InputError if the dataset is shorter than one window. For a loop
-    written by hand: train() deals its own.
+    global generator. Raises InputError if the dataset is shorter than one window.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()).item())
