@@ -70,11 +70,12 @@ def imported_by(module):
     path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = {name.name for name in getattr(node, "names", [])}
-        if isinstance(node, ast.ImportFrom):
-            found |= {node.module} | (imported_by(node.module) if "main" in names else set())
-        elif isinstance(node, ast.Import):
-            found |= names
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            names = {name.name for name in node.names}
+            if isinstance(node, ast.Import):
+                found |= names
+            else:
+                found |= {node.module} | (imported_by(node.module) if "main" in names else set())
     return found
 
 
