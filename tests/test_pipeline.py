@@ -118,7 +118,7 @@ def test_code_runs_again_only_the_stages_that_read_its_wing(finished):
 
     edit("tools/verify.py", "tools/heal/heal.py", "tools/report/page.py")
     assert "up to date" in dvc(finished, "status")
-    edit("lm/prepare/formats.py", "lm/prepare/documents.py")
+    edit("lm/prepare/readers/parquet.py", "lm/prepare/documents.py")
     assert ran(dvc(finished, "repro")) == ["tokenizer", "tokens"]
     edit("lm/export/card.py", "lm/generate/decoder.py")
     assert ran(dvc(finished, "repro", "--dry")) == ["evaluate", "export"]
