@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from lm.base.console import ByteProgress, count, say
 from lm.base.errors import EnvironmentFault, InputError
@@ -26,10 +26,13 @@ def corpus(inputs: Inputs) -> None:
     """Write data/raw/*.jsonl and data/corpus.json."""
     config = inputs.section(CorpusConfig, "corpus")
     _refuse_strangers()
-    if config.source == "grammar":
-        manifest = [_write_stories(config.grammar_bytes)]
-    else:
-        manifest = [_write_package(requirement) for requirement in config.packages]
+    match config.source:
+        case "grammar":
+            manifest = [_write_stories(config.grammar_bytes)]
+        case "packages":
+            manifest = [_write_package(requirement) for requirement in config.packages]
+        case other:
+            assert_never(other)
     inputs.check()
     write_json(MANIFEST, manifest)
     RAW.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,6 @@ Where the text is of a grammar (corpus.source), beside its entropy too: the floo
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.files import atomic_write, sha256_file, write_json
@@ -15,14 +13,14 @@ from lm.base.runs import remove_finished, run_folder
 from lm.base.settings import CorpusConfig, EvaluateConfig
 from lm.base.shapes import read_result
 from lm.base.tables import remarks_on
-from lm.data.batches import open_tokens, windows
+from lm.data.batches import open_tokens
 from lm.evaluate.baselines import baseline_losses_nats
 from lm.evaluate.excerpt import excerpt, excerpt_json
 from lm.evaluate.floor import floor
 from lm.evaluate.metrics import finite_metrics, require_logits_fit
 from lm.evaluate.samples import draw_samples, samples_as_markdown
 from lm.evaluate.summary import summary
-from lm.generate.decoder import require_same_logits
+from lm.generate.decoder import COMPARED, require_same_logits
 from lm.machine.device import choose_device, make_deterministic
 from lm.model.loss import calibration, evaluate, loss_by_position
 from lm.model.model_folder import load_model, read_provenance
@@ -61,8 +59,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     if source == "grammar":
         metrics |= floor(metrics, tokens.valid, tokenizer)
     baselines = baseline_losses_nats(tokens)
-    first, _ = windows(tokens.valid.tokens, np.array([0]), model.config.context_length)
-    require_same_logits(model, first[0].tolist(), tokens.valid.end_id)
+    require_same_logits(model, tokens.valid.tokens[:COMPARED], tokens.valid.end_id)
     samples = draw_samples(model, tokenizer, config)
     held_out = excerpt(model, tokens.valid, tokenizer)
     stops_early = provenance["train"].get("early_stopping") is not None

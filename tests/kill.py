@@ -244,7 +244,7 @@ def stage_name(process: psutil.Process) -> str | None:
     except psutil.Error:
         return None
     found = [w.removeprefix("stages.") for w in words if w.startswith("stages.")]
-    return found[0] if found and words[-2:-1] == ["-m"] and found[0] != "heal" else None
+    return found[0] if found and words[-2:-1] == ["-m"] else None
 
 
 def living_ranks(project: Project) -> dict[int, psutil.Process]:
