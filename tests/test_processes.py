@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -152,6 +153,25 @@ def test_a_lost_rank_is_named_in_bounded_time_by_one_of_the_others(
     assert f"lost rank 1 in step 3: {why}; what was saved is intact: run again" in str(told)
     assert isinstance(quiet, SystemExit)
     assert quiet.code == EnvironmentFault.exit_code
+
+
+def lost_beside_a_slow_one(processes, *given):
+    """The same; the last rank takes seconds longer than rank 0 to see what has happened."""
+    if processes.rank == 2:
+        store = processes.store
+        processes.store = SimpleNamespace(
+            set=store.set, check=lambda keys: time.sleep(0.5) or store.check(keys)
+        )
+    lost(processes, *given)
+
+
+@pytest.mark.soak
+def test_who_keeps_the_store_waits_for_a_slow_survivor(model_config, train_config):
+    config = replace(train_config, parallel="ddp", batch_size=6, micro_batch_size=1)
+    told, gone, quiet = outcomes(3, lost_beside_a_slow_one, model_config, config, False)
+    assert gone is None
+    assert "lost rank 1 in step 3: it has ended" in str(told)
+    assert isinstance(quiet, SystemExit)
 
 
 def test_rank_0_is_named_though_it_keeps_what_the_others_meet_in(model_config, train_config):

@@ -153,6 +153,9 @@ class Processes:
                 return SystemExit(EnvironmentFault.exit_code)
             left = self._left()
             missing = sorted(set(range(self.size)) - left)
+            self.store.set(f"knows/{self.rank}", "")
+            while self.leads and time.monotonic() < end and not self._all("knows", left):
+                time.sleep(0.05)  # the store may be this rank's
         except dist.DistError:
             missing = [] if launched else [0]
             left |= {0} if launched else set()
@@ -166,8 +169,12 @@ class Processes:
 
     def _left(self) -> set[int]:
         """Those that have said that they leave."""
+        return {rank for rank in range(self.size) if self._all("leaves", {rank})}
+
+    def _all(self, what: str, ranks: set[int]) -> bool:
+        """Whether each of them has said it."""
         assert self.store is not None
-        return {rank for rank in range(self.size) if self.store.check([f"leaves/{rank}"])}
+        return bool(self.store.check([f"{what}/{rank}" for rank in sorted(ranks)]))
 
     def _whereabouts(self, rank: int) -> str:
         with suppress(dist.DistError):
