@@ -1,13 +1,20 @@
 """Shapes in signatures are executed; one thread: two on busy cores can be 38 times slower."""
 
+import atexit
 import fcntl
 import os
 import pickle
+import shutil
 import signal
+import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"
 # a shell that runs the tests in the background has them ignore Ctrl-C; what they start must not
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if "LM_WARM" not in os.environ:  # the workers' processes have it from the first
+    os.environ["LM_WARM"] = tempfile.mkdtemp(prefix="warm-")
+    atexit.register(shutil.rmtree, os.environ["LM_WARM"])
 
 from jaxtyping import install_import_hook
 

@@ -20,13 +20,6 @@ from tests.project import PIPE_BYTES, Project
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 TARGETS = ("stage", "dvc", "group")
-HEAVY = (
-    "tools.report.plots",
-    "tools.report",
-    "tools.experiments.compare",
-    "tools.experiments",
-    "tools.verify",
-)
 STAGES = ("corpus", "tokenizer", "tokens", "train", "evaluate", "export")
 
 
@@ -91,18 +84,10 @@ def cloned(project: Project, folder: Path) -> Project:
 
 
 def run(project: Project, *command: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, stderr among stdout; heavy tools in a warmed process."""
-    if command[:2] == ("python", "-m") and command[2] in HEAVY:
-        return warmed(project, *command[2:])
-    victim = Victim(project, *command)
+    """Run a command to its end, stderr among stdout, as far as possible in warmed processes."""
+    victim = Victim(project, *command, warm=True)
     code = victim.wait(timeout)
     return subprocess.CompletedProcess(command, code, victim.output(), "")
-
-
-def warmed(project: Project, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a module to its end in a fork of a process that has imported what it needs."""
-    done = project.warm(module, *arguments, environment=project.environment())
-    return subprocess.CompletedProcess(arguments, done["status"], done["out"] + done["err"], "")
 
 
 def dvc(project: Project, *arguments: str, code: int = 0) -> str:
@@ -131,12 +116,12 @@ class Victim:
     happened when the signal is sent: a training that logs each step cannot go far ahead.
     """
 
-    def __init__(self, project: Project, *command: str):
+    def __init__(self, project: Project, *command: str, warm: bool = False):
         self.project, self.heard = project, bytearray()
         self.process = subprocess.Popen(
             command,
             cwd=project.folder,
-            env=project.environment(),
+            env=project.environment(warm),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

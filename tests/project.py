@@ -13,7 +13,7 @@ import yaml
 from lm.base.config import load_params
 from lm.data.shards import SPLITS, ShardWriter, token_dtype, write_manifest
 from lm.data.tokenizer import Tokenizer
-from tests.faults import run_warm
+from tests.warm import address, lifeline, run_warm
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "presets" / "smoke.yaml"
@@ -52,16 +52,22 @@ class Project:
         self.params[section][name] = value
         (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params))
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, warm: bool = False) -> dict[str, str]:
         """One thread, this Python first, and nothing of a dvc or a make that may run the tests.
 
         Without transformers, as a user has it, which take seconds to import: `stage` has them.
+        With `warm`, `python -m` of our modules and `dvc` run in forks: see tests.warm.
         """
         outer = ("DVC_", "MAKE", "MFLAGS")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        if warm:
+            for program in ("dvc", "stages.train"):
+                lifeline(address(program))
+            path = f"{ROOT / 'tests' / 'start'}{os.pathsep}{path}"
         site = str(self.folder.with_name(self.folder.name + ".site"))  # else in /var/tmp
-        fixed = {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site}
+        fixed = {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_SITE_CACHE_DIR": site,
+                 "LM_WARM_PYTHON": sys.executable}  # fmt: skip
         return clean | fixed | {"PYTHONPATH": str(ROOT / "tests" / "without")}
 
     def start(self, *command: str, **environment: str) -> "subprocess.Popen[str]":
@@ -96,12 +102,12 @@ class Project:
 
     def run(self, *command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run a program to its end."""
-        process = self.start(*command, **environment)
+        process = self.start(*command, **(self.environment(warm=True) | environment))
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def warm(self, stage: str, *arguments: str, **more: Any) -> dict[str, Any]:
-        """Run a stage in a fork of a process that has imported torch: see tests.faults.run_warm."""
+        """Run a stage in a fork of a process that has imported torch: see tests.warm.run_warm."""
         return run_warm(self.folder, stage, *arguments, **more)
 
     def stage(
