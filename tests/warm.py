@@ -5,7 +5,7 @@ all processes of the tests, have imported what takes long; each program is a for
 which imports the project's modules anew, from its own folder. tests/start is the `python` and the
 `dvc` that a project's programs find on their PATH and that ask for such a fork.
 
-    python tests/warm.py FOLDER light|heavy   serves on a socket in FOLDER until its clients are gone
+    python tests/warm.py FOLDER light|heavy   serves on a socket until its clients are gone
 
 A strike is real: a signal that the process sends itself, or a limit of the operating system, right
 before the operation number `at` that changes a file in the project (an audit event of Python).
@@ -176,14 +176,22 @@ def forget(*packages: str) -> None:
         del sys.modules[name]
 
 
+def received(connection: socket.socket, size: int) -> bytes:
+    """Return what a client has sent; nothing if it has left, or was killed."""
+    try:
+        return connection.recv(size)
+    except ConnectionError:
+        return b""
+
+
 def start(connection: socket.socket) -> int | None:
     """Fork for the case that a client sends; return the process, or None if it has left."""
     size, files, _, _ = socket.recv_fds(connection, 4, 4)
-    if not size:
+    data = bytearray()
+    while len(data) < int.from_bytes(size) and (more := received(connection, 1 << 16)):
+        data += more
+    if not size or len(data) < int.from_bytes(size):
         return None
-    data = b""
-    while len(data) < int.from_bytes(size):
-        data += connection.recv(1 << 16)
     pid = os.fork()
     if pid == 0:
         signal.set_wakeup_fd(-1)
@@ -244,7 +252,7 @@ def serve(path: str) -> None:
             elif key.fileobj not in asked and (pid := start(key.fileobj)):
                 asked[key.fileobj], running[pid] = pid, key.fileobj
             else:
-                number = key.fileobj.recv(1) if key.fileobj in asked else b""
+                number = received(key.fileobj, 1) if key.fileobj in asked else b""
                 if asked.get(key.fileobj) in running:
                     os.kill(asked[key.fileobj], number[0] if number else signal.SIGKILL)
                 if not number:
@@ -256,6 +264,9 @@ def serve(path: str) -> None:
 
 if __name__ == "__main__":
     folder, kind = sys.argv[1:]
+    log = os.open(f"{folder}/{kind}.log", os.O_WRONLY | os.O_CREAT)
+    for target in (1, 2):
+        os.dup2(log, target)  # not the files of the test that needed it first
     sys.path[0] = str(ROOT)
     heavy = ("torch._dynamo", "transformers.models.llama.modeling_llama", "dvc.repo",
              "stages.train", "stages.evaluate", "stages.export")  # fmt: skip

@@ -24,7 +24,7 @@ except (FileNotFoundError, ConnectionRefusedError):
     os.execv(real, [real, *sys.argv[2:]])
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, frame: connection.send(bytes([number])))
-case = {"folder": os.getcwd(), "program": name, "arguments": arguments}
+case = {"folder": str(Path.cwd()), "program": name, "arguments": arguments}
 ask(connection, case | {"environment": dict(os.environ)}, [0, 1, 2])
 answer = connection.recv(1 << 16)
 status = json.loads(answer)["status"] if answer else 70
