@@ -102,7 +102,7 @@ class Project:
 
     def run(self, *command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run a program to its end."""
-        process = self.start(*command, **(self.environment(warm=True) | environment))
+        process = self.start(*command, **environment)
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
