@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lm.train.schedule import (
+    SCHEDULES,
     get_lr_constant_schedule,
     get_lr_cosine_schedule,
     get_lr_wsd_schedule,
@@ -36,7 +37,7 @@ def test_constant_schedule_warms_up():
     assert get_lr_constant_schedule(0, 2.0, 0) == 2.0
 
 
-@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_no_update_is_lost_and_the_last_has_the_lowest_rate(train_config, name):
     config = replace(train_config, schedule=name, max_steps=10, warmup_steps=2, decay_steps=3)
     rates = [learning_rate_fraction(update, config) for update in range(1, 11)]
