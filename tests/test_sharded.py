@@ -148,11 +148,12 @@ def test_every_file_is_on_disk_before_the_folder_and_its_manifest_are_renamed(
     model_config, config, tmp_path
 ):
     first, second = together(2, traced_save, model_config, config, tmp_path, parallel="fsdp")
-    assert ("sync", "shard-00002-model-00001-of-00001.safetensors") in second
+    # twice: torch syncs before its last bytes have left its buffer
+    assert second.count(("sync", "shard-00002-model-00001-of-00001.safetensors")) == 2
     assert not [name for kind, name in second if kind == "rename"]
     at = first.index(("rename", "step-00000001"))
     assert ("sync", "header.json.tmp") in first[:at]
-    assert ("sync", "shard-00001-model-00001-of-00001.safetensors") in first[:at]
+    assert first[:at].count(("sync", "shard-00001-model-00001-of-00001.safetensors")) == 2
     assert first[at - 1] == ("sync", "step-00000001.tmp")
     assert first[at + 1 :] == [
         ("sync", tmp_path.name),

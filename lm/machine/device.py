@@ -36,10 +36,10 @@ _SWITCHES = (
     "OMP_DYNAMIC",
     "ONEDNN_MAX_CPU_ISA",
 )
-# of mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
+# mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 _COMPILERS = ("c++", "g++", "clang++")
-# of torch.compile: calls without Python between them, and recomputation left where it was put
+# torch.compile: calls without Python between them, and recomputation left where it was put
 _CPU_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp_wrapper": True,
     "cpp_wrapper_build_separate": True,

@@ -51,7 +51,7 @@ class _OptimizerPart:
 
 @dataclass(frozen=True)
 class _Header:
-    """What stands in a checkpoint beside its tensors."""
+    """Everything in a checkpoint but its tensors."""
 
     format: Count
     iteration: Annotated[int, NOT_NEGATIVE]
@@ -184,11 +184,8 @@ def _require_fitting(
 
 def _split(tensors: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
     """Return the weights by their names in the model, and the optimizer's by their whole names."""
-    model, optimizer = (
-        {key: value for key, value in tensors.items() if key.startswith(prefix)}
-        for prefix in ("model.", "optimizer.")
-    )
-    return {key.removeprefix("model."): value for key, value in model.items()}, optimizer
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    return weights, {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
 
 
 def _read_folder_header(folder: Path) -> _Header:

@@ -14,7 +14,7 @@ from lm.base.errors import InputError
 from lm.model.fitting import Stored, word_of
 from lm.model.transformer import TransformerLM
 
-# what torch's optimizers keep of each number of a parameter, by these names
+# entries of torch's optimizers that have the shape of their parameter
 LIKE_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 KNOWN = LIKE_PARAMETER | {"step"}
 State = dict[int, dict[str, Any]]
@@ -82,8 +82,9 @@ def require_state(
 ) -> None:
     """Raise InputError unless the state in a file can be that of this optimizer's parameters.
 
-    `values` are what is no tensor. Our optimizers say which entries a parameter has. In another
-    optimizer all parameters of a group have the same known entries, or none before a gradient came.
+    `values` are entries that are not tensors. Our optimizers say which entries a parameter has. In
+    another optimizer all parameters of a group have the same known entries, or none before a
+    gradient came.
     """
     parameters, found = parameters_of(optimizer), defaultdict[int, set[str]](set)
     names_of = getattr(optimizer, "state_names", None)  # of ours

@@ -1,4 +1,4 @@
-"""What a checkpoint of stage train says of its run, checked before any of it is used."""
+"""Read the record of a run from a checkpoint, and check it before any of it is used."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,7 +73,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class _SavedIdentity(Identity):
-    """An identity, and what may change on the way beside it, by the first step that had it."""
+    """An identity and the changes of a run: see lm.runs.logbook."""
 
     micro_batch_sizes: Annotated[dict[str, Count], NOT_EMPTY, BY_STEP]
     num_processes: Annotated[dict[str, Count], BY_STEP] | None

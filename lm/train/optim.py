@@ -222,7 +222,7 @@ class OptimizerKind:
     """All that depends on the choice of train.optimizer; lm/plan reads the sizes."""
 
     make: Callable[[nn.Module, OptimizerConfig], AdamW]
-    matrix_numbers: int  # of float32 in the state, for each weight of a matrix within a block
+    matrix_numbers: int  # float32 numbers of state for each weight of a matrix in a block
     other_numbers: int  # the same for each other weight
     whole_matrices: bool  # an update computes with whole matrices: scratch, and traffic of fsdp
 

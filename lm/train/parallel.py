@@ -11,7 +11,6 @@ Every micro-batch weighs its loss by 1 / (micro-batches of the batch), and gradi
 2i + 1, then those sums in pairs again: one order for 1, 2, 4, 8, ... processes.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, assert_never
@@ -32,7 +31,7 @@ Gradients = Callable[[TransformerLM, Tensor, Tensor, Tensor], tuple[Tensor, tupl
 
 
 class BatchGradients:
-    """The gradients of a batch, of which the micro-batches are added one by one."""
+    """The gradients of a batch, added up micro-batch by micro-batch."""
 
     def __init__(self, model: TransformerLM, tree: bool) -> None:
         self.model, self.tree, self.sums = model, tree, PairwiseSum()
@@ -199,11 +198,10 @@ class Sharded(BatchGradients):
         super().__init__(model, tree)
         self.loss_of = loss_of
         self.alternating = tree  # neighbours are added as they come
-        self.gather, self.reduce = _AllGather(), _ReduceScatter(self)
+        reduce = _ReduceScatter(self)
         for module in (*model.layers, model):
             fsdp: Any = module
-            fsdp.set_custom_all_gather(self.gather)
-            fsdp.set_custom_reduce_scatter(self.reduce)
+            fsdp.set_custom_reduce_scatter(reduce)
             fsdp.set_force_sum_reduction_for_comms(True)
             fsdp.set_gradient_divide_factor(1.0)
 
@@ -211,11 +209,8 @@ class Sharded(BatchGradients):
         """See BatchGradients."""
         fsdp: Any = self.model
         fsdp.set_requires_gradient_sync(last or self.tree)
-        self.gather.waited_s = 0.0
         with self.forward.lap():
             loss = self.loss_of(self.model, x, y)
-        if not self.forward.on_gpu:
-            self.forward.seconds -= self.gather.waited_s
         (loss * weight).backward()
         if self.tree:
             parameters = tuple(self.model.parameters())  # the sharded ones, now
@@ -226,30 +221,16 @@ class Sharded(BatchGradients):
         return loss.detach()
 
 
-class _AllGather:
-    """FSDP's all-gather, which records how long a CPU waits in it."""
-
-    waited_s = 0.0
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
-    ) -> Any:
-        start = time.perf_counter()
-        work = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
-        self.waited_s += time.perf_counter() - start
-        return work
-
-
-class _ReduceScatter(_AllGather):
+class _ReduceScatter:
     """FSDP's reduce-scatter, or one over a tree."""
 
     def __init__(self, gradients: BatchGradients):
         self.gradients = gradients
 
-    def __call__(  # type: ignore[override]
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
         self,
         output_tensor: Tensor,
         input_tensor: Tensor,
