@@ -15,7 +15,6 @@ from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import (
     collect,
     cut_like,
-    group_of,
     hand_out,
     local,
     sums_of_squares,
@@ -249,11 +248,10 @@ def shared_rows(processes, matrices):
     squares = sums_of_squares(shared)
     again = cut_like(matrices[0], shared[0])
     assert torch.equal(local(again), local(shared[0]))
-    rows = len(matrices[0])
-    mine = collect([local(s) for s in shared[: processes.size]], rows, group_of(shared[0]))
+    mine = collect([local(s) for s in shared[: processes.size]], shared[0])
     doubled = None if mine is None else 2 * mine
     count = len(shared[: processes.size])
-    back = hand_out(doubled, count, matrices[0].shape, torch.float32, shared[0])
+    back = hand_out(doubled, count, torch.float32, shared[0])
     doubles = [torch.equal(part, 2 * local(s)) for part, s in zip(back, shared, strict=False)]
     return squares, mine, doubles, [tuple(local(s).shape) for s in shared]
 

@@ -4,6 +4,7 @@ import os
 import resource
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,8 +50,7 @@ def test_the_newest_are_kept_and_damage_is_named(trainee, tmp_path):
     directory = ResumeDirectory(tmp_path / "run", keep=2)
     assert not (tmp_path / "run" / ".tmpAbc").exists()
     assert steps(tmp_path / "run") == [10, 15]  # what was never committed would count as kept
-    directory.remove()
-    assert not (tmp_path / "run").exists()
+    directory.unlock()
 
 
 def test_a_best_checkpoint_stays_while_a_checkpoint_names_it(trainee, tmp_path):
@@ -113,6 +113,40 @@ def test_a_save_that_fails_is_told_at_the_next_step_and_the_one_before_stays(tra
     directory.wait()
     assert steps(tmp_path) == [5, 10]
     directory.unlock()
+
+
+def traced(put):
+    """A list that grows by what is put on disk and what is renamed, in order."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def traced_fsync(descriptor):
+        fsync(descriptor)
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+
+    def traced_replace(source, target):
+        replace(source, target)
+        events.append(("rename", Path(target).name))
+
+    put(os, "fsync", traced_fsync)
+    put(os, "replace", traced_replace)
+    return events
+
+
+def test_a_checkpoint_is_on_disk_before_its_manifest_and_each_before_its_rename(
+    trainee, tmp_path, monkeypatch
+):
+    directory = ResumeDirectory(tmp_path / "run", keep=2)
+    events = traced(monkeypatch.setattr)
+    directory.save(*trainee, 5, extra())
+    directory.unlock()
+    assert events == [
+        ("sync", "step-00000005.safetensors.tmp"),
+        ("rename", "step-00000005.safetensors"),
+        ("sync", "run"),
+        ("sync", "step-00000005.json.tmp"),
+        ("rename", "step-00000005.json"),
+        ("sync", "run"),
+    ]
 
 
 def wait_for_failure(directory):

@@ -23,6 +23,7 @@ from lm.data.batches import Split, Tokens
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.transformer import ModelConfig
 from lm.runs.checkpoint import read_extra
+from lm.runs.pace import Pace
 from lm.runs.publish import publishing
 from lm.runs.run import Run
 from lm.train.loop import fit, train, validation_loss
@@ -254,6 +255,25 @@ def test_two_runs_publish_one_after_the_other(settings, tmp_path):
     other.join()
     assert seen == [False]
     assert (tmp_path / "models" / "model" / "provenance.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("forward_s", "step_s", "said"),
+    [
+        ([0.1, 0.1, 0.3], 0.4, "  rank 2 is slow: 3.0 times the others' forward pass"),
+        ([0.2, 0.1, 0.1], 0.3, "  rank 0 is slow: 2.0 times the others' forward pass"),
+        ([0.1, 0.1, 0.14], 0.1, ""),  # less than half as long again
+        ([0.1, 0.1, 0.3], 0.9, ""),  # less than a quarter of a step
+        ([0.3], 0.3, ""),  # nobody to compare with
+    ],
+)
+def test_a_rank_that_holds_the_others_up_is_named_after_twenty_steps(forward_s, step_s, said):
+    pace = Pace()
+    for step in range(20):
+        assert pace.slow_rank() == ""
+        hiccup = 9.0 if step == 7 else 0.0  # of one step: medians do not see it
+        pace.add({"step_s": step_s}, [forward_s[0] + hiccup, *forward_s[1:]])
+    assert pace.slow_rank() == said
 
 
 ROW = "extra/history/rows/0"

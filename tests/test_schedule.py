@@ -4,7 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from lm.base.config import read_section
+from lm.base.errors import InputError
+from lm.base.settings import TrainConfig
 from lm.train.schedule import (
+    SCHEDULES,
     get_lr_constant_schedule,
     get_lr_cosine_schedule,
     get_lr_wsd_schedule,
@@ -36,7 +40,7 @@ def test_constant_schedule_warms_up():
     assert get_lr_constant_schedule(0, 2.0, 0) == 2.0
 
 
-@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_no_update_is_lost_and_the_last_has_the_lowest_rate(train_config, name):
     config = replace(train_config, schedule=name, max_steps=10, warmup_steps=2, decay_steps=3)
     rates = [learning_rate_fraction(update, config) for update in range(1, 11)]
@@ -46,3 +50,9 @@ def test_no_update_is_lost_and_the_last_has_the_lowest_rate(train_config, name):
         expected = [0.5, 1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.1]
         assert rates == pytest.approx(expected)
     assert rates[-1] == (1.0 if name == "constant" else pytest.approx(config.min_lr_ratio))
+
+
+def test_a_name_that_is_not_in_the_registry_is_no_setting(smoke_params):
+    smoke_params["train"]["schedule"] = "sgdr"
+    with pytest.raises(InputError, match="schedule = sgdr: must be one of cosine, wsd, constant$"):
+        read_section(TrainConfig, smoke_params, "train")

@@ -20,6 +20,7 @@ from lm.train.loop import train
 from lm.train.state import new_state
 from tests.ranks import outcomes, together
 from tests.test_checkpoint import Bomb
+from tests.test_resume import traced
 from tests.test_train import CPU, SPLIT
 
 
@@ -129,6 +130,37 @@ def test_the_file_that_is_published_is_the_same_for_any_number_of_processes(
             as_one_file(folder / "step-00000003", folder / "last.safetensors")
             files.append((folder / "last.safetensors").read_bytes())
     assert files == files[:1] * 4
+
+
+def traced_save(processes, model_config, config, folder):
+    """What this rank puts on disk, and what it renames, while all save."""
+    state = new_state(model_config, config, CPU, processes)
+    directory = ResumeDirectory(folder, 2, processes)
+    next(train(state, SPLIT, config))
+    events = traced(setattr)
+    directory.save(state.model, state.optimizer, 1, {"best": {"step": None}})
+    directory.wait()
+    directory.unlock()
+    return events
+
+
+def test_every_file_is_on_disk_before_the_folder_and_its_manifest_are_renamed(
+    model_config, config, tmp_path
+):
+    first, second = together(2, traced_save, model_config, config, tmp_path, parallel="fsdp")
+    # twice: torch syncs before its last bytes have left its buffer
+    assert second.count(("sync", "shard-00002-model-00001-of-00001.safetensors")) == 2
+    assert not [name for kind, name in second if kind == "rename"]
+    at = first.index(("rename", "step-00000001"))
+    assert ("sync", "header.json.tmp") in first[:at]
+    assert first[:at].count(("sync", "shard-00001-model-00001-of-00001.safetensors")) == 2
+    assert first[at - 1] == ("sync", "step-00000001.tmp")
+    assert first[at + 1 :] == [
+        ("sync", tmp_path.name),
+        ("sync", "step-00000001.json.tmp"),
+        ("rename", "step-00000001.json"),
+        ("sync", tmp_path.name),
+    ]
 
 
 def sound(processes, folder):

@@ -10,7 +10,8 @@ import torch
 
 from lm.base.errors import Diverged, EnvironmentFault, InputError
 from lm.data.batches import Split
-from lm.machine.device import choose_device
+from lm.machine.device import choose_device, describe, make_deterministic
+from lm.machine.gauges import free_memory_bytes
 from lm.model.kernels import cross_entropy
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint
 from lm.train.loop import train
@@ -268,12 +269,30 @@ def test_an_absent_device_is_an_error_and_never_replaced():
             choose_device("cuda")
 
 
+def test_the_number_of_threads_is_the_settings_or_torchs():
+    threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        make_deterministic(CPU, None)
+        assert torch.get_num_threads() == threads
+        make_deterministic(CPU, threads + 1)
+        assert torch.get_num_threads() == threads + 1
+        assert describe(CPU).startswith(f"cpu ({threads + 1} threads, ")
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def test_processes_share_the_free_memory():
+    alone, shared = free_memory_bytes(CPU), free_memory_bytes(CPU, 4)
+    assert 4 * shared == pytest.approx(alone, rel=0.3)  # others take and free some meanwhile
+
+
 @pytest.mark.cuda
 def test_cuda_resumes_bit_for_bit(model_config, train_config):
-    from lm.machine.device import make_deterministic
-
     device = torch.device("cuda")
-    make_deterministic(device)
+    make_deterministic(device, None)
     config = replace(train_config, dtype="bfloat16", max_steps=9)
 
     def go(state, steps):

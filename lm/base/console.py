@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -104,6 +104,12 @@ class ByteProgress:
 def count(n: int, what: str) -> str:
     """A number of things in words: "1 run", "2,000 runs"."""
     return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def few(words: Sequence[str], most: int = 3) -> str:
+    """Join the first few words, with the number of the others: "a, b, c and 2 more"."""
+    rest = len(words) - most
+    return ", ".join(words[:most]) + f" and {rest} more" * (rest > 0)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

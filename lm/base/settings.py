@@ -106,7 +106,9 @@ class ScheduleConfig:
     """The schedule's part of the section `train`."""
 
     schedule: Annotated[
-        Literal["cosine", "wsd", "constant"], "of the learning rates, after a linear warm-up"
+        str,
+        key_of("lm/train/schedule.py", "SCHEDULES"),
+        "of the learning rates, after a linear warm-up",
     ]
     max_steps: Annotated[Count, "updates"]
     warmup_steps: Annotated[int, NOT_NEGATIVE, "steps in which the rates rise to their peak"]
@@ -133,7 +135,9 @@ class OptimizerConfig:
     """The optimizer's part of the section `train`."""
 
     optimizer: Annotated[
-        Literal["adamw", "muon"], "muon: Muon for the matrices of the blocks, AdamW for the rest"
+        str,
+        key_of("lm/train/optim.py", "OPTIMIZERS"),
+        "muon: Muon for the matrices of the blocks, AdamW for the rest",
     ]
     lr: Annotated[float, POSITIVE, "peak learning rate of AdamW"]
     beta1: Annotated[float, BELOW_ONE, "of AdamW"]

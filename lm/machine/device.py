@@ -1,4 +1,4 @@
-"""The machine: which device, in which precision, and how fast it can be."""
+"""The device: choose it, describe it, make it deterministic, compile for it."""
 
 import ctypes
 import functools
@@ -36,36 +36,27 @@ _SWITCHES = (
     "OMP_DYNAMIC",
     "ONEDNN_MAX_CPU_ISA",
 )
-# of mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
+# mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 _COMPILERS = ("c++", "g++", "clang++")
-# of torch.compile: calls without Python between them, and recomputation left where it was put
+# torch.compile: calls without Python between them, and recomputation left where it was put
 _CPU_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp_wrapper": True,
     "cpp_wrapper_build_separate": True,
     "reorder_for_locality": False,
 }
-# (rows, inner, columns) of products that threads share: on Zen 4 the second, with AMX the others
+# (rows, inner, columns) of products that threads share: the second on Zen 4, the others with AMX
 _CUT_DIFFERENTLY = ((64, 64, 64), (128, 128, 128), (768, 128, 384))
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def available_devices() -> list[str]:
-    """The kinds of device this torch can use here, the fastest first."""
-    found = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    return [name for name, there in found.items() if there]
-
-
 def choose_device(name: str) -> torch.device:
-    """The named device, or for "auto" CUDA, else MPS, else the CPU.
+    """Return the named device, or for "auto" CUDA, else MPS, else the CPU.
 
     Raises EnvironmentFault for one that is not there: it is never replaced in silence.
     """
-    available = available_devices()
+    kinds = ("cuda", "mps", "cpu")
+    available = [kind for kind in kinds if torch.get_device_module(kind).is_available()]
     if name == "auto":
         return torch.device(available[0])
     if name not in available:
@@ -77,7 +68,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def describe(device: torch.device) -> str:
-    """The device in words, e.g. "cpu (2 threads, AVX512)"."""
+    """Return the device in words, e.g. "cpu (2 threads, AVX512)"."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
@@ -87,7 +78,7 @@ def describe(device: torch.device) -> str:
 
 
 def environment(device: torch.device, compiles: bool) -> dict[str, str]:
-    """What decides, beside code, settings and data, which bits a computation gives."""
+    """Return what decides the bits of a computation beside code, settings and data."""
     found = {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "torch": torch.__version__,
@@ -103,17 +94,29 @@ def environment(device: torch.device, compiles: bool) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Maker and matrix instructions of the CPU: libraries choose their kernels by these."""
+    """Return maker and matrix instructions of the CPU, by which libraries choose their kernels."""
     maker = platform.processor() or platform.machine()
     if sys.platform == "linux":
         maker = field_of("/proc/cpuinfo", "vendor_id") or maker
+    return " ".join([maker, *_cpu_extras()])
+
+
+def _cpu_extras() -> list[str]:
+    """Return which instructions for products in bfloat16 the CPU has."""
     cpu: Any = torch.cpu  # the checks are there, but not in the type stubs
     extras = {"avx512_bf16": cpu._is_avx512_bf16_supported(), "amx": cpu._is_amx_tile_supported()}
-    return " ".join([maker, *(name for name, there in extras.items() if there)])
+    return [name for name, there in extras.items() if there]
+
+
+def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
+    """Return whether products in a 16-bit type are faster here than in float32."""
+    if device.type == "cpu":
+        return dtype == "bfloat16" and bool(_cpu_extras())
+    return dtype != "float32"
 
 
 def field_of(file: str, name: str, separator: str = ":") -> str | None:
-    """Return what stands behind a name in a file of "name: value", or None."""
+    """Return the value of a name in a file of "name: value" lines, or None."""
     with open(file, encoding="utf-8") as lines:
         return next(
             (line.partition(separator)[2].strip() for line in lines if line.startswith(name)), None
@@ -121,7 +124,7 @@ def field_of(file: str, name: str, separator: str = ":") -> str | None:
 
 
 def _compiler() -> str:
-    """The C++ compiler that torch.compile uses on a CPU, by its own first line."""
+    """Return the version line of the C++ compiler that torch.compile uses on a CPU."""
     found = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if found is None:
         return "none"
@@ -130,9 +133,16 @@ def _compiler() -> str:
 
 
 def prepare(device: torch.device, num_threads: int | None) -> None:
-    """Set torch and the process up for training: deterministic, and with memory kept at hand."""
+    """Set torch and the process up for training: deterministic, and keeping freed memory.
+
+    By default glibc maps each large tensor anew and the kernel clears its pages: on a CPU up to a
+    third of a step.
+    """
     make_deterministic(device, num_threads)
-    keep_freed_memory()
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, value in _MALLOPT.items():
+            libc.mallopt(parameter, value)
 
 
 def make_deterministic(device: torch.device, num_threads: int | None) -> None:
@@ -149,46 +159,39 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matmul
         torch.backends.cudnn.benchmark = False
-    if device.type == "cpu" and not all(map(_product_is_whole, _CUT_DIFFERENTLY)):
-        raise EnvironmentFault(
-            f"OpenMP promises {torch.get_num_threads()} threads and gives fewer; unset "
-            "OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS or set train.num_threads: 1"
-        )
-
-
-def _product_is_whole(shape: tuple[int, int, int]) -> bool:
-    rows, inner, columns = shape
-    left, right = (
-        torch.ones(*size, dtype=torch.bfloat16) for size in ((rows, inner), (inner, columns))
-    )
-    return bool((left @ right == inner).all())
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, where it is the allocator: each step needs the same again.
-
-    By default a large tensor is a mapping of its own, and the kernel clears its pages each time:
-    on a CPU up to a third of a step.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for parameter, value in _MALLOPT.items():
-            libc.mallopt(parameter, value)
+    if device.type == "cpu":
+        for rows, inner, columns in _CUT_DIFFERENTLY:
+            left = torch.ones(rows, inner, dtype=torch.bfloat16)
+            right = torch.ones(inner, columns, dtype=torch.bfloat16)
+            if not (left @ right == inner).all():
+                raise EnvironmentFault(
+                    f"OpenMP promises {torch.get_num_threads()} threads and gives fewer; unset "
+                    "OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS or set "
+                    "train.num_threads: 1"
+                )
 
 
 def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
-    """Matrix products in `dtype`; parameters, norms and losses stay float32."""
+    """Compute matrix products in `dtype`; parameters, norms and losses stay float32."""
     if dtype == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on the device, without waiting for the copy to a GPU."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def compiled(function: Function, device: torch.device) -> Function:
-    """`function` by torch.compile. Raises EnvironmentFault, now or when called, where it fails."""
+    """Compile a function. Raises EnvironmentFault, now or when it is called, if that fails."""
     otherwise = "or set train.compile: false"
     if reason := no_compiling(device) or no_loading(device):
         raise EnvironmentFault(f"torch.compile: {reason} {otherwise}")
-    from torch._dynamo import config  # costs 1.5 s: only who compiles pays
+    from torch._dynamo import config  # takes 1.5 s
     from torch._dynamo.exc import BackendCompilerFailed
 
     config.trace_autograd_ops = True  # the function may take gradients inside
@@ -210,25 +213,8 @@ def compiled(function: Function, device: torch.device) -> Function:
     return call  # type: ignore[return-value]
 
 
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor on the device; to a GPU without waiting for the copy."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
-    """Whether products in a 16-bit type are faster here than in float32."""
-    if device.type == "cpu":
-        cpu: Any = torch.cpu
-        fast = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
-        return dtype == "bfloat16" and bool(fast)
-    return dtype != "float32"
-
-
 def no_compiling(device: torch.device) -> str | None:
-    """Why torch.compile cannot work here, and what to do; None if it can."""
+    """Return why torch.compile cannot work here, with a remedy, or None if it can."""
     if device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
         return "no C++ compiler found; install g++"
     if device.type == "cpu" and " " in torch.__file__:
@@ -242,13 +228,13 @@ def no_compiling(device: torch.device) -> str | None:
 
 @functools.cache
 def no_loading(device: torch.device) -> str | None:
-    """Why nothing that torch.compile builds can be loaded, and what to do; None if it can.
+    """Return why what torch.compile builds cannot be loaded, with a remedy, or None if it can.
 
-    It takes some tenths of a second: a library of a line is built, in torch's folder for such.
+    Build a library of one line in torch's folder for such, which takes some tenths of a second.
     """
     if device.type != "cpu":
         return None
-    from torch._inductor.cpp_builder import get_cpp_compiler  # costs seconds
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     elsewhere = "set TORCHINDUCTOR_CACHE_DIR to another folder"
@@ -269,22 +255,13 @@ def no_loading(device: torch.device) -> str | None:
                 return f"{compiler} fails ({said}); mend it"
             ctypes.CDLL(str(library))  # not where the folder is mounted noexec
     except OSError as error:
-        return (
-            f"it cannot build and load a library ({str(error).partition(chr(10))[0]}); {elsewhere}"
-        )
+        said = str(error).partition("\n")[0]
+        return f"it cannot build and load a library ({said}); {elsewhere}"
     return None
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given, so that a clock tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 class Stopwatch:
-    """Seconds that a device has worked, without waiting for it; a GPU is asked when it is done."""
+    """The seconds that a device has worked; a GPU is asked only when it is done."""
 
     def __init__(self, device: torch.device):
         self.on_gpu, self.seconds = device.type == "cuda", 0.0
@@ -305,7 +282,7 @@ class Stopwatch:
             self.seconds += time.perf_counter() - began
 
     def take(self) -> float:
-        """The seconds since the last time it was asked; of a GPU that has been waited for."""
+        """Return the seconds since the last call; a GPU must be waited for before."""
         laps, self.laps = self.laps, []
         seconds = self.seconds + sum(start.elapsed_time(end) / 1000 for start, end in laps)
         self.seconds = 0.0

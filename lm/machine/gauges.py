@@ -1,4 +1,4 @@
-"""How much and how fast: memory that is free or held, rates of products, what a run reached."""
+"""Measure the machine: memory that is free or held, and the rate of matrix products."""
 
 import os
 import resource
@@ -7,13 +7,12 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lm.base.errors import EnvironmentFault
 from lm.base.settings import Dtype as Dtype
-from lm.machine.device import describe, field_of, synchronise
+from lm.machine.device import field_of
 
 SURELY = 1.2  # times what is free: a plan is within a tenth or two
 # FLOP/s of dense products by the vendors' data sheets: bfloat16 or float16, TF32, float32. NVIDIA
@@ -29,7 +28,7 @@ _DATA_SHEETS = {
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: by torch on a GPU, by the process on a CPU."""
+    """Return the most memory held so far: by torch on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(FileNotFoundError):  # on Linux, where ru_maxrss begins with what the parent held
@@ -39,38 +38,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def matmul_flops_per_second(device: torch.device, dtype: Dtype) -> float:
-    """The rate of a large matrix product here and now: the ceiling that MFU is a share of."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
-    seconds = []
-    for _ in range(4):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ a
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds[1:])
-
-
-def data_sheet_flops_per_second(device: torch.device, dtype: Dtype) -> float | None:
-    """The peak that the maker promises for dense products; None for a device not known here."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    peaks = next((peaks for known, peaks in _DATA_SHEETS.items() if known in name), None)
-    if peaks is None:
-        return None
-    if dtype != "float32":
-        return peaks[0]
-    return peaks[1] if torch.get_float32_matmul_precision() != "highest" else peaks[2]
+def resident_memory_bytes() -> int:
+    """Return the memory that the process holds now (on Linux), or held at most so far."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory_bytes(torch.device("cpu"))
 
 
 def free_memory_bytes(device: torch.device, sharing: int = 1) -> int | None:
-    """What a process can still take: of a GPU, or of RAM, which `sharing` processes share.
+    """Return the memory that a process can still take; `sharing` processes share the RAM.
 
-    RAM within the limits of its cgroups and its own (ulimit -v). None where the system does not
-    tell.
+    RAM is limited by cgroups and by the process's own limit (ulimit -v) too. Return None where the
+    system does not say.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -88,16 +68,17 @@ def free_memory_bytes(device: torch.device, sharing: int = 1) -> int | None:
 
 
 def _left_in_cgroups() -> list[int]:
-    """What each limit above this process leaves (cgroups v2 and v1); page cache counts as free."""
+    """Return what each cgroup above this process (v2, v1) leaves; page cache counts as free."""
     left = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers == "":
+            names = ("memory.max", "memory.current", "inactive_file")
+        elif controllers == "memory":
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
             continue
         root = Path("/sys/fs/cgroup", controllers)
-        names = ("memory.max", "memory.current", "inactive_file")
-        if controllers:
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         own = root / path.lstrip("/")
         for group in (own, *own.parents[: len(own.relative_to(root).parts)]):
             with suppress(OSError, ValueError):  # not mounted here, or "max": no limit
@@ -107,52 +88,35 @@ def _left_in_cgroups() -> list[int]:
     return left
 
 
-def resident_memory_bytes() -> int:
-    """What the process holds now (on Linux), or held at most so far."""
-    pages = Path("/proc/self/statm")
-    if pages.exists():
-        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return peak_memory_bytes(torch.device("cpu"))
-
-
-def performance(
-    device: torch.device,
-    dtype: Dtype,
-    step_seconds: list[float],
-    tokens_per_step: int,
-    flops_per_token: float,
-    num_devices: int = 1,
-) -> dict[str, Any]:
-    """Speed and memory of a finished run.
-
-    MFU is the share of the data sheet's peak, or where none is known of a measured product's rate,
-    of all devices; memory and these rates are of one.
-    """
-    step_s = statistics.median(step_seconds) if step_seconds else float("nan")
-    measured = matmul_flops_per_second(device, dtype)
-    promised = data_sheet_flops_per_second(device, dtype)
-    peak = promised or measured
-    tokens_per_second = tokens_per_step / step_s
-    return {
-        "device": describe(device),
-        "num_devices": num_devices,
-        "dtype": dtype,
-        "tokens_per_second": round(tokens_per_second, 1),
-        "step_seconds_median": round(step_s, 6),
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "flops_per_token": flops_per_token,
-        "matmul_flops_per_second": round(measured),
-        "data_sheet_flops_per_second": promised,
-        "mfu_is_of": "matmul_flops_per_second"
-        if promised is None
-        else "data_sheet_flops_per_second",
-        "mfu": round(tokens_per_second * flops_per_token / (peak * num_devices), 4),
-    }
-
-
 def require_memory(what: str, needed: float, free: float | None, remedy: str) -> None:
-    """Raise EnvironmentFault if so many bytes are surely more than are free; None: not known."""
+    """Raise EnvironmentFault if `needed` bytes surely exceed the `free` ones; None: not known."""
     if free is not None and needed > SURELY * free:
         raise EnvironmentFault(
             f"{what} {needed / 1e6:,.0f} MB of memory, {free / 1e6:,.0f} MB are free; {remedy}"
         )
+
+
+def matmul_flops_per_second(device: torch.device, dtype: Dtype) -> float:
+    """Measure the rate of a large matrix product: the peak where no data sheet is known."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    synchronise = torch.get_device_module(device).synchronize
+    seconds = []
+    for _ in range(4):
+        synchronise()
+        start = time.perf_counter()
+        a @ a
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def data_sheet_flops_per_second(device: torch.device, dtype: Dtype) -> float | None:
+    """Return the vendor's peak for dense products, or None for a device not listed above."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for known, (half, tf32, float32) in _DATA_SHEETS.items():
+        if known in name:
+            if dtype != "float32":
+                return half
+            return tf32 if torch.get_float32_matmul_precision() != "highest" else float32
+    return None

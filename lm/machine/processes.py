@@ -1,10 +1,10 @@
-"""The processes that train one model together: who they are and what they tell each other.
+"""The processes that train one model together: how they meet, exchange and leave.
 
     torchrun or stages.launch -- RANK, WORLD_SIZE, MASTER_ADDR --> joined --> Processes
 
-Each runs the same program on its share of every batch. What one of them learns and all must act on
-(a signal, a fault, a file that has changed) is exchanged, so that all leave at the same step. Only
-rank 0 speaks and writes. A rank that dies or hangs is named by those that waited for it.
+Each runs the same program on its share of every batch. They exchange whatever all must act on (a
+signal, a fault, a changed file), so that all leave at the same step. Only rank 0 speaks and writes.
+A rank that dies or hangs is named by those that waited for it.
 """
 
 import os
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """A process among its equals; alone, nothing is sent and nothing waited for."""
+    """A process among its equals; one that is alone sends nothing and waits for nothing."""
 
     def __init__(
         self,
@@ -46,14 +46,14 @@ class Processes:
         store: Store | None = None,
         timeout: timedelta | None = None,
     ):
-        """With a store, a group for messages is made, which is not that of the gradients."""
+        """With a store, make a group for messages, apart from that of the gradients."""
         self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
         self.messages = None
         if store is not None:
             self.messages = dist.new_group(backend="gloo", timeout=timeout)
 
     def with_own_group(self) -> "Processes":
-        """The same in another group, so that a thread of each may speak with the others'."""
+        """Return the same processes in another group, for a thread of each to use."""
         return Processes(self.rank, self.size, self.store, self.timeout)
 
     @property
@@ -62,7 +62,7 @@ class Processes:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank has passed, in their order, on every rank."""
+        """Return the values that all ranks pass, in their order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -70,7 +70,7 @@ class Processes:
         return values
 
     def gather_numbers(self, numbers: list[float]) -> NDArray[Any]:
-        """The same for equally many numbers of each: (size, count), float64."""
+        """Return the numbers of all ranks, equally many from each: (size, count), float64."""
         mine = torch.tensor(numbers, dtype=torch.float64)
         if self.size == 1:
             return mine[None].numpy()
@@ -79,7 +79,7 @@ class Processes:
         return everyones.view(self.size, -1).numpy()
 
     def together(self, action: Callable[[], Result]) -> Result:
-        """Do it on every rank; if it fails on one, all raise what that one raised, named."""
+        """Run an action on every rank; if it fails on one, raise that fault, named, on all."""
         if self.size == 1:
             return action()
         result, fault = _outcome(action)
@@ -91,7 +91,7 @@ class Processes:
         return cast(Result, result)
 
     def lead(self, action: Callable[[], Result]) -> Result:
-        """Do it on rank 0 alone; what it gives, or raises, all get."""
+        """Run an action on rank 0 alone; return its result, or raise its fault, on all."""
         if self.size == 1:
             return action()
         box = [_outcome(action) if self.leads else (None, None)]
@@ -108,77 +108,74 @@ class Processes:
             for part in first:
                 keys = first[part].keys() | theirs[part].keys()
                 if odd := sorted(k for k in keys if first[part].get(k) != theirs[part].get(k)):
-                    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
                     raise common(
                         InputError(
-                            f"rank {rank}: {part}: {', '.join(odd[:3])}{more} not as on rank 0; "
+                            f"rank {rank}: {part}: {console.few(odd)} not as on rank 0; "
                             "every process needs the same code, data, settings and environment"
                         )
                     )
 
-    def part(self) -> None:
-        """Wait until all are about to leave: who hangs up first breaks what others still read."""
+    def leave_together(self) -> None:
+        """Wait for all before disconnecting: closing early breaks ranks that are still reading."""
         with suppress(RuntimeError):
             self.gather(None)
 
-    def tells(self) -> None:
-        """Note that this rank says why it leaves, so that those who lose it need not."""
+    def will_report(self) -> None:
+        """Record that this rank reports the error, so that ranks which lose it stay quiet."""
         if self.store is not None:
             with suppress(dist.DistError):
-                self.store.set("told", "")
+                self.store.set("reported", "")
 
-    def at(self, step: int) -> None:
-        """Note where this rank is, for those who might wait for it in vain."""
+    def begin_step(self, step: int) -> None:
+        """Record where this rank is, for the message of those that lose it."""
         if self.size > 1 and self.store is not None:
             self.store.set(f"at/{self.rank}", str(step))
 
     def lost(self, reason: str) -> EnvironmentFault | SystemExit:
-        """What to leave with after a connection broke: the fault, or if another tells it, its code.
+        """Return the error to leave with after a connection broke: a fault on one rank alone.
 
-        Every rank that notices says so in the store and hangs up, so that the next one notices. The
-        store is a launcher's; without one it is rank 0's, and gone with that.
+        Every rank that notices says so in the store and disconnects, so that the next one notices.
+        The store is the launcher's; without a launcher it is rank 0's and ends with rank 0.
         """
         assert self.store is not None
-        hangs = "imed out" in reason
         launched = "TORCHELASTIC_RUN_ID" in os.environ
+        quiet = SystemExit(EnvironmentFault.exit_code)
         end, left = time.monotonic() + GRACE_S, {self.rank}
         try:
             self.store.set(f"leaves/{self.rank}", "")
-            _hang_up()
+            _disconnect()
             while time.monotonic() < end and len(left) < self.size - 1:
                 time.sleep(0.05)
-                left = self._left()
+                left = self._ranks_that("leaves")
             time.sleep(1)  # the last, too, may be alive
-            if self.store.check(["told"]):
-                return SystemExit(EnvironmentFault.exit_code)
-            left = self._left()
+            if self.store.check(["reported"]):
+                return quiet
+            left = self._ranks_that("leaves")
             missing = sorted(set(range(self.size)) - left)
             self.store.set(f"knows/{self.rank}", "")
-            while self.leads and time.monotonic() < end and not self._all("knows", left):
+            while self.leads and time.monotonic() < end and not left <= self._ranks_that("knows"):
                 time.sleep(0.05)  # the store may be this rank's
         except dist.DistError:
             missing = [] if launched else [0]
             left |= {0} if launched else set()
         if self.rank != min(left):
-            return SystemExit(EnvironmentFault.exit_code)
+            return quiet
+        hangs = "imed out" in reason
         return EnvironmentFault(
             f"lost {', '.join(map(self._whereabouts, missing)) or 'a connection'}: "
             f"{'no answer within runtime.process_timeout_s' if hangs else 'it has ended'}; "
             "what was saved is intact: run again to go on"
         )
 
-    def _left(self) -> set[int]:
-        """Those that have said that they leave."""
-        return {rank for rank in range(self.size) if self._all("leaves", {rank})}
-
-    def _all(self, what: str, ranks: set[int]) -> bool:
-        """Whether each of them has said it."""
+    def _ranks_that(self, word: str) -> set[int]:
+        """Return the ranks that have set `word` in the store."""
         assert self.store is not None
-        return bool(self.store.check([f"{what}/{rank}" for rank in sorted(ranks)]))
+        return {rank for rank in range(self.size) if self.store.check([f"{word}/{rank}"])}
 
     def _whereabouts(self, rank: int) -> str:
+        assert self.store is not None
         with suppress(dist.DistError):
-            if self.store is not None and self.store.check([f"at/{rank}"]):
+            if self.store.check([f"at/{rank}"]):
                 return f"rank {rank} in step {self.store.get(f'at/{rank}').decode()}"
         return f"rank {rank}"
 
@@ -194,13 +191,13 @@ def _outcome(action: Callable[[], Result]) -> tuple[Result | None, Exception | N
 
 
 def common(fault: Exception) -> Exception:
-    """The fault, to be raised by all and told by rank 0."""
+    """Mark a fault that all ranks raise: rank 0 alone reports it."""
     fault.common = True  # type: ignore[attr-defined]
     return fault
 
 
 def of_rank(rank: int, fault: Exception) -> Exception:
-    """The fault with the rank's name before it."""
+    """Put the rank's name before the message of a fault."""
     if isinstance(fault, OSError):
         where = f"{fault.filename}: " if fault.filename else ""
         return EnvironmentFault(f"rank {rank}: {where}{fault.strerror or fault}")
@@ -210,19 +207,18 @@ def of_rank(rank: int, fault: Exception) -> Exception:
 
 @contextmanager
 def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Processes]:
-    """Among the processes that torchrun started, or as the only one of its kind.
+    """Join the processes that torchrun started; a process without others is alone.
 
-    With train.parallel = none there is nobody to join. Raises InputError if there are several
-    processes nevertheless, EnvironmentFault if they do not find each other in `timeout_s` seconds.
-    Within, faults that all ranks raise are told by rank 0 alone.
+    Raises InputError for several processes with train.parallel = none, EnvironmentFault if they do
+    not find each other in `timeout_s` seconds. Rank 0 alone reports a fault that all ranks raise.
     """
-    rank, size = (int(os.environ.get(*given)) for given in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if parallel == "none" and size == 1:
         yield ALONE
         return
+    if parallel == "none" and rank > 0:
+        raise SystemExit(InputError.exit_code)  # rank 0 reports it
     if parallel == "none":
-        if rank > 0:
-            raise SystemExit(InputError.exit_code)  # rank 0 says it
         raise InputError(
             f"train.parallel = none is for one process, here are {size}; set ddp or fsdp"
         )
@@ -236,10 +232,10 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
     except (*FAULTS, Diverged, Interrupted) as fault:
         of_all = getattr(fault, "common", False) or isinstance(fault, Diverged | Interrupted)
         if of_all:
-            processes.part()
+            processes.leave_together()
         else:
-            processes.tells()
-        _hang_up()
+            processes.will_report()
+        _disconnect()
         if of_all and not processes.leads:
             raise SystemExit(getattr(fault, "exit_code", EnvironmentFault.exit_code)) from None
         if of_all or size == 1:
@@ -249,12 +245,12 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
         if not _is_of_a_connection(error):
             raise
         raise processes.lost(str(error)) from None
-    processes.part()
-    _hang_up()
+    processes.leave_together()
+    _disconnect()
 
 
-def _hang_up() -> None:
-    """Close the connections; those of a GPU would be waited for if another is lost."""
+def _disconnect() -> None:
+    """Close the connections, but for those of a GPU: closing would wait for a lost rank."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
         with suppress(RuntimeError):  # another may have left before
             dist.destroy_process_group()
@@ -274,7 +270,7 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         store: Store = dist.HashStore()  # type: ignore[attr-defined]
         if "RANK" in os.environ:
             store = next(rendezvous("env://", timeout=timeout))[0]
-        store = PrefixStore(_meeting(store, rank, size, timeout), store)
+        store = PrefixStore(_agree_on_a_name(store, rank, size, timeout), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         return Processes(rank, size, store, timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
@@ -282,12 +278,12 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         raise EnvironmentFault(f"rank {rank}: the {size} processes do not meet: {said}") from None
 
 
-def _meeting(store: Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name on which exactly the processes that are there now agree.
+def _agree_on_a_name(store: Store, rank: int, size: int, timeout: timedelta) -> str:
+    """Return a name that only the processes of this very start know.
 
     A launcher keeps its store over restarts, with what ended processes have left in it, and hosts
-    count restarts differently. So rank 0 invites under a new name, the others answer with theirs,
-    and who is not on its list waits for the next invitation.
+    count restarts differently. So rank 0 invites under a new name and the others answer with names
+    of their own. A rank that is not on the list of answers waits for the next invitation.
     """
     me, end = uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank == 0:

@@ -1,7 +1,7 @@
 """Tensors of which each process keeps some rows, as torch's fully_shard cuts them (DTensor).
 
 Of R rows and N processes, rank r keeps the rows r c to (r + 1) c, c = ceil(R / N); the last ranks
-have fewer, or none. Functions that also take ordinary tensors give those back as they are.
+have fewer, or none. Functions that also take ordinary tensors return those as they are.
 """
 
 import functools
@@ -13,26 +13,26 @@ from torch import Tensor
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Whether this process keeps only its rows of the tensor."""
+    """Return whether this process keeps only its rows of the tensor."""
     return hasattr(tensor, "placements")  # of DTensor, whose import takes half a second
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows that this process keeps; changing them changes the tensor."""
+    """Return the rows that this process keeps; changing them changes the tensor."""
     shared: Any = tensor
     rows: Tensor = shared.to_local() if is_shared(tensor) else tensor
     return rows
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows, gathered from all processes, which must all ask for them."""
+    """Return all rows. Every process must call this: the rows are gathered from all."""
     shared: Any = tensor
     rows: Tensor = shared.full_tensor() if is_shared(tensor) else tensor
     return rows
 
 
 def cut_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor, known to all processes, shared out as `pattern` is."""
+    """Return a whole tensor, which every process has, cut as `pattern` is."""
     if not is_shared(pattern):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -43,9 +43,9 @@ def cut_like(tensor: Tensor, pattern: Tensor) -> Tensor:
 
 
 def staged(rows: Tensor, pattern: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """A tensor in the memory of the CPU of which this process keeps `rows`, cut as `pattern` is.
+    """Return a tensor in CPU memory, cut as `pattern` is, of which this process keeps `rows`.
 
-    `group` are the same processes, connected for the CPU.
+    `group` holds the same processes, connected for the CPU.
     """
     if not is_shared(pattern):
         return rows
@@ -58,31 +58,27 @@ def staged(rows: Tensor, pattern: Tensor, group: dist.ProcessGroup | None) -> Te
 
 @functools.cache
 def mesh_of(group: dist.ProcessGroup | None, device_type: str) -> Any:
-    """Processes as the mesh that DTensor wants, one of their devices each."""
-    from torch.distributed.device_mesh import DeviceMesh  # half a second: who shards pays
+    """Return a group as the mesh that DTensor wants, with one device for each process."""
+    from torch.distributed.device_mesh import DeviceMesh  # takes half a second
 
     assert group is not None
     return DeviceMesh.from_group(group, device_type)
 
 
 def group_of(tensor: Tensor) -> dist.ProcessGroup:
-    """The processes that share a tensor."""
+    """Return the processes that share a tensor."""
     group: dist.ProcessGroup = tensor.device_mesh.get_group()  # type: ignore[attr-defined]
     return group
 
 
-def bounds(rows: int, size: int, rank: int) -> tuple[int, int]:
-    """First and last + 1 of the rows that a rank keeps."""
-    most = -(-rows // size)
-    return min(rank * most, rows), min((rank + 1) * most, rows)
+def collect(shares: list[Tensor], like: Tensor) -> Tensor | None:
+    """Exchange rows so that rank i gets the whole of matrix i, (rows, C), or None beyond the last.
 
-
-def collect(shares: list[Tensor], rows: int, group: dist.ProcessGroup) -> Tensor | None:
-    """Of up to N matrices, of which each process has its rows, the one numbered as my rank.
-
-    shares[i] (my rows, C) is of matrix i. Returns (rows, C), or None if there is none for me.
+    shares[i] (my rows, C) is this process's part of matrix i, at most one for each process. `like`
+    is a shared tensor of the same shape as the matrices.
     """
-    size, rank, columns = group.size(), group.rank(), shares[0].shape[1]
+    group, (rows, columns) = group_of(like), like.shape
+    size, rank = group.size(), group.rank()
     most = -(-rows // size)
     sent = shares[0].new_zeros(size, most, columns)  # [i]: my rows of matrix i, to process i
     for to, share in zip(sent, shares, strict=False):
@@ -92,29 +88,27 @@ def collect(shares: list[Tensor], rows: int, group: dist.ProcessGroup) -> Tensor
     return received.flatten(0, 1)[:rows] if rank < len(shares) else None
 
 
-def hand_out(
-    matrix: Tensor | None, count: int, shape: torch.Size, dtype: torch.dtype, like: Tensor
-) -> list[Tensor]:
-    """The reverse of `collect`: everybody's matrix goes back; returns my rows of each of `count`.
+def hand_out(matrix: Tensor | None, count: int, dtype: torch.dtype, like: Tensor) -> list[Tensor]:
+    """Undo `collect`: send back the rows of `matrix`; return my rows of each of `count` matrices.
 
-    `matrix` (rows, C) is mine, if I had one; `like` is a tensor of the processes that share it.
+    `matrix` (rows, C) is this process's whole one, if it has one.
     """
-    group = group_of(like)
-    size, (rows, columns) = group.size(), shape
+    group, (rows, columns) = group_of(like), like.shape
+    size, kept = group.size(), len(local(like))
     most = -(-rows // size)
     sent = torch.zeros(size * most, columns, dtype=dtype, device=like.device)
     if matrix is not None:
         sent[:rows] = matrix
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    first, last = bounds(rows, size, group.rank())
-    return [part[: last - first] for part in received.view(size, most, columns)[:count]]
+    return [part[:kept] for part in received.view(size, most, columns)[:count]]
 
 
 def sums_of_squares(tensors: list[Tensor]) -> Tensor:
-    """The sum of squares of each row of each tensor, in their order, float64, on all processes.
+    """Return the sum of squares of each row of each tensor, in their order, in float64.
 
-    It does not depend on how many share them, which their norm in float32 does.
+    Every process gets the same numbers, whatever the number of processes; norms in float32 would
+    depend on it.
     """
     first = next((t for t in tensors if is_shared(t)), None)
     size = 1 if first is None else group_of(first).size()

@@ -46,14 +46,15 @@ def open_safetensors(path: Path) -> Any:
     """Open a safetensors file, for use by `with`. Raises InputError if it is not one."""
     require_file(path)
     with open(path, "rb") as file:
-        _require_short_header(str(path), file.read(8))
+        require_short_header(str(path), file.read(8))
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from None
 
 
-def _require_short_header(name: str, head: bytes) -> None:
+def require_short_header(name: str, head: bytes) -> None:
+    """Raise InputError if a safetensors file says that its header is longer than any real one."""
     if (length := int.from_bytes(head[:8], "little")) > MAX_HEADER_BYTES:
         raise InputError(
             f"{name}: not a safetensors file (a header of {length:,} bytes; no model needs more "
@@ -61,7 +62,7 @@ def _require_short_header(name: str, head: bytes) -> None:
         )
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors, contiguous, each with memory of its own, as safetensors needs them."""
     seen: set[int] = set()
     result = {}
@@ -108,7 +109,7 @@ def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None
     """Write weights, settings and tokenizer: all that using the model needs."""
     tokenizer.save(folder)
     write_json(folder / "config.json", asdict(model.config))
-    weights = _unshared(model.state_dict())
+    weights = unshared(model.state_dict())
     write_checkpoint(weights, {"format": "pt"}, folder / "model.safetensors")
 
 

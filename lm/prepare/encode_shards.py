@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 
@@ -60,6 +60,13 @@ class Job:
     def identity(self) -> str:
         """Return a hash of tokenizer, code, and the settings that are in no other part of a key."""
         config = self.config
+        match config.split:
+            case "hash":
+                split = [config.split, config.valid_fraction]
+            case "tail":  # each shard says where the tail begins
+                split = [config.split, None]
+            case other:
+                assert_never(other)
         decides = {
             "tokenizer": self.tokenizer_sha256,
             "end_token": sha256_file(self.tokenizer / "tokenizer_config.json"),
@@ -68,7 +75,7 @@ class Job:
             "library": self.library,
             "on_bad_document": config.on_bad_document,
             "deduplicate": config.deduplicate,
-            "split": [config.split, config.valid_fraction if config.split == "hash" else None],
+            "split": split,
         }
         return sha256_json(decides)
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -28,9 +28,9 @@ from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import cut_like, whole
 from lm.model.fitting import Stored, as_stored, finite_keys, require_finite, require_weights
 from lm.model.model_folder import (
-    _require_short_header,
-    _unshared,
     open_safetensors,
+    require_short_header,
+    unshared,
     write_checkpoint,
 )
 from lm.runs import sharded_checkpoint as sharded
@@ -51,7 +51,7 @@ class _OptimizerPart:
 
 @dataclass(frozen=True)
 class _Header:
-    """What stands in a checkpoint beside its tensors."""
+    """Everything in a checkpoint but its tensors."""
 
     format: Count
     iteration: Annotated[int, NOT_NEGATIVE]
@@ -71,20 +71,19 @@ def save_checkpoint(
     A path is replaced atomically. The bytes depend on nothing but what is saved.
     """
     tensors, metadata = contents(model, optimizer, iteration, extra)
-    tensors = _unshared(tensors)
     if isinstance(out, str | os.PathLike):
-        write_checkpoint(tensors, metadata, Path(out))
+        write_checkpoint(unshared(tensors), metadata, Path(out))
     else:
-        out.write(safetensors.torch.save(tensors, metadata))
+        out.write(safetensors.torch.save(unshared(tensors), metadata))
 
 
 def contents(
     model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, extra: Extra | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what a checkpoint holds: the live tensors by name, and all else as metadata."""
+    """Return the content of a checkpoint: the live tensors by name, and all else as metadata."""
     state = optimizer.state_dict()
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    values: dict[str, dict[str, Any]] = {}
+    values: dict[str, Extra] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
@@ -97,14 +96,10 @@ def contents(
         "optimizer": {"param_groups": state["param_groups"], "values": values},
         "extra": extra or {},
     }
-    # one metadata key only: safetensors writes several in random order
-    return tensors, {"checkpoint": json.dumps(header, sort_keys=True, default=_number)}
-
-
-def _number(value: Any) -> int | float:
-    """Return a number of NumPy or torch as one of Python."""
-    number: int | float = value.item()
-    return number
+    # numbers of NumPy and torch become Python's; one metadata key, for safetensors writes several
+    # in random order
+    text = json.dumps(header, sort_keys=True, default=lambda number: number.item())
+    return tensors, {"checkpoint": text}
 
 
 def load_checkpoint(
@@ -115,16 +110,16 @@ def load_checkpoint(
 ) -> int:
     """Restore model and optimizer from a path or a binary file; return the iteration.
 
-    Raises InputError for a file that is torn, no checkpoint, of a newer format, of another model
-    or optimizer, or with numbers that are not finite, in all of several processes; then neither
+    Raises InputError, on all of several processes, for a file that is torn, no checkpoint, of a
+    newer format, of another model or optimizer, or with numbers that are not finite; then neither
     model nor optimizer has changed. Only `verify` sees a flipped bit among the weights.
     """
-    fitting = processes.together(lambda: _read_fitting(src, model, optimizer))
+    iteration, weights, state = processes.together(lambda: _read_fitting(src, model, optimizer))
     if optimizer is not None:
-        optimizer.load_state_dict(fitting.optimizer)
+        optimizer.load_state_dict(state)
     own = model.state_dict()
-    model.load_state_dict({key: cut_like(fitting.weights[key], own[key]) for key in own})
-    return fitting.iteration
+    model.load_state_dict({key: cut_like(weights[key], own[key]) for key in own})
+    return iteration
 
 
 def read_extra(path: Path) -> Extra:
@@ -134,80 +129,66 @@ def read_extra(path: Path) -> Extra:
     else:
         with open_safetensors(path) as file:
             header = _parse_header(str(path), file.metadata())
-    return {**header["extra"], "iteration": header["iteration"]}
-
-
-def _name(src: Source) -> str:
-    return str(src if isinstance(src, str | os.PathLike) else getattr(src, "name", "checkpoint"))
-
-
-class _Fitting(NamedTuple):
-    """The content of a checkpoint, all of which fits model and optimizer."""
-
-    iteration: int
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]  # for load_state_dict
+    return {**header.extra, "iteration": header.iteration}
 
 
 def _read_fitting(
     src: Source, model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> _Fitting:
-    """Read a checkpoint. Raises InputError unless all of it fits; nothing has changed yet."""
-    name = _name(src)
+) -> tuple[int, dict[str, Tensor], Extra]:
+    """Read iteration, weights and optimizer state. Raises InputError unless all of them fit.
+
+    Neither model nor optimizer changes. Without an optimizer, that of the checkpoint is ignored.
+    """
     if isinstance(src, str | os.PathLike) and Path(src).is_dir():
-        header, stored = _read_folder_header(Path(src)), sharded.stored(Path(src))
-        groups = _require_fitting(name, stored, header, model, optimizer)
-        tensors = _read_folder(Path(src), stored, model, optimizer)
+        name, folder = str(src), Path(src)
+        header, stored = _read_folder_header(folder), sharded.stored(folder)
+        groups = _require_fitting(name, stored, header.optimizer, model, optimizer)
+        tensors = _read_folder(folder, stored, model, optimizer)
     else:
-        tensors, header = _read_file(src)
-        groups = _require_fitting(name, as_stored(tensors), header, model, optimizer)
-    weights = _part(tensors, "model.")
+        name, header, tensors = _read_file(src)
+        groups = _require_fitting(name, as_stored(tensors), header.optimizer, model, optimizer)
     if optimizer is None:
-        tensors = {f"model.{key}": tensor for key, tensor in weights.items()}
+        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}
     require_finite(name, tensors, finite_keys(model, tensors))
+    weights, of_optimizer = _split(tensors)
     state: State = {}
     if optimizer is not None:
         parameters = parameters_of(optimizer)
-        state = {int(i): dict(v) for i, v in header["optimizer"]["values"].items()}
-        for key, tensor in _part(tensors, "optimizer.", whole=True).items():
+        state = {int(i): dict(v) for i, v in header.optimizer.values.items()}
+        for key, tensor in of_optimizer.items():
             index, entry = place(key)
             if tensor.shape == parameters[index].shape:
                 tensor = cut_like(tensor, parameters[index])
             state.setdefault(index, {})[entry] = tensor
-    return _Fitting(header["iteration"], weights, {"state": state, "param_groups": groups})
+    return header.iteration, weights, {"state": state, "param_groups": groups}
 
 
 def _require_fitting(
     name: str,
     stored: Mapping[str, Stored],
-    header: dict[str, Any],
+    saved: _OptimizerPart,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-) -> list[dict[str, Any]]:
-    """Return the parameter groups. Raises InputError for another model or optimizer.
-
-    Without an optimizer, that of the checkpoint is ignored.
-    """
-    for key in stored:
-        if not key.startswith(("model.", "optimizer.")):
-            raise InputError(f"{name}: {key} is neither of a model nor of an optimizer")
-    require_weights(name, model.state_dict(), _part(stored, "model."))
+) -> list[Extra]:
+    """Return the parameter groups. Raises InputError for another model or optimizer."""
+    weights, of_optimizer = _split(stored)
+    if odd := [key for key in stored if not key.startswith(("model.", "optimizer."))]:
+        raise InputError(f"{name}: {odd[0]} is neither of a model nor of an optimizer")
+    require_weights(name, model.state_dict(), weights)
     if optimizer is None:
         return []
-    saved = header["optimizer"]
-    groups = fitting_groups(name, saved["param_groups"], optimizer)
-    of_optimizer = _part(stored, "optimizer.", whole=True)
-    require_state(name, of_optimizer, saved["values"], model, optimizer)
+    groups = fitting_groups(name, saved.param_groups, optimizer)
+    require_state(name, of_optimizer, saved.values, model, optimizer)
     return groups
 
 
-def _part(tensors: Mapping[str, Value], prefix: str, whole: bool = False) -> dict[str, Value]:
-    """Return those whose names have a prefix, without it, or under their whole names."""
-    skipped = "" if whole else prefix
-    return {k.removeprefix(skipped): v for k, v in tensors.items() if k.startswith(prefix)}
+def _split(tensors: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Return the weights by their names in the model, and the optimizer's by their whole names."""
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    return weights, {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
 
 
-def _read_folder_header(folder: Path) -> dict[str, Any]:
+def _read_folder_header(folder: Path) -> _Header:
     file = folder / sharded.HEADER
     if not file.is_file():
         raise InputError(f"{folder}: no {sharded.HEADER} in it: no checkpoint of this project")
@@ -226,9 +207,9 @@ def _read_folder(
 ) -> dict[str, Tensor]:
     """Read the rows of each tensor that this process keeps, cut as its parameter is."""
     tensors = {f"model.{key}": sharded.blank(t) for key, t in model.state_dict().items()}
-    parameters = [] if optimizer is None else parameters_of(optimizer)
-    for key, (shape, dtype) in stored.items():
-        if parameters and key.startswith("optimizer."):
+    if optimizer is not None:
+        parameters = parameters_of(optimizer)
+        for key, (shape, dtype) in _split(stored)[1].items():
             like = parameters[place(key)[0]]
             same = shape == tuple(like.shape)
             tensors[key] = sharded.blank(like if same else torch.empty(shape, dtype=dtype))
@@ -236,24 +217,24 @@ def _read_folder(
     return tensors
 
 
-def _read_file(src: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the header of a path or a binary file."""
+def _read_file(src: Source) -> tuple[str, _Header, dict[str, Tensor]]:
+    """Return the name, the header and the tensors of a path or a binary file."""
     if isinstance(src, str | os.PathLike):
         with open_safetensors(Path(src)) as file:
             header = _parse_header(str(src), file.metadata())
-            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
-    data, name = src.read(), _name(src)
-    _require_short_header(name, data)
+            return str(src), header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    name, data = str(getattr(src, "name", "checkpoint")), src.read()
+    require_short_header(name, data)
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__")
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{name}: not a safetensors file ({error})") from None
-    return tensors, _parse_header(name, metadata)
+    return name, _parse_header(name, metadata), tensors
 
 
-def _parse_header(name: str, metadata: dict[str, str] | None) -> dict[str, Any]:
+def _parse_header(name: str, metadata: dict[str, str] | None) -> _Header:
     """Return the header that metadata hold. Raises InputError for one that no version wrote."""
     if not metadata or "checkpoint" not in metadata:
         raise InputError(f"{name}: holds tensors but no checkpoint of this project")
@@ -263,22 +244,22 @@ def _parse_header(name: str, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise InputError(f"{name}: damaged header ({error})") from None
     if not isinstance(header, dict):
         raise InputError(f"{name}: damaged header: holds no keys")
-    if missing := {"format", "iteration", "optimizer", "extra"} - header.keys():
+    known = {field.name for field in fields(_Header)}
+    if missing := known - header.keys():
         raise InputError(f"{name}: damaged header: no {', '.join(sorted(missing))}")
     if type(header["format"]) is int and header["format"] > FORMAT:
         raise InputError(
             f"{name}: written by a newer version (format {header['format']}, "
             f"this one reads <= {FORMAT})"
         )
-    known = {field.name: header[field.name] for field in fields(_Header)}
-    read_section(_Header, {"header": known}, "header", name)
-    return header
+    header = {key: value for key, value in header.items() if key in known}
+    return read_section(_Header, {"header": header}, "header", name)
 
 
 def stored_weights(path: Path) -> dict[str, Stored]:
     """Return shape and type of the weights that a checkpoint holds."""
     with open_safetensors(path) as file:
-        return _part(as_stored({k: file.get_tensor(k) for k in file.keys()}), "model.")  # noqa: SIM118
+        return _split(as_stored({k: file.get_tensor(k) for k in file.keys()}))[0]  # noqa: SIM118
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -17,8 +17,8 @@ class History:
 
     Losses and gradient norms are means over the row's steps (of its two halves, where rows have
     merged), in nats and as L2 norms; the step, the learning rate and the validation loss are the
-    row's last. A skipped step counts in none of the means. So the rows depend on the steps alone:
-    not on the planned length, not on where a run was interrupted.
+    row's last. Means leave out skipped steps. The rows depend on the steps alone: not on the
+    planned length, not on where a run was interrupted.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class History:
 
     def add(self, record: dict[str, Any]) -> None:
         """Add the record of a step; keys beyond COLUMNS are left out."""
-        if "skipped" not in record:
-            self._sum = _SMOOTHING * self._sum + record["train_loss"]
-            self._weight = _SMOOTHING * self._weight + 1
         row = {key: record.get(key) for key in COLUMNS}
         if "skipped" in record:
             row |= {"train_loss": None, "grad_norm": None}
+        else:
+            self._sum = _SMOOTHING * self._sum + record["train_loss"]
+            self._weight = _SMOOTHING * self._weight + 1
         self.pending.append(row)
         if len(self.pending) == self.interval:
             self.rows.append(_merge(self.pending))
@@ -78,11 +78,11 @@ class Clock:
     """The seconds of training up to each step, summed over the interruptions of the run.
 
     It stands beside the history, never in it: a checkpoint must hold no clock. If the times up to
-    a resumed step are lost, those after it stay unknown.
+    a resumed step are lost, later ones stay unknown.
     """
 
     def __init__(self, elapsed_s: Mapping[int, float] | None = None, runs: bool = True):
-        """`elapsed_s`: the times until now, by step; the next ones go on from the last."""
+        """Go on from the last of the times until now, by step."""
         self.elapsed_s, self.runs = dict(elapsed_s or {}), runs
         self._before_s = max(self.elapsed_s.values(), default=0.0)
 
@@ -119,9 +119,10 @@ def _merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def known(column: str) -> list[Any]:
         return [row[column] for row in rows if row[column] is not None]
 
-    losses, norms, valid = known("train_loss"), known("grad_norm"), known("valid_loss")
-    return rows[-1] | {
-        "train_loss": sum(losses) / len(losses) if losses else None,
-        "grad_norm": sum(norms) / len(norms) if norms else None,
-        "valid_loss": valid[-1] if valid else None,
-    }
+    def mean(column: str) -> float | None:
+        values = known(column)
+        return sum(values) / len(values) if values else None
+
+    valid_loss = next(reversed(known("valid_loss")), None)
+    means = {column: mean(column) for column in ("train_loss", "grad_norm")}
+    return rows[-1] | means | {"valid_loss": valid_loss}

@@ -1,4 +1,4 @@
-"""What a run is and what it has been through, as its checkpoints keep it beside the state."""
+"""The record of a run, which its checkpoints keep beside the state."""
 
 import math
 from typing import Any
@@ -14,10 +14,10 @@ from lm.train.state import Record, TrainState
 
 
 class Logbook:
-    """The record of a run up to the step at which `state` is.
+    """The identity of a run, its changes, its curves and its best validation, up to a step.
 
-    Beside the identity stand `changes`: the sizes of micro-batches, which memory decided, and
-    where it moves the last bits the number of processes; each value by the first step that had it.
+    `changes` are the micro-batch sizes, which memory decides, and the numbers of processes where
+    they move the last bits; each value by the first step that had it.
     """
 
     def __init__(self, state: TrainState, config: TrainConfig, identity: Identity):
@@ -29,24 +29,24 @@ class Logbook:
         self.begin_changes()
 
     def begin_changes(self) -> None:
-        """Record what a run may change on its way, as of the next step."""
+        """Record the present micro-batch size and number of processes, from the next step on."""
         first = str(self.state.step + 1)
         self.changes = {MICRO_BATCH_SIZES: {first: self.state.micro_batch_size}}
         if self.config.parallel != "none" and self.config.reduction == "sum":
             self.changes[NUM_PROCESSES] = {first: self.state.processes.size}
 
     def add_change(self, part: str, value: int, step: int) -> None:
-        """Record the value that a part has from a step on, if that is another."""
+        """Record a new value of a part from a step on; do nothing if it is the same."""
         values = self.changes.get(part, {})
         if values and values[max(values, key=int)] != value:
             values[str(step)] = value
 
     def provenance(self) -> dict[str, Any]:
-        """Return identity and changes as files keep them."""
+        """Return identity and changes, for models/model/provenance.json and checkpoints."""
         return self.identity.parts() | self.changes
 
     def add(self, record: Record, elapsed_s: float) -> None:
-        """Add a finished step, and when it was done since this process began to train."""
+        """Add a finished step; `elapsed_s` counts from when this process began to train."""
         self.add_change(MICRO_BATCH_SIZES, self.state.micro_batch_size, record["step"])
         self.add_change(NUM_PROCESSES, self.state.processes.size, record["step"])
         self.history.add(record)
@@ -83,7 +83,7 @@ class Logbook:
         }
 
     def restore(self, extra: Extra) -> None:
-        """Go back to what a checkpoint kept, but for identity and changes."""
+        """Take over what a checkpoint kept, but for identity and changes."""
         if extra["scaler"]:
             self.state.scaler.load_state_dict(extra["scaler"])
         self.history = History.restore(extra["history"])

@@ -30,23 +30,32 @@ def describe(file: Path, sync: bool = False) -> dict[str, Any]:
 def verify(path: Path, processes: Processes = ALONE) -> None:
     """Raise InputError unless a checkpoint, a file or a folder, is what its manifest describes.
 
-    Each of several processes hashes some files of a folder: it is sound if none of them raises.
+    Several processes share the files of a folder: it is sound if none of them raises.
     """
-    if path.is_dir():
-        _verify_folder(path, processes)
-        return
-    require_file(path)
-    manifest = _manifest(path)
-    if not _is_description(manifest):
-        raise InputError(f"{path.with_suffix('.json')}: not the manifest of a checkpoint")
-    _verify_file(path, manifest)
-
-
-def _manifest(path: Path) -> Any:
     file = path.with_suffix(".json")
+    if not path.is_dir():
+        require_file(path)
     if not file.exists():
         raise InputError(f"{path}: no manifest {file.name} beside it")
-    return read_json(file)
+    files = read_json(file)
+    if path.is_dir():
+        files = files.get("files") if isinstance(files, dict) else None
+    else:
+        files = {"": files}  # the path itself
+    if not isinstance(files, dict) or not all(map(_is_description, files.values())):
+        kind = "checkpoint in a folder" if path.is_dir() else "checkpoint"
+        raise InputError(f"{file}: not the manifest of a {kind}")
+    names = sorted(files)
+    if path.is_dir() and (odd := sorted({f.name for f in path.iterdir()} ^ set(names))):
+        raise InputError(f"{path / odd[0]}: missing, or not in the manifest")
+    for name in names[processes.rank :: processes.size]:
+        found, described = (path / name).stat().st_size, files[name]
+        if found != described["size_bytes"]:
+            raise InputError(
+                f"{path / name}: {found} bytes, its manifest says {described['size_bytes']}"
+            )
+        if sha256_file(path / name) != described["sha256"]:
+            raise InputError(f"{path / name}: content differs from the hash in its manifest")
 
 
 def _is_description(value: Any) -> bool:
@@ -55,28 +64,6 @@ def _is_description(value: Any) -> bool:
         and type(value.get("size_bytes")) is int
         and isinstance(value.get("sha256"), str)
     )
-
-
-def _verify_folder(folder: Path, processes: Processes) -> None:
-    manifest = _manifest(folder)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not (isinstance(files, dict) and all(map(_is_description, files.values()))):
-        file = folder.with_suffix(".json")
-        raise InputError(f"{file}: not the manifest of a checkpoint in a folder")
-    names = sorted(files)
-    if found := sorted({path.name for path in folder.iterdir()} ^ set(names)):
-        raise InputError(f"{folder / found[0]}: missing, or not in the manifest")
-    for name in names[processes.rank :: processes.size]:
-        _verify_file(folder / name, files[name])
-
-
-def _verify_file(path: Path, manifest: dict[str, Any]) -> None:
-    if path.stat().st_size != manifest["size_bytes"]:
-        raise InputError(
-            f"{path}: {path.stat().st_size} bytes, its manifest says {manifest['size_bytes']}"
-        )
-    if sha256_file(path) != manifest["sha256"]:
-        raise InputError(f"{path}: content differs from the hash in its manifest")
 
 
 def discard(path: Path) -> None:

@@ -14,7 +14,7 @@ from lm.base.errors import InputError
 from lm.model.fitting import Stored, word_of
 from lm.model.transformer import TransformerLM
 
-# what torch's optimizers and ours keep of each number of a parameter, by these names
+# entries of torch's optimizers that have the shape of their parameter
 LIKE_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 KNOWN = LIKE_PARAMETER | {"step"}
 State = dict[int, dict[str, Any]]
@@ -51,41 +51,26 @@ def fitting_groups(
             raise InputError(f"{where} has no {', '.join(missing)}")
         if theirs["params"] != ours["params"]:
             raise InputError(f"{where} has other parameters")
-        groups.append(
-            {
-                key: _like(value, ours[key], f"{where}: {key}") if key in ours else value
-                for key, value in theirs.items()
-            }
-        )
+        fitting = {key: _like(theirs[key], ours[key], f"{where}: {key}") for key in ours}
+        groups.append(theirs | fitting)
     return groups
 
 
 def _like(saved: Any, own: Any, where: str) -> Any:
     """Return a value from JSON as the type that this optimizer has in its place."""
-    fits, value = True, saved
-    if isinstance(own, bool):
-        fits = saved is None or isinstance(saved, bool)
-    elif isinstance(own, tuple | list):
-        fits = isinstance(saved, list) and len(saved) == len(own)
-        if fits:
-            value = type(own)(_like(a, b, where) for a, b in zip(saved, own, strict=True))
-    elif isinstance(own, Real | Tensor):
-        fits = type(saved) in (int, float) and (abs(saved) <= sys.float_info.max or saved == own)
-        if fits:
-            value = _number_like(saved, own)
-    elif own is not None:
-        fits = isinstance(saved, type(own))
-    if not fits:
-        raise InputError(f"{where} = {str(saved)[:40]!r}, expected {type(own).__name__}")
-    return value
-
-
-def _number_like(saved: float, own: Any) -> Any:
-    if isinstance(own, Tensor):
-        return torch.full_like(own, saved)
-    if isinstance(own, int):
-        return saved  # a rate of 1 may have become 0.5 since
-    return type(own)(saved)
+    if own is None or (isinstance(own, bool) and (saved is None or isinstance(saved, bool))):
+        return saved
+    if isinstance(own, tuple | list) and isinstance(saved, list) and len(saved) == len(own):
+        return type(own)(_like(a, b, where) for a, b in zip(saved, own, strict=True))
+    is_number = isinstance(own, Real | Tensor) and not isinstance(own, bool)
+    if is_number and type(saved) in (int, float):
+        if abs(saved) <= sys.float_info.max or saved == own:
+            if isinstance(own, Tensor):
+                return torch.full_like(own, saved)
+            return saved if isinstance(own, int) else type(own)(saved)  # 1 may be 0.5 by now
+    elif isinstance(own, str | dict) and isinstance(saved, type(own)):
+        return saved
+    raise InputError(f"{where} = {str(saved)[:40]!r}, expected {type(own).__name__}")
 
 
 def require_state(
@@ -97,58 +82,61 @@ def require_state(
 ) -> None:
     """Raise InputError unless the state in a file can be that of this optimizer's parameters.
 
-    `values` are what is no tensor. Our optimizers say which entries a parameter has. In another
-    optimizer all parameters of a group have the same known entries, or none before a gradient came.
+    `values` are entries that are not tensors. Our optimizers say which entries a parameter has. In
+    another optimizer all parameters of a group have the same known entries, or none before a
+    gradient came.
     """
     parameters, found = parameters_of(optimizer), defaultdict[int, set[str]](set)
     names_of = getattr(optimizer, "state_names", None)  # of ours
-    for key, tensor in stored.items():
-        index, entry = _known_place(name, key, len(parameters))
+    other = f"{name}: another optimizer"
+    for key in stored:
+        index, entry = _known_place(other, key, len(parameters))
         found[index].add(entry)
-        expected: tuple[int, ...] = tuple(parameters[index].shape)
-        dtype = parameters[index].dtype
-        if entry == "step" and names_of:
-            expected, dtype = (), tensor.dtype
-        elif entry not in LIKE_PARAMETER:
-            continue
-        elif not names_of and tensor.dtype.is_floating_point:  # which torch turns into its own
-            dtype = tensor.dtype
-        if tensor != (expected, dtype):
-            there, here = (
-                f"{shape} {word_of(kind)}" for shape, kind in (tensor, (expected, dtype))
-            )
-            raise InputError(f"{name}: another optimizer: {key} is {there}, expected {here}")
     for number, entries in values.items():
         for entry, value in entries.items():
             key = f"optimizer.{number}.{entry}"
-            index, known = _known_place(name, key, len(parameters))
+            index, known = _known_place(other, key, len(parameters))
             if known != entry:
                 raise InputError(f"{name}: {number} is not the number of a parameter")
             found[index].add(entry)
             if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
                 raise InputError(f"{name}: {key} = {str(value)[:40]!r}, expected a number")
     if names_of and values:
-        raise InputError(f"{name}: another optimizer: all of its state are tensors")
-    numbers = iter(range(len(parameters)))
+        raise InputError(f"{other}: all of its state are tensors")
+    first = 0
     for group in optimizer.param_groups:
-        indices = [next(numbers) for _ in group["params"]]
+        indices = range(first, first + len(group["params"]))
+        first += len(indices)
         full = {i: found[i] if names_of else found[i] & KNOWN for i in indices if i in found}
         wanted = names_of(group) if names_of else set().union(*full.values())
         for index, names in full.items():
             for odd in sorted(names ^ wanted):
                 what = "missing" if odd in wanted else "one too many"
-                raise InputError(f"{name}: another optimizer: optimizer.{index}.{odd}: {what}")
+                raise InputError(f"{other}: optimizer.{index}.{odd}: {what}")
+    for key, tensor in stored.items():
+        index, entry = place(key)
+        expected = Stored(tuple(parameters[index].shape), parameters[index].dtype)
+        if names_of and entry == "step":
+            expected = Stored((), tensor.dtype)
+        elif not names_of and entry not in LIKE_PARAMETER:
+            continue
+        elif not names_of and tensor.dtype.is_floating_point:  # which torch turns into its own
+            expected = expected._replace(dtype=tensor.dtype)
+        if tensor != expected:
+            there, here = (f"{each.shape} {word_of(each.dtype)}" for each in (tensor, expected))
+            raise InputError(f"{other}: {key} is {there}, expected {here}")
     if found and names_of and isinstance(model, TransformerLM):  # which uses all of its weights
         for index, parameter in enumerate(parameters):
             if parameter.requires_grad and index not in found:
-                raise InputError(f"{name}: another optimizer: no state of parameter {index}")
+                raise InputError(f"{other}: no state of parameter {index}")
 
 
-def _known_place(name: str, key: str, count: int) -> tuple[int, str]:
+def _known_place(other: str, key: str, count: int) -> tuple[int, str]:
+    """Split a key. Raises InputError, which begins with `other`, if it names no parameter."""
     try:
         index, entry = place(key)
     except ValueError:
         index, entry = -1, ""
     if not 0 <= index < count or key != f"optimizer.{index}.{entry}":
-        raise InputError(f"{name}: another optimizer: {key}: this one has {count} parameters")
+        raise InputError(f"{other}: {key}: this one has {count} parameters")
     return index, entry

@@ -5,7 +5,12 @@ from collections import deque
 from typing import Any
 
 from lm.base.settings import TrainConfig
-from lm.machine.gauges import performance
+from lm.machine.device import describe
+from lm.machine.gauges import (
+    data_sheet_flops_per_second,
+    matmul_flops_per_second,
+    peak_memory_bytes,
+)
 from lm.train.state import Record, TrainState
 
 WATCHED, SLOW = 20, 0.5  # steps; a rank is slow if its forward pass takes so much longer
@@ -28,7 +33,7 @@ class Pace:
         latest = list(self.forward_seconds)[-WATCHED:]
         if len(latest) < WATCHED or len(latest[0]) == 1:
             return ""
-        medians = [statistics.median(of_rank) for of_rank in zip(*latest, strict=True)]
+        medians = [statistics.median(seconds) for seconds in zip(*latest, strict=True)]
         slowest = max(range(len(medians)), key=medians.__getitem__)
         others_s = statistics.median(medians[:slowest] + medians[slowest + 1 :])
         held_up_s = medians[slowest] - others_s
@@ -38,18 +43,37 @@ class Pace:
         return f"  rank {slowest} is slow: {times:.1f} times the others' forward pass"
 
     def measured(self, state: TrainState, config: TrainConfig) -> dict[str, Any]:
-        """Return speed and memory, for metrics/performance.json."""
-        model, size = state.model, state.processes.size
-        tokens, flops = config.batch_size * model.config.context_length, model.flops_per_token()
-        device, seconds = model.head.device, self.step_seconds
-        speed = performance(device, config.dtype, seconds, tokens, flops, size)
-        if size > 1:
-            by_rank = zip(*self.forward_seconds, strict=True)
-            speed["forward_seconds_median_by_rank"] = [
-                round(statistics.median(seconds), 6) for seconds in by_rank
-            ]
-        chosen = {
+        """Return speed and memory of a finished run, for metrics/performance.json.
+
+        MFU is a share of the peak of all devices, by the data sheet or, where none is known, by a
+        measured product. Memory and the peaks are of one device.
+        """
+        model, num_devices = state.model, state.processes.size
+        device = model.head.device
+        step_s = statistics.median(self.step_seconds) if self.step_seconds else float("nan")
+        tokens_per_second = config.batch_size * model.config.context_length / step_s
+        flops = model.flops_per_token()
+        rate = matmul_flops_per_second(device, config.dtype)
+        promised = data_sheet_flops_per_second(device, config.dtype)
+        mfu = tokens_per_second * flops / ((promised or rate) * num_devices)
+        measured = {
+            "device": describe(device),
+            "num_devices": num_devices,
+            "dtype": config.dtype,
+            "tokens_per_second": round(tokens_per_second, 1),
+            "step_seconds_median": round(step_s, 6),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "flops_per_token": flops,
+            "matmul_flops_per_second": round(rate),
+            "data_sheet_flops_per_second": promised,
+            "mfu_is_of": f"{'data_sheet' if promised else 'matmul'}_flops_per_second",
+            "mfu": round(mfu, 4),
             "micro_batch_size": state.micro_batch_size,
             "compiled": config.compile is True,
         }
-        return speed | chosen
+        if num_devices > 1:
+            measured["forward_seconds_median_by_rank"] = [
+                round(statistics.median(seconds), 6)
+                for seconds in zip(*self.forward_seconds, strict=True)
+            ]
+        return measured

@@ -31,20 +31,20 @@ def publish(
     models/model holds the last weights, or with early stopping the best.
     """
     state, checkpoints = logbook.state, models / "checkpoints"
-    last, best = checkpoints / "last.safetensors", checkpoints / "best.safetensors"
     best_step, early_stopping = logbook.best["step"], logbook.config.early_stopping is not None
     assert best_step is not None  # the last step is always validated
+    last, best = directory.path(state.step), directory.path(best_step)
     with publishing(directory.folder.parent):
-        for step in (best_step, state.step):
-            verify(directory.path(step))
-        _copy_as_file(directory.path(best_step), best)
+        verify(best)
+        verify(last)
+        _copy_as_file(best, checkpoints / "best.safetensors")
         write_metrics(logbook, metrics)
-        chosen = TransformerLM(state.model.config)  # this process may hold a share of its own
-        load_checkpoint(directory.path(best_step if early_stopping else state.step), chosen)
-        save_model(chosen, tokenizer, models / "model")
+        model = TransformerLM(state.model.config)  # state.model may be a share of it
+        load_checkpoint(best if early_stopping else last, model)
+        save_model(model, tokenizer, models / "model")
         write_json(models / "model" / "provenance.json", logbook.provenance())
         # at the end: a continued run that is killed before still finds what it continues
-        _copy_as_file(directory.path(state.step), last)
+        _copy_as_file(last, checkpoints / "last.safetensors")
         say(
             f"Final loss {logbook.history.average_loss:.4f}, validation {logbook.valid_loss:.4f}, "
             f"in {duration(progress.elapsed_s())}; model in {models / 'model'}, "

@@ -4,7 +4,7 @@
     step-00000500.json          its manifest: the rename of this file is the commit
     lock                        held as long as a process trains this run
 
-Several processes write a folder step-00000500 in its place, each its share, by a thread in each.
+Several processes write a folder step-00000500 instead, a thread of each its share.
 
 The folder lies outside of every DVC output, because DVC deletes those before it starts a stage.
 """
@@ -47,7 +47,7 @@ class ResumeDirectory:
 
         Raises Busy if another run holds it, EnvironmentFault if it is not one folder for all.
         """
-        self.folder, self.keep, self.processes = folder, keep, processes
+        self.folder, self.keep = folder, keep
         self.sharded = processes.store is not None
         self._writers = processes.with_own_group() if self.sharded else ALONE
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -57,7 +57,7 @@ class ResumeDirectory:
         self._lock: Any = None
         processes.lead(self._open)
         if processes.size > 1:
-            self._require_shared()
+            _require_shared(folder, processes)
 
     def _open(self) -> None:
         _require_kind(self.folder, folder=True)
@@ -72,25 +72,6 @@ class ResumeDirectory:
         for path in newest_first(self.folder):  # a kill came before the commit: it would be kept
             if not path.with_suffix(".json").exists():
                 discard(path)
-
-    def _probe(self) -> Path:
-        probe = self.folder / f".tmp-{uuid4().hex}"
-        with writing(probe):
-            probe.touch()
-        return probe
-
-    def _require_shared(self) -> None:
-        probe = self.processes.lead(self._probe)
-
-        def see() -> None:
-            if not probe.exists():
-                raise EnvironmentFault(
-                    f"{self.folder.resolve()}: not the folder in which rank 0 writes; start all "
-                    "processes in one folder that every host sees"
-                )
-
-        self.processes.together(see)
-        self.processes.lead(probe.unlink)
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Extra
@@ -123,21 +104,17 @@ class ResumeDirectory:
                 commit(path)
         self._writers.lead(partial(self._drop_all_but, path))
 
-    def _drop_all_but(self, path: Path) -> None:
-        """Delete what is no longer needed once this checkpoint is there."""
-        with writing(path):
-            kept = {path, *newest_first(self.folder)[: self.keep]}
-            for old in set(newest_first(self.folder)) - kept - self._bests_of(kept):
-                discard(old)
-
-    def _bests_of(self, paths: set[Path]) -> set[Path]:
-        """Return the checkpoints that these call the best."""
-        steps = set()
-        for path in paths:
-            # a torn one needs nothing, nor does one that says no step
+    def _drop_all_but(self, newest: Path) -> None:
+        """Delete all but the newest checkpoints and those that they call the best."""
+        kept = {newest, *newest_first(self.folder)[: self.keep]}
+        bests = set()
+        for path in kept:  # a torn one needs nothing, nor does one that says no step
             with suppress(InputError, LookupError, TypeError):
-                steps.add(read_extra(path)["best"]["step"])
-        return {self.path(step) for step in steps if step is not None}
+                if (best := read_extra(path)["best"]["step"]) is not None:
+                    bests.add(self.path(best))
+        with writing(newest):
+            for path in set(newest_first(self.folder)) - kept - bests:
+                discard(path)
 
     @property
     def failed(self) -> bool:
@@ -152,19 +129,14 @@ class ResumeDirectory:
             pending.result()
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is; one that was copied from elsewhere is a file."""
+        """Return the path of a step's checkpoint; one copied from another run is a file."""
         file = self.folder / f"step-{step:08d}.safetensors"
         return file.with_suffix("") if self.sharded and not file.exists() else file
-
-    def remove(self) -> None:
-        """Delete the folder and let go of it."""
-        shutil.rmtree(self.folder)
-        self.unlock()
 
     def unlock(self) -> None:
         """Finish a save in flight, whether or not it succeeds, and let others use the folder."""
         try:
-            with suppress(Exception):  # what ends the run is told already
+            with suppress(Exception):  # what ends the run is reported already
                 self.wait()
         finally:
             self._writer.shutdown()
@@ -172,10 +144,31 @@ class ResumeDirectory:
                 self._lock.close()
 
 
+def _require_shared(folder: Path, processes: Processes) -> None:
+    """Raise EnvironmentFault, in all processes, unless each sees a file that rank 0 writes."""
+
+    def write() -> Path:
+        probe = folder / f".tmp-{uuid4().hex}"
+        with writing(probe):
+            probe.touch()
+        return probe
+
+    def see() -> None:
+        if not probe.exists():
+            raise EnvironmentFault(
+                f"{folder.resolve()}: not the folder in which rank 0 writes; start all "
+                "processes in one folder that every host sees"
+            )
+
+    probe = processes.lead(write)
+    processes.together(see)
+    processes.lead(probe.unlink)
+
+
 def kept_checkpoints(
     folder: Path, processes: Processes = ALONE
 ) -> Iterator[tuple[Path, str | None]]:
-    """Return the checkpoints of a run, newest first, each with its fault or None."""
+    """Yield the checkpoints of a run, newest first, each with its fault or None."""
     for path in processes.lead(lambda: newest_first(folder)):
         fault = None
         try:
@@ -186,9 +179,9 @@ def kept_checkpoints(
 
 
 def _require_kind(path: Path, folder: bool) -> None:
-    """Raise InputError if something else than a folder, or else a file, stands there.
+    """Raise InputError if there is something else than a folder, or else than a file.
 
-    A link would lead what is written or deleted to another place, and a pipe would hang.
+    A link would redirect what is written or deleted, and a pipe would hang.
     """
     if path.is_symlink() or (path.exists() and not (path.is_dir() if folder else path.is_file())):
         kind = "a link" if path.is_symlink() else f"not a {'folder' if folder else 'file'}"

@@ -6,8 +6,8 @@ save      a checkpoint, in the background; a caught signal then ends the process
 publish   models and metrics appear; the resume directory keeps the last state, because a kill
           before DVC has recorded the outputs would otherwise lose the training: publish.py
 
-Of several processes each has its Run, and all decide alike: what could differ (signals, faults)
-they exchange at each step. Rank 0 alone writes and speaks; of a checkpoint each writes a share.
+Each of several processes has its Run. They exchange at each step what could differ (signals,
+faults), so all decide alike. Rank 0 alone writes and speaks; each writes its share of a checkpoint.
 """
 
 import math
@@ -102,29 +102,6 @@ class Run:
             last = f"last good checkpoint: {self._last_good()}"
             error.args = (f"{error}; {last}; curves up to there: {curves}",)
 
-    def _keep_curves(self) -> Path:
-        """Write the curves of a run that has diverged; return where they are.
-
-        Its clock file is there in any case: DVC deletes the workspace of an experiment that fails.
-        """
-        self._write_times()
-        if self.live is None:
-            return self.clock_file
-        valid_loss = self.logbook.valid_loss
-        by_validation = valid_loss is not None and not math.isfinite(valid_loss)
-        step = self.state.step + (0 if by_validation else 1)
-        with suppress(EnvironmentFault):
-            write_metrics(self.logbook, self.live, diverged_at=step)
-        here = self.clock_file.resolve().is_relative_to(Path.cwd())
-        return self.live / "curves.csv" if here else self.clock_file
-
-    def _last_good(self) -> str:
-        for path, fault in kept_checkpoints(self.directory.folder):
-            with suppress(InputError):
-                if fault is None:
-                    return f"step {read_run(path)['iteration']}"
-        return "no checkpoint yet"
-
     @property
     def finished(self) -> bool:
         """Whether the last step is done or validation has stopped improving."""
@@ -133,12 +110,12 @@ class Run:
     def log(self, record: Record) -> None:
         """Take in a finished step, with "valid_loss" if it was validated.
 
-        Of several processes, whichever caught a signal or failed to save, all learn it here.
+        All processes learn here whether one of them has caught a signal or failed to save.
         """
         forward_s, signals, failed = self.processes.gather_numbers(
             [record["forward_s"], self.signals.caught or 0, self.directory.failed]
         ).T
-        # a signal that comes from here on waits for the next step: all must leave at the same one
+        # a later signal waits for the next step: all must leave at the same one
         self.agreed_signal = int(signals.max()) or None
         elapsed_s = self.progress.elapsed_s()
         self.pace.add(record, forward_s.tolist())
@@ -186,14 +163,37 @@ class Run:
         if self.processes.leads:  # the others have nothing to wait for
             publish(self.logbook, self.directory, tokenizer, models, metrics, self.progress)
 
-    def _write_times(self) -> None:
-        with suppress(EnvironmentFault):  # nobody's result depends on the times
-            times = self.logbook.history.to_csv(self.logbook.clock)
-            atomic_write(self.clock_file, times, durable=False)
-
     def write_performance(self, metrics: Path, forecast: Forecast) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
         if self.processes.leads:
             measured = self.pace.measured(self.state, self.config)
             predicted = forecast.beside_measured(self.state.model.head.device)
             write_json(metrics / "performance.json", measured | predicted)
+
+    def _write_times(self) -> None:
+        with suppress(EnvironmentFault):  # no result depends on the times
+            times = self.logbook.history.to_csv(self.logbook.clock)
+            atomic_write(self.clock_file, times, durable=False)
+
+    def _keep_curves(self) -> Path:
+        """Write the curves of a run that has diverged; return their path.
+
+        The clock file is always there: DVC deletes the workspace of an experiment that fails.
+        """
+        self._write_times()
+        if self.live is None:
+            return self.clock_file
+        valid_loss = self.logbook.valid_loss
+        by_validation = valid_loss is not None and not math.isfinite(valid_loss)
+        step = self.state.step + (0 if by_validation else 1)
+        with suppress(EnvironmentFault):
+            write_metrics(self.logbook, self.live, diverged_at=step)
+        here = self.clock_file.resolve().is_relative_to(Path.cwd())
+        return self.live / "curves.csv" if here else self.clock_file
+
+    def _last_good(self) -> str:
+        for path, fault in kept_checkpoints(self.directory.folder):
+            with suppress(InputError):
+                if fault is None:
+                    return f"step {read_run(path)['iteration']}"
+        return "no checkpoint yet"

@@ -1,4 +1,4 @@
-"""What a checkpoint of stage train says of its run, checked before any of it is used."""
+"""Read the record of a run from a checkpoint, and check it before any of it is used."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -67,16 +67,13 @@ class Identity:
     resume_from: str | None  # SHA-256 of the checkpoint of another run that it continues
 
     def parts(self) -> Extra:
-        """Return it as files keep it."""
-        parts = asdict(self)
-        if self.resume_from is None:
-            del parts["resume_from"]
-        return parts
+        """Return it as files keep it: without resume_from if it continues no other run."""
+        return {part: value for part, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class _SavedIdentity(Identity):
-    """An identity, and what may change on the way beside it, by the first step that had it."""
+    """An identity and the changes of a run: see lm.runs.logbook."""
 
     micro_batch_sizes: Annotated[dict[str, Count], NOT_EMPTY, BY_STEP]
     num_processes: Annotated[dict[str, Count], BY_STEP] | None
@@ -102,24 +99,20 @@ def read_run(path: Path) -> Extra:
     saves.
     """
     extra = read_extra(path)
-    iteration = extra["iteration"]
-    if not isinstance(extra.get("identity"), dict):
+    iteration, identity = extra["iteration"], extra.get("identity")
+    if not isinstance(identity, dict):
         raise InputError(
             f"{path}: not saved by stage train; use lm.runs.checkpoint.load_checkpoint"
         )
-    extra["identity"] |= {
-        part: migrated(part, extra["identity"][part]) for part in ADDED if part in extra["identity"]
-    }
-    identity = {"num_processes": None, "resume_from": None} | extra["identity"]
+    identity |= {part: migrated(part, identity[part]) for part in ADDED if part in identity}
     known = {key.name: extra[key.name] for key in fields(_SavedRun) if key.name in extra}
-    known |= {"identity": identity, "scaler": known.get("scaler") or None}
+    known["identity"] = {"num_processes": None, "resume_from": None} | identity
+    known["scaler"] = extra.get("scaler") or None
     run = read_section(_SavedRun, {"extra": known}, "extra", str(path))
     history, best = run.history, run.best
     merged = len(history.rows) * history.interval
-    steps = [
-        *range(history.interval, merged + 1, history.interval),
-        *range(merged + 1, iteration + 1),
-    ]
+    steps = [*range(history.interval, merged + 1, history.interval)]
+    steps += range(merged + 1, iteration + 1)
     if merged > iteration or [row.step for row in (*history.rows, *history.pending)] != steps:
         raise InputError(f"{path}: its history is not of {iteration} steps")
     if (best.step is None) != (best.valid_loss is None) or (

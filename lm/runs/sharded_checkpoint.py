@@ -29,35 +29,60 @@ from lm.runs.manifest import describe, discard
 HEADER = "header.json"
 
 
-def write_tensors(tensors: dict[str, Tensor], folder: Path, writers: Processes) -> None:
-    """Write what each process keeps of some tensors, all processes together.
+def write_folder(
+    tensors: dict[str, Tensor], metadata: dict[str, str], folder: Path, writers: Processes
+) -> None:
+    """Write and commit a checkpoint that several processes hold, all of them together.
 
-    One process writes a tensor that all have. Raises EnvironmentFault, in every process, if the
-    disk of one is full.
+    Each process writes its rows of shared tensors; one process writes a tensor that all have.
+    Neither a process that dies nor a full disk leaves a torn checkpoint. Raises
+    EnvironmentFault, in all of them, if the disk of one is full.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _errors_in_one_line(folder, by_all=True):
-        save(tensors, storage_writer=storage, process_group=writers.messages)
+    scratch = folder.with_name(folder.name + ".tmp")
 
+    def begin() -> None:
+        with writing(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            atomic_write(scratch / HEADER, metadata["checkpoint"].encode())
 
-def own_files(folder: Path, rank: int) -> list[Path]:
-    """Return the files that a rank has written there."""
-    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+    def described() -> dict[str, Any]:
+        own = scratch.glob(f"shard-{writers.rank + 1:05d}-*.safetensors")
+        return {file.name: describe(file, sync=True) for file in own}
+
+    def finish() -> None:
+        with writing(folder):
+            files[HEADER] = describe(scratch / HEADER)
+            sync_directory(scratch)
+            discard(folder)  # a damaged one, which was passed over
+            scratch.replace(folder)
+            sync_directory(folder.parent)
+            write_json(folder.with_suffix(".json"), {"files": dict(sorted(files.items()))})
+
+    try:
+        writers.lead(begin)
+        storage = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
+        with _errors_in_one_line(scratch, by_all=True):
+            save(tensors, storage_writer=storage, process_group=writers.messages)
+        parts = writers.gather(writers.together(described))
+        files = {name: entry for part in parts for name, entry in part.items()}
+        writers.lead(finish)
+    finally:
+        if writers.leads:  # after a failure, what it left on a full disk
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """Return the whole shape and the type of each tensor there."""
+    """Return the whole shape and the type of each tensor in a folder."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+    damages = (SafetensorError, LookupError, TypeError, AttributeError, RuntimeError, ValueError)
     try:
-        with _errors_in_one_line(folder):
-            found: Any = HuggingFaceStorageReader(str(folder)).read_metadata()
-    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        if isinstance(error, InputError | EnvironmentFault):
-            raise
+        found: Any = HuggingFaceStorageReader(str(folder)).read_metadata()
+    except damages as error:
         raise InputError(f"{folder}: damaged shards: {_first_line(error)}") from None
     tensors = {
         name: Stored(tuple(entry.size), entry.properties.dtype)
@@ -70,7 +95,7 @@ def stored(folder: Path) -> dict[str, Stored]:
 
 
 def blank(like: Tensor) -> Tensor:
-    """Make a tensor of this kind to read into; it is nan where no file has anything."""
+    """Return a tensor of this kind to read into; it stays nan where no file has anything."""
     return torch.full_like(like, math.nan if like.is_floating_point() else 0)
 
 
@@ -84,21 +109,22 @@ def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
         load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def assemble(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor there, whole, into this process's memory."""
+def as_one_file(folder: Path, path: Path) -> None:
+    """Write a checkpoint that is a folder as the file that one process would have written."""
     tensors = {
         name: blank(torch.empty(shape, dtype=dtype))
         for name, (shape, dtype) in stored(folder).items()
     }
     read_tensors(tensors, folder)
-    return tensors
+    metadata = {"checkpoint": (folder / HEADER).read_text(encoding="utf-8")}
+    write_checkpoint(tensors, metadata, path)
 
 
 @contextmanager
 def _errors_in_one_line(folder: Path, by_all: bool = False) -> Iterator[None]:
     """Turn the library's errors, with a traceback of each rank, into faults of one line.
 
-    If processes do this together, by_all, all raise the fault with the rank that caused it.
+    With by_all, all processes are here and all raise the fault, with the rank that caused it.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -119,46 +145,3 @@ def _errors_in_one_line(folder: Path, by_all: bool = False) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def write_folder(
-    tensors: dict[str, Tensor], metadata: dict[str, str], folder: Path, writers: Processes
-) -> None:
-    """Write and commit a checkpoint that several processes hold, all of them together.
-
-    Neither a process that dies nor a full disk leaves a torn checkpoint. Raises
-    EnvironmentFault, in all of them, if the disk of one is full.
-    """
-    scratch = folder.with_name(folder.name + ".tmp")
-
-    def begin() -> None:
-        with writing(scratch):
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            atomic_write(scratch / HEADER, metadata["checkpoint"].encode())
-
-    def finish() -> None:
-        with writing(folder):
-            files[HEADER] = describe(scratch / HEADER)
-            sync_directory(scratch)
-            discard(folder)  # a damaged one, which was passed over
-            scratch.replace(folder)
-            sync_directory(folder.parent)
-            write_json(folder.with_suffix(".json"), {"files": dict(sorted(files.items()))})
-
-    try:
-        writers.lead(begin)
-        write_tensors(tensors, scratch, writers)
-        own = own_files(scratch, writers.rank)
-        hashed = writers.together(lambda: {file.name: describe(file, sync=True) for file in own})
-        files = {name: entry for part in writers.gather(hashed) for name, entry in part.items()}
-        writers.lead(finish)
-    finally:
-        if writers.leads:  # after a failure, what it left on a full disk
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def as_one_file(folder: Path, path: Path) -> None:
-    """Write a checkpoint that is a folder as the file that one process would have written."""
-    metadata = {"checkpoint": (folder / HEADER).read_text(encoding="utf-8")}
-    write_checkpoint(assemble(folder), metadata, path)

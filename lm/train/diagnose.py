@@ -1,4 +1,4 @@
-"""Where a step went wrong whose loss or gradient norm is not finite."""
+"""Say where a step went wrong whose loss or gradient norm is not finite."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from lm.base.console import few
 from lm.base.errors import Diverged
 from lm.machine.sharded_tensors import local
 from lm.train.parallel import BatchGradients
@@ -20,7 +21,7 @@ def diagnose_nonfinite(
     gradients: BatchGradients,
     forward_backward: Callable[[], object],
 ) -> Diverged:
-    """Compute the step again, which clipping has spoilt; return the error that says what is wrong.
+    """Compute the gradients again, which clipping has spoilt; return an error that names the cause.
 
     `losses` (N, n) are of the n micro-batches of each of the N processes.
     """
@@ -37,13 +38,12 @@ def diagnose_nonfinite(
 
 
 def _first_ranks(state: TrainState, losses: NDArray[np.float32], gradients: BatchGradients) -> str:
-    """Name the ranks, of several, on which a loss or gradient was not finite at first."""
+    """Name the ranks, if there are several, whose own losses or gradients were not finite."""
     if state.processes.size == 1:
         return ""
-    spoilt = [not np.isfinite(row).all() for row in losses]
-    gathered = state.processes.gather(gradients.spoilt)
-    ranks = [str(r) for r, both in enumerate(zip(spoilt, gathered, strict=True)) if any(both)]
-    return f", first on rank {', '.join(ranks)}" if ranks else ""
+    spoilt = np.array(state.processes.gather(gradients.spoilt))
+    ranks = np.flatnonzero(spoilt | ~np.isfinite(losses).all(axis=1))
+    return f", first on rank {', '.join(map(str, ranks))}" if len(ranks) else ""
 
 
 def _nonfinite_gradients(state: TrainState) -> str:
@@ -53,16 +53,16 @@ def _nonfinite_gradients(state: TrainState) -> str:
         for i, group in enumerate(state.optimizer.param_groups)
         for p in group["params"]
     }
-    found: dict[str, str] = {
-        name: groups[id(p)]
-        for name, p in state.model.named_parameters()
-        if p.grad is not None and not local(p.grad).isfinite().all()
-    }
-    if state.processes.size > 1:
-        for theirs in state.processes.gather(found):
-            found |= theirs
+    found: dict[str, str] = {}
+    for theirs in state.processes.gather(
+        {
+            name: groups[id(p)]
+            for name, p in state.model.named_parameters()
+            if p.grad is not None and not local(p.grad).isfinite().all()
+        }
+    ):
+        found |= theirs
     if not found:
         return "every single gradient is finite"
     where = f"in parameter group {', '.join(sorted(set(found.values())))}"
-    names = ", ".join(list(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return f"gradients not finite {where}: {names}"
+    return f"gradients not finite {where}: {few(list(found))}"

@@ -12,11 +12,11 @@ from lm.base.settings import TrainConfig
 from lm.data.batches import Split, Tokens
 from lm.machine.device import to_device
 from lm.model.loss import evaluate, loss_nats
-from lm.train.parallel import BatchGradients, make_gradients
+from lm.train.parallel import BatchGradients, make_gradients, own_micro_batches
 from lm.train.recover import skip_step
 from lm.train.schedule import learning_rate_fraction
 from lm.train.state import Record, TrainState
-from lm.train.step import own_numbers, train_step
+from lm.train.step import train_step
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ class Run(Protocol):
 
 
 def fit(state: TrainState, tokens: Tokens, config: TrainConfig, run: Run) -> None:
-    """Train to the end of a run: of each step validate, log and save what is due."""
+    """Train to the end of a run; after each step validate, log and save what is due."""
     steps = train(state, tokens.train, config)
     while not run.finished:
         record = next(steps)
@@ -44,18 +44,18 @@ def fit(state: TrainState, tokens: Tokens, config: TrainConfig, run: Run) -> Non
 
 
 def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Record]:
-    """Train up to config.max_steps, giving a record of each step after it.
+    """Train up to config.max_steps; yield a record after each step.
 
-    The caller may evaluate, save or stop between two records; nothing here notices. A step whose
-    loss or gradient norm is not finite raises Diverged, or is skipped: parameters and optimizer
-    stay as they are, and its record says why under "skipped".
+    The caller may evaluate, save or stop between two records without disturbing training. A step
+    whose loss or gradient norm is not finite raises Diverged, or is skipped: parameters and
+    optimizer stay as they are, and its record says why under "skipped".
     """
     device, context_length = state.model.head.device, state.model.config.context_length
     gradients = make_gradients(state.model, config, state.processes, split.end_id)
     dealt = config.batch_size, context_length, config.seed, config.sampling
     while state.step < config.max_steps:
         start = time.perf_counter()
-        state.processes.at(state.step + 1)
+        state.processes.begin_step(state.step + 1)
         state.model.train()
         fraction = learning_rate_fraction(state.step + 1, config)
         for group in state.optimizer.param_groups:
@@ -81,7 +81,9 @@ def _own_windows(
     state: TrainState, config: TrainConfig, gradients: BatchGradients
 ) -> NDArray[np.int64]:
     """Return the windows of a batch that this process computes, micro-batch by micro-batch."""
-    numbers, size = np.array(own_numbers(state, config, gradients)), state.micro_batch_size
+    size = state.micro_batch_size
+    count = config.batch_size // size
+    numbers = np.array(own_micro_batches(count, state.processes, gradients.alternating))
     return (numbers[:, None] * size + np.arange(size)).ravel()
 
 
@@ -96,5 +98,5 @@ def validation_loss(state: TrainState, valid: Split, config: TrainConfig) -> flo
 
 
 def due(step: int, interval: int) -> bool:
-    """Return whether something done every `interval` steps is done after this one."""
+    """Return whether an action of every `interval` steps is due after this step."""
     return step % interval == 0

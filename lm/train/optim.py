@@ -1,6 +1,6 @@
 """Optimizers, chosen by name, and gradient clipping.
 
-A new one is a function that makes it, an entry of OPTIMIZERS and its name in OptimizerConfig.
+To add one, write a class with `state_names`, a function that makes it, and an entry of OPTIMIZERS.
 """
 
 from collections.abc import Callable, Iterable
@@ -60,7 +60,7 @@ class AdamW(Optimizer):
         super().__init__(params, defaults | {"fused": fused})
 
     def state_names(self, group: dict[str, Any]) -> set[str]:
-        """Return the entries of each parameter's state after its first step."""
+        """Return the entries of a parameter's state: scalar "step", others shaped like it."""
         return {"step", "exp_avg", "exp_avg_sq"}
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class Muon(AdamW):
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             updates = [u for _, u in stack]
             if is_shared(stack[0][0]):
-                directions = _orthogonalise_shared(updates, shape, stack[0][0])
+                directions = _orthogonalise_shared(updates, stack[0][0])
             else:
                 directions = list(orthogonalise(torch.stack(updates)))
             for (p, _), direction in zip(stack, directions, strict=True):
@@ -152,14 +152,14 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if transposed else x
 
 
-def _orthogonalise_shared(updates: list[Tensor], shape: torch.Size, like: Tensor) -> list[Tensor]:
-    """Return the same where each process has rows: N matrices at a time, a whole one in each."""
-    group, directions = group_of(like), []
-    for first in range(0, len(updates), group.size()):
-        some = updates[first : first + group.size()]
-        matrix = collect(some, shape[0], group)
+def _orthogonalise_shared(updates: list[Tensor], like: Tensor) -> list[Tensor]:
+    """Do the same where each process has rows of each matrix: each process takes a whole one."""
+    size, directions = group_of(like).size(), []
+    for first in range(0, len(updates), size):
+        some = updates[first : first + size]
+        matrix = collect(some, like)
         direction = None if matrix is None else orthogonalise(matrix[None])[0]
-        directions += hand_out(direction, len(some), shape, torch.bfloat16, like)
+        directions += hand_out(direction, len(some), torch.bfloat16, like)
     return directions
 
 
@@ -206,6 +206,7 @@ def make_muon(model: nn.Module, config: OptimizerConfig) -> Muon:
 def _adamw_groups(
     config: OptimizerConfig, decayed: list[Tensor], undecayed: list[Tensor]
 ) -> list[dict[str, Any]]:
+    """Return the groups that are not empty; a schedule multiplies each "initial_lr"."""
     common = {
         "lr": config.lr,
         "initial_lr": config.lr,
@@ -218,11 +219,11 @@ def _adamw_groups(
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """All that depends on the choice of train.optimizer; lm/plan reads what it holds and sends."""
+    """All that depends on the choice of train.optimizer; lm/plan reads the sizes."""
 
     make: Callable[[nn.Module, OptimizerConfig], AdamW]
-    matrix_numbers: int  # of float32 in the state, for each weight of a matrix within a block
-    other_numbers: int  # likewise, for each other weight
+    matrix_numbers: int  # float32 numbers of state for each weight of a matrix in a block
+    other_numbers: int  # the same for each other weight
     whole_matrices: bool  # an update computes with whole matrices: scratch, and traffic of fsdp
 
 

@@ -6,12 +6,11 @@
     ddp    every process holds the whole model: torch's DistributedDataParallel
     fsdp   every process keeps some rows of each parameter: torch's fully_shard (FSDP2)
 
-Every micro-batch weighs its loss by 1 / (micro-batches of the batch), and gradients are summed. By
-`reduction: sum` in whatever order is fast. By `tree`, those of micro-batches 2i and 2i + 1 are
-added, then those sums in pairs again: one order for 1, 2, 4, 8, ... processes.
+Every micro-batch weighs its loss by 1 / (micro-batches of the batch), and gradients are summed.
+`reduction: sum` adds them in whatever order is fast. `tree` adds those of micro-batches 2i and
+2i + 1, then those sums in pairs again: one order for 1, 2, 4, 8, ... processes.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, assert_never
@@ -32,11 +31,11 @@ Gradients = Callable[[TransformerLM, Tensor, Tensor, Tensor], tuple[Tensor, tupl
 
 
 class BatchGradients:
-    """The gradients of a batch, of which the micro-batches are added one by one."""
+    """The gradients of a batch, added up micro-batch by micro-batch."""
 
     def __init__(self, model: TransformerLM, tree: bool) -> None:
         self.model, self.tree, self.sums = model, tree, PairwiseSum()
-        self.forward = Stopwatch(model.head.device)  # of several processes shows which is slow
+        self.forward = Stopwatch(model.head.device)  # shows which of several processes is slow
         self.watching, self.spoilt = False, False
         self.alternating = False  # whether processes take micro-batches in turn
 
@@ -48,7 +47,7 @@ class BatchGradients:
         raise NotImplementedError
 
     def watch(self, gradients: Tensor) -> None:
-        """Record whether gradients are not finite before they meet those of others."""
+        """Record whether this process's own gradients are not finite, before they are summed."""
         if self.watching:
             self.spoilt |= not bool(gradients.isfinite().all())
 
@@ -70,7 +69,7 @@ class PairwiseSum:
         self.parts.append((count, term))
 
     def take(self) -> list[list[Tensor]]:
-        """Remove and return the sums to which the next term is to be added, the smallest first."""
+        """Remove and return the sums that the next term would be added to, the smallest first."""
         parts, self.parts = self.parts, []
         return [sums for _, sums in reversed(parts)]
 
@@ -83,10 +82,10 @@ def pairwise(terms: Tensor) -> Tensor:
 
 
 def own_micro_batches(count: int, processes: Processes, alternating: bool) -> range:
-    """Return the numbers of the micro-batches, of `count` in a batch, that this process computes.
+    """Return which micro-batches, of `count` in a batch, this process computes, by number.
 
-    They are neighbours, so that a process can add up its own. If `alternating`, they are every
-    N-th: what the processes compute at the same time are neighbours then.
+    They are neighbours, so that a process can add up its own. With `alternating` they are every
+    N-th, so that the processes compute neighbours at the same time.
     """
     if alternating:
         return range(processes.rank, count, processes.size)
@@ -132,7 +131,7 @@ class Replicated(BatchGradients):
     def __init__(self, model: TransformerLM, loss_of: LossOf, processes: Processes, tree: bool):
         super().__init__(model, tree)
         self.parameters, self.processes = tuple(model.parameters()), processes
-        self.before: list[dict[Tensor, Tensor]] = []  # to which the last gradients are added
+        self.before: list[dict[Tensor, Tensor]] = []  # sums that the last gradients are added to
         self.ddp = nn.parallel.DistributedDataParallel(
             _Loss(model, loss_of), gradient_as_bucket_view=True, forward_sync_buffers=False
         )
@@ -140,10 +139,10 @@ class Replicated(BatchGradients):
         self.laid_out = tree or processes.size <= 2  # a + b needs no order
 
     def _lay_out(self, x: Tensor, y: Tensor) -> None:
-        """Let DDP see a backward pass, after which it lays its buckets out anew.
+        """Run a backward pass that does not count, after which DDP lays its buckets out anew.
 
         A ring adds in an order that depends on a number's place in its bucket: without this, the
-        first step of a resumed run would be added in another order than in an uninterrupted one.
+        first step of a resumed run would add in another order than an uninterrupted one.
         """
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             self.ddp(x, y).backward()
@@ -199,11 +198,10 @@ class Sharded(BatchGradients):
         super().__init__(model, tree)
         self.loss_of = loss_of
         self.alternating = tree  # neighbours are added as they come
-        self.gather, self.reduce = _AllGather(), _ReduceScatter(self)
+        reduce = _ReduceScatter(self)
         for module in (*model.layers, model):
             fsdp: Any = module
-            fsdp.set_custom_all_gather(self.gather)
-            fsdp.set_custom_reduce_scatter(self.reduce)
+            fsdp.set_custom_reduce_scatter(reduce)
             fsdp.set_force_sum_reduction_for_comms(True)
             fsdp.set_gradient_divide_factor(1.0)
 
@@ -211,11 +209,8 @@ class Sharded(BatchGradients):
         """See BatchGradients."""
         fsdp: Any = self.model
         fsdp.set_requires_gradient_sync(last or self.tree)
-        self.gather.waited_s = 0.0
         with self.forward.lap():
             loss = self.loss_of(self.model, x, y)
-        if not self.forward.on_gpu:
-            self.forward.seconds -= self.gather.waited_s
         (loss * weight).backward()
         if self.tree:
             parameters = tuple(self.model.parameters())  # the sharded ones, now
@@ -226,30 +221,16 @@ class Sharded(BatchGradients):
         return loss.detach()
 
 
-class _AllGather:
-    """FSDP's all-gather, which records how long a CPU waits in it."""
-
-    waited_s = 0.0
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
-    ) -> Any:
-        start = time.perf_counter()
-        work = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
-        self.waited_s += time.perf_counter() - start
-        return work
-
-
-class _ReduceScatter(_AllGather):
+class _ReduceScatter:
     """FSDP's reduce-scatter, or one over a tree."""
 
     def __init__(self, gradients: BatchGradients):
         self.gradients = gradients
 
-    def __call__(  # type: ignore[override]
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
         self,
         output_tensor: Tensor,
         input_tensor: Tensor,
@@ -268,7 +249,7 @@ class _ReduceScatter(_AllGather):
 
 
 def _reduce_scattered(parts: Tensor, group: Any = None) -> Tensor:
-    """Sum what each process has, (N, n), pairwise; return this rank's part (n,)."""
+    """Sum the parts (N, n) of all processes pairwise; return this rank's part (n,)."""
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
     return pairwise(received)
@@ -287,7 +268,7 @@ def _taken(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def make_gradients(
     model: TransformerLM, config: TrainConfig, processes: Processes, end_id: int | None
 ) -> BatchGradients:
-    """Return how the gradients of a batch are computed, as train.parallel and train.compile say."""
+    """Return what computes the gradients of a batch, as train.parallel and train.compile say."""
     device, tree = model.head.device, {"sum": False, "tree": True}[config.reduction]
 
     def loss_of(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
@@ -316,7 +297,7 @@ def make_gradients(
 
 
 def shard(model: TransformerLM, device: torch.device) -> None:
-    """Leave each process its rows of each parameter; a block at a time is gathered when used."""
+    """Cut each parameter into rows of each process; a block is gathered whole when it is used."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = mesh_of(dist.group.WORLD, device.type)

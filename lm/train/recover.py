@@ -1,4 +1,4 @@
-"""How training goes on after a failed step: with smaller micro-batches, or without the step."""
+"""Go on after a failed step: with smaller micro-batches, or without the step."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Step = Callable[Concatenate[TrainState, TrainConfig, ...], Any]
 
 
 def retry_with_smaller_micro_batches(compute: Step) -> Step:
-    """Make a function begin again with smaller micro-batches when it runs out of memory."""
+    """Make a function start again with a lower micro-batch size when it runs out of memory."""
 
     @wraps(compute)
     def retrying(state: TrainState, config: TrainConfig, *batch: Any) -> Any:
@@ -26,13 +26,13 @@ def retry_with_smaller_micro_batches(compute: Step) -> Step:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-            shrink_micro_batches(state, config)  # here nothing holds the tensors any more
+            lower_micro_batch_size(state, config)  # after `except`, which held the tensors
 
     return retrying
 
 
-def shrink_micro_batches(state: TrainState, config: TrainConfig) -> None:
-    """Lower the micro-batch size to the next divisor of this process's share, at most half of it.
+def lower_micro_batch_size(state: TrainState, config: TrainConfig) -> None:
+    """Set the micro-batch size to the next divisor of this process's share, at most half of it.
 
     Raises EnvironmentFault if the settings fix the size, if it is one window already, or if other
     processes compute with it.
@@ -57,7 +57,10 @@ def shrink_micro_batches(state: TrainState, config: TrainConfig) -> None:
 
 
 def skip_step(state: TrainState, config: TrainConfig, reason: str) -> Record:
-    """Leave a step out; raise Diverged if the settings forbid that or it has not helped."""
+    """Count a step without updating anything, and return its record.
+
+    Raises Diverged if train.on_nonfinite forbids skipping or too many steps in a row were skipped.
+    """
     remedy = "lower train.lr, raise train.warmup_steps or set train.dtype: float32"
     match config.on_nonfinite:
         case "stop":

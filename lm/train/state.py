@@ -50,7 +50,7 @@ def new_state(
         for layer in model.layers:  # one compilation serves them all
             layer.forward = compiled(layer.forward, device)
     if config.parallel == "fsdp":
-        shard(model, device)  # which takes block by block to the device
+        shard(model, device)  # moves block by block to the device
     else:
         model.to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")

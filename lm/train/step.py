@@ -3,8 +3,8 @@
     x, y -> micro-batches -> model -> loss -> gradients of the batch -> clip -> optimizer
 
 State is the model, the optimizer, the step and, for float16, the loss scaler. Batch, learning
-rate and dropout are pure functions of (seed, step), so nothing else has to be saved. Of several
-processes each takes its windows of the batch, and parallel.py adds up the gradients of all.
+rate and dropout are pure functions of (seed, step), so nothing else has to be saved. Each of
+several processes takes its windows of the batch, and parallel.py adds up the gradients of all.
 """
 
 import math
@@ -67,8 +67,9 @@ def forward_backward(
     """Fill the gradients of the whole batch; return own micro-batches' losses (n,), in nats."""
     state.optimizer.zero_grad(set_to_none=True)
     size = state.micro_batch_size
-    numbers = own_numbers(state, config, gradients)
-    weight = state.scaler.scale(torch.ones((), device=x.device)) / (config.batch_size // size)
+    count = config.batch_size // size  # micro-batches of all processes
+    numbers = own_micro_batches(count, state.processes, gradients.alternating)
+    weight = state.scaler.scale(torch.ones((), device=x.device)) / count
     losses = []
     for number, micro_x, micro_y in zip(numbers, x.split(size), y.split(size), strict=True):
         if state.model.config.dropout:
@@ -76,12 +77,6 @@ def forward_backward(
         losses.append(gradients.add(micro_x, micro_y, weight, last=number == numbers[-1]))
     state.scaler.unscale_(state.optimizer)
     return torch.stack(losses)
-
-
-def own_numbers(state: TrainState, config: TrainConfig, gradients: BatchGradients) -> range:
-    """Return the numbers of the micro-batches of a batch that this process computes."""
-    count = config.batch_size // state.micro_batch_size
-    return own_micro_batches(count, state.processes, gradients.alternating)
 
 
 def _mean(losses: NDArray[np.float32]) -> float:
