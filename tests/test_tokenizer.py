@@ -124,7 +124,7 @@ def test_only_words_of_many_characters_are_cut(texts):
     assert "".join(cut) == "".join(texts)
     assert max(map(longest_word, cut)) <= 4
     longest = max(map(longest_word, texts), default=0)
-    assert longest > 4 or cut == (texts or [""])
+    assert longest > 4 or list(filter(None, cut)) == list(filter(None, texts))
 
 
 def longest_word(text):
