@@ -18,7 +18,13 @@ from tiktoken_ext.openai_public import r50k_pat_str
 import lm.prepare.encoder
 import lm.prepare.gigatoken_guard
 from lm.base.errors import InputError
-from lm.data.tokenizer import END_TOKEN, Tokenizer, byte_characters, byte_tokenizer
+from lm.data.tokenizer import (
+    END_TOKEN,
+    Tokenizer,
+    byte_characters,
+    byte_level_backend,
+    byte_tokenizer,
+)
 from lm.prepare.encoder import DocumentRefused, Encoder
 from lm.prepare.foreign import from_tiktoken
 from lm.prepare.gigatoken_guard import EncodersDiffer, has_newer_characters
@@ -104,6 +110,24 @@ def test_a_long_document_is_encoded_in_pieces_and_nobody_can_tell(bpe, library, 
         monkeypatch.setattr(lm.prepare.encoder, "GROUP_BYTES", size)
         assert len(encoder._pieces(0, documents[1])) > len(text) // size // 4
         assert split(*encoder.encode(documents)) == expected
+
+
+def test_a_long_document_is_not_cut_where_the_tokenizer_joins_two_words(monkeypatch):
+    """It has learnt from a text without word breaks, so its tokens go over spaces."""
+    sentence = "low lower lowest, new newer newest. "
+    backend = byte_level_backend(tokenizers.models.BPE(), use_regex=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([sentence * 5], trainer)
+    backend.add_special_tokens([END_TOKEN])
+    tokenizer = Tokenizer(backend)
+    assert any("w l" in tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+    monkeypatch.setattr(lm.prepare.encoder, "GROUP_BYTES", 100)
+    for text in (sentence * 20, sentence[5:] * 20):
+        ids, _ = Encoder(tokenizer, "tokenizers").encode([text.encode()])
+        assert ids.tolist() == tokenizer.encode(text)
 
 
 def test_where_all_words_are_joined_the_search_for_a_cut_has_an_end():

@@ -131,7 +131,7 @@ class Encoder:
         """Return whether the text around a place has the same ids when it is cut there."""
         before, after = (
             part.decode("utf-8", "ignore").encode()  # whole characters
-            for part in (document[at - 500 : at], document[at : at + 500])
+            for part in (document[max(0, at - 500) : at], document[at : at + 500])
         )
         both, *_ = self._encode([before + after])
         return np.array_equal(both, self._encode([before, after])[0])
