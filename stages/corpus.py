@@ -90,19 +90,22 @@ def _write_stories(size_bytes: int) -> dict[str, Any]:
     }
 
 
-def _file_name(entry: dict[str, Any]) -> str:
-    return f"{entry['package']}.jsonl" if "package" in entry else STORIES_FILE
+def _file_name(entry: Any) -> str:
+    match entry:
+        case {"package": str(package)}:
+            return f"{package}.jsonl"
+        case {"grammar": str()}:
+            return STORIES_FILE
+        case _:
+            raise InputError(
+                f"{MANIFEST}: not a list of packages; delete it and {RAW}, and run again"
+            )
 
 
 def _refuse_strangers() -> None:
     """Raise InputError if data/raw holds a file that an earlier run of this stage did not write."""
     entries = read_json(MANIFEST) if MANIFEST.exists() else []
-    if not (
-        isinstance(entries, list)
-        and all(isinstance(e, dict) and e.keys() & {"package", "grammar"} for e in entries)
-    ):
-        raise InputError(f"{MANIFEST}: not a list of packages; delete it and {RAW}, and run again")
-    written = {_file_name(entry) for entry in entries}
+    written = {_file_name(entry) for entry in (entries if isinstance(entries, list) else [None])}
     for file in sorted(RAW.glob("*")):
         if file.name not in written and not file.name.endswith(".tmp"):
             raise InputError(

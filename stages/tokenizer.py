@@ -1,10 +1,10 @@
 """Stage tokenizer: data/tokenizer/tokenizer.json, learnt from the training split or taken over."""
 
-import tempfile
 from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import assert_never
 
 from lm.base.config import RuntimeConfig
 from lm.base.console import say
@@ -12,10 +12,10 @@ from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.prepare.documents import split_documents
 from lm.prepare.foreign import foreign_tokenizer, from_tiktoken
 from lm.prepare.learn import train_bpe_large
-from lm.prepare.learning_sample import write_sample
+from lm.prepare.learning_sample import learning_sample
 from lm.prepare.sources import DataConfig, find_files
 from lm.prepare.workers import number_of_workers
-from stages.run import SCRATCH, Inputs, run
+from stages.run import Inputs, run
 
 TOKENIZER, OWN_TOKENIZERS = Path("data/tokenizer"), Path("data/tokenizers")
 TRIED = 200  # documents on which a tokenizer from elsewhere is tried
@@ -30,19 +30,19 @@ def tokenizer(inputs: Inputs) -> None:
     inputs.watch_without_hashing(partial(find_files, data))
     found = split_documents(data, Counter())
     texts = islice((document.text for split, document in found if split == "train"), TRIED)
-    if config.kind == "bpe":
-        SCRATCH.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="lm-sample-", dir=SCRATCH) as folder:
-            sample = Path(folder) / "sample"
-            write_sample(data, config.sample_bytes, num_workers, sample)
-            result = train_bpe_large(sample.read_bytes(), config.vocab_size, config.end_token)
-    elif config.kind == "bytes":
-        result = byte_tokenizer(config.end_token)
-    elif config.kind == "tiktoken":
-        result = from_tiktoken(str(config.source), texts, config.end_token)
-    else:
-        source = OWN_TOKENIZERS / str(config.source)
-        result = foreign_tokenizer(source, texts, config.end_token)
+    match config.kind:
+        case "bpe":
+            sample = learning_sample(data, config.sample_bytes, num_workers)
+            result = train_bpe_large(sample, config.vocab_size, config.end_token)
+        case "bytes":
+            result = byte_tokenizer(config.end_token)
+        case "tiktoken":
+            result = from_tiktoken(str(config.source), texts, config.end_token)
+        case "file":
+            source = OWN_TOKENIZERS / str(config.source)
+            result = foreign_tokenizer(source, texts, config.end_token)
+        case other:
+            assert_never(other)
     inputs.check()
     result.save(TOKENIZER)
     if result.left_out:

@@ -11,10 +11,10 @@ from pathlib import Path
 from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.files import atomic_write, sha256_json, write_json
-from lm.base.tables import data_table, files_table
+from lm.base.tables import data_table
 from lm.data.shards import MANIFEST
-from lm.prepare.collect import collect
-from lm.prepare.documents import cut_into_shards, kinds, with_train_bytes
+from lm.prepare.collect import collect, files_table
+from lm.prepare.documents import cut_into_shards, with_train_bytes
 from lm.prepare.encode_shards import (
     Job,
     drop_unused,
@@ -23,7 +23,7 @@ from lm.prepare.encode_shards import (
     require_done,
     select_part,
 )
-from lm.prepare.sources import DataConfig, find_files, find_sources, in_words
+from lm.prepare.sources import DataConfig, find_files, find_sources
 from lm.prepare.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
 
@@ -55,7 +55,7 @@ def tokens(inputs: Inputs) -> None:
     inputs.check()
     report = collect(TOKENS, job, tokenizer, shards, done)
     write_json(RESULTS / "data.json", report)
-    tables = f"{data_table(report)}\n{files_table(kinds(shards), in_words(left_out))}"
+    tables = f"{data_table(report)}\n{files_table(shards, left_out)}"
     atomic_write(RESULTS / "data.md", tables.encode())
     drop_unused(job.kept, {shard["key"] for shard in done})
     say(tables)

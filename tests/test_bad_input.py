@@ -205,10 +205,10 @@ def table(**columns):
 
 
 def repeated(value, rows):
-    """The bytes of a parquet table in which all rows share one long value."""
+    """The bytes of a parquet table in which all rows share one long value, and no schema says so."""
     made = io.BytesIO()
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows), [value])
-    pyarrow.parquet.write_table(pyarrow.table({"text": column}), made)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), made, store_schema=False)
     return made.getvalue()
 
 
@@ -549,8 +549,9 @@ ROWS = [
     Row("data", "tokenizer", ["data.valid_fraction=0.9999"], 2, "the train split has no documents; change data.valid_fraction, …"),
     Row("data", "corpus", [file("data/raw/mine.txt", b"text")], 2,
         "data/raw/mine.txt: not written by this stage, to which data/raw belongs; move your text elsewhere and name it in data.path"),
-    Row("data", "corpus", [file("data/corpus.json", b'["a"]')], 2,
-        "data/corpus.json: not a list of packages; delete it and data/raw, and run again"),
+    *(Row("data", "corpus", [file("data/corpus.json", content)], 2,
+          "data/corpus.json: not a list of packages; delete it and data/raw, and run again")
+      for content in (b'["a"]', b"{}", b'[{"web": "a"}]')),
     Row("data", "corpus", ["corpus.packages=[networkx]"], 2, "corpus.packages: networkx pins no version; write name==version"),
     Row("data", "corpus", ["corpus.packages=[no-such==1]"], 3, "corpus.packages: no-such is not installed; run …"),
     Row("data", "tokens", ["data.glob=''"], 2, "data.glob = : no pattern of paths in the folder, as **/*.txt is one"),

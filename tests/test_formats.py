@@ -17,17 +17,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lm.base.errors import InputError
+from lm.prepare.file_bytes import split_at
 from lm.prepare.limits import MAX_DOCUMENT_BYTES
 from lm.prepare.readers import reader_of
 from lm.prepare.readers.json_lines import JsonLines
 from lm.prepare.readers.parquet import Parquet
 from lm.prepare.readers.text import Text
 from lm.prepare.records import Bad, Dropped, Found, ReadOptions
-from lm.prepare.separators import split_at
 from lm.prepare.signatures import MARK
 from tests.project import ROOT
 
@@ -83,6 +83,8 @@ def assert_stretches_are_the_whole(reader, size):
 
 
 @given(LETTERS, SEPARATORS, st.integers(1, 20), st.integers(1, 9), st.integers(1, 9))
+@example(b"aaab", b"aa", 3, 9, 9)  # the second "aa" is none
+@example(b"a\n\n\nb\n\nab", b"\n\n", 4, 9, 2)
 def test_stretches_of_any_size_together_are_the_whole_file(
     file, data, separator, size, chunk, search
 ):
@@ -262,6 +264,19 @@ def test_columns_are_found_by_name_whatever_else_a_row_holds(tmp_path):
     assert bad.message == "no column 'text' (has: ); name one in data.text_field"
 
 
+def test_a_row_but_not_a_table_has_at_most_the_length_of_a_document(tmp_path):
+    path, limit = tmp_path / "a.csv", csv.field_size_limit()
+    try:
+        with in_pieces(MAX_DOCUMENT_BYTES=100):
+            path.write_text("text\n" + "x" * 99 + "\n" + "y\n" * 100)
+            assert len([*reader_of(path, ONE_FILE_ONE_RECORD).read()]) == 101
+            path.write_text("text\n" + "y\n" * 100 + "x" * 101)
+            with pytest.raises(InputError, match=r"a.csv:102: not a row of a table \(a row longer"):
+                [*reader_of(path, ONE_FILE_ONE_RECORD).read()]
+    finally:
+        csv.field_size_limit(limit)
+
+
 def test_a_file_that_expands_as_far_as_is_said_is_read(tmp_path):
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"x" * 10_000))
@@ -400,7 +415,7 @@ NEW_FORMAT = """
 from lm.prepare.readers.text import Text
 
 class Loud(Text):
-    what = "loud text"
+    description = "loud text"
 
 READERS = {"SUFFIX": Loud}
 """
@@ -413,7 +428,7 @@ def test_a_new_format_is_one_new_file_and_no_suffix_has_two(tmp_path, suffix):
     new.write_text(NEW_FORMAT.replace("SUFFIX", suffix))
     program = (
         "from pathlib import Path; from lm.prepare.readers import reader_of;"
-        "print(reader_of(Path('a.loud.gz'), None).what)"
+        "print(reader_of(Path('a.loud.gz'), None).description)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True

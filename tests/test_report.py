@@ -97,6 +97,16 @@ def test_results_with_anything_else_in_any_place_are_refused_in_one_line_or_show
     assert refused > 9
 
 
+def test_a_text_of_another_kind_than_packages_and_stories_is_refused():
+    entry, shape = {"bytes": 3, "sha256": "0"}, SHAPES["corpus.json"]
+    require_shape(
+        [entry | {"package": "pip"}, entry | {"grammar": "stories"}], shape, "corpus.json"
+    )
+    for kind in ({}, {"web": "pages"}, {"package": "pip", "grammar": "stories"}):
+        with pytest.raises(InputError, match=r"corpus.json\[0\]: expected one of package, grammar"):
+            require_shape([entry | kind], shape, "corpus.json")
+
+
 def places(value, outer=()):
     """The keys that lead to each value of a JSON file; of a list to the first and the last."""
     yield outer

@@ -8,7 +8,7 @@ import pytest
 
 from lm.base.errors import InputError
 from lm.prepare.documents import split_documents
-from lm.prepare.learning_sample import BINS, SEPARATOR, write_sample
+from lm.prepare.learning_sample import BINS, learning_sample
 from lm.prepare.sources import SourceConfig
 
 # of Python 3.12; the threads of this process are those of the test runner
@@ -27,16 +27,9 @@ def config(tmp_path, data_config):
     return replace(data_config, path=path, separator="\n\n", shard_bytes=20_000)
 
 
-@pytest.fixture
-def sample(tmp_path):
+def sample(config, limit_bytes, num_workers=1):
     """The texts of a sample."""
-
-    def made(config, limit_bytes, num_workers=1):
-        write_sample(config, limit_bytes, num_workers, tmp_path / "sample")
-        assert [file.name for file in tmp_path.glob("sample*")] == ["sample"]
-        return [text.decode() for text in (tmp_path / "sample").read_bytes().split(SEPARATOR)[:-1]]
-
-    return made
+    return learning_sample(config, limit_bytes, num_workers).decode().split("\0")
 
 
 def training(config):
@@ -48,7 +41,7 @@ def size(texts):
 
 
 @pytest.mark.parametrize("split", ["hash", "tail"])
-def test_all_of_the_training_split_if_it_fits(config, sample, split):
+def test_all_of_the_training_split_if_it_fits(config, split):
     config = replace(config, split=split)
     expected = training(config)
     assert len(expected) > 3_900
@@ -57,7 +50,7 @@ def test_all_of_the_training_split_if_it_fits(config, sample, split):
 
 
 @pytest.mark.parametrize("limit", [3_000, 50_000, 180_000])
-def test_at_most_as_much_as_is_wanted_and_hardly_less_in_order(config, sample, limit):
+def test_at_most_as_much_as_is_wanted_and_hardly_less_in_order(config, limit):
     expected = training(config)
     found = sample(config, limit)
     assert limit - 5 * size(expected) / BINS < size(found) <= limit
@@ -65,22 +58,22 @@ def test_at_most_as_much_as_is_wanted_and_hardly_less_in_order(config, sample, l
     assert found == [text for text in expected if text in chosen]
 
 
-def test_the_same_for_any_number_of_workers(config, sample):
+def test_the_same_for_any_number_of_workers(config):
     assert sample(config, 50_000, 3) == sample(config, 50_000, 1)
 
 
-def test_documents_from_everywhere_are_in_it(config, sample):
+def test_documents_from_everywhere_are_in_it(config):
     numbers = [int(text.split()[0]) for text in sample(config, 50_000)]
     quarters = Counter(number // 1_000 for number in numbers)
     assert min(quarters.values()) > 0.6 * max(quarters.values())
 
 
-def test_at_least_something(config, sample):
+def test_at_least_something(config):
     found = sample(config, 1)
     assert 0 < len(found) < 100
 
 
-def test_nearly_the_same_after_the_text_has_grown(config, sample, tmp_path):
+def test_nearly_the_same_after_the_text_has_grown(config, tmp_path):
     before = set(sample(config, 50_000))
     more = "\n\n".join(f"more {i} {WORDS[i % 7]} and the fox" for i in range(100))
     (tmp_path / "text" / "0.txt").write_text(more)
@@ -89,7 +82,7 @@ def test_nearly_the_same_after_the_text_has_grown(config, sample, tmp_path):
     assert any(text.startswith("more") for text in after)
 
 
-def test_duplicates_are_in_it_once_by_request(config, sample, tmp_path):
+def test_duplicates_are_in_it_once_by_request(config, tmp_path):
     again = "\n\n".join(training(config)[:1_000])
     (tmp_path / "text" / "b.txt").write_text(again)
     with_all = replace(config, sources={
@@ -102,6 +95,6 @@ def test_duplicates_are_in_it_once_by_request(config, sample, tmp_path):
 
 
 @pytest.mark.parametrize(("fraction", "empty"), [(1e-9, "valid"), (1 - 1e-9, "train")])
-def test_a_side_without_documents_is_refused(config, sample, fraction, empty):
+def test_a_side_without_documents_is_refused(config, fraction, empty):
     with pytest.raises(InputError, match=f"the {empty} split has no documents"):
         sample(replace(config, valid_fraction=fraction), 1_000)

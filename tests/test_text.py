@@ -25,7 +25,6 @@ from lm.prepare.documents import (
     cut_into_shards,
     documents,
     split_documents,
-    tail_boundary,
 )
 from lm.prepare.listing import write_listing
 from lm.prepare.sources import (
@@ -246,7 +245,7 @@ def test_tail_split_loses_no_character(tmp_path_factory, text, fraction):
     file.write_bytes(text.encode())
     config = read_section(DataConfig, load_params(SMOKE), "data")
     config = replace(config, path=str(file), split="tail", valid_fraction=fraction)
-    boundary = tail_boundary(len(text.encode()), config)
+    boundary = int(len(text.encode()) * (1 - fraction))
     got = list(assign_splits(documents(config, Counter()), config, boundary))
     assert "".join(document.text for _, document in got) == text
     assert [side for side, _ in got] in (["train"], ["valid"], ["train", "valid"])

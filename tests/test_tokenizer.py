@@ -1,6 +1,7 @@
 """Tokenizers against an independent trainer, tiktoken and transformers."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -100,7 +101,9 @@ def test_a_large_corpus_gives_the_same_tokenizer_by_either_library(monkeypatch, 
     assert train_bpe_large(joined, 2000).backend.to_str() == fast
     assert train_bpe(LARGE, 2000).backend.to_str() == fast
     assert train_bpe([*LARGE, NEWER * 1000], 2000).backend.to_str() != fast
-    assert capfd.readouterr() == ("", "")
+    os.write(1, b"out")  # what gigatoken prints is discarded, and no more than that
+    os.write(2, b"error")
+    assert capfd.readouterr() == ("out", "error")
 
 
 @pytest.mark.soak
@@ -124,7 +127,7 @@ def test_only_words_of_many_characters_are_cut(texts):
     assert "".join(cut) == "".join(texts)
     assert max(map(longest_word, cut)) <= 4
     longest = max(map(longest_word, texts), default=0)
-    assert longest > 4 or cut == (texts or [""])
+    assert longest > 4 or list(filter(None, cut)) == list(filter(None, texts))
 
 
 def longest_word(text):

@@ -39,7 +39,9 @@ _SOURCE = {
     "bytes_per_token": NUMBER,
     "valid": {"tokens": COUNT},
 }
-# the keys that are read: "key?" may be missing, "*" is any key, a list has any length
+_TEXT_FILE = {"bytes": COUNT, "sha256": TEXT}
+# the keys that are read: "key?" may be missing, "*" is any key, a list has any length; of several
+# shapes in a tuple the value has the one whose first key it has
 SHAPES: dict[str, Any] = {
     "data.json": {
         **_SOURCE,
@@ -84,7 +86,9 @@ SHAPES: dict[str, Any] = {
         **{key: {"*": TEXT} for key in ("inputs", "code")},
         "environment": {"*": SHOWN},
     },
-    "corpus.json": [{"package?": TEXT, "version?": TEXT, "bytes": COUNT, "sha256": TEXT}],
+    "corpus.json": [
+        ({"package": TEXT, "version?": TEXT, **_TEXT_FILE}, {"grammar": TEXT, **_TEXT_FILE})
+    ],
 }
 
 
@@ -94,6 +98,12 @@ def require_shape(value: Any, shape: Any, where: str) -> None:
         if not shape.holds(value):
             raise InputError(f"{where} = {str(value)[:40]}, expected {shape.text}; run `dvc repro`")
         return
+    if isinstance(shape, tuple):
+        kinds = {next(iter(kind)): kind for kind in shape}
+        found = [kinds[key] for key in kinds if isinstance(value, dict) and key in value]
+        if len(found) != 1:
+            raise InputError(f"{where}: expected one of {', '.join(kinds)} in it; run `dvc repro`")
+        (shape,) = found
     if type(value) is not type(shape):
         kind = "a list" if isinstance(shape, list) else "keys and values"
         raise InputError(f"{where} = {str(value)[:40]}, expected {kind}; run `dvc repro`")

@@ -2,15 +2,11 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 WORSE = 0.01  # times the best validation loss is noise
 DIVERGED = "diverged_at_step"  # in metrics/train.json of a run that has curves and no results
-
-SHOWN_KINDS = 20  # of files, in a table
-FEW = 3  # texts beside tables: a README, a license
 ROWS = {
     "uniform": "uniform guess",
     "unigram": "unigram",
@@ -97,30 +93,6 @@ def data_table(report: Mapping[str, Any]) -> str:
             f"No held-out text in {', '.join(unseen)}: validation says nothing of it; raise "
             "data.valid_fraction or add text",
         ]
-    return "\n".join(lines) + "\n"
-
-
-def files_table(kinds: Sequence[tuple[str, str, str, Sequence[Path]]], left_out: str) -> str:
-    """Return how many files of each suffix were read, and as what, as Markdown."""
-    order = sorted(kinds, key=lambda kind: (kind[0], -len(kind[3]), kind[1]))
-    lines = ["| source | suffix | files | read as |", "|--------|--------|------:|---------|"]
-    lines += [
-        f"| {source} | {suffix} | {len(files):,} | {read_as} |"
-        for source, suffix, read_as, files in order[:SHOWN_KINDS]
-    ]
-    if rest := order[SHOWN_KINDS:]:
-        lines.append(f"| | {len(rest):,} more | {sum(len(kind[3]) for kind in rest):,} | |")
-    for source in dict.fromkeys(kind[0] for kind in order):
-        mine = [kind for kind in order if kind[0] == source]
-        texts = [file.name for kind in mine if kind[2] == "text" for file in kind[3]]
-        others = [kind for kind in mine if kind[2] != "text"]
-        if texts and others and len(texts) <= max(FEW, len(others[0][3])):
-            name = "".join(c if c.isprintable() else "?" for c in texts[0])
-            more = f" and {len(texts) - 1:,} more" if texts[1:] else ""
-            beside = f"read as text beside {len(others[0][3]):,} {others[0][1]} files"
-            lines += ["", f"{name}{more} {beside}: leave out by data.glob what is no text to learn"]
-    if left_out:
-        lines += ["", f"Files not read: {left_out}"]
     return "\n".join(lines) + "\n"
 
 

@@ -3,10 +3,10 @@
     (seed, i) --story--> text --bits--> -log2 P(text), on average entropy_bits()
 
 The stories come from a probabilistic context-free grammar, the table below: `<place>` is one of the
-texts of `place`, drawn by its weight, and `{place}` says the last one again. That is what a model
-has to remember: the hero, what was lost, and in an errand within an errand who wants what. What
-comes back is from finite lists, so each symbol could carry it in its name: with more symbols, the
-grammar is context-free in the strict sense.
+texts of `place`, drawn by its weight, and `{place}` says the last one again. A model has to
+remember these: the hero, the lost thing, and the friend and the food of each errand within an
+errand. They come from finite lists, so each symbol could carry them in its name: with more symbols,
+the grammar is context-free in the strict sense.
 
 No text has two derivations. Where there is a choice, each alternative begins with words of its own,
 none a prefix of another's (`Grammar` asserts it), so that a reader who goes from left to right sees
@@ -127,7 +127,7 @@ season   = 4 spring | 4 summer | 3 winter | 2 year
 hours    = 6 hours | 4 days | 3 weeks | 1 years
 number   = 7 two | 7 three | 5 four | 5 five | 4 seven | 4 nine | 3 ten | 2 twelve | 1 thirty
 """
-SCOPED = frozenset({"way"})  # what is said inside is forgotten at its end: the outer errand goes on
+SCOPED = frozenset({"way"})  # its words are forgotten at its end: the outer errand goes on
 
 _PART = re.compile(r"(<\w+>|{\w+})")
 
@@ -138,7 +138,7 @@ class Rule:
     def __init__(self, names: str, alternatives: str):
         self.symbol, *agreeing = names.split()
         self.parts: list[list[str]] = []  # text, <symbol> and {word}, of each alternative
-        self.says: list[dict[str, str]] = []  # what {word} is from here on: of plain text only
+        self.says: list[dict[str, str]] = []  # the text of {word} from here on: of plain text only
         weights = []
         for alternative in re.split(r"\n|\|", alternatives.strip()):
             weight, text = alternative.strip().split(maxsplit=1)
@@ -211,7 +211,7 @@ class Grammar:
                 yield words[part[1:-1]] if part[0] == "{" else part
 
     def bits(self, text: str) -> float:
-        """-log2 P(text): the sum of -log2 p over the choices of its only derivation.
+        """Return -log2 P(text): the sum of -log2 p over the choices of its only derivation.
 
         Raises ValueError, with the offset, for a text that the grammar cannot make.
         """
@@ -243,8 +243,7 @@ class Grammar:
     def mean_bytes(self) -> float:
         """Return the expected length of a text, exactly, by the same recursion.
 
-        What comes back has the mean length of what it can be: how often it comes back depends on
-        other choices than what it is.
+        A {word} counts with its mean length: how often it is said does not depend on the word.
         """
 
         def length(part: str) -> float:
@@ -255,7 +254,7 @@ class Grammar:
         return self._expected({symbol: rule.mean(length) for symbol, rule in self.rules.items()})
 
     def bits_per_byte(self) -> float:
-        """Return the entropy rate of endless text: what no model can go below on average."""
+        """Return the entropy rate of endless text: on average no model goes below."""
         return self.entropy_bits() / self.mean_bytes()
 
     def _expected(self, own: Mapping[str, float]) -> float:

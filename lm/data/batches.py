@@ -2,7 +2,7 @@
 
     data/tokens --open_tokens--> TokenStream of each split --Split.batch(step)--> x, y
 
-lm/data/shards.py describes the files; lm/data/order.py decides which windows make a batch.
+shards.py describes the files; order.py decides which windows make a batch.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lm.base.errors import InputError
 from lm.base.settings import Sampling
 from lm.data.order import DocumentWindows, Numbers, deal, drawn, ordered
-from lm.data.shards import MANIFEST, REMEDY, read_manifest
+from lm.data.shards import MANIFEST, REMEDY, SPLITS, read_manifest
 from lm.data.tokenizer import Tokenizer
 
 WINDOWS_AHEAD = 1024  # whose starts are computed at once
@@ -32,8 +32,8 @@ DType = np.dtype[Any]
 class TokenStream:
     """Shards as one 1-D array of ids that stay on disk: len(), slices, rows of equal length.
 
-    They are read, not mapped: from a mapped file that somebody truncates, the next access ends
-    the process with SIGBUS and no word. Copying a window costs no more than mapping it.
+    Files are read, not mapped: an access to a mapped file that somebody has truncated ends the
+    process by SIGBUS without a message. Copying a window costs no more than mapping it.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class TokenStream:
         dtype: DType,
         vocab_size: int,
     ):
-        """Open shards as their entries of tokens.json describe them.
+        """Verify the files by their entries of tokens.json.
 
-        Raises InputError if a file is missing, truncated, extended or edited, or has an id beyond
-        the vocabulary.
+        Raises InputError if one is missing, truncated, extended or edited, or has an id beyond the
+        vocabulary.
         """
         self._descriptors: dict[int, int] = {}  # by number of the file, the oldest first
-        self._signatures: dict[int, Signature] = {}  # of files whose content has been verified
+        self._signatures: dict[int, Signature] = {}  # of verified files
         self._files, self._entries, self.dtype = files, entries, dtype
         self._vocab_size = vocab_size
         lengths = [entry["tokens"] for entry in entries]
@@ -63,43 +63,12 @@ class TokenStream:
     def __getitem__(self, place: slice) -> NDArray[Any]:
         """Return the ids of a slice without a step. Raises InputError if a file has changed.
 
-        A file that is rewritten in place is noticed where an id is beyond the vocabulary: a look
-        at each that is read costs next to nothing, and the model would end in an IndexError.
+        Every id is compared with the vocabulary, in case a file was rewritten in place: that costs
+        next to nothing, and the model would end in an IndexError.
         """
         start, stop, _ = place.indices(len(self))
         ids = np.empty(max(0, stop - start), dtype=self.dtype)
-        self._fill(ids.view(np.uint8).data, start)
-        if ids.size and ids.max() >= self._vocab_size:
-            raise self._beyond_vocabulary(ids, start)
-        return ids
-
-    def rows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
-        """Return `length` ids from each start on, (len(starts), length); raises as a slice does."""
-        width, size = length * self.dtype.itemsize, self.dtype.itemsize
-        files = np.searchsorted(self._bounds, starts, side="right") - 1
-        offsets = (starts - self._bounds[files]) * size
-        sizes = np.minimum(width, (self._bounds[files + 1] - starts) * size)
-        places = zip(files.tolist(), sizes.tolist(), offsets.tolist(), strict=True)
-        read = [os.pread(self._descriptor(f), size, offset) for f, size, offset in places]
-        if min(map(len, read), default=width) < width:
-            for row, start in enumerate(starts.tolist()):
-                if len(read[row]) < width:  # it runs on into the next file, or this has shrunk
-                    read[row] = self[start : start + length].tobytes()
-        rows = np.frombuffer(b"".join(read), dtype=self.dtype).reshape(-1, length)
-        if rows.size and rows.max() >= self._vocab_size:
-            row = int(rows.max(axis=1).argmax())
-            raise self._beyond_vocabulary(rows[row], int(starts[row]))
-        return rows
-
-    def _beyond_vocabulary(self, ids: NDArray[Any], start: int) -> InputError:
-        """Return the error that names the first id beyond the vocabulary, read from `start` on."""
-        at = int(ids.argmax())
-        file = int(np.searchsorted(self._bounds, start + at, side="right")) - 1
-        place = start + at - int(self._bounds[file])
-        return _beyond(self._files[file], place, int(ids[at]), self._vocab_size)
-
-    def _fill(self, view: memoryview, start: int) -> None:
-        """Read the ids from `start` on, from one file or several, into the bytes of `view`."""
+        view = ids.view(np.uint8).data
         file = int(np.searchsorted(self._bounds, start, side="right")) - 1
         offset = (start - int(self._bounds[file])) * self.dtype.itemsize
         while view:
@@ -111,6 +80,36 @@ class TokenStream:
             if size == 0:
                 raise InputError(f"{self._files[file]}: became shorter while it was read; {REMEDY}")
             view, offset = view[size:], offset + size
+        if ids.size and ids.max() >= self._vocab_size:
+            raise self._beyond_vocabulary(ids, start)
+        return ids
+
+    def rows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        """Return `length` ids from each start, (len(starts), length); raises as a slice does."""
+        width, size = length * self.dtype.itemsize, self.dtype.itemsize
+        files = np.searchsorted(self._bounds, starts, side="right") - 1
+        offsets = (starts - self._bounds[files]) * size
+        sizes = np.minimum(width, (self._bounds[files + 1] - starts) * size)
+        places = zip(files.tolist(), sizes.tolist(), offsets.tolist(), strict=True)
+        read = [os.pread(self._descriptor(f), size, offset) for f, size, offset in places]
+        if min(map(len, read), default=width) < width:
+            for row, start in enumerate(starts.tolist()):
+                if len(read[row]) < width:  # it goes on in the next file, or this one has shrunk
+                    read[row] = self[start : start + length].tobytes()
+        rows = np.frombuffer(b"".join(read), dtype=self.dtype).reshape(-1, length)
+        if rows.size and rows.max() >= self._vocab_size:
+            row = int(rows.max(axis=1).argmax())
+            raise self._beyond_vocabulary(rows[row], int(starts[row]))
+        return rows
+
+    def _beyond_vocabulary(self, ids: NDArray[Any], start: int) -> InputError:
+        """Return the error for the first id beyond the vocabulary; `ids` begin at `start`."""
+        at = int((ids >= self._vocab_size).argmax())
+        file = int(np.searchsorted(self._bounds, start + at, side="right")) - 1
+        return InputError(
+            f"{self._files[file]}: token {start + at - self._bounds[file]} has the id {ids[at]}, "
+            f"the vocabulary {self._vocab_size} ids; {REMEDY}"
+        )
 
     def _descriptor(self, number: int) -> int:
         """Return an open file; beyond OPEN_FILES close the one that was opened first."""
@@ -122,27 +121,27 @@ class TokenStream:
         return descriptor
 
     def _open(self, number: int) -> int:
-        """Open a file, and verify its content unless it is the very file that was verified."""
-        file, entry = self._files[number], self._entries[number]
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; {REMEDY}")
-        descriptor = os.open(file, os.O_RDONLY)
+        """Open a file, and verify its content unless this very file was verified before."""
+        if not self._files[number].is_file():
+            raise InputError(f"{self._files[number]}: no such file; {REMEDY}")
+        descriptor = os.open(self._files[number], os.O_RDONLY)
         status = os.fstat(descriptor)
         signature = status.st_ino, status.st_size, status.st_mtime_ns
         if signature != self._signatures.get(number):
             try:
-                self._verify(descriptor, file, entry)
+                self._verify(descriptor, number)
             except BaseException:
                 os.close(descriptor)
                 raise
             self._signatures[number] = signature
         return descriptor
 
-    def _verify(self, descriptor: int, file: Path, entry: dict[str, Any]) -> None:
+    def _verify(self, descriptor: int, number: int) -> None:
+        file, entry = self._files[number], self._entries[number]
         size = entry["tokens"] * self.dtype.itemsize
         if (found := os.fstat(descriptor).st_size) != size:
             raise InputError(f"{file}: {found} bytes, tokens.json says {size}; {REMEDY}")
-        digest, beyond, place = hashlib.sha256(), None, 0
+        digest, beyond, start = hashlib.sha256(), None, int(self._bounds[number])
         buffer = np.empty(HASHED_TOKENS, dtype=self.dtype)
         view = buffer.view(np.uint8).data
         with open(descriptor, "rb", closefd=False) as stream:
@@ -150,22 +149,16 @@ class TokenStream:
                 digest.update(view[:read])
                 ids = buffer[: read // self.dtype.itemsize]
                 if beyond is None and ids.size and ids.max() >= self._vocab_size:
-                    beyond = place + int(ids.argmax()), int(ids.max())
-                place += len(ids)
+                    beyond = self._beyond_vocabulary(ids, start)
+                start += len(ids)
         if digest.hexdigest() != entry["sha256"]:
             raise InputError(f"{file}: content differs from the hash in tokens.json; {REMEDY}")
         if beyond is not None:
-            raise _beyond(file, *beyond, self._vocab_size)
+            raise beyond
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
-
-
-def _beyond(file: Path, place: int, token_id: int, vocab_size: int) -> InputError:
-    return InputError(
-        f"{file}: token {place} has the id {token_id}, the vocabulary {vocab_size} ids; {REMEDY}"
-    )
 
 
 @dataclass(frozen=True)
@@ -180,9 +173,9 @@ class WeightedSource:
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split, on disk, and the batches dealt from them.
+    """The tokens of one split, and the batches dealt from them.
 
-    Without sources that have weights, windows come from all the tokens alike.
+    If no source has a weight, windows come from all the tokens alike.
     """
 
     name: str
@@ -220,7 +213,7 @@ class Split:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return batch `step` (from 0): x and the targets y, both (batch_size, context_length).
 
-        With `rows` only those windows of it.
+        Pass `rows` to get some of its windows only.
         """
         starts = self.starts(step, batch_size, context_length, seed, sampling)
         return windows(self.tokens, starts if rows is None else starts[rows], context_length)
@@ -230,15 +223,15 @@ class Split:
     ) -> NDArray[np.int64]:
         """Return the place of the first token of each window of a batch, (batch_size,).
 
-        A pure function of (seed, step). "random": windows anywhere, drawn with replacement.
-        "epochs": adjoining windows, and "documents": windows that cut each document from its
-        start, each seen exactly once an epoch, in a new order each time. Sources with weights
-        have exact shares of the windows, and epochs of their own.
+        A pure function of (seed, step). "random" draws windows anywhere, with replacement.
+        "epochs" deals adjoining windows and "documents" windows that cut each document from its
+        start: each window once an epoch, in a new order each time. Sources with weights have
+        exact shares of the windows, and epochs of their own.
         """
         kind = batch_size, context_length, seed, sampling
         first, ahead = self._ahead.get(kind, (step, np.empty((0, batch_size), dtype=np.int64)))
         if not 0 <= step - first < len(ahead):
-            # many batches at once cost little more than one, but who wants one may want no other
+            # many batches cost little more than one, but a single call may be all there is
             n_steps = max(1, WINDOWS_AHEAD // batch_size) if kind in self._ahead else 1
             first, ahead = step, self._compute_starts(range(step, step + n_steps), *kind)
             self._ahead[kind] = first, ahead
@@ -247,7 +240,7 @@ class Split:
     def _compute_starts(
         self, steps: range, batch_size: int, context_length: int, seed: int, sampling: Sampling
     ) -> NDArray[np.int64]:
-        """Return what `starts` gives for each of some steps, (len(steps), batch_size)."""
+        """Compute `starts` of some steps at once, (len(steps), batch_size)."""
         self.require(context_length)
         numbers = steps.start * batch_size + np.arange(len(steps) * batch_size)
         sources = self.weighted or (WeightedSource("", 0, len(self.tokens), 1.0),)
@@ -266,7 +259,7 @@ class Split:
     def _windows_of(
         self, source: WeightedSource, context_length: int, sampling: Sampling
     ) -> tuple[int, Callable[[Numbers], Numbers]]:
-        """Return how many windows a source has, and where in it they start."""
+        """Return the number of windows of a source, and a function of their numbers to starts."""
         last = source.stop - source.start - context_length - 1
         match sampling:
             case "random":
@@ -316,10 +309,10 @@ class Tokens:
 def open_tokens(
     folder: Path, tokenizer_sha256: str | None = None, tokenizer: Tokenizer | None = None
 ) -> Tokens:
-    """Open the token shards, checked against tokens.json.
+    """Open data/tokens and verify its files by tokens.json.
 
-    Raises InputError if a file is missing, truncated, extended or edited, has ids beyond the
-    vocabulary, and if the tokens were made with another tokenizer than the one that is given.
+    Raises InputError if one is missing, truncated, extended or edited, has ids beyond the
+    vocabulary, or if the tokens were made with another tokenizer than the given one.
     """
     manifest = read_manifest(folder)
     if tokenizer_sha256 not in (None, manifest["tokenizer_sha256"]):
@@ -330,11 +323,8 @@ def open_tokens(
                 f"{folder / MANIFEST}: {name} = {manifest[name]}, the tokenizer's is "
                 f"{getattr(tokenizer, name)}; {REMEDY}"
             )
-    return Tokens(
-        _open_split(folder, "train", manifest),
-        _open_split(folder, "valid", manifest),
-        manifest["vocab_size"],
-    )
+    train, valid = (_open_split(folder, split, manifest) for split in SPLITS)
+    return Tokens(train, valid, manifest["vocab_size"])
 
 
 def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
@@ -347,7 +337,7 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
 
 
 def _weighted(split: str, manifest: dict[str, Any]) -> tuple[WeightedSource, ...]:
-    """Return where each source lies in a split, if sources have weights."""
+    """Return the place of each source in a split, if sources have weights."""
     sources, start = [], 0
     for source in manifest["sources"]:
         shards = [shard for shard in manifest["shards"] if shard["source"] == source["name"]]

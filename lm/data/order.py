@@ -24,7 +24,7 @@ GROUPS_AT_ONCE = 4096  # whose counts are held as 8-byte numbers
 
 @dataclass(frozen=True)
 class Node:
-    """Sources, and how windows are shared between the lighter and the heavier half of them."""
+    """Some sources: their weight together, and their lighter and heavier half."""
 
     weight: Fraction
     source: int  # of a leaf
@@ -33,9 +33,9 @@ class Node:
 
 @lru_cache
 def tree(weights: tuple[float, ...]) -> Node:
-    """Return Huffman's tree of the sources: the two lightest parts are joined until one is left.
+    """Return Huffman's tree of the sources: join the two lightest parts until one is left.
 
-    A weight counts as the decimal number that it is written as: 0.1 is one tenth.
+    A weight is the decimal number as written: 0.1 is one tenth.
     """
     parts = [(Fraction(str(w)), i, Node(Fraction(str(w)), i, None)) for i, w in enumerate(weights)]
     heapq.heapify(parts)
@@ -48,10 +48,10 @@ def tree(weights: tuple[float, ...]) -> Node:
 def deal(weights: tuple[float, ...], numbers: Numbers) -> tuple[Numbers, Numbers]:
     """Return the source of each window of the run, and its number among that source's windows.
 
-    At every branch of the tree the heavier half has had round(n q) of the first n windows, q its
-    exact share. The errors of at most 1/2 a branch shrink on the way down: after any n windows
-    a source has had n times its share to within 1/2 of two sources, less than 1 of three, and
-    less than 1.68 of any number (half the sum of the reciprocals of Fibonacci's numbers).
+    At every branch of the tree the heavier half gets round(n q) of the first n windows, q its
+    exact share. The errors of at most 1/2 a branch shrink on the way down: after n windows the
+    count of a source differs from n times its share by at most 1/2 for two sources, by less than
+    1 for three, and by less than 1.68 for any number (half the sum of 1 / Fibonacci's numbers).
     """
     sources, within = np.empty_like(numbers), np.empty_like(numbers)
 
@@ -80,16 +80,16 @@ def _rounded(numbers: Numbers, share: Fraction) -> Numbers:
 
 
 def drawn(seed: int, steps: range, batch_size: int, size: int) -> Numbers:
-    """Draw places in range(size) for the batches of some steps, with replacement."""
+    """Draw places in range(size), with replacement, for the batches of some steps."""
     return np.concatenate(
         [rng.random_integers(rng.seed(seed, "batch", step), batch_size, size) for step in steps]
     )
 
 
 def ordered(seed: int, numbers: Numbers, size: int, *stream: int) -> Numbers:
-    """Return the places visited at `numbers` of an endless walk through range(size).
+    """Return entries `numbers` of an endless walk through range(size).
 
-    Each epoch visits every place once, in an order of its own; `stream` tells walks apart.
+    Each epoch visits every place once, in an order of its own; walks differ by `stream`.
     """
     epochs, within = np.divmod(numbers, size)
     places = np.empty_like(numbers)
@@ -100,11 +100,11 @@ def ordered(seed: int, numbers: Numbers, size: int, *stream: int) -> Numbers:
 
 
 class DocumentWindows:
-    """The windows of a text cut document by document, at 4.25 bytes a document.
+    """The windows of a text cut document by document; takes 4.25 bytes a document.
 
-    A document of n tokens and its end token has ceil(n / T) windows, the first at its start, so
-    that each of its tokens but the first, and its end, is a target. The last window runs on into
-    the text that follows.
+    A document of n tokens and its end token has ceil(n / T) windows, the first at its start: each
+    of its tokens but the first, and its end, is a target. The last window goes on into the text
+    that follows.
     """
 
     def __init__(self, chunks: Iterable[NDArray[Any]], end_id: int, context_length: int):

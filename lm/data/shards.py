@@ -1,32 +1,47 @@
-"""Token shards on disk: how they are written, and the manifest that says what they hold.
+"""Token shards on disk, and the manifest that describes them.
 
     data/tokens/train/text-00000.bin   ids of source "text", little-endian; a document, its end, ...
-    data/tokens/valid/text-00000.bin   what was held out of the same shard of the text
+    data/tokens/valid/text-00000.bin   the held-out ids of the same shard of the text
     data/tokens/tokens.json            the manifest, written last: without it nothing is finished
 
-A split is the concatenation of its shards in the manifest's order, source after source; where it
-is cut into shards means nothing. Ids are uint16 where the vocabulary allows, else uint32.
+A split is its shards in the manifest's order, source after source; the cuts mean nothing. Ids are
+uint16 where the vocabulary allows, else uint32.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lm.base.config import Bound
 from lm.base.errors import InputError
 from lm.base.files import read_json, write_json, writing
+from lm.base.shapes import COUNT, SOME, TEXT, require_shape
 
 FORMAT = 2
 MANIFEST = "tokens.json"
 SplitName = Literal["train", "valid"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 COUNTS = ("tokens", "bytes", "documents")
-MOST = 1 << 60  # tokens or bytes: no file has as many, and sums of them fit into 63 bits
 REMEDY = "run `dvc repro tokens`"
+_COUNTED = dict.fromkeys(COUNTS, COUNT)
+_WEIGHT = Bound(lambda x: x is None or type(x) in (int, float), "a number or null")
+_SHARD_FILE = {**_COUNTED, "file": TEXT, "sha256": TEXT}
+SHAPE = {  # of the manifest
+    "format": SOME,
+    "dtype": TEXT,
+    "vocab_size": SOME,
+    "end_id": COUNT,
+    "tokenizer_sha256": TEXT,
+    "train": _COUNTED,
+    "valid": _COUNTED,
+    "sources": [{"name": TEXT, "weight": _WEIGHT}],
+    "shards": [{"source": TEXT, "train": _SHARD_FILE, "valid": _SHARD_FILE}],
+}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -35,7 +50,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes the ids of one shard to its file and counts what passes; a context manager.
+    """A context manager that writes, counts and hashes the ids of one shard.
 
     Raises EnvironmentFault where the file cannot be written.
     """
@@ -56,7 +71,7 @@ class ShardWriter:
             self._file.close()
 
     def append(self, ids: NDArray[Any], n_bytes: int, n_documents: int) -> None:
-        """Add documents: their ids, each with its end token, and the size of their text."""
+        """Write the ids of documents, each with its end token; `n_bytes` is that of their text."""
         assert not len(ids) or ids.max() <= np.iinfo(self.dtype).max
         data = np.ascontiguousarray(ids, dtype=self.dtype).view(np.uint8).data
         with writing(self.path):
@@ -80,11 +95,11 @@ def write_manifest(
     sources: Sequence[dict[str, Any]],
     shards: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Finish a folder of token shards; return what tokens.json then says.
+    """Write tokens.json, which finishes a folder of shards; return its content.
 
     `sources` are {"name", "weight"}; `shards` are {"source", "train", "valid"} with the entries
-    of their writers, grouped by source in the order of `sources`. Raises InputError for what
-    could not be read again, e.g. weights that only some sources have.
+    of their writers, grouped by source in the order of `sources`. Raises InputError for a manifest
+    that `read_manifest` would refuse.
     """
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -92,7 +107,7 @@ def write_manifest(
         "vocab_size": vocab_size,
         "end_id": end_id,
         "tokenizer_sha256": tokenizer_sha256,
-        **{split: _sums(shard[split] for shard in shards) for split in SPLITS},
+        **{split: sums([shard[split] for shard in shards]) for split in SPLITS},
         "sources": list(sources),
         "shards": list(shards),
     }
@@ -115,88 +130,57 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def check_weights(sources: Sequence[tuple[str, float | None]], where: str) -> None:
-    """Raise InputError unless every source has a weight that can be one, or none has."""
-    without = [name for name, weight in sources if weight is None]
-    if without and len(without) < len(sources):
-        raise InputError(
-            f"{where}: source {without[0]} has no weight, others have; give each a weight, or none"
-        )
-    for name, weight in sources:
-        if weight is not None and not 0 < weight <= 1e6:
-            raise InputError(
-                f"{where}: source {name} has the weight {str(weight)[:20]}, must be in (0, 1e6]"
-            )
-
-
-def _sums(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
-    total = dict.fromkeys(COUNTS, 0)
-    for entry in entries:
-        for name in COUNTS:
-            total[name] += entry[name]
-    return total
+def sums(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return the sum of each of COUNTS over some entries."""
+    return {name: sum(entry[name] for entry in entries) for name in COUNTS}
 
 
 def _check(manifest: Any, path: Path) -> None:
     """Raise InputError for a manifest of another shape, or one that contradicts itself."""
-    if not _is_manifest(manifest):
+    try:
+        require_shape(manifest, SHAPE, "")
+        is_one = manifest["dtype"] == token_dtype(manifest["vocab_size"]).name
+    except InputError:
+        is_one = False
+    if not is_one or manifest["end_id"] >= manifest["vocab_size"]:
         raise InputError(f"{path}: not a token manifest; {REMEDY}")
-    check_weights([(source["name"], source["weight"]) for source in manifest["sources"]], str(path))
+    shards = manifest["shards"]
+    _check_weights(manifest["sources"], path)
     names = [source["name"] for source in manifest["sources"]]
-    order = [shard["source"] for shard in manifest["shards"]]
+    order = [shard["source"] for shard in shards]
     if len(set(names)) < len(names) or order != [n for n in names for o in order if o == n]:
         raise InputError(f"{path}: its shards do not stand in the order of its sources; {REMEDY}")
-    files = [shard[split]["file"] for shard in manifest["shards"] for split in SPLITS]
+    files = [shard[split]["file"] for shard in shards for split in SPLITS]
     if len(set(files)) < len(files):
         raise InputError(f"{path}: names a file twice; {REMEDY}")
     for split in SPLITS:
-        for shard in manifest["shards"]:
-            if not re.fullmatch(rf"{split}/[^/\\\x00-\x1f]+\.bin", shard[split]["file"]):
+        entries = [shard[split] for shard in shards]
+        for entry in entries:
+            # each document has an end token, and text has tokens
+            if entry["tokens"] < max(entry["documents"], entry["bytes"] > 0):
+                raise InputError(f"{path}: not a token manifest; {REMEDY}")
+            if not re.fullmatch(rf"{split}/[^/\\\x00-\x1f]+\.bin", entry["file"]):
                 raise InputError(
-                    f"{path}: {shard[split]['file']!r} is no file of its folder {split}; {REMEDY}"
+                    f"{path}: {entry['file']!r} is no file of its folder {split}; {REMEDY}"
                 )
-        sums = _sums(shard[split] for shard in manifest["shards"])
-        for name in COUNTS:
-            if manifest[split][name] != sums[name]:
+        for name, total in sums(entries).items():
+            if manifest[split][name] != total:
                 raise InputError(
-                    f"{path}: {manifest[split][name]} {name} in {split}, its shards have "
-                    f"{sums[name]}; {REMEDY}"
+                    f"{path}: {manifest[split][name]} {name} in {split}, its shards have {total}; "
+                    f"{REMEDY}"
                 )
 
 
-def _is_manifest(value: Any) -> bool:
-    return (
-        _has(value, format=int, dtype=str, vocab_size=int, end_id=int, tokenizer_sha256=str)
-        and _has(value, train=dict, valid=dict, sources=list, shards=list)
-        and value["vocab_size"] >= 1
-        and value["dtype"] == token_dtype(value["vocab_size"]).name
-        and 0 <= value["end_id"] < value["vocab_size"]
-        and all(_is_counted(value[split]) for split in SPLITS)
-        and all(
-            _has(source, name=str) and type(source.get("weight", "")) in (type(None), int, float)
-            for source in value["sources"]
+def _check_weights(sources: Sequence[dict[str, Any]], path: Path) -> None:
+    """Raise InputError unless every source has a weight in (0, 1e6], or none has one."""
+    without = [source["name"] for source in sources if source["weight"] is None]
+    if 0 < len(without) < len(sources):
+        raise InputError(
+            f"{path}: source {without[0]} has no weight, others have; give each a weight, or none"
         )
-        and all(
-            _has(shard, source=str, train=dict, valid=dict)
-            and all(
-                _is_counted(shard[split]) and _has(shard[split], file=str, sha256=str)
-                for split in SPLITS
+    for source in sources:
+        if not without and not 0 < source["weight"] <= 1e6:
+            shown = str(source["weight"])[:20]
+            raise InputError(
+                f"{path}: source {source['name']} has the weight {shown}, must be in (0, 1e6]"
             )
-            for shard in value["shards"]
-        )
-    )
-
-
-def _is_counted(value: Any) -> bool:
-    """Return whether the counts can be of documents: each has an end, and text has tokens too."""
-    if not _has(value, **dict.fromkeys(COUNTS, int)):
-        return False
-    tokens, n_bytes, documents = (value[name] for name in COUNTS)
-    return 0 <= documents <= tokens < MOST and 0 <= n_bytes < MOST and (tokens > 0 or n_bytes == 0)
-
-
-def _has(value: Any, **kinds: type) -> bool:
-    """Return whether a JSON object has these keys, each of exactly this type."""
-    return isinstance(value, dict) and all(
-        type(value.get(name)) is kind for name, kind in kinds.items()
-    )

@@ -1,14 +1,14 @@
 """Text to token ids and back, as one tokenizer.json that Hugging Face opens.
 
-Every tokenizer here is byte-level: each id stands for known bytes, no text is unknown and
-none is lost, which is what makes bits per byte exact.
+Every tokenizer here is byte-level: each id stands for known bytes, so no text is unknown or lost,
+and bits per byte are exact.
 """
 
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -104,7 +104,7 @@ class Tokenizer:
 
     @property
     def n_unused(self) -> int:
-        """Return how many ids below the largest have no token, as in tiktoken's cl100k_base."""
+        """Return the number of ids below the largest without a token; cl100k_base has some."""
         return self.vocab_size - len(self._ids)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
@@ -145,9 +145,7 @@ class Tokenizer:
     @cached_property
     def byte_lengths(self) -> NDArray[np.int64]:
         """Return the bytes of text behind each id, (vocab_size,). Special tokens have none: 0."""
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for i, data in self._bytes_of_id.items():
-            lengths[i] = len(data)
+        lengths = np.array([len(self._bytes_of_id[i]) for i in range(self.vocab_size)])
         lengths[[i for i, t in self.backend.get_added_tokens_decoder().items() if t.special]] = 0
         lengths[self.end_id] = 0
         return lengths
@@ -161,10 +159,10 @@ class Tokenizer:
 
 
 def _drop_normalizer(backend: tokenizers.Tokenizer) -> list[str]:
-    """Take the normalizer away if it is NFC or does nothing; return what it did.
+    """Remove a normalizer that does nothing or NFC; return the names of its parts.
 
     Text in NFC has the same ids without it, and other text keeps its bytes. Raises InputError for
-    another one: the model knows its output alone.
+    any other: its model knows normalized text alone.
     """
     if backend.normalizer is None:
         return []
@@ -205,7 +203,7 @@ def open_tokenizer_json(file: Path, end_token: str) -> Tokenizer:
 
 
 def _raised_by_library(error: BaseException) -> bool:
-    """Return whether `tokenizers` gave up: it has no narrower classes than these two."""
+    """Return whether `tokenizers` raised this: it has no narrower classes than these two."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
@@ -227,6 +225,12 @@ def byte_level_backend(model: models.BPE, use_regex: bool) -> tokenizers.Tokeniz
     return backend
 
 
+def spelled(data: bytes) -> str:
+    """Return the characters that spell some bytes in a byte-level vocabulary."""
+    return "".join(map(byte_characters().__getitem__, data))
+
+
+@cache
 def byte_characters() -> list[str]:
     """Return the character that spells each byte in a byte-level vocabulary (GPT-2's encoder.py).
 

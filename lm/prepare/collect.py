@@ -1,52 +1,50 @@
-"""Collect done shards in a folder of tokens: duplicates left out, the manifest last.
+"""Collect done shards in a folder of tokens, without duplicates, and report on them.
 
 KEPT/KEY.train ... --collect--> data/tokens/train/SOURCE-00000.bin ... tokens.json, and a report
 """
 
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lm.base.files import writing
-from lm.data.shards import COUNTS, SPLITS, ShardWriter, token_dtype, write_manifest
+from lm.data.shards import COUNTS, SPLITS, ShardWriter, sums, token_dtype, write_manifest
 from lm.data.tokenizer import Tokenizer
 from lm.prepare.documents import REPLACED, Shard, require_both_splits
 from lm.prepare.encode_shards import FINGERPRINT, DoneShard, Job, kept_file
-from lm.prepare.sources import weights
+from lm.prepare.readers import reader_of, suffix_of
+from lm.prepare.sources import in_words, weights
 
 DOCUMENTS_AT_ONCE = 1 << 20  # compared with each other when duplicates are sought: 50 MB
 ROWS = 1 << 12  # documents, copied at once
 Duplicates = dict[tuple[int, str], NDArray[np.int64]]  # documents' numbers, by shard and split
-
-
-class Collected(NamedTuple):
-    """A shard in data/tokens."""
-
-    done: DoneShard
-    entry: dict[str, Any]  # of the manifest
-    n_duplicates: int
+Collected = tuple[DoneShard, dict[str, Any]]  # and its entry in the manifest
+SHOWN_SUFFIX = re.compile(r"none|\.[a-z0-9.+_-]{1,16}")
+SHOWN_KINDS = 20  # of files, in a table
+FEW = 3  # texts beside tables: a README, a license
 
 
 def collect(
     folder: Path, job: Job, tokenizer: Tokenizer, shards: Sequence[Shard], done: Sequence[DoneShard]
 ) -> dict[str, Any]:
-    """Fill `folder` with the shards, in their order; return a report of what they hold.
+    """Fill `folder` with the shards, in their order; return a report on them.
 
     Raises InputError if no document is left for training or for validation.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # what else lies there DVC would take for an output
+    shutil.rmtree(folder, ignore_errors=True)  # DVC would take any other file there for an output
     for split in SPLITS:
         (folder / split).mkdir(parents=True)
     duplicates = find_duplicates(job.kept, done) if job.config.deduplicate else {}
     dtype, numbers = token_dtype(tokenizer.vocab_size), Counter[str]()
-    collected = []
+    collected: list[Collected] = []
     for i, (shard, kept) in enumerate(zip(shards, done, strict=True)):
         name = f"{shard.source}-{numbers[shard.source]:05}.bin"
         numbers[shard.source] += 1
@@ -61,8 +59,7 @@ def collect(
                 counts = {count: kept[split][count] for count in COUNTS}
                 sha256 = kept["files"][split]
                 entry[split] = {"file": f"{split}/{name}", **counts, "sha256": sha256}
-        n_duplicates = sum(len(duplicates.get((i, split), ())) for split in SPLITS)
-        collected.append(Collected(kept, entry, n_duplicates))
+        collected.append((kept, entry))
     report = _report(tokenizer, collected)
     require_both_splits(report["train"]["documents"], report["valid"]["documents"], job.config)
     write_manifest(
@@ -71,13 +68,13 @@ def collect(
         end_id=tokenizer.end_id,
         tokenizer_sha256=job.tokenizer_sha256,
         sources=[{"name": name, "weight": weight} for name, weight in weights(job.config).items()],
-        shards=[shard.entry for shard in collected],
+        shards=[entry for _, entry in collected],
     )
     return report
 
 
 def _link(kept: Path, file: Path) -> None:
-    """Give the same file another name, which costs no space; copy it where that cannot be."""
+    """Link a file, which costs no space; copy it where that is not possible."""
     with writing(file):
         try:
             os.link(kept, file)
@@ -89,10 +86,10 @@ def _link(kept: Path, file: Path) -> None:
 
 
 def find_duplicates(kept: Path, done: Sequence[DoneShard]) -> Duplicates:
-    """Return the documents that stood before, by the SHA-256 of their text (its first half).
+    """Return the documents that repeat another, by the first half of the SHA-256 of their text.
 
-    Of equal ones the first of the training split stays, else the first. The digests of a slice of
-    all values are compared at a time, so memory does not grow with the corpus.
+    Of equal documents the first of the training split stays, else the first. Digests are compared
+    a slice of their values at a time, so memory does not grow with the corpus.
     """
     places = [(i, split) for split in SPLITS for i in range(len(done))]
     counts = [done[i][split]["documents"] for i, split in places]
@@ -151,10 +148,10 @@ def _write_without(
 
 
 def _report(tokenizer: Tokenizer, collected: Sequence[Collected]) -> dict[str, Any]:
-    """Return what the tokens hold, in all and by source: a JSON object without clock or path."""
+    """Count the tokens, in all and by source: a JSON object without clock or path."""
     by_source: dict[str, list[Collected]] = {}
-    for shard in collected:
-        by_source.setdefault(shard.entry["source"], []).append(shard)
+    for done, entry in collected:
+        by_source.setdefault(entry["source"], []).append((done, entry))
     return {
         "vocabulary": tokenizer.vocab_size,
         **_summary(collected),
@@ -164,22 +161,55 @@ def _report(tokenizer: Tokenizer, collected: Sequence[Collected]) -> dict[str, A
 
 def _summary(collected: Sequence[Collected]) -> dict[str, Any]:
     splits: dict[str, Any] = {
-        split: {count: sum(part.entry[split][count] for part in collected) for count in COUNTS}
-        for split in SPLITS
+        split: sums([entry[split] for _, entry in collected]) for split in SPLITS
     }
-    total = {count: sum(split[count] for split in splits.values()) for count in COUNTS}
+    total = sums(list(splits.values()))
     tally, used = Counter[str](), np.zeros(1, dtype=np.uint8)
-    for part in collected:
-        tally.update(part.done["tally"])
-        used = used | np.frombuffer(bytes.fromhex(part.done["used"]), dtype=np.uint8)
+    n_documents = 0
+    for done, _ in collected:
+        n_documents += sum(done[split]["documents"] for split in SPLITS)
+        tally.update(done["tally"])
+        used = used | np.frombuffer(bytes.fromhex(done["used"]), dtype=np.uint8)
     replaced = tally.pop(REPLACED, 0)
     return {
         **total,
         "bytes_per_token": round(total["bytes"] / max(1, total["tokens"]), 4),
-        "longest_document_bytes": max(part.done["longest_bytes"] for part in collected),
+        "longest_document_bytes": max(done["longest_bytes"] for done, _ in collected),
         "vocabulary_used": int(np.bitwise_count(used).sum()),
-        "duplicates": sum(part.n_duplicates for part in collected),
+        "duplicates": n_documents - total["documents"],
         "replacement_characters": replaced,
         "left_out": dict(sorted(tally.items())),
         **splits,
     }
+
+
+def files_table(shards: Sequence[Shard], left_out: Counter[str]) -> str:
+    """Return a Markdown table: files of each suffix, how they were read, and how many were not."""
+    kinds: dict[tuple[str, str, str], list[str]] = {}  # names by source, suffix and way of reading
+    for shard in shards:
+        for file, start, _ in shard.stretches:
+            if start == 0:
+                suffix = suffix_of(file) or "none"
+                suffix = suffix if SHOWN_SUFFIX.fullmatch(suffix) else "other"
+                read_as = reader_of(file, shard.options).description.format(
+                    shard.options.text_field
+                )
+                kinds.setdefault((shard.source, suffix, read_as), []).append(file.name)
+    order = sorted(kinds.items(), key=lambda kind: (kind[0][0], -len(kind[1]), kind[0][1]))
+    lines = ["| source | suffix | files | read as |", "|--------|--------|------:|---------|"]
+    for (source, suffix, read_as), names in order[:SHOWN_KINDS]:
+        lines.append(f"| {source} | {suffix} | {len(names):,} | {read_as} |")
+    if rest := order[SHOWN_KINDS:]:
+        lines.append(f"| | {len(rest):,} more | {sum(len(names) for _, names in rest):,} | |")
+    for source in dict.fromkeys(key[0] for key, _ in order):
+        mine = [(key, names) for key, names in order if key[0] == source]
+        texts = [name for key, names in mine if key[2] == "text" for name in names]
+        others = [(key[1], len(names)) for key, names in mine if key[2] != "text"]
+        if texts and others and len(texts) <= max(FEW, others[0][1]):
+            name = "".join(c if c.isprintable() else "?" for c in texts[0])
+            more = f" and {len(texts) - 1:,} more" if texts[1:] else ""
+            beside = f"read as text beside {others[0][1]:,} {others[0][0]} files"
+            lines += ["", f"{name}{more} {beside}: leave out by data.glob what is no text to learn"]
+    if +left_out:
+        lines += ["", f"Files not read: {in_words(left_out)}"]
+    return "\n".join(lines) + "\n"

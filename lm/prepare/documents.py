@@ -1,17 +1,16 @@
-"""The user's files as documents, and the shards in which processes share them out.
+"""The user's files as documents, and the shards that processes share among them.
 
     data.path, data.sources --find_sources--> files --cut_into_shards--> shards
                        shards --documents--> (place, bytes) --assign_splits--> train or valid
 
-The order is fixed: sources as params.yaml lists them, files by path, documents as they stand.
-Nothing is repaired or left out in silence: what cannot be read is an error that names the place,
-and what was left out or replaced on request is counted.
+The order is fixed: sources as params.yaml lists them, files by path, documents by place.
+Nothing is repaired or left out in silence: text that cannot be read is an error that names its
+place; documents and characters that are left out or replaced on request are counted.
 """
 
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -23,20 +22,18 @@ from typing import NamedTuple, TypeVar, assert_never
 from lm.base.console import ByteProgress
 from lm.base.errors import InputError
 from lm.data.shards import SplitName
-from lm.prepare.file_bytes import opened
-from lm.prepare.readers import reader_of, suffix_of
-from lm.prepare.records import WHOLE, Bad, Found, Reader, ReadOptions
-from lm.prepare.separators import holds
+from lm.prepare.readers import reader_of
+from lm.prepare.readers.text import Text
+from lm.prepare.records import Bad, Found, Reader, ReadOptions
 from lm.prepare.sources import DataConfig, SourceFiles, find_sources, text_root
 from lm.prepare.workers import ordered_map
 
 Result = TypeVar("Result")
 REPLACED = "replacement characters"  # beside the reasons for which documents are left out
-SHOWN_SUFFIX = re.compile(r"none|\.[a-z0-9.+_-]{1,16}")
 
 
 class Stretch(NamedTuple):
-    """A part of a file, in what its reader counts; `stop` None: to its end."""
+    """A part of a file, in the unit of its reader; `stop` None means the end."""
 
     file: Path
     start: int
@@ -44,49 +41,42 @@ class Stretch(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What one process reads and one shard of tokens holds."""
+    """The text that one process reads for one shard of tokens."""
 
     source: str
     options: ReadOptions
     stretches: tuple[Stretch, ...]
     size_bytes: int  # on the disk, about
-    train_bytes: int = 0  # how much of its text is for training, if the tail is held out
-
-
-class Place(NamedTuple):
-    """Where a document stands; as text, e.g. "notes/a.md" or "books.jsonl:17"."""
-
-    file: Path
-    options: ReadOptions
-    offset: int
-
-    def __str__(self) -> str:
-        if self.offset == WHOLE:
-            return str(self.file)
-        return reader_of(self.file, self.options).name(self.offset)
+    train_bytes: int = 0  # if the tail is held out: the size of its text for training
 
 
 class Document(NamedTuple):
-    """One text in UTF-8, and where it comes from."""
+    """One text in UTF-8, and the reader and offset that it comes from."""
 
-    place: Place
+    reader: Reader
+    offset: int
     data: bytes
 
     @property
     def text(self) -> str:
         return self.data.decode()
 
+    @property
+    def place(self) -> str:
+        """Return e.g. "notes/a.md" or "books.jsonl:17"."""
+        return self.reader.place(self.offset)
+
 
 # --- shards -----------------------------------------------------------------------------
 
 
 def cut_into_shards(config: DataConfig, found: Sequence[SourceFiles] | None = None) -> list[Shard]:
-    """Cut the text, as it was found, into shards of about data.shard_bytes, in reading order.
+    """Cut the text into shards of about data.shard_bytes, in reading order.
 
-    A long file is cut after multiples of that size, where a record begins. Short ones go together,
-    and whether a file is the last of its shard is drawn from its name: so a file that comes or goes
-    changes the shard that it stands in and no other (content-defined chunking, Muthitacharoen et
-    al. 2001, by names).
+    A long file is cut after multiples of that size, where a record begins. Short files share a
+    shard, and a hash of a file's name decides whether it is the last of its shard: a file that
+    comes or goes changes its own shard alone (content-defined chunking, Muthitacharoen et al. 2001,
+    by names).
     """
     root, found = text_root(config), find_sources(config) if found is None else found
     _require_separator(found)
@@ -123,50 +113,28 @@ def _grouped(source: SourceFiles, root: Path, size: int) -> Iterator[tuple[list[
 def _require_separator(found: Sequence[SourceFiles]) -> None:
     """Raise InputError if there are text files and data.separator stands in none of them."""
     readers = (reader_of(file, source.options) for source in found for file in source.files)
-    plain = [reader for reader in readers if reader.is_cut_by_separator]
+    plain = [reader for reader in readers if isinstance(reader, Text) and reader.is_plain]
     separator = plain[0].options.separator if plain else None
-    if separator is None or _any_holds(plain, separator):
+    if separator is None or any(reader.holds(separator) for reader in plain):
         return
     shown = partial(json.dumps, ensure_ascii=False)
     hint = "set it to what stands between two documents, or to null"
+    breaks = separator.replace(b"\\n", b"\n")
     for meant, cause in (
-        (separator.replace(b"\\n", b"\n"), "it is a backslash and an n, the text has line breaks"),
-        (separator.replace(b"\n", b"\r\n"), "the text has Windows line ends"),
-        (separator.replace(b"\\n", b"\r\n"), "the text has Windows line ends"),
+        (breaks, "it is a backslash and an n, the text has line breaks"),
+        (breaks.replace(b"\n", b"\r\n"), "the text has Windows line ends"),
     ):
-        if meant != separator and _any_holds(plain, meant):
+        if meant != separator and any(reader.holds(meant) for reader in plain):
             hint = f"{cause}: write {shown(meant.decode())} in params.yaml"
-            break
     raise InputError(
         f"data.separator = {shown(separator.decode())}: stands in no text file; {hint}"
     )
 
 
-def _any_holds(readers: Sequence[Reader], part: bytes) -> bool:
-    for reader in readers:
-        with opened(reader.file, reader.options.max_expansion) as stream:
-            if holds(stream, part):
-                return True
-    return False
-
-
-def kinds(shards: Iterable[Shard]) -> list[tuple[str, str, str, list[Path]]]:
-    """Return source, suffix, how it is read, and the files; odd suffixes together."""
-    found: dict[tuple[str, str, str], list[Path]] = {}
-    for shard in shards:
-        for file, start, _ in shard.stretches:
-            if start == 0:
-                suffix = suffix_of(file) or "none"
-                suffix = suffix if SHOWN_SUFFIX.fullmatch(suffix) else "other"
-                read_as = reader_of(file, shard.options).what.format(shard.options.text_field)
-                found.setdefault((shard.source, suffix, read_as), []).append(file)
-    return [(*key, files) for key, files in found.items()]
-
-
 def over_shards(
     what: str, work: Callable[[Shard], Result], shards: Sequence[Shard], num_workers: int
 ) -> Iterator[Result]:
-    """Return work(shard) for each shard, in their order, by several processes; show progress."""
+    """Yield work(shard) for each shard, in their order, by several processes; show progress."""
     progress = ByteProgress(what, sum(shard.size_bytes for shard in shards))
     with closing(ordered_map(work, shards, num_workers)) as results:
         for shard, result in zip(shards, results, strict=True):
@@ -186,37 +154,37 @@ def draw(data: bytes) -> float:
 def documents(
     config: DataConfig, tally: Counter[str], shards: Iterable[Shard] | None = None
 ) -> Iterator[Document]:
-    """Return every document that holds more than white space, of all shards or some.
+    """Yield every document with more than white space in it, of all shards or of some.
 
-    Counts in `tally` what it leaves out, by reason, and the characters it replaces. Raises
+    Counts in `tally` the documents left out, by reason, and the characters replaced. Raises
     InputError, naming the place, for a document that is not text, unless data.on_bad_document
     is "skip".
     """
     for shard in cut_into_shards(config) if shards is None else shards:
         for file, start, stop in shard.stretches:
-            for record in reader_of(file, shard.options).read(start, stop):
+            reader = reader_of(file, shard.options)
+            for record in reader.read(start, stop):
                 if not isinstance(record, Found):
                     if isinstance(record, Bad) and config.on_bad_document == "stop":
-                        place = Place(file, shard.options, record.offset)
-                        raise InputError(f"{place}: {record.message}")
+                        raise InputError(f"{reader.place(record.offset)}: {record.message}")
                     tally[record.reason] += 1
                 elif _is_blank(record.data):
                     tally["empty"] += 1
                 else:
                     if record.replaced:
                         tally[REPLACED] += record.replaced
-                    yield Document(Place(file, shard.options, record.offset), record.data)
+                    yield Document(reader, record.offset, record.data)
 
 
 def _is_blank(data: bytes) -> bool:
-    """Return whether a text is white space alone; most show at their first byte that it is not."""
+    """Return whether a text is white space alone; for most the first byte says no."""
     return not (data and 0x20 < data[0] < 0x80) and not data.decode().strip()
 
 
 def split_documents(
     config: DataConfig, tally: Counter[str]
 ) -> Iterator[tuple[SplitName, Document]]:
-    """Return every document with its split. Raises InputError if a split stays empty."""
+    """Yield every document with its split. Raises InputError if a split stays empty."""
     counts = Counter[SplitName]()
     for shard in with_train_bytes(config, cut_into_shards(config), 1):
         for split, document in shard_documents(config, tally, shard):
@@ -228,16 +196,16 @@ def split_documents(
 def shard_documents(
     config: DataConfig, tally: Counter[str], shard: Shard
 ) -> Iterator[tuple[SplitName, Document]]:
-    """Return the documents of one shard with their splits."""
+    """Yield the documents of one shard with their splits."""
     return assign_splits(documents(config, tally, [shard]), config, shard.train_bytes)
 
 
 def with_train_bytes(config: DataConfig, shards: Sequence[Shard], num_workers: int) -> list[Shard]:
-    """Say in each shard where the tail begins, for which all of the text is measured first."""
+    """Set `train_bytes` of each shard, if the tail is held out: that reads all of the text."""
     if config.split != "tail":
         return list(shards)
     sizes = list(ordered_map(partial(_text_bytes, config), shards, num_workers))
-    boundary = tail_boundary(sum(sizes), config)
+    boundary = int(sum(sizes) * (1 - config.valid_fraction))
     starts = accumulate(sizes, initial=0)
     return [
         shard._replace(train_bytes=min(max(boundary - start, 0), size))
@@ -254,9 +222,9 @@ def assign_splits(
 ) -> Iterator[tuple[SplitName, Document]]:
     """Assign documents to training or validation by data.split.
 
-    "hash": by the SHA-256 of the text, so a document keeps its split when others come or go, and
-    exact duplicates stay together. "tail": the bytes from `train_bytes` on are for validation;
-    the document that holds this place is cut, at a line break where there is one.
+    "hash" draws from the SHA-256 of the text: a document keeps its split when others come or go,
+    and exact duplicates stay together. "tail" holds out the bytes from `train_bytes` on and cuts
+    the document that holds this place, at a line break where there is one.
     """
     match config.split:
         case "hash":
@@ -264,20 +232,16 @@ def assign_splits(
                 is_valid = draw(document.data) < config.valid_fraction
                 yield ("valid" if is_valid else "train"), document
         case "tail":
-            for place, data in found:
+            for document in found:
+                data = document.data
                 cut = _cut_position(data, train_bytes)
                 if cut > 0:
-                    yield "train", Document(place, data[:cut])
+                    yield "train", document._replace(data=data[:cut])
                 if cut < len(data):
-                    yield "valid", Document(place, data[cut:])
+                    yield "valid", document._replace(data=data[cut:])
                 train_bytes -= len(data)
         case _:
             assert_never(config.split)
-
-
-def tail_boundary(n_bytes: int, config: DataConfig) -> int:
-    """Return how many bytes of a text are for training if its tail is held out."""
-    return int(n_bytes * (1 - config.valid_fraction))
 
 
 def require_both_splits(n_train: int, n_valid: int, config: DataConfig) -> None:
@@ -293,7 +257,7 @@ def require_both_splits(n_train: int, n_valid: int, config: DataConfig) -> None:
 
 
 def _cut_position(data: bytes, wanted: int) -> int:
-    """Return where to cut UTF-8 text near a byte: after a line break, else between characters."""
+    """Return the place of a cut near a byte of UTF-8: after a line break, or after a character."""
     if wanted <= 0 or wanted >= len(data):
         return min(max(wanted, 0), len(data))
     after_line = data.find(b"\n", wanted) + 1

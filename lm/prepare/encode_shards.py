@@ -3,8 +3,8 @@
     shard --encode_shard--> KEPT/KEY.train, KEY.valid, KEY.json --collect--> data/tokens
 
 A shard that is done is kept under a key of all that decides its bytes: text, settings, tokenizer,
-code. Whoever needs it again finds it there: the run after one that was killed, the run after files
-were added, the run that collects what other machines made. It is verified before it is used.
+code. A later run finds it there: after a kill, after files were added, or to collect what other
+machines made. It is verified before it is used.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -26,7 +26,7 @@ import numpy as np
 from lm.base.console import say
 from lm.base.errors import InputError
 from lm.base.files import read_json, sha256_file, sha256_json, write_json, writing
-from lm.data.shards import SPLITS, ShardWriter, token_dtype
+from lm.data.shards import SPLITS, ShardWriter, SplitName, token_dtype
 from lm.data.tokenizer import load_tokenizer
 from lm.prepare.documents import Document, Shard, over_shards, shard_documents
 from lm.prepare.encoder import DocumentRefused, Encoder, Library
@@ -37,14 +37,14 @@ from lm.prepare.sources import DataConfig
 from lm.prepare.workers import ordered_map
 
 BATCH_BYTES = 1 << 21  # of text, encoded at once
-KEPT_DAYS = 7  # what no run has used for so long is dropped
+KEPT_DAYS = 7  # after the last use
 FINGERPRINT = np.dtype([("digest", "<u8", 2), ("tokens", "<u4"), ("bytes", "<u4")])
-DoneShard = dict[str, Any]  # what KEY.json says of a shard
+DoneShard = dict[str, Any]  # the content of KEY.json
 
 
 @dataclass(frozen=True)
 class Job:
-    """What decides the bytes of every shard, beside its text, and where done ones are kept."""
+    """All that decides the bytes of every shard but its text, and the folder of done ones."""
 
     config: DataConfig
     tokenizer: Path  # its folder
@@ -58,7 +58,7 @@ class Job:
 
     @cached_property
     def identity(self) -> str:
-        """Return a hash of tokenizer, code, and the settings that are in no other part of a key."""
+        """Return a hash of tokenizer, code, and the settings that no other part of a key holds."""
         config = self.config
         match config.split:
             case "hash":
@@ -106,37 +106,31 @@ def _is_done(job: Job, shard: Shard) -> bool:
 
 def encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> tuple[Job, list[DoneShard]]:
     """Encode all shards, in their order; return the job, too, since its library may change."""
-    try:
-        return job, _encode_all(job, shards, num_workers)
-    except EncodersDiffer as error:
-        say(f"{error}; the shards are made again with tokenizers, which is slower")
-        job = replace(job, library="tokenizers")
-        return job, _encode_all(job, shards, num_workers)
-
-
-def _encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> list[DoneShard]:
     encoder = open_encoder(job)  # before the processes fork, so that they have it
     if encoder.why_not is not None:
         say(f"{encoder.why_not}: tokenizers encodes, which is slower")
-    all_done = list(over_shards("encoding", partial(encode_shard, job), shards, num_workers))
+    try:
+        all_done = list(over_shards("encoding", partial(encode_shard, job), shards, num_workers))
+    except EncodersDiffer as error:
+        say(f"{error}; the shards are made again with tokenizers, which is slower")
+        return encode_all(replace(job, library="tokenizers"), shards, num_workers)
     reused = sum(done.pop("reused", False) for done in all_done)
     if reused:
         say(f"{reused:,} of {len(shards):,} shards were done before")
-    return all_done
+    return job, all_done
 
 
 # --- one shard --------------------------------------------------------------------------
 
 
 def encode_shard(job: Job, shard: Shard) -> DoneShard:
-    """Return a shard that is done: found where it was kept, or made now.
+    """Return a done shard, found where it was kept or made now.
 
     Raises InputError for text that cannot be read or that the tokenizer alters, EncodersDiffer if
-    the fast library is not to be trusted.
+    gigatoken errs.
     """
     key = shard_key(job, shard)
-    done = find_done(job.kept, key)
-    if done is not None:
+    if (done := find_done(job.kept, key)) is not None:
         return done | {"reused": True}
     encoder = open_encoder(job)
     with writing(job.kept):
@@ -148,7 +142,7 @@ def encode_shard(job: Job, shard: Shard) -> DoneShard:
         done["files"] = {file.name: sha256_file(file) for file in files}
         write_json(scratch / "json", done, durable=False)
         with writing(job.kept):
-            for file in [*files, scratch / "json"]:  # it last: without it the shard is not there
+            for file in [*files, scratch / "json"]:  # json last: it makes the others valid
                 file.replace(kept_file(job.kept, key, file.name))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -156,71 +150,61 @@ def encode_shard(job: Job, shard: Shard) -> DoneShard:
 
 
 def _write_shard(job: Job, shard: Shard, encoder: Encoder, folder: Path) -> DoneShard:
-    """Write both splits of a shard into a folder; return what there is to say of them."""
+    """Write both splits of a shard into a folder; return their counts."""
     tally, dtype = Counter[str](), token_dtype(encoder.tokenizer.vocab_size)
+    used, longest = np.zeros(encoder.tokenizer.vocab_size, dtype=bool), 0
+    fingerprints: dict[SplitName, list[bytes]] = {split: [] for split in SPLITS}
     with ExitStack() as stack:
-        outputs = {
-            split: _Output(stack.enter_context(ShardWriter(folder / split, dtype)), encoder, job)
-            for split in SPLITS
-        }
-        for split, document in shard_documents(job.config, tally, shard):
-            outputs[split].add(document)
-        return {
-            **{split: output.finish() for split, output in outputs.items()},
-            "tally": dict(sorted(tally.items())),
-            "longest_bytes": max(output.longest for output in outputs.values()),
-            "used": np.packbits(outputs["train"].used | outputs["valid"].used).tobytes().hex(),
-        }
+        writers = [stack.enter_context(ShardWriter(folder / split, dtype)) for split in SPLITS]
+        for batch in _batches(shard_documents(job.config, tally, shard)):
+            texts = [document.data for _, document in batch]
+            try:
+                ids, lengths = encoder.encode(texts)
+            except DocumentRefused as error:
+                raise InputError(f"{batch[error.index][1].place}: {error}") from None
+            used[ids] = True
+            ids = np.insert(ids, np.cumsum(lengths), encoder.tokenizer.end_id)
+            table = np.zeros(len(texts), dtype=FINGERPRINT)
+            table["tokens"], table["bytes"] = lengths + 1, list(map(len, texts))
+            longest = max(longest, int(table["bytes"].max()))
+            if job.config.deduplicate:
+                digests = b"".join(hashlib.sha256(text).digest()[:16] for text in texts)
+                table["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
+            splits = np.array([split for split, _ in batch])
+            for split, writer in zip(SPLITS, writers, strict=True):
+                mine = splits == split
+                n_bytes = int(table["bytes"][mine].sum())
+                writer.append(ids[np.repeat(mine, table["tokens"])], n_bytes, int(mine.sum()))
+                fingerprints[split].append(table[mine].tobytes())
+    for split in SPLITS if job.config.deduplicate else ():
+        file = folder / f"{split}.fingerprints"
+        with writing(file):
+            file.write_bytes(b"".join(fingerprints[split]))
+    return {
+        **{split: writer.counts for split, writer in zip(SPLITS, writers, strict=True)},
+        "tally": dict(sorted(tally.items())),
+        "longest_bytes": longest,
+        "used": np.packbits(used).tobytes().hex(),
+    }
 
 
-class _Output:
-    """One split of a shard on its way to the disk."""
-
-    def __init__(self, writer: ShardWriter, encoder: Encoder, job: Job):
-        self.writer, self.encoder, self.end_id = writer, encoder, encoder.tokenizer.end_id
-        self.fingerprints: list[bytes] | None = [] if job.config.deduplicate else None
-        self.used = np.zeros(encoder.tokenizer.vocab_size, dtype=bool)
-        self.longest = self._size = 0
-        self._batch: list[Document] = []
-
-    def add(self, document: Document) -> None:
-        """Add a document; about BATCH_BYTES of them are encoded together."""
-        self._batch.append(document)
-        self._size += len(document.data)
-        if self._size >= BATCH_BYTES:
-            self._encode()
-
-    def finish(self) -> dict[str, Any]:
-        """Encode what is left; return the counts of this split."""
-        if self._batch:
-            self._encode()
-        if self.fingerprints is not None:
-            path = self.writer.path.with_name(f"{self.writer.path.name}.fingerprints")
-            with writing(path):
-                path.write_bytes(b"".join(self.fingerprints))
-        return dict(self.writer.counts)
-
-    def _encode(self) -> None:
-        data = [document.data for document in self._batch]
-        try:
-            ids, lengths = self.encoder.encode(data)
-        except DocumentRefused as error:
-            raise InputError(f"{self._batch[error.index].place}: {error}") from None
-        self.used[ids] = True
-        self.writer.append(np.insert(ids, np.cumsum(lengths), self.end_id), self._size, len(data))
-        sizes = np.fromiter(map(len, data), np.int64, len(data))
-        self.longest = max(self.longest, int(sizes.max()))
-        if self.fingerprints is not None:
-            table = np.empty(len(data), dtype=FINGERPRINT)
-            digests = b"".join(hashlib.sha256(text).digest()[:16] for text in data)
-            table["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
-            table["tokens"], table["bytes"] = lengths + 1, sizes
-            self.fingerprints.append(table.tobytes())
-        self._batch, self._size = [], 0
+def _batches(
+    found: Iterable[tuple[SplitName, Document]],
+) -> Iterator[list[tuple[SplitName, Document]]]:
+    """Yield documents in batches of about BATCH_BYTES."""
+    batch, size = [], 0
+    for split, document in found:
+        batch.append((split, document))
+        size += len(document.data)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def open_encoder(job: Job) -> Encoder:
-    """Open the encoder of a job, once. Raises InputError if its tokenizer is missing."""
+    """Return the encoder of a job, opened once. Raises InputError if its tokenizer is missing."""
     for file in (job.tokenizer / "tokenizer_config.json", job.tokenizer / "tokenizer.json"):
         if not file.is_file():
             raise InputError(f"{file}: no such file; run `dvc repro tokenizer`")
@@ -233,32 +217,32 @@ def _encoder(folder: Path, identity: str, library: Library | None) -> Encoder:
     return Encoder(load_tokenizer(folder), library)
 
 
-# --- what is kept -----------------------------------------------------------------------
+# --- done shards ------------------------------------------------------------------------
 
 
 def shard_key(job: Job, shard: Shard) -> str:
-    """Return a hash of all that decides the bytes of a shard; not of where its text stands."""
+    """Return a hash of all that decides the bytes of a shard; the place of its text does not."""
     contents = []
     for file, start, stop in shard.stretches:
         reader = reader_of(file, shard.options)
         content = hashlib.sha256()
         for chunk in reader.content(start, stop):
             content.update(chunk)
-        form = type(reader).__name__, compression(file), start > 0  # a file's head has a say
+        form = type(reader).__name__, compression(file), start > 0  # a head may be foreign
         contents.append([*form, content.hexdigest()])
     separator = shard.options.separator
     options = asdict(shard.options) | {"separator": separator and separator.hex()}
-    del options["max_expansion"]  # stops or does not
+    del options["max_expansion"]  # can only stop
     return sha256_json([job.identity, options, shard.train_bytes, contents])
 
 
 def kept_file(kept: Path, key: str, name: str) -> Path:
-    """Return where a file of a shard that is done is kept."""
+    """Return the path under which a file of a done shard is kept."""
     return kept / f"{key}.{name}"
 
 
 def find_done(kept: Path, key: str) -> DoneShard | None:
-    """Return a shard if it is kept and every file of it is whole."""
+    """Return a shard if it is kept and each of its files is whole."""
     path = kept_file(kept, key, "json")
     try:
         done = read_json(path)
@@ -272,12 +256,12 @@ def find_done(kept: Path, key: str) -> DoneShard | None:
 
 
 def drop_unused(kept: Path, in_use: set[str]) -> None:
-    """Delete what no run has used for KEPT_DAYS, and what killed ones left half made."""
+    """Delete the shards, and parts of some, that no run has used for KEPT_DAYS."""
     limit = time.time() - KEPT_DAYS * 86400
     for path in kept.glob("*"):
         key = path.name.split(".")[0]
         last = kept_file(kept, key, "json")
-        with suppress(FileNotFoundError):  # another run drops it, too
+        with suppress(FileNotFoundError):  # another run may drop it at the same time
             age_of = last if last.exists() else path
             if key not in in_use and age_of.stat().st_mtime < limit:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

@@ -2,9 +2,9 @@
 
     documents, as bytes --Encoder.encode--> the ids of all, and how many each has
 
-gigatoken encodes where it can (gigatoken_guard.py), `tokenizers` where it must. The bytes behind
-the ids are counted for every document, so that no tokenizer can alter a text unnoticed. All on the
-calling thread: this is made for worker processes.
+gigatoken encodes where it can (gigatoken_guard.py), else `tokenizers`. The bytes behind the ids of
+every document are counted, so that a tokenizer that alters text is noticed. All runs on the calling
+thread: this is made for worker processes.
 """
 
 import os
@@ -28,7 +28,7 @@ AFTER_A_WORD = re.compile(rb"[^\s](?=[ \n]|\xe3\x80\x82|\xef\xbc\x8c)")  # the l
 
 
 class DocumentRefused(InputError):
-    """One of the documents cannot be encoded; `index` says which of those given."""
+    """Document number `index` of those given cannot be encoded."""
 
     def __init__(self, index: int, reason: str):
         super().__init__(index, reason)
@@ -39,35 +39,31 @@ class DocumentRefused(InputError):
 
 
 class Encoder:
-    """Encodes documents with the fastest library that gives this tokenizer's ids."""
+    """Encodes documents with the fastest library that gives this tokenizer's ids.
+
+    `why_not` is the reason why gigatoken is not used, if it is not.
+    """
 
     def __init__(self, tokenizer: Tokenizer, library: Library | None = None):
-        """Open gigatoken unless `tokenizers` is asked for; `why_not` says why it was refused."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
         self.tokenizer = tokenizer
         self._byte_lengths = tokenizer.byte_lengths.astype(np.int32)  # half the memory to fill
         self._gigatoken: Gigatoken | None = None
         self.why_not: str | None = None
-        if library == "tokenizers":
-            self.why_not = "tokenizers was asked for"
-            return
         try:
+            if library == "tokenizers":
+                raise Unusable("tokenizers was asked for")
             self._gigatoken = Gigatoken(tokenizer)
         except Unusable as error:
             if library == "gigatoken":
                 raise InputError(str(error)) from None
             self.why_not = str(error)
 
-    @property
-    def library(self) -> Library:
-        """Return the library that encodes."""
-        return "gigatoken" if self._gigatoken else "tokenizers"
-
     def encode(self, documents: list[bytes]) -> Encoded:
         """Return the ids of documents one after the other, without end tokens, and their counts.
 
         The documents are UTF-8 and not empty. Raises DocumentRefused if the tokens of one do not
-        spell it or it has no place to cut it in RUN_BYTES, EncodersDiffer if gigatoken gives other
+        spell it or if it cannot be cut within RUN_BYTES, EncodersDiffer if gigatoken gives other
         ids than `tokenizers` for a sample.
         """
         if not documents:
@@ -93,32 +89,29 @@ class Encoder:
     def _encode(
         self, texts: list[bytes]
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the ids of texts, how many each has, and how many bytes those spell."""
+        """Return the ids of texts, and for each text their number and the bytes they spell."""
         group = np.cumsum(_sizes(texts)) // GROUP_BYTES
         edges = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(texts)]
-        encoded = [self._encode_group(texts[start:end]) for start, end in pairwise(edges)]
-        kept = np.concatenate([self._spelled(ids, lengths) for ids, lengths in encoded])
-        ids, lengths = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
-        return ids, lengths, kept
-
-    def _encode_group(self, texts: list[bytes]) -> Encoded:
-        if self._gigatoken:
-            return self._gigatoken.encode(texts)
-        return by_tokenizers(self.tokenizer, texts)
-
-    def _spelled(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        kept = np.zeros(len(lengths), np.int64)
-        some = lengths > 0  # a foreign tokenizer may drop a text
-        if some.any():
-            in_bytes = self._byte_lengths.take(ids)
-            kept[some] = np.add.reduceat(in_bytes, _starts(lengths)[some], dtype=np.int64)
-        return kept
+        found = []
+        for start, end in pairwise(edges):
+            if self._gigatoken:
+                ids, lengths = self._gigatoken.encode(texts[start:end])
+            else:
+                ids, lengths = by_tokenizers(self.tokenizer, texts[start:end])
+            spelled = np.zeros(len(lengths), np.int64)
+            some = lengths > 0  # a foreign tokenizer may drop a text
+            if some.any():
+                in_bytes = self._byte_lengths.take(ids)
+                spelled[some] = np.add.reduceat(in_bytes, _starts(lengths)[some], dtype=np.int64)
+            found.append((ids, lengths, spelled))
+        ids, lengths, spelled = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return ids, lengths, spelled
 
     def _pieces(self, index: int, document: bytes) -> list[bytes]:
         """Cut a document into pieces whose ids, one after the other, are the document's.
 
-        Byte-level patterns part a word from the white space after it; that this one does is tried
-        at every cut.
+        Byte-level patterns part a word from the white space after it; `_is_cut` tries that this
+        one does.
         """
         places = [0]
         while len(document) - places[-1] > GROUP_BYTES:
@@ -135,17 +128,17 @@ class Encoder:
         return [document[start:end] for start, end in pairwise(places)]
 
     def _is_cut(self, document: bytes, at: int) -> bool:
-        """Return whether the text just before and just after make the ids of both together."""
+        """Return whether the text around a place has the same ids when it is cut there."""
         before, after = (
             part.decode("utf-8", "ignore").encode()  # whole characters
-            for part in (document[at - 500 : at], document[at : at + 500])
+            for part in (document[max(0, at - 500) : at], document[at : at + 500])
         )
         both, *_ = self._encode([before + after])
         return np.array_equal(both, self._encode([before, after])[0])
 
 
 def _word_ends(document: bytes, start: int, stop: int) -> Iterator[int]:
-    """Return places for a cut, 100 in 64 KiB: each costs, a tokenizer may join all words."""
+    """Yield places for a cut, 100 in 64 KiB: each is costly to try, and all may be refused."""
     for at in range(start, min(stop, len(document)), 1 << 16):
         found = AFTER_A_WORD.finditer(document, at, at + (1 << 16))
         yield from (match.end() for match in islice(found, 100))

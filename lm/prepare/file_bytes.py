@@ -1,5 +1,9 @@
-"""The bytes of a file: opened, decompressed if its suffix says so, and kept within bounds."""
+"""The bytes of a file, decompressed if its suffix says so, and cut at separators.
 
+Memory holds one chunk and one record.
+"""
+
+import sys
 from collections.abc import Iterator
 from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
@@ -9,14 +13,14 @@ from lm.base.errors import InputError
 from lm.prepare import limits
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-POINTERS = {  # what stands in the place of a file that git alone has not brought
+POINTERS = {  # beginnings of the small files that git keeps in place of large ones
     b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
     b"/annex/objects/": ("git-annex", "git annex get"),
 }
 
 
 def compression(file: Path) -> str | None:
-    """Return how a file is compressed, by its suffix."""
+    """Return the compression of a file, by its suffix."""
     return COMPRESSIONS.get(file.suffix.lower())
 
 
@@ -33,14 +37,58 @@ def opened(file: Path, max_expansion: int) -> BufferedReader:
 
 
 def chunks(stream: BufferedIOBase, size: int | None = None) -> Iterator[bytes]:
-    """Return the next `size` bytes of a stream, or all, in chunks."""
-    left = float("inf") if size is None else size
-    # most files end here: a longer buffer is mapped
+    """Yield the next `size` bytes of a stream, or all, in chunks."""
+    left = sys.maxsize if size is None else size
+    # most files end in the first chunk; a long buffer for these would be mapped
     at_once = min(limits.SEARCH_BYTES, limits.CHUNK_BYTES)
-    while chunk := stream.read(int(min(at_once, left))):
+    while chunk := stream.read(min(at_once, left)):
         left -= len(chunk)
         at_once = limits.CHUNK_BYTES
         yield chunk
+
+
+def split_at(
+    stream: BufferedIOBase, separator: bytes, start: int, end: int | None
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield offset and bytes of the records from here on; offsets count from `start`.
+
+    `end` is the offset of the first record that is not wanted. The bytes of a record that is too
+    long are None, since memory does not hold them.
+    """
+    offset, rest, dropped = start, b"", 0
+    for chunk in chunks(stream, None if end is None else end - start):
+        *whole, rest = (rest + chunk).split(separator)
+        for part in whole:
+            size = dropped + len(part)
+            yield offset, part if size <= limits.MAX_DOCUMENT_BYTES else None
+            offset, dropped = offset + size + len(separator), 0
+        surplus = len(rest) - len(separator) + 1  # the last bytes may begin a separator
+        if dropped + surplus > limits.MAX_DOCUMENT_BYTES:
+            dropped, rest = dropped + surplus, rest[surplus:]
+    if rest or dropped:
+        yield offset, rest if dropped + len(rest) <= limits.MAX_DOCUMENT_BYTES else None
+
+
+def next_record(stream: BufferedIOBase, separator: bytes, position: int) -> int:
+    """Return the first byte from `position` on where a record surely begins, or the file's end.
+
+    A reader from the start of the file finds the same separator: no other overlaps it from the
+    left, as in three line breaks where two separate.
+    """
+    size = len(separator)
+    base = max(0, position - 2 * size + 1)  # where the buffer begins
+    stream.seek(base)
+    buffer, place = b"", max(0, position - size) - base
+    while chunk := stream.read(limits.SEARCH_BYTES):
+        buffer += chunk
+        while (found := buffer.find(separator, place)) >= 0:
+            if buffer.find(separator, max(0, found - size + 1), found + size - 1) < 0:
+                return base + found + size
+            place = found + 1
+        surplus = max(0, len(buffer) - 2 * size + 2)
+        place = max(place, len(buffer) - size + 1) - surplus
+        base, buffer = base + surplus, buffer[surplus:]
+    return stream.tell()
 
 
 class Decompressed(RawIOBase):
@@ -62,12 +110,12 @@ class Decompressed(RawIOBase):
         try:
             data = self.stream.read(len(buffer))
         except OSError as error:
-            if "requires too much memory" in str(error):  # the words of zstd
-                raise InputError(
-                    f"{self.file}: compressed with a window longer than 128 MiB; unpack it "
-                    f"(zstd -d --long=31)"
-                ) from None
-            raise InputError(f"{self.file}: damaged or cut off ({error})") from None
+            problem = f"damaged or cut off ({error})"
+            if "requires too much memory" in str(error):  # zstd's message
+                problem = (
+                    "compressed with a window longer than 128 MiB; unpack it (zstd -d --long=31)"
+                )
+            raise InputError(f"{self.file}: {problem}") from None
         self.made += len(data)
         refuse_expansion(self.file, self.size, self.made, self.max_expansion)
         buffer[: len(data)] = data
@@ -79,7 +127,7 @@ class Decompressed(RawIOBase):
 
 
 def refuse_pointer(file: Path, head: bytes | None = None) -> None:
-    """Raise InputError if what stands here is not the file but says where it is."""
+    """Raise InputError if git has not brought the file but a pointer to it."""
     if head is None:
         with open(file, "rb") as stream:
             head = stream.read(limits.HEAD_BYTES)

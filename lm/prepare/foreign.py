@@ -1,4 +1,4 @@
-"""Tokenizers by others: an encoding of tiktoken, or a tokenizer.json, each tried on texts."""
+"""Foreign tokenizers: an encoding of tiktoken, or a tokenizer.json, each tried on texts."""
 
 import json
 import signal
@@ -17,23 +17,22 @@ from lm.data.tokenizer import (
     END_TOKEN,
     GPT2_PATTERN,
     Tokenizer,
-    byte_characters,
     byte_level_backend,
     open_tokenizer_json,
+    spelled,
 )
 
 TRIED_CHARACTERS = 5000  # of a text on which a tokenizer from elsewhere is tried
 TRIAL_SECONDS = 60  # for a foreign tokenizer to encode a few megabytes
-# GPT-2's pattern as tiktoken spells it for speed, and as all others know it by sight.
+# GPT-2's pattern as tiktoken spells it for speed; gigatoken knows the usual spelling alone
 TIKTOKEN_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def from_tiktoken(name: str, texts: Iterable[str], end_token: str = END_TOKEN) -> Tokenizer:
     """Return a named tiktoken encoding as a tokenizer, its ids compared on some texts.
 
-    tiktoken keeps the rank of each token; the merge that makes it is found by applying the
-    lower ranks to its bytes. Raises InputError for an unknown name, EnvironmentFault when
-    tiktoken cannot fetch its data.
+    tiktoken keeps the rank of each token; `_last_merge` finds the merge that makes it. Raises
+    InputError for an unknown name, EnvironmentFault if tiktoken cannot fetch its data.
     """
     known = {*tiktoken.list_encoding_names(), *tiktoken.registry.ENCODINGS}
     if name not in known:
@@ -45,14 +44,10 @@ def from_tiktoken(name: str, texts: Iterable[str], end_token: str = END_TOKEN) -
             f"tokenizer.source = {name}: tiktoken could not fetch its data "
             f"({type(error).__name__}); go online once or set TIKTOKEN_CACHE_DIR"
         ) from None
-    characters, ranks = byte_characters(), encoding._mergeable_ranks
-
-    def spell(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
-    vocabulary = {spell(token): rank for token, rank in ranks.items()} | encoding._special_tokens
+    ranks = encoding._mergeable_ranks
+    vocabulary = {spelled(token): rank for token, rank in ranks.items()} | encoding._special_tokens
     merges = [
-        (spell(left), spell(right))
+        (spelled(left), spelled(right))
         for token in sorted(ranks, key=ranks.__getitem__)
         if len(token) > 1
         for left, right in [_last_merge(token, ranks)]
@@ -76,7 +71,7 @@ def from_tiktoken(name: str, texts: Iterable[str], end_token: str = END_TOKEN) -
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the pair whose merge makes `token`: byte-pair encode it with the lower ranks only."""
+    """Return the pair whose merge makes `token`: byte-pair encode it by the lower ranks alone."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
@@ -86,10 +81,10 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def foreign_tokenizer(file: Path, texts: Iterable[str], end_token: str = END_TOKEN) -> Tokenizer:
-    """Open a tokenizer.json by others, tried on hard texts and on beginnings of the user's.
+    """Open a foreign tokenizer.json, tried on hard texts and on beginnings of the user's.
 
     Raises InputError if it is damaged, alters text or takes too long. The trial is a process of its
-    own, because a pattern may backtrack for years and the library, when it gives up, panics aloud.
+    own: a pattern may backtrack for years, and the library panics on stderr when it gives up.
     """
     beginnings = json.dumps([text[:TRIED_CHARACTERS] for text in texts])
     trial = subprocess.run(
@@ -112,7 +107,7 @@ def foreign_tokenizer(file: Path, texts: Iterable[str], end_token: str = END_TOK
 
 def _trial(file: str, end_token: str, seconds: str) -> None:
     """Encode every byte of UTF-8, long runs, added tokens amid spaces, and the texts on stdin."""
-    signal.alarm(int(seconds))  # ends the process, wherever it is and whoever still waits for it
+    signal.alarm(int(seconds))  # ends the process even within the library
     tokenizer = open_tokenizer_json(Path(file), end_token)
     added = tokenizer.backend.get_added_tokens_decoder().values()
     texts = [

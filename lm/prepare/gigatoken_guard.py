@@ -1,25 +1,21 @@
 """gigatoken, guarded: the ids and the merges of `tokenizers`, fifty times as fast.
 
-    Tokenizer --Gigatoken(tokenizer)--> encode(texts) --> ids
-    training text --learn(joined)--> the backend that `tokenizers` would learn
-
-What a tokenizer.json means is what `tokenizers` makes of it. gigatoken is young; this file alone
-knows its faults:
+`tokenizers` defines what a tokenizer.json means. gigatoken is young; this file alone knows its
+faults:
 
 - It is missing on some platforms, and refuses or misreads some tokenizers: it has to pass a trial.
-- It knows characters of Unicode 17: texts that hold one go to `tokenizers`.
-- It keeps every word that it saw: it is renewed when it has grown.
+- It knows the characters of Unicode 17: texts with one of these go to `tokenizers`.
+- It keeps every word that it saw: it is opened anew when it has grown.
 - It loses empty texts: texts are counted.
-- When pairs run out it makes up merges: the last one must occur.
-- Nobody knows the rest: a sample of every call is compared.
+- When pairs run out it makes up merges: the last merge must occur.
+- It may have others: a sample of every call is compared.
 """
 
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -30,7 +26,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import models
 
-from lm.data.tokenizer import Tokenizer, byte_characters, byte_level_backend
+from lm.data.tokenizer import Tokenizer, byte_characters, byte_level_backend, spelled
 
 # Letters, marks and digits of Unicode 17, which gigatoken knows and tokenizers (16) does not.
 NEWER_CHARACTERS = re.compile(
@@ -41,11 +37,16 @@ NEWER_CHARACTERS = re.compile(
     "\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6f5\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f"
     "\U0002cea2-\U0002cead\U000323b0-\U00033479]"
 )
-NEWER_LEADS = b"\xe0\xe1\xea\xf0"  # the first byte of each in UTF-8; rare in most text
-
+# their first two bytes in UTF-8
+NEWER_BEGINNINGS = {
+    0xE0: [0xA2, 0xB1, 0xB3],
+    0xE1: [0xAB],
+    0xEA: [0x9F],
+    0xF0: [0x90, 0x91, 0x96, 0x98, 0x9E, 0xAB, 0xAC, 0xB2, 0xB3],
+}
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # ids of all texts, count of each
 
-SAMPLED = 1 << 11  # one byte in so many is encoded by both: 2 % of the time
+SAMPLED = 1 << 11  # both encode one byte of this many: 2 % of the time
 CACHE_BYTES = 250 << 20  # of words it saw: random ones take 6 times their size
 SHORT_RUN = 50_000  # texts; importing awkward, for batches, takes as long as they save on these
 LARGE_BYTES = 32 << 20  # of text: below, its training is slower, it is quadratic in ties
@@ -70,11 +71,8 @@ class EncodersDiffer(Exception):
     """gigatoken gave other ids than `tokenizers`: start again with the latter."""
 
 
-# --- encoding ---------------------------------------------------------------------------
-
-
 class Gigatoken:
-    """Encodes texts with gigatoken, and those that it would misread with `tokenizers`."""
+    """Encodes texts with gigatoken, or with `tokenizers` where gigatoken would misread them."""
 
     def __init__(self, tokenizer: Tokenizer):
         """Raise Unusable if gigatoken is missing, refuses this tokenizer or fails the trial."""
@@ -85,77 +83,60 @@ class Gigatoken:
         settings["added_tokens"] = [token for token in added if not token["special"]]
         self._json = orjson.dumps(settings)
         try:
-            self._renew()
+            self._open()
         except ImportError:
             raise Unusable("gigatoken is not installed") from None
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0][:200]
             raise Unusable(f"gigatoken refuses this tokenizer: {reason}") from None
-        self._try_hard_texts([token["content"] for token in added])
+        names = [token["content"] for token in added]
+        for text in [*HARD_TEXTS, "".join(f"a  {name}  b{name}c\n{name}\n" for name in names)]:
+            tried = [NEWER_CHARACTERS.sub("", text).encode()]
+            if not np.array_equal(self.encode(tried)[0], by_tokenizers(tokenizer, tried)[0]):
+                raise Unusable(f"gigatoken gives other ids for {text[:20]!r}")
+
+    def _open(self) -> None:
+        import gigatoken  # not on every platform
+
+        self._library: Any = None  # frees the cache of the old one first
+        self._library = gigatoken.Tokenizer.from_json(self._json)
+        self._resident_bytes = psutil.Process().memory_info().rss
 
     def encode(self, texts: list[bytes]) -> Encoded:
         """Return the ids of texts one after the other, and the count of each.
 
         Raises EncodersDiffer if a text got lost.
         """
-        if _resident_bytes() > self._rss + CACHE_BYTES:
-            self._renew()
-        ids, lengths = self._encode(texts)
-        if len(lengths) != len(texts):
-            raise EncodersDiffer(f"gigatoken made {len(lengths)} texts of {len(texts)}")
-        return ids, lengths
+        if psutil.Process().memory_info().rss > self._resident_bytes + CACHE_BYTES:
+            self._open()
+        if has_newer_characters(b"".join(texts)):  # hardly ever: so all of them
+            return by_tokenizers(self.tokenizer, texts)
+        self._n_encoded += len(texts)
+        if self._n_encoded < SHORT_RUN:
+            encoded = [self._library.encode(text) for text in texts]
+            return np.concatenate(encoded), np.fromiter(map(len, encoded), np.int64)
+        lists = self._library.encode_batch(texts, parallel=False).layout
+        if len(lists) != len(texts):
+            raise EncodersDiffer(f"gigatoken made {len(lists)} texts of {len(texts)}")
+        return lists.content.data, np.diff(lists.offsets.data)
 
     def compare_sample(
         self, texts: list[bytes], ids: NDArray[np.uint32], lengths: NDArray[np.int64]
     ) -> None:
-        """Encode some texts, from anywhere among them on, and the beginning of one, by both.
+        """Encode some of these texts, or the beginning of one, with `tokenizers` too.
 
-        Raises EncodersDiffer if gigatoken gives other ids than `tokenizers`.
+        Raises EncodersDiffer if gigatoken gave other ids.
         """
-        total, starts = sum(map(len, texts)), np.cumsum(lengths) - lengths
-        left = max(256, total // SAMPLED)
-        for i in (total + np.arange(len(texts))) % len(texts):
-            text = texts[i][:left].decode("utf-8", "ignore").encode()
-            if len(text) == len(texts[i]):
-                found = ids[starts[i] : starts[i] + lengths[i]]
-            else:
-                found, _ = self.encode([text])
-            if not np.array_equal(found, by_tokenizers(self.tokenizer, [text])[0]):
-                raise EncodersDiffer(f"gigatoken gives other ids for {text.decode()[:50]!r}")
-            left -= len(text)
-            if left < 4:  # bytes, the longest character
-                break
-
-    def _encode(self, texts: list[bytes]) -> Encoded:
-        if may_have_newer_characters(b"".join(texts)):  # hardly ever: so not of each
-            return _joined(
-                by_tokenizers(self.tokenizer, [text])[0]
-                if has_newer_characters(text)
-                else self._library.encode(text)
-                for text in texts
-            )
-        self._n_encoded += len(texts)
-        if self._n_encoded < SHORT_RUN:
-            return _joined(self._library.encode(text) for text in texts)
-        lists = self._library.encode_batch(texts, parallel=False).layout
-        return lists.content.data, np.diff(lists.offsets.data)
-
-    def _renew(self) -> None:
-        """Open gigatoken anew, its cache empty."""
-        import gigatoken  # not on every platform
-
-        self._library: Any = None  # lets go of the old one first
-        self._library = gigatoken.Tokenizer.from_json(self._json)
-        self._rss = _resident_bytes()
-
-    def _try_hard_texts(self, added: list[str]) -> None:
-        """Raise Unusable unless texts that are hard to cut into words have the right ids."""
-        names = "".join(f"a  {name}  b{name}c\n{name}\n" for name in added)
-        hard = [NEWER_CHARACTERS.sub("", text) for text in HARD_TEXTS]
-        for text in filter(None, [*hard, names]):
-            expected, _ = by_tokenizers(self.tokenizer, [text.encode()])
-            if not np.array_equal(self.encode([text.encode()])[0], expected):
-                raise Unusable(f"gigatoken gives other ids for {text[:20]!r}")
+        sizes = np.fromiter(map(len, texts), np.int64)
+        limit, first = max(256, int(sizes.sum()) // SAMPLED), int(sizes.sum()) % len(texts)
+        stop = first + int(np.searchsorted(sizes[first:].cumsum(), limit, side="right"))
+        sample = texts[first:stop]
+        found = ids[lengths[:first].sum() : lengths[:stop].sum()]
+        if not sample:
+            sample = [texts[first][:limit].decode("utf-8", "ignore").encode()]
+            found, _ = self.encode(sample)
+        if not np.array_equal(found, by_tokenizers(self.tokenizer, sample)[0]):
+            raise EncodersDiffer(f"gigatoken gives other ids for {sample[0].decode()[:50]!r}")
 
 
 def by_tokenizers(tokenizer: Tokenizer, texts: list[bytes]) -> Encoded:
@@ -164,24 +145,20 @@ def by_tokenizers(tokenizer: Tokenizer, texts: list[bytes]) -> Encoded:
     return np.fromiter(chain(*encoded), np.uint32), np.fromiter(map(len, encoded), np.int64)
 
 
-def _joined(parts: Iterator[NDArray[np.uint32]]) -> Encoded:
-    encoded = list(parts)
-    return np.concatenate(encoded), np.fromiter(map(len, encoded), np.int64)
-
-
-def _resident_bytes() -> int:
-    """Return the memory of this very process, a fork perhaps of the one that opened gigatoken."""
-    return int(psutil.Process().memory_info().rss)
-
-
-# --- learning ---------------------------------------------------------------------------
+def has_newer_characters(text: bytes) -> bool:
+    """Return whether UTF-8 holds one of NEWER_CHARACTERS, at gigabytes a second as a rule."""
+    data = np.frombuffer(text, np.uint8)
+    for lead, followers in NEWER_BEGINNINGS.items():
+        if lead in text and np.isin(data[np.flatnonzero(data == lead) + 1], followers).any():
+            return bool(NEWER_CHARACTERS.search(text.decode()))
+    return False
 
 
 def learn(joined: bytes, vocab_size: int) -> tokenizers.Tokenizer | None:
-    """Return what `tokenizers` learns from documents that are joined by NUL, without an end token.
+    """Learn what `tokenizers` learns from documents joined by NUL; without an end token.
 
-    None if that one does it as fast, if gigatoken is missing, or if pairs run out before there are
-    `vocab_size` tokens. No document may hold a newer character: see `without_newer_characters`.
+    Returns None if gigatoken is missing or no faster, or if pairs run out before there are
+    `vocab_size` tokens. No document may hold a newer character.
     """
     if len(joined) < LARGE_BYTES or vocab_size > LARGE_VOCAB_SIZE:
         return None
@@ -191,12 +168,8 @@ def learn(joined: bytes, vocab_size: int) -> tokenizers.Tokenizer | None:
         return None
     with _streams_closed():
         _, pairs = gigatoken.train_bpe(joined, vocab_size, [], "huggingface", b"\0")
-    characters = byte_characters()
-    merges = [
-        ("".join(characters[b] for b in left), "".join(characters[b] for b in right))
-        for left, right in pairs
-    ]
-    vocabulary = {character: i for i, character in enumerate(sorted(characters))}
+    merges = [(spelled(left), spelled(right)) for left, right in pairs]
+    vocabulary = {character: i for i, character in enumerate(sorted(byte_characters()))}
     for left, right in merges:
         vocabulary.setdefault(left + right, len(vocabulary))
     backend = byte_level_backend(models.BPE(vocab=vocabulary, merges=merges), use_regex=True)
@@ -207,67 +180,19 @@ def learn(joined: bytes, vocab_size: int) -> tokenizers.Tokenizer | None:
     return backend
 
 
-def without_newer_characters(joined: bytes) -> bytes:
-    """Leave out the documents with characters that gigatoken alone knows; all if it is too short.
-
-    `tokenizers` leaves them out as well, so that both learn the same.
-    """
-    if len(joined) < LARGE_BYTES or not any(map(has_newer_characters, split_at_nul(joined))):
-        return joined
-    return b"\0".join(text for text in split_at_nul(joined) if not has_newer_characters(text))
-
-
 def split_at_nul(joined: bytes) -> Iterator[bytes]:
-    """Return the documents between NULs one at a time, so that memory holds no second copy."""
-    start = 0
-    while start <= len(joined):
-        end = joined.find(b"\0", start)
-        end = len(joined) if end < 0 else end
-        yield joined[start:end]
-        start = end + 1
+    """Yield the documents between NULs one at a time, so that memory holds no second copy."""
+    return (match[0] for match in re.finditer(rb"[^\0]+", joined))
 
 
 @contextmanager
 def _streams_closed() -> Iterator[None]:
-    """Let what a library prints past Python, to stdout and stderr, go nowhere."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = [(stream, os.dup(stream)) for stream in (1, 2)]
-    with open(os.devnull, "wb") as nowhere:
-        for stream, _ in saved:
-            os.dup2(nowhere.fileno(), stream)
-    try:
+    """Discard all output to the descriptors of stdout and stderr."""
+    with ExitStack() as stack, open(os.devnull, "wb") as nowhere:
+        for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            copy = os.dup(descriptor)
+            stack.callback(os.close, copy)
+            stack.callback(os.dup2, copy, descriptor)
+            os.dup2(nowhere.fileno(), descriptor)
         yield
-    finally:
-        for stream, copy in saved:
-            os.dup2(copy, stream)
-            os.close(copy)
-
-
-# --- characters of Unicode 17 -----------------------------------------------------------
-
-
-def has_newer_characters(text: bytes) -> bool:
-    """Return whether UTF-8 holds a character that gigatoken knows and `tokenizers` does not."""
-    return may_have_newer_characters(text) and bool(NEWER_CHARACTERS.search(text.decode()))
-
-
-def may_have_newer_characters(text: bytes) -> bool:
-    """Return the same at gigabytes a second, by two bytes of each; there are few false alarms."""
-    data = np.frombuffer(text, np.uint8)
-    return any(
-        _newer_beginnings()[lead, data[np.flatnonzero(data == lead) + 1]].any()
-        for lead in NEWER_LEADS
-        if lead in text
-    )
-
-
-@cache
-def _newer_beginnings() -> NDArray[np.bool_]:
-    """Mark each pair of first two bytes with which some newer character begins, (256, 256)."""
-    table = np.zeros((256, 256), dtype=bool)
-    for code in range(0x800, 0x40000, 0x40):  # the last byte of UTF-8 holds six bits
-        block = "".join(map(chr, range(code, code + 0x40)))
-        if NEWER_CHARACTERS.search(block):
-            table[tuple(chr(code).encode()[:2])] = True
-    return table

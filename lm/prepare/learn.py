@@ -1,5 +1,6 @@
 """Byte-level BPE, learnt from text: GPT-2's pre-tokenizer, the bytes, then the merges."""
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
@@ -34,11 +35,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = END_TOKEN)
 
 
 def train_bpe_large(joined: bytes, vocab_size: int, end_token: str = END_TOKEN) -> Tokenizer:
-    """Learn the same from documents joined by NUL, which none holds: of 32 MiB in seconds.
+    """Learn the same from documents joined by NUL, which none holds: 32 MiB take seconds.
 
-    A word of more than LONG_RUN characters counts as several.
+    A word of more than LONG_RUN characters counts as several. Of a large text, documents with
+    characters that gigatoken alone knows are left out, so that both libraries learn the same.
     """
-    joined = gigatoken_guard.without_newer_characters(_with_long_runs_cut(joined))
+    joined = _with_long_runs_cut(joined)
+    is_newer = gigatoken_guard.has_newer_characters
+    if len(joined) >= gigatoken_guard.LARGE_BYTES and any(map(is_newer, split_at_nul(joined))):
+        joined = b"\0".join(text for text in split_at_nul(joined) if not is_newer(text))
     backend = gigatoken_guard.learn(joined, vocab_size - 1)
     if backend is None:
         return train_bpe(map(bytes.decode, split_at_nul(joined)), vocab_size, end_token)
@@ -47,7 +52,7 @@ def train_bpe_large(joined: bytes, vocab_size: int, end_token: str = END_TOKEN) 
 
 
 def _with_long_runs_cut(documents: bytes) -> bytes:
-    """Cut words after each LONG_RUN characters, in documents joined by NUL.
+    """Cut words after each LONG_RUN characters, in documents joined by NUL; drop empty documents.
 
     No word of a language is as long: DNA, tables of digits, rows of marks or of white space are.
     """
@@ -55,41 +60,30 @@ def _with_long_runs_cut(documents: bytes) -> bytes:
     blocks = np.frombuffer(documents, np.uint8)[: len(documents) // half * half].reshape(-1, half)
     is_break, is_space = _byte_kinds()
     step = (1 << 22) // half
-    in_one_word = np.concatenate(
-        [np.zeros(0, np.bool_)]
-        + [
-            ~is_break[part].any(1) | is_space[part].all(1)
-            for part in (blocks[i : i + step] for i in range(0, len(blocks), step))
-        ]
-    )
+    in_one_word = np.zeros(len(blocks), np.bool_)
+    for i in range(0, len(blocks), step):
+        part = blocks[i : i + step]
+        in_one_word[i : i + step] = ~is_break[part].any(1) | is_space[part].all(1)
     if not in_one_word.any():  # most text
         return documents
-    parts, start = [], 0
-    for document in split_at_nul(documents):
-        end = start + len(document)
-        has_one = in_one_word[start // half : end // half + 1].any()
-        parts.append(_cut_long_runs(document) if has_one else document)
-        start = end + 1
+    parts = []
+    for match in re.finditer(rb"[^\0]+", documents):
+        has_one = in_one_word[match.start() // half : match.end() // half + 1].any()
+        parts.append(_cut_long_runs(match[0]) if has_one else match[0])
     return b"\0".join(parts)
 
 
 def _cut_long_runs(document: bytes) -> bytes:
     text = document.decode()
     kinds = _character_kinds()[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
-    ends = np.append(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1, len(text))
-    sizes = np.diff(ends, prepend=0)
-    is_long = sizes > LONG_RUN
-    cuts = [
-        cut
-        for end, size in zip(ends[is_long].tolist(), sizes[is_long].tolist(), strict=True)
-        for cut in range(end - size + LONG_RUN, end, LONG_RUN)
-    ]
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(text)]
+    cuts = [cut for a, b in pairwise(edges) for cut in range(a + LONG_RUN, b, LONG_RUN)]
     return "\0".join(text[a:b] for a, b in pairwise([0, *cuts, len(text)])).encode()
 
 
 @cache
 def _byte_kinds() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Mark the bytes that surely end a word, and those that may be part of white space, (256,)."""
+    """Return a mask of the bytes that end a word, and one of those in white space, (256,)."""
     spaces = "".join(filter(str.isspace, map(chr, range(0x3001))))
     is_break, is_space = np.zeros((2, 256), np.bool_)
     is_break[[0, *b" \t\n\v\f\r"]] = True

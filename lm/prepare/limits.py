@@ -2,5 +2,5 @@
 
 CHUNK_BYTES = 1 << 22
 SEARCH_BYTES = 1 << 16  # read at once where only the next separator is sought
-HEAD_BYTES = 1 << 13  # decide whether a file is what its suffix says
+HEAD_BYTES = 1 << 13  # which can contradict the suffix of a file
 MAX_DOCUMENT_BYTES = 1 << 26

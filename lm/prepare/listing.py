@@ -1,10 +1,10 @@
-"""Which files lie in a folder: as DVC watches it, or as a listing names them in its place.
+"""The files of a folder, as DVC watches it or as a listing names them.
 
     python -m lm.prepare.listing /data/corpus corpus.listing      then data.path: corpus.listing
 
 A listing is for a folder too large to be hashed. It names every file with its size and time of
-change, and nothing is read through it unless they still are as it says. The text itself is hashed
-where it is read: by the key of its shard.
+change, and nothing is read through it unless they are the same. The text itself is hashed where it
+is read: for the key of its shard.
 """
 
 import json
@@ -42,20 +42,18 @@ def write_listing(root: Path, file: Path) -> int:
 
 def listed_folder(file: Path) -> Path:
     """Return the folder that a listing describes. Raises InputError if it is not as it was."""
-    listing = read_json(file, MAX_BYTES)
-    kinds = {"format": int, "root": str, "files": dict}
-    if not isinstance(listing, dict) or any(
-        not isinstance(listing.get(key), kind) for key, kind in kinds.items()
-    ):
-        raise InputError(
-            f"{file}: not a listing; make one by python -m lm.prepare.listing FOLDER {file}"
-        )
-    root = Path(listing["root"])
+    match read_json(file, MAX_BYTES):
+        case {"format": int(), "root": str(folder), "files": dict(listed)}:
+            root = Path(folder)
+        case _:
+            raise InputError(
+                f"{file}: not a listing; make one by python -m lm.prepare.listing FOLDER {file}"
+            )
     if not root.is_dir():
         raise InputError(f"{file}: lists {root}, which is no folder here; make it again")
     found, again = _found(root), f"make it again: python -m lm.prepare.listing {root} {file}"
-    for name in sorted(found.keys() | listing["files"].keys()):
-        before, now = listing["files"].get(name), found.get(name)
+    for name in sorted(found.keys() | listed.keys()):
+        before, now = listed.get(name), found.get(name)
         if before != now:
             what = "is gone" if now is None else "is new" if before is None else "has changed"
             raise InputError(f"{root / name}: {what} since {file} was made; {again}")
@@ -73,10 +71,10 @@ def _found(root: Path) -> dict[str, Any]:
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[Entry]]]:
-    """Return each folder from `root` down with its entries; enter none that is taken out.
+    """Yield each folder from `root` down with its entries; the caller may remove some of these.
 
-    Hidden folders and links are not entered. Raises OSError for a folder that cannot be read:
-    passed over, its text would be missing in silence.
+    Enters no hidden folder and no link. Raises OSError for a folder that cannot be read, which
+    other walks pass over in silence.
     """
     folders = [str(root)]
     while folders:
@@ -88,7 +86,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[Entry]]]:
 
 
 def is_file(entry: Entry) -> bool:
-    """Return whether it is a file or leads to one; a link in a circle leads nowhere."""
+    """Return whether an entry is a file or leads to one; a link in a circle leads nowhere."""
     return Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()
 
 
@@ -97,16 +95,16 @@ def visible(entries: list[Entry]) -> Iterator[Entry]:
     return (entry for entry in entries if not entry.name.startswith("."))
 
 
-# --- what DVC watches -------------------------------------------------------------------
+# --- the files that DVC watches ---------------------------------------------------------
 
 
 def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
-    """Return what DVC watches in a folder, but for hidden entries; count in `left_out` the rest.
+    """Yield the entries that DVC watches, except hidden ones; count the others in `left_out`.
 
-    Raises InputError for what DVC refuses without naming the file or the cure.
+    Raises InputError for an entry that DVC refuses without naming it or the cure.
     """
     path = _absolute(root)
-    inside = path.is_relative_to(Path.cwd())  # elsewhere it hides nothing
+    inside = path.is_relative_to(Path.cwd())  # elsewhere DVC hides nothing
     ignores = _ignores(path) if inside else None
     for folder, entries in walk(root):
         names = {entry.name for entry in entries}
@@ -117,7 +115,7 @@ def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
             kept = set(chain(*ignores(folder, folders, list(names.difference(folders)))))
             entries[:] = [entry for entry in entries if entry.name in kept]
         elif inside and ".dvc" in names:
-            entries.clear()  # a DVC project of its own
+            entries.clear()  # another DVC project
         left_out["hidden from DVC"] += n_visible - sum(1 for _ in visible(entries))
         for entry in entries:
             try:
@@ -136,7 +134,7 @@ def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
 
 
 def is_hidden_from_dvc(file: Path) -> bool:
-    """Return whether DVC, when it hashes a folder above, passes over this file."""
+    """Return whether DVC passes over this file when it hashes a folder above."""
     folder = _absolute(file.parent)
     ignores = _ignores(folder) if folder.is_relative_to(Path.cwd()) else None
     return ignores is not None and not any(ignores(str(folder), [], [file.name]))
@@ -147,9 +145,8 @@ def _absolute(path: Path) -> Path:
 
 
 def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
-    """Return DVC's own filter, if anything above a folder hides some of it from DVC."""
-    project = Path.cwd()
-    parts = path.relative_to(project).parts
+    """Return DVC's own filter, or None if nothing above a folder hides a part of it from DVC."""
+    parts = path.relative_to(Path.cwd()).parts
     above = [path, *path.parents][: len(parts) + 1]
     is_nested = any((folder / ".dvc").exists() for folder in above[:-1])
     lines = chain.from_iterable(
@@ -157,14 +154,14 @@ def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
         for folder in above
         if (file := folder / ".dvcignore").is_file()
     )
-    # as /.venv: what is hidden is left out anyhow
+    # lines such as /.venv matter in a hidden folder alone: hidden entries are never read
     idle = ("#",) if any(part.startswith(".") for part in parts) else ("#", "/.")
     if not is_nested and all(not line.strip() or line.startswith(idle) for line in lines):
         return None
-    from dvc.fs import localfs  # takes time, as each name does then: only where it is needed
+    from dvc.fs import localfs  # takes a second
     from dvc.ignore import DvcIgnoreFilter
 
-    ignores: Callable[..., tuple[list[str], list[str]]] = DvcIgnoreFilter(localfs, str(project))
+    ignores: Callable[..., tuple[list[str], list[str]]] = DvcIgnoreFilter(localfs, str(Path.cwd()))
     return ignores
 
 

@@ -1,4 +1,4 @@
-"""What readers give: records, each the UTF-8 text of a document or the reason why it has none."""
+"""Readers and their records: the UTF-8 text of a document, or the reason why there is none."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,6 @@ from lm.prepare import limits
 from lm.prepare.file_bytes import chunks
 
 WHOLE = -1  # the offset of a bad record that is the whole file
-LEAVE_OUT = "or leave it out (data.glob, data.on_bad_document: skip)"
 CONVERT = "convert the file, leave it out, or set data.encoding_errors: replace"
 
 
@@ -25,15 +24,15 @@ class ReadOptions:
 
 
 class Found(NamedTuple):
-    """A record's text. It begins at this byte of the file, or is this row."""
+    """A record with text. `offset` is its first byte in the file, its row or its line."""
 
     offset: int
     data: bytes
-    replaced: int = 0  # characters put in place of what is not UTF-8
+    replaced: int = 0  # characters put in place of bytes that are no text
 
 
 class Bad(NamedTuple):
-    """A record without text: why, in words to count by, and in a message."""
+    """A record without text: the reason, as it is counted, and a message."""
 
     offset: int
     reason: str
@@ -41,7 +40,7 @@ class Bad(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """What is no part of the text and no document either: it is counted."""
+    """A part of a file that belongs to no document and is only counted."""
 
     reason: str
 
@@ -50,14 +49,13 @@ Records = Iterator[Found | Bad | Dropped]
 
 
 class Reader(ABC):
-    """A file of one format: a stretch of it to its records.
+    """A file of one format, read in stretches.
 
-    A stretch begins with a record, and the stretches of a file give every record once. What
-    `start`, `stop` and offsets count is the format's own: bytes, rows or lines.
+    A stretch begins with a record, and the stretches of a file give every record once. The unit of
+    `start`, `stop` and offsets is the format's own: bytes, rows or lines.
     """
 
-    what: str  # becomes a document, with {} for data.text_field
-    is_cut_by_separator = False  # data.separator says where a record ends
+    description: str  # of its records, with {} for data.text_field
 
     def __init__(self, file: Path, options: ReadOptions):
         self.file, self.options = file, options
@@ -68,23 +66,27 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, start: int = 0, stop: int | None = None) -> Records:
-        """Return the records of the stretch from `start`; the next one starts at `stop`."""
+        """Yield the records of the stretch from `start` to before `stop`."""
 
     def content(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """Return the bytes of the file that decide the records of a stretch."""
+        """Yield the bytes of the file that decide the records of a stretch."""
         with open(self.file, "rb") as stream:
             stream.seek(start)
             yield from chunks(stream, None if stop is None else stop - start)
 
+    def place(self, offset: int) -> str:
+        """Return the place of the record at an offset, in words that help to find it."""
+        return str(self.file) if offset == WHOLE else self.name(offset)
+
     @abstractmethod
     def name(self, offset: int) -> str:
-        """Return the record at an offset in words that help to find it."""
+        """Return the same for a record that is not the whole file."""
 
 
 def checked(offset: int, data: bytes, options: ReadOptions, base: int | None = None) -> Found | Bad:
-    """Return a record if its bytes are text; `base` says where in the file they begin.
+    """Return a record if its bytes are text; `base` is the place of the first in the file.
 
-    A NUL byte is UTF-8 but no text: it marks UTF-16, a binary file, or zeros after a crash.
+    A NUL byte is UTF-8 but no text: it comes of UTF-16, a binary file, or a crash.
     """
     if len(data) > limits.MAX_DOCUMENT_BYTES:
         return too_long(offset)
@@ -97,27 +99,24 @@ def checked(offset: int, data: bytes, options: ReadOptions, base: int | None = N
     if bad < 0:
         return Found(offset, data)
     if options.replace:
-        return Found(offset, *_replaced(data))
+        made = data.decode("utf-8", "replace").replace("\0", "\ufffd").encode()
+        mark = "\ufffd".encode()
+        return Found(offset, made, made.count(mark) - data.count(mark))
     where = f"offset {bad} of its text" if base is None else f"offset {base + bad}"
     return Bad(offset, what, f"byte 0x{data[bad]:02x} at {where} is {what}; {CONVERT}")
 
 
-def _replaced(data: bytes) -> tuple[bytes, int]:
-    """Return bytes with U+FFFD in place of what is no text, and how many were put in."""
-    made = data.decode("utf-8", "replace").replace("\0", "\ufffd").encode()
-    return made, made.count(b"\xef\xbf\xbd") - data.count(b"\xef\xbf\xbd")
-
-
 def too_long(offset: int) -> Bad:
-    """Return the record that memory does not hold."""
-    remedy = "cut it into several, by data.separator or, in a .jsonl file, by lines"
+    """Return a record that is longer than limits.MAX_DOCUMENT_BYTES."""
     limit = f"a document longer than {limits.MAX_DOCUMENT_BYTES >> 20} MiB"
+    remedy = "cut it into several, by data.separator or, in a .jsonl file, by lines"
     return Bad(offset, "too long", f"{limit}; {remedy}")
 
 
 def not_one(name: str, names: Sequence[str]) -> str | None:
-    """Return what is wrong if a table has not one column of this name."""
-    count = names.count(name)
-    if count == 0:
-        return f"no column '{name}' (has: {', '.join(names)[:200]})"
-    return f"{count} columns '{name}'" if count > 1 else None
+    """Return an error message unless a table has exactly one column of this name."""
+    if (count := names.count(name)) == 1:
+        return None
+    problem = f"{count} columns" if count else "no column"
+    has = "" if count else f" (has: {', '.join(names)[:200]})"
+    return f"{problem} '{name}'{has}; name one in data.text_field"

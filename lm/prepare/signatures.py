@@ -1,11 +1,15 @@
-"""What a file is by its first bytes, which can contradict its suffix."""
+"""Signatures: the first bytes of a file, which can contradict its suffix."""
 
 import re
+from collections.abc import Container
 
 import orjson
 
+from lm.prepare.records import WHOLE, Bad
+
+LEAVE_OUT = "or leave it out (data.glob, data.on_bad_document: skip)"
 MARK = b"\xef\xbb\xbf"  # U+FEFF at the beginning of a file: says UTF-8, is no text
-PACKED = (  # what a file is by the bytes at an offset, and what to do with it
+PACKED = (  # an offset, the bytes there, what the file is and what to do with it
     (0, b"PK\x03\x04", "a zip archive, not text; unpack it"),
     (257, b"ustar", "a tar archive, not text; unpack it"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive, not text; unpack it"),
@@ -24,26 +28,31 @@ PACKED = (  # what a file is by the bytes at an offset, and what to do with it
     (0, b"\xff\xd8\xff", "a picture, not text; take it away"),
     (0, b"GIF8", "a picture, not text; take it away"),
 )
-JSON = {  # what JSON may be that is no line of an object each
+JSON = {  # kinds of JSON that are not an object a line
     "lines": "JSON lines, not text; name it .jsonl",
     "array": "a JSON array; write an object a line (jq -c '.[]')",
     "value": "JSON over several lines, not an object a line; convert it (jq -c .)",
-    "notebook": "a notebook; convert it (jupyter nbconvert --to script)",
 }
 
 
-def packed_kind(head: bytes, is_compressed: bool) -> str | None:
-    """Return what a file is that holds no text as it stands, and what to do with it."""
+def foreign(head: bytes, is_compressed: bool, wrong_json: Container[str | None]) -> Bad | None:
+    """Return the whole file as one bad record if its first bytes are of a format without text.
+
+    `wrong_json` are the kinds of JSON, keys of JSON, that are not for the file's own format.
+    """
     for offset, signature, what in PACKED:
         if head.startswith(signature, offset):
             if is_compressed and what.startswith("compressed"):
-                return "compressed twice, not text; decompress it"
-            return what
-    return None
+                what = "compressed twice, not text; decompress it"
+            return Bad(WHOLE, "not text", f"{what} {LEAVE_OUT}")
+    kind = _json_kind(head)
+    if kind is None or kind not in wrong_json:
+        return None
+    return Bad(WHOLE, "raw JSON", f"{JSON[kind]} {LEAVE_OUT}")
 
 
-def json_kind(head: bytes) -> str | None:
-    """Return what the first bytes of a file begin: lines, an array of objects, another value."""
+def _json_kind(head: bytes) -> str | None:
+    """Return the kind of JSON that begins here, a key of JSON, or None."""
     text = head.removeprefix(MARK).lstrip()
     if re.match(rb'\[\s*\{\s*"', text):
         return "array"

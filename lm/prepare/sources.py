@@ -1,11 +1,10 @@
-"""Which files are the user's text: those of data.path and data.sources, sorted by path.
+"""The files of the user's text: data.path and data.sources.
 
-The order is fixed: sources as params.yaml lists them, files by path. What is not read is counted.
+The order is fixed: sources as params.yaml lists them, files by path. Files left out are counted.
 """
 
 import re
 from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -100,10 +99,10 @@ class SourceFiles(NamedTuple):
 
 
 def find_sources(config: DataConfig) -> list[SourceFiles]:
-    """Return the sources with their files: those that DVC watches, but for hidden ones.
+    """Return the sources with their files: all that DVC watches, except hidden ones.
 
-    Raises InputError when there is no file, and for what is neither a file nor a folder: reading a
-    pipe or a device need never end, and what lies behind a link to a folder DVC does not watch.
+    Raises InputError when there is no file, and for a pipe, a device or a link to a folder: reading
+    the first two may never end, and DVC does not watch the files behind the third.
     """
     separator = None if config.separator is None else config.separator.encode()
     options = ReadOptions(
@@ -125,7 +124,7 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
         what = "a file; data.sources needs the folder they are in"
         raise InputError(f"data.path = {root}: {what if root.exists() else 'no such folder'}")
     if not is_listed:
-        # all of it is DVC's to hash, whatever is read
+        # DVC hashes the whole folder, whatever is read of it
         deque(listing.watched(root, Counter()), maxlen=0)
     found = []
     for name, source in config.sources.items():
@@ -140,9 +139,9 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
                 f"{key} = {within}: a link to a folder, which DVC does not watch; name the folder "
                 "itself"
             )
-        is_pattern = not (root / within).exists() and set("*?[") & set(source.path)
         if not is_listed and listing.is_hidden_from_dvc(root / within):
             raise InputError(f"{key} = {within}: hidden from DVC by .dvcignore or a nested project")
+        is_pattern = not (root / within).exists() and set("*?[") & set(source.path)
         folder, pattern = (root, source.path) if is_pattern else (root / within, config.glob)
         files, left_out = _files(folder, pattern, key, source.path, is_listed)
         own_options = replace(options, text_field=source.text_field)
@@ -151,7 +150,7 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
 
 
 def text_root(config: DataConfig) -> Path:
-    """Return what data.path names: a file or a folder, or the folder behind a listing."""
+    """Return the file or folder of data.path, or the folder behind a listing."""
     path = Path(config.path)
     return listing.listed_folder(path) if path.suffix == listing.SUFFIX and path.is_file() else path
 
@@ -162,33 +161,33 @@ def find_files(config: DataConfig) -> list[Path]:
 
 
 def weights(config: DataConfig) -> dict[str, float | None]:
-    """Return each source's share of the training windows; no file is looked at."""
+    """Return each source's share of the training windows, without a look at any file."""
     if config.sources is None:
         return {"text": None}
     return {name: source.weight for name, source in config.sources.items()}
 
 
 def in_words(left_out: Counter[str]) -> str:
-    """Return what is not read, and why, in words."""
+    """Return in words how much is not read, by reason."""
     return "; ".join(f"{reason}: {count:,}" for reason, count in sorted((+left_out).items()))
 
 
 def _files(
     path: Path, pattern: str, key: str, value: str, is_listed: bool
 ) -> tuple[list[Path], Counter[str]]:
-    """Return the file, or those of the folder that match, and how many are left out, by reason.
+    """Return the file, or the matching files of the folder, and the number left out, by reason.
 
-    `key` = `value` is the setting to blame. What a listing names DVC need not watch.
+    `key` = `value` is the setting to blame. DVC need not watch the files of a listing.
     """
     left_out: Counter[str] = Counter()
     if path.is_file():
         if _is_of_dvc(path.name):
             raise InputError(f"{key} = {value}: a file of DVC's own; name the text it stands for")
         return [path], left_out
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{key} = {value}: a pipe or a device; name a file or a folder")
     if not path.is_dir():
-        raise InputError(f"{key} = {value}: no such file or folder{_advice(value)}")
+        kind = "a pipe or a device; name a file or a folder"
+        problem = kind if path.exists() else f"no such file or folder{_advice(value)}"
+        raise InputError(f"{key} = {value}: {problem}")
     pattern_key = key if pattern == value else "data.glob"
     wanted = PurePosixPath(pattern).parts
     if not wanted or wanted[0] == "/" or any("**" in part and part != "**" for part in wanted):
@@ -202,32 +201,28 @@ def _files(
     for entry in listed if is_listed else listing.watched(path, left_out):
         if entry.is_dir(follow_symlinks=False):
             continue
-        if not _matches(entry.path[at:].split("/"), wanted):
-            if entry.is_symlink() and Path(entry.path).is_dir():
-                left_out["links to folders"] += 1
-            continue
-        if not listing.is_file(entry):
+        if not _matches(tuple(entry.path[at:].split("/")), wanted):
+            left_out["links to folders"] += entry.is_symlink() and Path(entry.path).is_dir()
+        elif not listing.is_file(entry):
             raise InputError(
                 f"{entry.path}: a pipe, a device, a broken link or a link to a folder; take it "
                 "away or leave it out by data.glob"
             )
-        if _is_of_dvc(entry.name):
+        elif _is_of_dvc(entry.name):
             left_out["files of DVC's own"] += 1
         else:
             (links if entry.is_symlink() else texts).append(entry.path)
-    if links:
-        different = _different(sorted(links), texts)
-        left_out["links to a text that is read already"] = len(links) - len(different)
-        texts += different
-    if not texts:
+    different = _different(sorted(links), texts)
+    left_out["links to a text that is read already"] = len(links) - len(different)
+    if not texts + different:
         hint = "; braces have no meaning, use data.sources" if "{" in pattern else ""
         hint += f"; not read: {in_words(left_out)}" if +left_out else ""
         raise InputError(f"{key} = {value}: no file matches {pattern_key} = {pattern}{hint}")
-    return [Path(text) for text in sorted(texts)], left_out
+    return [Path(text) for text in sorted(texts + different)], left_out
 
 
 def _advice(value: str) -> str:
-    """Return what to do about a data.path that names nothing."""
+    """Return a hint for a data.path that names nothing."""
     if set("*?[") & set(value):
         return "; a pattern goes into data.glob"
     if value.startswith("~"):
@@ -240,36 +235,35 @@ def _advice(value: str) -> str:
     return ""
 
 
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     """Return whether a path matches a pattern, in which ** stands for any number of folders."""
-    parts, pattern = list(parts), list(pattern)
-    while pattern and pattern[-1] != "**":  # from the end, where most are decided at once
-        if not parts or not fnmatchcase(parts.pop(), pattern.pop()):
-            return False
-    reached = {0}  # how many parts the pattern so far can stand for
-    for wanted in pattern:
-        if wanted == "**":
-            reached = set(range(min(reached), len(parts) + 1))
-        else:
-            inside = (i for i in reached if i < len(parts))
-            reached = {i + 1 for i in inside if fnmatchcase(parts[i], wanted)}
-        if not reached:
-            return False
-    return len(parts) in reached
+    match pattern:  # from the end, where most are decided at once
+        case ("**",):
+            return True
+        case (*rest, "**", "**"):
+            return _matches(parts, (*rest, "**"))
+        case (*rest, "**"):
+            return any(_matches(parts[:i], tuple(rest)) for i in range(len(parts) + 1))
+        case (*rest, last):
+            found = bool(parts) and fnmatchcase(parts[-1], last)
+            return found and _matches(parts[:-1], tuple(rest))
+        case _:
+            return not parts
 
 
 def _is_of_dvc(name: str) -> bool:
-    """Return whether DVC keeps a file of this name beside what it tracks."""
+    """Return whether a file of this name is DVC's own."""
     return name.endswith(".dvc") or name in ("dvc.yaml", "dvc.lock")
 
 
-def _different(links: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Return the links that lead to no text that is read already, each of them once.
+def _different(links: list[str], texts: list[str]) -> list[str]:
+    """Return the links that lead to no text that is read already, each text once.
 
-    Links into a cache of DVC are its way to store a copy (cache.type): as many as there are.
+    DVC may store equal copies as links to one file in its cache (cache.type): these all count.
     """
-    seen = set(map(_identity, texts))
-    different = []
+    if not links:
+        return []
+    seen, different = {_identity(text) for text in texts}, []
     for link in links:
         identity = _identity(link)
         if identity not in seen or "/files/md5/" in str(Path(link).readlink()):

@@ -1,4 +1,4 @@
-"""The same work on many items by several processes, with the results in the order of the items."""
+"""Map a function over items by several processes; results come in the order of the items."""
 
 import multiprocessing
 import os
@@ -27,40 +27,36 @@ def number_of_workers(wanted: int | None) -> int:
 def ordered_map(
     work: Callable[[Item], Result], items: Iterable[Item], num_workers: int
 ) -> Generator[Result, None, None]:
-    """Return work(item) for each item, in their order; one worker is this process itself.
+    """Yield work(item) for each item, in their order; one worker is this process itself.
 
-    Raises what `work` raises, EnvironmentFault if a process was killed, and Interrupted at SIGTERM;
-    then, and when it is closed, no process goes on. Whoever may fail between two results closes it.
+    Raises errors of `work`, EnvironmentFault if a process was killed, and Interrupted at SIGTERM;
+    all processes end then, and when the generator is closed. Use it in `closing` if you may fail
+    between two results.
     """
+    # a fork has all that this process has imported and opened; it is safe on Linux alone
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with sigterm_raises():
         if num_workers == 1:
             yield from map(work, items)
-        else:
-            yield from _by_processes(work, items, num_workers)
-
-
-def _by_processes(
-    work: Callable[[Item], Result], items: Iterable[Item], num_workers: int
-) -> Generator[Result, None, None]:
-    # a forked process has what this one has imported and opened; elsewhere forks are not safe
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(num_workers, context, _begin) as pool:
-        try:
-            futures = deque(pool.submit(work, item) for item in items)
-            while futures:
-                yield futures.popleft().result()
-        except BaseException as error:
-            for worker in multiprocessing.active_children():
-                worker.kill()  # they ignore the SIGTERM that the pool sends them
-            if not isinstance(error, BrokenProcessPool):
-                raise
-            raise EnvironmentFault(
-                "a worker process was killed, perhaps for want of memory; lower runtime.num_workers"
-            ) from None
+            return
+        with ProcessPoolExecutor(num_workers, context, _begin) as pool:
+            try:
+                futures = deque(pool.submit(work, item) for item in items)
+                while futures:
+                    yield futures.popleft().result()
+            except BaseException as error:
+                for worker in multiprocessing.active_children():
+                    worker.kill()  # they ignore the SIGTERM that the pool sends them
+                if not isinstance(error, BrokenProcessPool):
+                    raise
+                raise EnvironmentFault(
+                    "a worker process was killed, perhaps for want of memory; lower "
+                    "runtime.num_workers"
+                ) from None
 
 
 def _begin() -> None:
-    """Ignore signals, which are for the parent; end when the parent ends."""
+    """Ignore signals, which the parent handles; end when the parent ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()

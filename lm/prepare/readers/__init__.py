@@ -1,7 +1,7 @@
 """The formats of text files, by suffix: a new one is a new file in this folder, with READERS.
 
-The suffix says what a file should be. Its first bytes can only contradict: then the file is one bad
-record, so that nothing becomes text that a person would not call text.
+The suffix decides the format. The first bytes of a file can only contradict it: then the file is
+one bad record, so that nothing becomes text that a person would not call text.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ for module in iter_modules(__path__):
 
 
 def suffix_of(file: Path) -> str:
-    """Return the suffix that says what a file is, in small letters, as .txt or .txt.gz."""
+    """Return the suffix in small letters, with that of its compression, as .txt or .txt.gz."""
     packed = file.suffix if compression(file) else ""
     return (Path(file.stem).suffix + packed if packed else file.suffix).lower()
 

@@ -1,23 +1,22 @@
-"""JSON lines, and other JSON to say what is wrong with it."""
+"""JSON lines, and other JSON in order to refuse it with the reason."""
 
 import json
+from collections.abc import Container
 
 import orjson
 
 from lm.prepare.readers.text import Text
-from lm.prepare.records import Bad, Found, ReadOptions, checked
-from lm.prepare.signatures import json_kind
+from lm.prepare.records import WHOLE, Bad, Found, ReadOptions, checked
+from lm.prepare.signatures import LEAVE_OUT
 
 
 class JsonLines(Text):
     """One JSON object a line, the text in one of its fields."""
 
-    what = "JSON lines, field {}"
-    is_cut_by_separator = False
+    description = "JSON lines, field {}"
+    is_plain = False
     name_mark = ":"
-
-    def wrong_json(self, head: bytes) -> str | None:
-        return None  # each line is judged
+    wrong_json: Container[str | None] = ()  # each line is judged
 
     def separator(self) -> bytes:
         return b"\n"
@@ -37,23 +36,22 @@ class JsonLines(Text):
 class Json(JsonLines):
     """JSON lines, unless the content is one value over several lines."""
 
-    def wrong_json(self, head: bytes) -> str | None:
-        kind = json_kind(head)
-        return kind if kind in ("array", "value") else None
+    wrong_json = ("array", "value")
 
 
 class Notebook(Text):
     """Code and prose in JSON: one bad record."""
 
-    what = "no text: notebook"
-    is_cut_by_separator = False
+    description = "no text: notebook"
+    is_plain = False
 
-    def wrong_json(self, head: bytes) -> str | None:
-        return "notebook"
+    def foreign(self, head: bytes) -> Bad | None:
+        convert = "a notebook; convert it (jupyter nbconvert --to script)"
+        return Bad(WHOLE, "raw JSON", f"{convert} {LEAVE_OUT}")
 
 
 def _unusual_line(offset: int, data: bytes, options: ReadOptions) -> Found | Bad:
-    """Judge by the standard library a line in which no text was found at first sight."""
+    """Read a line in which orjson found no text; return it or the reason why it has none."""
     line = checked(offset, data, options, base=offset)
     if isinstance(line, Bad):
         return line
@@ -70,9 +68,9 @@ def _unusual_line(offset: int, data: bytes, options: ReadOptions) -> Found | Bad
         return Bad(offset, "no text", f"field '{field}' is not text; name one in data.text_field")
     # JSON can spell half a surrogate pair; its bytes are not UTF-8
     found = checked(offset, record[field].encode("utf-8", "surrogatepass"), options)
-    return (
-        found if isinstance(found, Bad) else found._replace(replaced=found.replaced + line.replaced)
-    )
+    if isinstance(found, Bad):
+        return found
+    return found._replace(replaced=found.replaced + line.replaced)
 
 
 READERS = {

@@ -1,6 +1,7 @@
 """Tables as text: comma-separated and tab-separated values."""
 
 import csv
+from collections.abc import Iterator
 from io import BufferedReader, TextIOWrapper
 
 from lm.base.errors import InputError
@@ -12,40 +13,46 @@ from lm.prepare.records import WHOLE, Bad, Records, checked, not_one
 class CommaSeparated(Text):
     """A table whose first line names the columns, the text in one of them."""
 
-    what = "table, column {}"
-    is_cut_by_separator = False
+    description = "table, column {}"
+    is_plain = False
     delimiter = ","
-
-    def wrong_json(self, head: bytes) -> str | None:
-        return None
+    wrong_json = ()
 
     def starts(self, size: int) -> list[int]:
-        return [0]  # which line breaks end a row is only known from the beginning
+        return [0]  # line breaks within quotes end no row, and quotes count from the beginning
 
     def read_on(self, stream: BufferedReader, start: int, stop: int | None) -> Records:
-        """Return the rows below the names; the offset of each is its first line, from 1."""
+        """Yield the rows below the names; the offset of each is its first line, from 1."""
         csv.field_size_limit(limits.MAX_DOCUMENT_BYTES)
-        with TextIOWrapper(stream, "utf-8", "surrogateescape", newline="") as lines:  # bytes as is
-            short = _ShortRows(lines)
-            rows = csv.reader(short, delimiter=self.delimiter, strict=True)
-            line = 1
+        held, line = 0, 1  # of the row that is being read: its characters, its first line
+
+        def lines() -> Iterator[str]:
+            nonlocal held
+            while text := wrapper.readline(limits.MAX_DOCUMENT_BYTES + 1):
+                held += len(text)
+                if held > limits.MAX_DOCUMENT_BYTES:
+                    raise csv.Error(f"a row longer than {limits.MAX_DOCUMENT_BYTES >> 20} MiB")
+                yield text
+
+        with TextIOWrapper(
+            stream, "utf-8", "surrogateescape", newline=""
+        ) as wrapper:  # bytes as is
+            rows = csv.reader(lines(), delimiter=self.delimiter, strict=True)
             try:
                 names = next(rows, [])
-                problem = not_one(self.options.text_field, names)
-                if problem is not None:
-                    yield Bad(WHOLE, "no text", f"{problem}; name one in data.text_field")
+                if problem := not_one(self.options.text_field, names):
+                    yield Bad(WHOLE, "no text", problem)
                     return
-                column, line = names.index(self.options.text_field), rows.line_num + 1
-                short.held = 0
+                column = names.index(self.options.text_field)
+                held, line = 0, rows.line_num + 1
                 for row in rows:
-                    short.held = 0
                     if len(row) == len(names):
                         text = row[column].encode("utf-8", "surrogateescape")
                         yield checked(line, text, self.options)
                     elif row:
                         lengths = f"length {len(row)}, the first has length {len(names)}"
                         yield Bad(line, "no text", f"a row of {lengths}")
-                    line = rows.line_num + 1
+                    held, line = 0, rows.line_num + 1
             except csv.Error as error:
                 raise InputError(f"{self.file}:{line}: not a row of a table ({error})") from None
 
@@ -57,25 +64,6 @@ class TabSeparated(CommaSeparated):
     """The same with tabs."""
 
     delimiter = "\t"
-
-
-class _ShortRows:
-    """Lines for a reader of rows, so that memory holds no row that is longer than a document."""
-
-    def __init__(self, lines: TextIOWrapper):
-        self.lines, self.held = lines, 0  # characters of the row that is being read
-
-    def __iter__(self) -> "_ShortRows":
-        return self
-
-    def __next__(self) -> str:
-        line = self.lines.readline(limits.MAX_DOCUMENT_BYTES + 1)
-        self.held += len(line)
-        if self.held > limits.MAX_DOCUMENT_BYTES:
-            raise csv.Error(f"a row longer than {limits.MAX_DOCUMENT_BYTES >> 20} MiB")
-        if not line:
-            raise StopIteration
-        return line
 
 
 READERS = {".csv": CommaSeparated, ".tsv": TabSeparated}

@@ -1,48 +1,41 @@
-"""Plain text, and what formats made of lines share with it."""
+"""Plain text, and the base of the formats made of lines."""
 
+from collections.abc import Container
 from io import BufferedReader
 from itertools import takewhile
 
 from lm.prepare import limits
-from lm.prepare.file_bytes import compression, opened
-from lm.prepare.records import (
-    LEAVE_OUT,
-    WHOLE,
-    Bad,
-    Dropped,
-    Found,
-    Reader,
-    Records,
-    checked,
-    too_long,
-)
-from lm.prepare.separators import next_record, split_at
-from lm.prepare.signatures import JSON, MARK, json_kind, packed_kind
+from lm.prepare.file_bytes import chunks, compression, next_record, opened, split_at
+from lm.prepare.records import Bad, Dropped, Found, Reader, Records, checked, too_long
+from lm.prepare.signatures import MARK, foreign
 
 
 class Text(Reader):
-    """Plain text: one record a file, or what lies between the separators."""
+    """Plain text: one record a file, or several between separators."""
 
-    what = "text"
-    is_cut_by_separator = True
+    description = "text"
+    is_plain = True  # data.separator ends a record
     name_mark = "#"  # before the number of a record
+    wrong_json: Container[str | None] = ("lines", "array")  # see signatures.foreign
 
     def separator(self) -> bytes | None:
-        """Return what stands between two records."""
+        """Return the bytes between two records."""
         return self.options.separator
 
     def foreign(self, head: bytes) -> Bad | None:
         """Return the whole file as one bad record if its first bytes are not of this format."""
-        packed = packed_kind(head, bool(compression(self.file)))
-        if packed is not None:
-            return Bad(WHOLE, "not text", f"{packed} {LEAVE_OUT}")
-        wrong = self.wrong_json(head)
-        return None if wrong is None else Bad(WHOLE, "raw JSON", f"{JSON[wrong]} {LEAVE_OUT}")
+        return foreign(head, bool(compression(self.file)), self.wrong_json)
 
-    def wrong_json(self, head: bytes) -> str | None:
-        """Return the kind of JSON, a key of JSON, that is not for this format."""
-        kind = json_kind(head)
-        return kind if kind in ("lines", "array") else None
+    def holds(self, part: bytes) -> bool:
+        """Return whether some bytes stand anywhere in the file."""
+        rest = b""
+        with opened(self.file, self.options.max_expansion) as stream:
+            for chunk in chunks(stream):
+                rest += chunk
+                if part in rest:
+                    return True
+                rest = rest[max(0, len(rest) - len(part) + 1) :]
+        return False
 
     def starts(self, size: int) -> list[int]:
         separator = self.separator()
@@ -54,17 +47,16 @@ class Text(Reader):
                 return found
             while (wanted := (found[-1] // size + 1) * size) < end:
                 found.append(next_record(stream, separator, wanted))
-        return found if found[-1] < end else found[:-1] or [0]
+        return found if found[-1] < end else found[:-1]
 
     def read(self, start: int = 0, stop: int | None = None) -> Records:
         with opened(self.file, self.options.max_expansion) as stream:
-            if start:  # what is compressed has one stretch, and no way back
+            if start:  # never in a compressed file: it has one stretch
                 stream.seek(start)
             else:
                 head = stream.peek(limits.HEAD_BYTES)[: limits.HEAD_BYTES]
-                foreign = self.foreign(head)
-                if foreign is not None:
-                    yield foreign
+                if (refused := self.foreign(head)) is not None:
+                    yield refused
                     return
                 if head.startswith(MARK):
                     start = len(stream.read(len(MARK)))
@@ -72,10 +64,10 @@ class Text(Reader):
             yield from self.read_on(stream, start, stop)
 
     def read_on(self, stream: BufferedReader, start: int, stop: int | None) -> Records:
-        """Return the records from where the stream of a file stands, its byte `start`."""
+        """Yield the records from the present place of a stream on, byte `start` of the file."""
         separator = self.separator()
         if separator is None:
-            # a large buffer stays a memory mapping of its own, whatever it is cut to
+            # a large buffer remains a memory mapping, even when cut: first try a small one
             text = stream.read(limits.SEARCH_BYTES)
             if len(text) == limits.SEARCH_BYTES:
                 text += stream.read(limits.MAX_DOCUMENT_BYTES + 1 - limits.SEARCH_BYTES)
@@ -87,7 +79,7 @@ class Text(Reader):
                 yield record
 
     def record(self, offset: int, data: bytes) -> Found | Bad | None:
-        """Return what lies between two separators as a record; None if there is none."""
+        """Return the bytes between two separators as a record, or None if they hold none."""
         found = checked(offset, data, self.options, base=offset)
         if isinstance(found, Found):
             return found._replace(data=found.data.strip(b"\r\n"))  # they belong to the cut
