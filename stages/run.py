@@ -46,6 +46,7 @@ class Inputs:
         self._signatures: dict[Path, Signature] = {}  # of all watched files
         self._listings: list[tuple[Listing, list[Path]]] = []
         self._last_compared: list[Signature | None] = []  # signatures of code and params.yaml
+        self._last_edits = ""  # and what differed in them
 
     def section(self, kind: type[Config], name: str, **derived: Any) -> Config:
         """Return a section of params.yaml as its dataclass; see lm.base.config.read_section."""
@@ -100,11 +101,12 @@ class Inputs:
             edits = self._edits()
         except (InputError, OSError) as error:  # an editor may be writing it
             edits = str(error)
-        if edits:
+        if edits and edits != self._last_edits:  # signatures may be of a file half written
             say(
                 f"warning: {edits} has changed since the stage read it; it goes on as it began, "
                 "and nothing is published unless that is put back before the end"
             )
+        self._last_edits = edits
 
     def _edits(self) -> str:
         """Name the code and the settings that have changed since the stage read them."""
