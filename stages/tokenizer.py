@@ -1,10 +1,11 @@
-"""Stage tokenizer: data/tokenizer/tokenizer.json, learnt from the training split or taken over."""
+"""Stage tokenizer: write data/tokenizer/, learnt from the training split or made from a file."""
 
 import tempfile
 from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import assert_never
 
 from lm.base.config import RuntimeConfig
 from lm.base.console import say
@@ -30,19 +31,22 @@ def tokenizer(inputs: Inputs) -> None:
     inputs.watch_without_hashing(partial(find_files, data))
     found = split_documents(data, Counter())
     texts = islice((document.text for split, document in found if split == "train"), TRIED)
-    if config.kind == "bpe":
-        SCRATCH.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="lm-sample-", dir=SCRATCH) as folder:
-            sample = Path(folder) / "sample"
-            write_sample(data, config.sample_bytes, num_workers, sample)
-            result = train_bpe_large(sample.read_bytes(), config.vocab_size, config.end_token)
-    elif config.kind == "bytes":
-        result = byte_tokenizer(config.end_token)
-    elif config.kind == "tiktoken":
-        result = from_tiktoken(str(config.source), texts, config.end_token)
-    else:
-        source = OWN_TOKENIZERS / str(config.source)
-        result = foreign_tokenizer(source, texts, config.end_token)
+    match config.kind:
+        case "bpe":
+            SCRATCH.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="lm-sample-", dir=SCRATCH) as folder:
+                sample = Path(folder) / "sample"
+                write_sample(data, config.sample_bytes, num_workers, sample)
+                result = train_bpe_large(sample.read_bytes(), config.vocab_size, config.end_token)
+        case "bytes":
+            result = byte_tokenizer(config.end_token)
+        case "tiktoken":
+            result = from_tiktoken(str(config.source), texts, config.end_token)
+        case "file":
+            source = OWN_TOKENIZERS / str(config.source)
+            result = foreign_tokenizer(source, texts, config.end_token)
+        case other:
+            assert_never(other)
     inputs.check()
     result.save(TOKENIZER)
     if result.left_out:

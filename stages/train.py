@@ -1,4 +1,4 @@
-"""Stage train: the tokens to models/ and metrics/; resumes by itself where it was stopped."""
+"""Stage train: train a model on the tokens; resume where the run was stopped."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -78,7 +78,7 @@ def train_stage(inputs: Inputs) -> None:
 def _read(
     inputs: Inputs, asked: TrainConfig, device: torch.device, processes: Processes
 ) -> tuple[Plan, Tokens, Tokenizer]:
-    """Verify what the stage depends on; return the plan, the tokens and their tokenizer."""
+    """Open and verify the stage's inputs; return the plan, the tokens and their tokenizer."""
     inputs.watch(TOKENIZER, TOKENS)
     if asked.init_from is not None:
         inputs.watch(PRETRAINED / asked.init_from)
@@ -105,7 +105,7 @@ def _initialise(
 
 @dataclass
 class _Watched:
-    """The run as fit() needs it, with the forecast told and the inputs checked beside it."""
+    """A run for fit() that also forecasts its time and checks that its inputs are unchanged."""
 
     run: Run
     inputs: Inputs
@@ -122,11 +122,11 @@ class _Watched:
         return self.run.save_due
 
     def log(self, record: Record) -> None:
-        """Take in a finished step; after the first few say how long the rest will take."""
+        """Record a finished step; after the first few print the time to the end."""
         self.run.log(self.forecast.observe(record))
 
     def save(self) -> None:
-        """Write a checkpoint, if the inputs are what they were."""
+        """Write a checkpoint if the inputs are unchanged."""
         if self.run.finished:  # before the last save, or a kill could leave it half written
             self.run.write_performance(METRICS, self.forecast)
         self.run.processes.together(self.inputs.check_files)
