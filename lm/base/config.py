@@ -248,7 +248,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             choice = ", ".join(str(a).lower() if type(a) is bool else a for a in arguments)
             raise InputError(f"{key} = {_brief(value)}: must be one of {choice}")
         return value
-    wanted = dict if dataclasses.is_dataclass(hint) else origin or hint
+    wanted: Any = dict if dataclasses.is_dataclass(hint) else origin or hint
     if wanted is float and type(value) is int:
         value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not wanted:
