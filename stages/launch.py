@@ -55,10 +55,10 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
             raise SystemExit(128 + caught.sigval) from None
         except ChildFailedError as error:
             in_order = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-            raise _leave_with({rank: failure.exitcode for rank, failure in in_order}) from None
+            raise leave_with({rank: failure.exitcode for rank, failure in in_order}) from None
 
 
-def _leave_with(codes: dict[int, int]) -> BaseException:
+def leave_with(codes: dict[int, int]) -> BaseException:
     """Return the error for the exit codes of failed processes, in order; signals are < 0."""
     reported = [code for code in codes.values() if code > 0]
     if reported:  # a process that has lost another exits with this code: prefer the other's

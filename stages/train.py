@@ -17,7 +17,7 @@ from lm.machine.device import choose_device, describe, environment, prepare
 from lm.machine.processes import Processes, joined
 from lm.model.huggingface import start_from
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.plan.forecast import Forecast, begin
+from lm.plan.forecast import Forecast, announce
 from lm.plan.plan import (
     Plan,
     explain_out_of_memory,
@@ -27,7 +27,7 @@ from lm.plan.plan import (
 )
 from lm.runs.run import Run
 from lm.train.loop import fit
-from lm.train.state import Record
+from lm.train.state import Record, TrainState, new_state
 from stages.launch import launch, launched
 from stages.run import UNFINISHED, Inputs, run
 
@@ -62,9 +62,8 @@ def train_stage(inputs: Inputs) -> None:
             "command line": {"--resume-from": inputs.arguments.resume_from},
         }
         processes.require_same(agreed | made_of)
-        initialise = partial(_initialise, asked, tokenizer, processes)
         with explain_out_of_memory(plan):
-            state = begin(plan, asked, processes, initialise)
+            state = _begin(plan, asked, tokenizer, processes)
         resume_from = inputs.arguments.resume_from
         live = METRICS if "DVC_ROOT" in os.environ else None  # DVC has deleted the old metrics
         run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
@@ -93,14 +92,25 @@ def _read(
     return plan, tokens, tokenizer
 
 
-def _initialise(
-    asked: TrainConfig, tokenizer: Tokenizer, processes: Processes, model: TransformerLM
-) -> None:
-    """Give the model the weights that train.init_from names."""
-    if asked.init_from is not None:
-        folder = PRETRAINED / asked.init_from
-        processes.together(lambda: start_from(folder, model, tokenizer))
-        say(f"Starting from the weights in {folder}")
+def _begin(
+    plan: Plan, asked: TrainConfig, tokenizer: Tokenizer, processes: Processes
+) -> TrainState:
+    """Return the state before the first step, with the weights that train.init_from names.
+
+    All processes take the smallest of their micro-batch sizes.
+    """
+
+    def initialise(model: TransformerLM) -> None:
+        if asked.init_from is not None:
+            folder = PRETRAINED / asked.init_from
+            processes.together(lambda: start_from(folder, model, tokenizer))
+            say(f"Starting from the weights in {folder}")
+
+    state = new_state(plan.model, plan.config, plan.device, processes, initialise)
+    state.micro_batch_size = min(processes.gather(plan.micro_batch_size))
+    say(f"Model has {state.model.num_parameters():,} parameters")
+    announce(plan, asked)
+    return state
 
 
 @dataclass

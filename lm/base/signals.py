@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 from lm.base.errors import Interrupted
 
@@ -54,12 +54,7 @@ class CatchSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
         signal.signal(_PARENT_DIED, signal.SIG_DFL)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,10 @@ from lm.base.console import count, duration, say
 from lm.base.settings import TrainConfig
 from lm.data.batches import Split
 from lm.machine.gauges import peak_memory_bytes
-from lm.machine.processes import ALONE, Processes
-from lm.model.transformer import TransformerLM
 from lm.plan.footprint import flops_per_token, peak_memory
 from lm.plan.plan import Plan, compiling, free_memory_of_one, needed_memory, nominal_rate
 from lm.train.loop import train
-from lm.train.state import Record, TrainState, new_state
+from lm.train.state import Record, new_state
 
 FORECAST_STEPS = 3  # the first one warms up and does not count
 CALIBRATION_S = 10.0  # the longest step to measure, by the nominal rates
@@ -42,23 +39,6 @@ def announce(plan: Plan, asked: TrainConfig) -> None:
             f"Plan: micro-batch size {plan.micro_batch_size}: {plan.share} windows do not fit into "
             f"{(free_memory_of_one(plan.device, processes) or 0) / 1e6:,.0f} MB of free memory"
         )
-
-
-def begin(
-    plan: Plan,
-    asked: TrainConfig,
-    processes: Processes = ALONE,
-    initialise: Callable[[TransformerLM], None] | None = None,
-) -> TrainState:
-    """Print the plan; return the state before the first step, from lm.train.state.new_state.
-
-    All processes take the smallest of their micro-batch sizes.
-    """
-    state = new_state(plan.model, plan.config, plan.device, processes, initialise)
-    state.micro_batch_size = min(processes.gather(plan.micro_batch_size))
-    say(f"Model has {state.model.num_parameters():,} parameters")
-    announce(plan, asked)
-    return state
 
 
 class Forecast:
