@@ -24,8 +24,13 @@ from lm.plan.footprint import batch_bytes, communication, flops_per_token, param
 
 LOWER = "model.d_model, model.d_ff, model.context_length or tokenizer.vocab_size"
 MARGIN = 0.9  # of the free memory may be planned with
-RATES = {"cpu": 50e9, "cuda": 1e14}  # nominal FLOP/s: of one thread, of a device
-NATIVE_RATE = 120e9  # of one thread of a CPU that multiplies in bfloat16
+# By `python -m benchmarks.throughput`, rounded: FLOP/s of a thread or a device, and of a thread of
+# a CPU that multiplies in bfloat16 natively; the share of a step that compiling saves with native
+# products and with others; the seconds to compile a model and each layer, with two threads
+RATES = {"cpu": 50e9, "cuda": 1e14}
+NATIVE_RATE = 120e9
+NATIVE_SAVING, SAVING = 0.5, 0.25
+COMPILING_S, COMPILING_LAYER_S = 6.0, 6.0
 REPAYS = 2.0  # times its cost is what compiling must save: a nominal rate is no measurement
 
 
@@ -103,8 +108,9 @@ def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> 
     native = multiplies_natively(device, config.dtype)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     plan = Plan(model, dataclasses.replace(config, compile=False), device, config.batch_size, 0)
-    saved_s = plan.flops / nominal_rate(config, device) * (0.5 if native else 0.25)
-    cost_s = (6 + 6 * model.num_layers) * (2 / 3 + 2 / 3 / threads)
+    saved_s = plan.flops / nominal_rate(config, device) * (NATIVE_SAVING if native else SAVING)
+    # with one thread half of the work could be shared by several
+    cost_s = (COMPILING_S + COMPILING_LAYER_S * model.num_layers) * (2 / 3 + 2 / 3 / threads)
     repays = saved_s >= REPAYS * cost_s
     if repays and (reason := no_loading(device)):
         return False, f"{reason} to compile"
