@@ -1,8 +1,8 @@
-"""A walk from text to a trained model, with the library's own pieces: `python -m lm.demo`.
+"""Walk from text to a trained model, with the library's own pieces: `python -m lm.demo`.
 
-Meant to be read along with what it prints: one function a step, in the order of `main`. Offline, on
-one CPU thread, in half a minute; it writes into a temporary folder alone. Stage train does the same
-with the same pieces, and can be killed at any point: docs/TOUR.md goes on from here.
+Read it beside its output: one function a step, in the order of `walk`. It runs offline, on one CPU
+thread, in half a minute, and writes only into a temporary folder. Stage train does the same with
+the same pieces, and can be killed at any point: docs/TOUR.md goes on from here.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def dataset() -> tuple[Ids, list[str]]:
     n_held_out = math.ceil(HELD_OUT * len(texts))
     training, held_out = encode(texts[n_held_out:]), texts[:n_held_out]
     x, y = get_batch(training, BATCH, CONTEXT, "cpu", seed=SEED, step=1)
-    heading("Dataset", "lm/corpus/grammar.py, lm/train/step.py")
     explain(
+        "Dataset (lm/corpus/grammar.py, lm/train/step.py)",
         f"{len(texts):,} short stories, made here; {n_held_out} of them, drawn before anything is "
         f"learnt, are held out. A token is a byte: {len(training):,} tokens to train on.",
         f"get_batch(dataset, {BATCH}, {CONTEXT}, 'cpu') gives x and y, {tuple(x.shape)} each. y is "
@@ -106,8 +106,8 @@ def new_model() -> TransformerLM:
     torch.manual_seed(SEED)
     model = TransformerLM(MODEL)
     by_part = ", ".join(f"{part} {count:,}" for part, count in parameters(MODEL).items())
-    heading("Model", "lm/model/transformer.py")
     explain(
+        "Model (lm/model/transformer.py)",
         f"A TransformerLM of {MODEL.num_layers} layers, {MODEL.d_model} wide, gives each of the "
         f"{MODEL.vocab_size} tokens a score to be the next.",
         f"Model has {model.num_parameters():,} parameters: {by_part}.",
@@ -119,8 +119,8 @@ def new_optimizer(model: TransformerLM) -> AdamW:
     """Build the optimizer, and show its schedule."""
     optimizer = AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
     rates = [get_lr_cosine_schedule(it, LR, MIN_LR, WARMUP, STEPS) for it in (1, WARMUP, STEPS)]
-    heading("Optimizer and schedule", "lm/train/optim.py, lm/train/schedule.py")
     explain(
+        "Optimizer and schedule (lm/train/optim.py, lm/train/schedule.py)",
         f"AdamW keeps two running means for each parameter: {2 * model.num_parameters():,} numbers "
         "more, which a checkpoint has to hold as well.",
         f"Its rate is {rates[0]:.1e} in the first step, {rates[1]:.1e} in step {WARMUP}, and falls "
@@ -149,8 +149,8 @@ def train(model: TransformerLM, optimizer: AdamW, training: Ids, done: int, unti
 def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, folder: Path) -> None:
     """Train to the end with a checkpoint half-way; then resume from that and compare."""
     half, start = STEPS // 2, time.perf_counter()
-    heading("Training", "lm/train/step.py")
     explain(
+        "Training (lm/train/step.py)",
         "One step: schedule, batch, forward, loss, backward, clip, step. Guessing every byte alike "
         f"costs ln {MODEL.vocab_size} = {uniform_loss_nats(MODEL.vocab_size):.4f} nats.",
         f"{STEPS} steps of {BATCH} x {CONTEXT} = {BATCH * CONTEXT:,} tokens; gradients longer than "
@@ -162,9 +162,9 @@ def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, fold
     save_checkpoint(model, optimizer, STEPS, folder / "straight.safetensors")
     say(f"   {STEPS} steps in {time.perf_counter() - start:.1f} s")
 
-    heading("Checkpoint and resume", "lm/runs/checkpoint.py")
     size_mb = (folder / "half.safetensors").stat().st_size / 1e6
     explain(
+        "Checkpoint and resume (lm/runs/checkpoint.py)",
         f"save_checkpoint wrote weights and running means after step {half}: {size_mb:.1f} MB. "
         "Batch and rate are functions of the step, so there is nothing else to save.",
         "load_checkpoint puts them into a new model and a new optimizer, which go on to the end:",
@@ -186,8 +186,8 @@ def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
     sums = evaluate(model, Split("held out", ids, len(ids)), 32, one_byte_each)
     unigram, bigram = Bigram(training, MODEL.vocab_size).losses_nats(ids)
     floor = sum(map(STORIES.bits, held_out)) * math.log(2) / len(ids)
-    heading("Metrics", "lm/model/loss.py, lm/evaluate/baselines.py")
     explain(
+        "Metrics (lm/model/loss.py, lm/evaluate/baselines.py)",
         f"On {len(ids):,} held-out bytes, each but the first predicted once: nats per token, "
         "perplexity e^nats, and bits per byte, which compares models with different tokenizers.",
         "The stories come from a grammar that knows the probability of each: the last row is its "
@@ -216,8 +216,8 @@ def sample(model: TransformerLM) -> None:
     prompt = list(b"Once upon a time")
     steps = generate(model, [prompt], SAMPLE_BYTES, temperature=TEMPERATURE, seed=SEED)
     text = decode(prompt + [token.id for (token,) in steps if token is not None])
-    heading("Sample", "lm/generate/stream.py")
     explain(
+        "Sample (lm/generate/stream.py)",
         f"Each byte is drawn from softmax(logits / {TEMPERATURE}) and read again to give the next; "
         f"{SAMPLE_BYTES} bytes after {decode(prompt)!r}:",
     )
@@ -225,13 +225,9 @@ def sample(model: TransformerLM) -> None:
     say("\nAs a pipeline, with a tokenizer that is learnt: make repro. Read on in docs/TOUR.md.")
 
 
-def heading(title: str, where: str) -> None:
-    """Begin a step, and say where its code is."""
-    say(f"\n{title} ({where})")
-
-
-def explain(*paragraphs: str) -> None:
-    """Say what happens, in lines of a terminal's width."""
+def explain(title: str, *paragraphs: str) -> None:
+    """Print a step's title, with the files of its code, and what happens, in a terminal's width."""
+    say(f"\n{title}")
     for text in paragraphs:
         say(textwrap.fill(text, 98, initial_indent="   ", subsequent_indent="   "))
 

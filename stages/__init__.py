@@ -1,6 +1,6 @@
 """The stages of dvc.yaml, one module each: only they know paths and params.yaml.
 
-This file does what must come before their imports, which take seconds.
+This file runs before their imports, which take seconds.
 """
 
 import hashlib
@@ -38,18 +38,8 @@ def _finder(folder: str) -> FileFinder:
 
 sys.path_hooks.insert(0, _finder)
 
-NEEDED = (
-    "torch",
-    "numpy",
-    "yaml",
-    "safetensors",
-    "tokenizers",
-    "tiktoken",
-    "orjson",
-    "pyarrow",
-    "tqdm",
-)
-absent = [name for name in NEEDED if find_spec(name) is None]
+needed = ["torch", "numpy", "yaml", "safetensors", "tokenizers", "tiktoken", "orjson", "pyarrow"]
+absent = [name for name in needed if find_spec(name) is None]
 if absent or sys.version_info < (3, 11):
     lack = f"has no {absent[0]}" if absent else "is older than Python 3.11"
     sys.stderr.write(
@@ -64,5 +54,5 @@ if "RANK" in os.environ:  # one of several processes: torch's C++ warnings come 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # dvc, or the launcher of several processes, may die while torch is being imported
-if "DVC_ROOT" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+if {"DVC_ROOT", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
     end_with_parent()

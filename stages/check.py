@@ -1,9 +1,9 @@
-"""Every setting of every section, and what only several decide, before anything runs.
+"""Check every setting, alone and together, before anything runs.
 
     python -m stages.check    the first step of `make repro`; silent if all is well
 
 Each stage begins with it as well, by name and in a process of its own. No stage depends on this
-code, since it decides no byte of an output. It loads no torch and so takes no time.
+code, since it decides no byte of an output. It does not load torch, so it is quick.
 """
 
 import re
@@ -22,9 +22,9 @@ PARAMS, RAW = Path("params.yaml"), Path("data/raw")  # the text of stage corpus
 
 
 def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") -> None:
-    """Raise InputError for a wrong setting, and for a file that one names and that is missing.
+    """Raise InputError for a wrong setting, and for a missing file that a setting names.
 
-    A stage looks only for files that a later stage reads; the content is for the reader to judge.
+    A stage looks only for files that later stages read. Their readers check the content.
     """
     corpus = read_section(CorpusConfig, params, "corpus", where)
     data = read_section(DataConfig, params, "data", where)
@@ -35,29 +35,19 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
     read_section(ExportConfig, params, "export", where)
     runtime = read_section(RuntimeConfig, params, "runtime", where)
     share_of_batch(train, runtime.num_processes)
-    _refuse_other_text_than_the_grammar(corpus, data)
-    if stage in ("", "corpus"):
-        _require_text(data)
-        _require_tokenizer(tokenizer)
-    if stage in ("", "corpus", "tokenizer", "tokens"):
-        _require_weights(train)
-
-
-def _refuse_other_text_than_the_grammar(corpus: CorpusConfig, data: DataConfig) -> None:
-    if corpus.source == "grammar" and not (_is_raw(data) and data.split == "hash"):
+    path = Path(data.path)
+    raw = path.is_relative_to(RAW)
+    if corpus.source == "grammar" and not (raw and data.split == "hash"):
         raise InputError(
             f"corpus.source = grammar: needs data.path: {RAW} and data.split: hash, found "
             f"{data.path} and {data.split}; for text of your own set corpus.source: packages"
         )
-
-
-def _is_raw(data: DataConfig) -> bool:
-    return Path(data.path).is_relative_to(RAW)
-
-
-def _require_text(data: DataConfig) -> None:
-    if not _is_raw(data) and (Path(data.path).exists() or not _dvc_makes(Path(data.path))):
-        find_sources(data)
+    if stage in ("", "corpus"):
+        if not raw and (path.exists() or not _dvc_makes(path)):
+            find_sources(data)
+        _require_tokenizer(tokenizer)
+    if stage in ("", "corpus", "tokenizer", "tokens"):
+        _require_weights(train)
 
 
 def _dvc_makes(path: Path) -> bool:

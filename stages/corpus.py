@@ -1,4 +1,4 @@
-"""Stage corpus: the default text and its manifest, by corpus.source.
+"""Stage corpus: write the default text and its manifest, by corpus.source.
 
 packages: the source code of corpus.packages, one .jsonl file each; grammar: stories (lm.corpus).
 """
@@ -59,7 +59,7 @@ def _write_package(requirement: str) -> dict[str, Any]:
 
 
 def _write_stories(size_bytes: int) -> dict[str, Any]:
-    """Write the stories one by one; return their entry, with the entropy of endless stories."""
+    """Write the stories; return their entry of the manifest, with the entropy of the grammar."""
     free = shutil.disk_usage(RAW.parent).free
     if size_bytes > free:
         raise EnvironmentFault(
@@ -79,7 +79,7 @@ def _write_stories(size_bytes: int) -> dict[str, Any]:
     progress = ByteProgress("Stories", size_bytes)
     atomic_write(RAW / STORIES_FILE, lines())
     progress.close()
-    floor = round(STORIES.bits_per_byte(), 6)  # the last digits are the linear algebra library's
+    floor = round(STORIES.bits_per_byte(), 6)  # further digits depend on the BLAS library
     say(f"grammar: {documents:,} stories, {n_bytes:,} bytes, entropy {floor:.4f} bits per byte")
     return {
         "grammar": "stories",

@@ -1,6 +1,6 @@
-"""Stage evaluate: how good models/model/ is on the validation split, beside simple baselines.
+"""Stage evaluate: measure models/model/ on the validation split, beside simple baselines.
 
-Where the text is of a grammar (corpus.source), beside its entropy too: the floor for any model.
+With corpus.source = grammar also beside the grammar's entropy, the floor for any model.
 """
 
 from collections.abc import Iterable, Sequence

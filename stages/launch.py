@@ -1,4 +1,4 @@
-"""Start a stage in several processes on this machine, as torchrun does it.
+"""Start a stage in several processes on this machine, as torchrun does.
 
     python -m stages.train, runtime.num_processes: N -> launcher -> N x python -m stages.train
 
@@ -31,10 +31,10 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # the processes report their errors themselves
-    # the thread of torch's timer may be the last to let go of it, and cannot wait for itself
+    # torch's timer may be deleted in its own thread, which then fails to join itself
     sys.unraisablehook = lambda _: None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # between processes of one machine: no name of it to be resolved
+    # the loopback interface: the machine's name need not resolve
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
@@ -55,13 +55,13 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
             raise SystemExit(128 + caught.sigval) from None
         except ChildFailedError as error:
             in_order = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-            raise _leave_with({rank: failure.exitcode for rank, failure in in_order}) from None
+            raise leave_with({rank: failure.exitcode for rank, failure in in_order}) from None
 
 
-def _leave_with(codes: dict[int, int]) -> BaseException:
-    """Return what to exit with, given the codes of failed processes in order; signals are < 0."""
+def leave_with(codes: dict[int, int]) -> BaseException:
+    """Return the error for the exit codes of failed processes, in order; signals are < 0."""
     reported = [code for code in codes.values() if code > 0]
-    if reported:  # a process that only lost another exits with this code: the other's says more
+    if reported:  # a process that has lost another exits with this code: prefer the other's
         lost = EnvironmentFault.exit_code
         return SystemExit(next((code for code in reported if code != lost), reported[0]))
     rank, code = next(iter(codes.items()))

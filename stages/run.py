@@ -1,4 +1,4 @@
-"""The frame of every stage: `python -m stages.NAME [-S section.key=value ...]`.
+"""Run a stage: `python -m stages.NAME [-S section.key=value ...]`.
 
 command line, params.yaml --run--> Inputs --the stage--> outputs, if Inputs.check finds no change
 """
@@ -12,20 +12,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lm
-from lm.base.config import add_overrides, load_params, read_section
+from lm.base.config import Config, add_overrides, load_params, read_section
 from lm.base.console import changes, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
 from stages import CODE, EXECUTED, ROOT
 
 PARAMS = Path("params.yaml")
-# outside of every output, since DVC deletes those; DVC names the main project to its workspaces
+# outside of the outputs, which DVC deletes; in a temporary workspace DVC_ROOT is the main project
 SCRATCH = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp")
 UNFINISHED = SCRATCH / "lm-resume"
-Config = TypeVar("Config")
 Params = dict[str, dict[str, Any]]
 Signature = tuple[int, int, int, int]
 Listing = Callable[[], list[Path]]
@@ -35,7 +34,7 @@ class Inputs:
     """The settings, code and files that a stage reads, and a check that none has changed.
 
     DVC hashes dependencies after the stage. It would record an input that was edited meanwhile
-    with outputs that were made from the old one.
+    with outputs made from the old one.
     """
 
     def __init__(self, arguments: argparse.Namespace, sections: list[str]):
@@ -61,9 +60,9 @@ class Inputs:
     def watch_without_hashing(
         self, listing: Listing, files: list[Path] | None = None
     ) -> list[Path]:
-        """Record size and times of files that are too large to be hashed twice; return the files.
+        """Record size and times of files that are too large to hash twice; return the files.
 
-        Pass `files` to spare a call if `listing` has just returned them.
+        Pass `files` if `listing` has just returned them.
         """
         files = listing() if files is None else files
         self._listings.append((listing, files))
@@ -91,7 +90,7 @@ class Inputs:
             raise _changed(edits)
 
     def warn_of_edits(self) -> None:
-        """Warn, once for each edit, of what `check` will raise at the end."""
+        """Warn, once for each edit, that `check` will raise an error at the end."""
         files = [PARAMS, *map(Path, self.code)]
         try:
             signatures = [_signature(file) if file.is_file() else None for file in files]
@@ -135,7 +134,7 @@ def run(
     sections: list[str],
     *extra_arguments: tuple[str, dict[str, Any]],
 ) -> None:
-    """Run a stage, which reads these sections alone; end with one line if the user is at fault."""
+    """Run a stage that reads only these sections; print an error as one line and exit."""
     parser = argparse.ArgumentParser(description=sys.modules[stage.__module__].__doc__)
     add_overrides(parser)
     for name, options in extra_arguments:
@@ -158,9 +157,9 @@ def run(
 
 
 def _check_all_settings(params: Params, stage: str) -> None:
-    """Exit with one line if any setting is wrong, also one that only a later stage reads.
+    """Exit with one line if any setting is wrong, including those that only later stages read.
 
-    The check runs in a process of its own, so that the stage does not depend on what it imports.
+    The check runs in a process of its own, so that the stage does not depend on its imports.
     """
     get = multiprocessing.get_context
     context = get("fork") if sys.platform == "linux" else get("spawn")  # see lm.prepare.workers
@@ -183,7 +182,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _signature(file: Path) -> Signature:
-    """Return what a change of content always changes: no program can set a file's ctime."""
+    """Return figures that any change of content changes: no program can set a file's ctime."""
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

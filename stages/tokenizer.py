@@ -1,4 +1,4 @@
-"""Stage tokenizer: data/tokenizer/tokenizer.json, learnt from the training split or taken over."""
+"""Stage tokenizer: write data/tokenizer/, learnt from the training split or made from a file."""
 
 from collections import Counter
 from functools import partial

@@ -1,7 +1,7 @@
-"""Stage tokens: the corpus as token ids in data/tokens/, and what it holds in metrics/data.*.
+"""Stage tokens: write the corpus as token ids into data/tokens/, its statistics into metrics/.
 
-One process, or N machines that share this folder: `--shard 1/N` ... `--shard N/N` each make a part
-of the shards, then `dvc repro tokens`, or `--merge`, collects them.
+N machines can share the work and this folder: `--shard 1/N` ... `--shard N/N` each make a part of
+the shards, then `dvc repro tokens`, or `--merge`, collects them.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ def tokens(inputs: Inputs) -> None:
     num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
     inputs.watch(TOKENIZER)
     job = Job(data, TOKENIZER, sha256_json(inputs.code), SCRATCH / "lm-shards")
-    tokenizer = open_encoder(job).tokenizer  # if it cannot be read, no text needs to be
+    tokenizer = open_encoder(job).tokenizer  # before any text: it may be unreadable
     found = find_sources(data)
     files = [file for source in found for file in source.files]
     inputs.watch_without_hashing(partial(find_files, data), files)

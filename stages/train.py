@@ -1,4 +1,4 @@
-"""Stage train: the tokens to models/ and metrics/; resumes by itself where it was stopped."""
+"""Stage train: train a model on the tokens; resume where the run was stopped."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from lm.machine.device import choose_device, describe, environment, prepare
 from lm.machine.processes import Processes, joined
 from lm.model.huggingface import start_from
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.plan.forecast import Forecast, begin
+from lm.plan.forecast import Forecast, announce
 from lm.plan.plan import (
     Plan,
     explain_out_of_memory,
@@ -27,7 +27,7 @@ from lm.plan.plan import (
 )
 from lm.runs.run import Run
 from lm.train.loop import fit
-from lm.train.state import Record
+from lm.train.state import Record, TrainState, new_state
 from stages.launch import launch, launched
 from stages.run import UNFINISHED, Inputs, run
 
@@ -62,9 +62,8 @@ def train_stage(inputs: Inputs) -> None:
             "command line": {"--resume-from": inputs.arguments.resume_from},
         }
         processes.require_same(agreed | made_of)
-        initialise = partial(_initialise, asked, tokenizer, processes)
         with explain_out_of_memory(plan):
-            state = begin(plan, asked, processes, initialise)
+            state = _begin(plan, asked, tokenizer, processes)
         resume_from = inputs.arguments.resume_from
         live = METRICS if "DVC_ROOT" in os.environ else None  # DVC has deleted the old metrics
         run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
@@ -78,7 +77,7 @@ def train_stage(inputs: Inputs) -> None:
 def _read(
     inputs: Inputs, asked: TrainConfig, device: torch.device, processes: Processes
 ) -> tuple[Plan, Tokens, Tokenizer]:
-    """Verify what the stage depends on; return the plan, the tokens and their tokenizer."""
+    """Open and verify the stage's inputs; return the plan, the tokens and their tokenizer."""
     inputs.watch(TOKENIZER, TOKENS)
     if asked.init_from is not None:
         inputs.watch(PRETRAINED / asked.init_from)
@@ -93,19 +92,30 @@ def _read(
     return plan, tokens, tokenizer
 
 
-def _initialise(
-    asked: TrainConfig, tokenizer: Tokenizer, processes: Processes, model: TransformerLM
-) -> None:
-    """Give the model the weights that train.init_from names."""
-    if asked.init_from is not None:
-        folder = PRETRAINED / asked.init_from
-        processes.together(lambda: start_from(folder, model, tokenizer))
-        say(f"Starting from the weights in {folder}")
+def _begin(
+    plan: Plan, asked: TrainConfig, tokenizer: Tokenizer, processes: Processes
+) -> TrainState:
+    """Return the state before the first step, with the weights that train.init_from names.
+
+    All processes take the smallest of their micro-batch sizes.
+    """
+
+    def initialise(model: TransformerLM) -> None:
+        if asked.init_from is not None:
+            folder = PRETRAINED / asked.init_from
+            processes.together(lambda: start_from(folder, model, tokenizer))
+            say(f"Starting from the weights in {folder}")
+
+    state = new_state(plan.model, plan.config, plan.device, processes, initialise)
+    state.micro_batch_size = min(processes.gather(plan.micro_batch_size))
+    say(f"Model has {state.model.num_parameters():,} parameters")
+    announce(plan, asked)
+    return state
 
 
 @dataclass
 class _Watched:
-    """The run as fit() needs it, with the forecast told and the inputs checked beside it."""
+    """A run for fit() that also forecasts its time and checks that its inputs are unchanged."""
 
     run: Run
     inputs: Inputs
@@ -122,11 +132,11 @@ class _Watched:
         return self.run.save_due
 
     def log(self, record: Record) -> None:
-        """Take in a finished step; after the first few say how long the rest will take."""
+        """Record a finished step; after the first few print the time to the end."""
         self.run.log(self.forecast.observe(record))
 
     def save(self) -> None:
-        """Write a checkpoint, if the inputs are what they were."""
+        """Write a checkpoint if the inputs are unchanged."""
         if self.run.finished:  # before the last save, or a kill could leave it half written
             self.run.write_performance(METRICS, self.forecast)
         self.run.processes.together(self.inputs.check_files)

@@ -1,6 +1,7 @@
 """Settings: every wrong value is one line that names the key; YAML is read as DVC writes it."""
 
 import math
+import re
 
 import pytest
 from dvc.utils.hydra import apply_overrides
@@ -73,6 +74,23 @@ def test_a_mapping_of_settings_is_built_and_checked(smoke_params):
     smoke_params["data"]["sources"]["books"] = {**source, "weight": "2"}
     with pytest.raises(InputError, match="data.sources.books.weight = '2' is text, wanted a numb"):
         read_section(DataConfig, smoke_params, "data")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wrong"),
+    [
+        ("lr", math.nan, "train.lr = nan: must be finite"),
+        ("lr", 10**400, "train.lr = inf: must be finite"),
+        ("lr", True, "train.lr = True is a boolean, wanted a number"),
+        ("seed", 1.0, "train.seed = 1.0 is a decimal, wanted an integer"),
+        ("compile", 1, "train.compile = 1: must be one of auto, true, false"),
+        ("micro_batch_size", 0, "train.micro_batch_size = 0: must be >= 1"),
+    ],
+)
+def test_a_value_is_of_its_type_and_within_its_bounds(smoke_params, key, value, wrong):
+    smoke_params["train"][key] = value
+    with pytest.raises(InputError, match=re.escape(wrong)):
+        read_section(TrainConfig, smoke_params, "train")
 
 
 def test_a_missing_key_or_section_is_named(smoke_params):

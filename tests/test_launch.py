@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from stages.launch import leave_with
 from tests.kill import copied, lent, living_ranks, outputs, share_out, survivors
 from tests.project import one_line, wait_for
 
@@ -48,6 +49,22 @@ def assert_goes_on(project, straight, *overrides):
     assert again.returncode == 0, again.stderr
     assert "Resumed at step" in again.stdout
     assert outputs(project) == straight
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "said"),
+    [
+        ({1: 3, 0: 2}, 2, "2"),  # 3 may only mean that it has lost the other
+        ({0: 3, 1: 3}, 3, "3"),
+        ({1: -9, 0: 3}, 3, "3"),
+        ({1: -9, 0: -15}, 3, "rank 1 was ended by SIGKILL; what was saved is intact"),
+    ],
+    ids=str,
+)
+def test_the_code_of_the_rank_that_failed_is_told_before_those_that_lost_it(codes, code, said):
+    error = leave_with(codes)
+    assert (error.code if isinstance(error, SystemExit) else error.exit_code) == code
+    assert str(error).startswith(said)
 
 
 def test_dvc_repro_with_two_processes_ends_in_the_bytes_of_one(shared):

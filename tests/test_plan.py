@@ -152,6 +152,24 @@ def test_activations_are_what_autograd_saves(
     assert features.requires_grad
 
 
+THIRD = {"norm": "layernorm", "norm_position": "both", "ffn": "relu", "dtype": "float8",
+         "reduction": "ring", "parallel": "pipeline", "optimizer": "sgd"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THIRD)
+def test_a_third_choice_is_an_error_and_not_planned_as_the_second(model_config, train_config, name):
+    train_config = replace(train_config, parallel="fsdp")
+    planned = [model_config, train_config, CPU, 1, 0, 2]
+    peak_memory(*planned)
+    (config,) = (config for config in planned[:2] if hasattr(config, name))
+    object.__setattr__(config, name, THIRD[name])  # past the check of types
+    with pytest.raises((KeyError, AssertionError)):
+        peak_memory(*planned)
+    if name not in ("ffn", "dtype"):  # of which what is sent does not depend
+        with pytest.raises((KeyError, AssertionError)):
+            communication(model_config, train_config, 2, 1)
+
+
 def test_gradient_checkpointing_and_smaller_micro_batches_are_planned_smaller(
     model_config, train_config
 ):

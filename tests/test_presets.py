@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -89,6 +90,15 @@ def test_a_preset_is_written_out_as_a_complete_file(preset, tmp_path, monkeypatc
     assert text.splitlines()[0] == preset.read_text().splitlines()[0]
     names = re.compile(r"^\n?\w+:$|^  \w+:", re.M)
     assert names.findall(text) == names.findall(DEFAULT.read_text())
+
+
+def test_the_default_preset_is_a_copy_of_the_committed_settings():
+    """Presets lie over the copy: params.yaml itself may hold what someone is trying out."""
+    committed, copy = (
+        subprocess.run(["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True).stdout
+        for file in ("params.yaml", "presets/default.yaml")
+    )
+    assert committed == copy, "`python -m tools.settings` makes the settings the default preset"
 
 
 def test_a_preset_that_cannot_be_laid_over_says_why(tmp_path):

@@ -2,8 +2,9 @@
 
     python -m tools.settings    after a setting was added, changed or described anew
 
-Descriptions and bounds stand in the annotations of the dataclasses, defaults in
-presets/default.yaml, which becomes a copy of params.yaml where the two have other settings.
+Descriptions and bounds stand in the annotations of the dataclasses, defaults in params.yaml. They
+are copied into presets/default.yaml, because the other presets lie over defaults and not over
+params.yaml as it is now: run it while params.yaml holds the defaults.
 """
 
 import json
@@ -101,12 +102,9 @@ def _stages(section: str, key: str) -> list[str]:
 
 
 def main() -> None:
-    """Write the page and, where params.yaml has other settings, the default preset."""
-    params = load_params(ROOT / "params.yaml")
-    if {s: [*keys] for s, keys in params.items()} != {
-        s: [*keys] for s, keys in load_params(DEFAULTS).items()
-    }:
-        atomic_copy(ROOT / "params.yaml", DEFAULTS)
+    """Copy the defaults into their preset; write the page."""
+    load_params(ROOT / "params.yaml")  # raises an error before anything is written
+    atomic_copy(ROOT / "params.yaml", DEFAULTS)
     atomic_write(PAGE, page().encode())
 
 

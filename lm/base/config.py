@@ -17,17 +17,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -111,7 +102,7 @@ RENAMED = {  # settings that have moved: a line each
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """The option -S of every command line that reads settings: `overrides` for load_params."""
+    """Add the option -S, the `overrides` of load_params."""
     parser.add_argument(
         "-S",
         dest="overrides",
@@ -138,31 +129,41 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
                 f"{path}: extends {base}, which is not there; a preset names only what differs: "
                 "`make preset NAME=...` writes a complete params.yaml from it"
             )
-        params = _lay_over(_sections(_parse_file(base), base), _sections(params, path), path)
-    else:
-        params = _sections(params, path)
+        changes, params = _require_sections(params, path), _parse_file(base)
+        _require_sections(params, base)
+        for section, keys in changes.items():
+            for key, value in keys.items():
+                _replace(params, f"{section}.{key}", value, str(path))
+    _require_sections(params, path)
     for override in overrides:
         key, equals, text = override.partition("=")
-        *parents, name = key.split(".")
-        if not (equals and parents):
+        if not (equals and "." in key):
             raise InputError(f"-S {override}: expected section.key=value, as in -S train.lr=1e-3")
         if key in RENAMED:
             raise InputError(f"-S {override}: {key} is called {RENAMED[key]} now")
-        known = dict(_keys(params))
-        if key not in known:
-            raise InputError(f"-S {override}: unknown key {key}{_suggest(key, known)}")
-        known[key][name] = _override(text.strip(), f"-S {override}")
+        _replace(params, key, _override(text.strip(), f"-S {override}"), f"-S {override}")
     return params
 
 
 def _parse_file(path: Path) -> dict[str, Any]:
-    params = parse_yaml(_read_text(path), str(path))
+    """Return the keys and values of a YAML file."""
+    if not path.is_file():
+        problem = "not a file" if path.exists() else "no such file"
+        raise InputError(f"{path}: {problem}; run from the project's root folder")
+    with open(path, "rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"{path}: longer than {MAX_BYTES:,} bytes; settings are short")
+    try:
+        params = parse_yaml(raw.decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at offset {error.start}") from None
     if not isinstance(params, dict):
         raise InputError(f"{path}: holds no sections; expected {', '.join(SECTIONS)}")
     return params
 
 
-def _sections(params: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+def _require_sections(params: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     """Return `params`. Raise InputError for an unknown section and for one without keys."""
     for name, section in params.items():
         if name not in SECTIONS:
@@ -175,41 +176,21 @@ def _sections(params: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     return params
 
 
-def _lay_over(
-    params: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]], path: Path
-) -> dict[str, dict[str, Any]]:
-    """Return `params` with the values of a preset. Raise InputError for a key it does not have."""
+def _replace(params: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a key, spelt with dots, to another value. Raise InputError if it is not there."""
     known = dict(_keys(params))
-    for name, section in changes.items():
-        for key, value in section.items():
-            if f"{name}.{key}" not in known:
-                suggestion = _suggest(f"{name}.{key}", known)
-                raise InputError(f"{path}: unknown key {_brief(f'{name}.{key}')}{suggestion}")
-            params[name][key] = value
-    return params
+    if key not in known:
+        raise InputError(f"{where}: unknown key {_brief(key)}{_suggest(key, known)}")
+    known[key][key.rpartition(".")[2]] = value
 
 
 def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every key below the first level, spelt with dots, and the dict in which it stands."""
+    """Yield each key below the first level, spelt with dots, and the dict in which it stands."""
     for key, value in values.items():
         if prefix:
             yield f"{prefix}{key}", values
         if isinstance(value, dict):
             yield from _keys(value, f"{prefix}{key}.")
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        problem = "not a file" if path.exists() else "no such file"
-        raise InputError(f"{path}: {problem}; run from the project's root folder")
-    with open(path, "rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise InputError(f"{path}: longer than {MAX_BYTES:,} bytes; settings are short")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at offset {error.start}") from None
 
 
 def read_section(
@@ -219,7 +200,7 @@ def read_section(
     where: str = "params.yaml",
     **derived: Any,
 ) -> Config:
-    """Section `name` as the frozen dataclass `kind`, with values that are derived, not set.
+    """Return section `name` as the dataclass `kind`; `derived` values are not set by the user.
 
     Raises InputError naming the key for an unknown or missing key, a wrong type, a value out
     of bounds, and for whatever the dataclass itself refuses in __post_init__.
@@ -240,8 +221,7 @@ def _build(kind: type[Config], values: Mapping[str, Any], section: str) -> Confi
     hints = get_type_hints(kind, include_extras=True)
     for key in values:
         if key not in hints:
-            known = [f"{section}.{name}" for name in hints]
-            suggestion = _suggest(f"{section}.{key}", known)
+            suggestion = _suggest(f"{section}.{key}", [f"{section}.{name}" for name in hints])
             raise InputError(f"unknown key {_brief(f'{section}.{key}')}{suggestion}")
     for key in hints:
         if key not in values:
@@ -250,7 +230,7 @@ def _build(kind: type[Config], values: Mapping[str, Any], section: str) -> Confi
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type `hint` says, or InputError: key = value, what is wrong with it."""
+    """Return `value` as the type `hint`. Raise InputError: key = value, what is wrong with it."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         value = _convert(value, arguments[0], key)
@@ -261,37 +241,31 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is Any:
         return value
     if origin in (Union, UnionType):
-        if value is None and NoneType in arguments:
-            return None
-        (inner,) = (argument for argument in arguments if argument is not NoneType)
-        return _convert(value, inner, key)
+        inner, _ = arguments  # the other one is None
+        return None if value is None else _convert(value, inner, key)
     if origin is Literal:
         if not any(type(value) is type(word) and value == word for word in arguments):
             choice = ", ".join(str(a).lower() if type(a) is bool else a for a in arguments)
             raise InputError(f"{key} = {_brief(value)}: must be one of {choice}")
         return value
+    wanted: Any = dict if dataclasses.is_dataclass(hint) else origin or hint
+    if wanted is float and type(value) is int:
+        value = float(value) if abs(value) < 1e300 else math.inf
+    if type(value) is not wanted:
+        raise InputError(f"{key} = {_show(value)}, wanted {_TYPE_NAMES[wanted]}")
+    if wanted is float and not math.isfinite(value):
+        raise InputError(f"{key} = {value}: must be finite")
     if origin is list:
-        if not isinstance(value, list):
-            raise InputError(f"{key} = {_show(value)}, wanted a list")
         return [_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{key} = {_show(value)}, wanted keys and values")
         return {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InputError(f"{key} = {_show(value)}, wanted keys and values")
-        return _build(hint, value, key)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 1e300 else math.inf
-    if type(value) is not hint:
-        raise InputError(f"{key} = {_show(value)}, wanted {_TYPE_NAMES[hint]}")
-    if hint is float and not math.isfinite(value):
-        raise InputError(f"{key} = {value}: must be finite")
-    return value
+    return _build(hint, value, key) if wanted is dict else value
 
 
-_TYPE_NAMES = {float: "a number", int: "an integer", bool: "true or false", str: "text"}
+_TYPE_NAMES = {
+    float: "a number", int: "an integer", bool: "true or false", str: "text",
+    list: "a list", dict: "keys and values",
+}  # fmt: skip
 
 
 def _show(value: Any) -> str:
@@ -313,8 +287,8 @@ def _suggest(word: str, known: Iterable[str]) -> str:
 
 # --- YAML 1.2 scalars -------------------------------------------------------------------
 # PyYAML follows YAML 1.1, where 1e-3 and DVC's own 2e-05 are text, yes is true and 0777 is
-# octal. DVC reads YAML 1.2. This loader reads what DVC writes, and no more than is safe. What
-# a hand wrote and DVC takes for a number or a date, though not everyone does, it refuses.
+# octal. DVC reads YAML 1.2. This loader reads what DVC writes, and nothing unsafe. It refuses
+# what DVC takes for a number or a date and other readers do not.
 
 
 class _Loader(yaml.SafeLoader):
@@ -359,12 +333,12 @@ _FLOAT = (
     r"[-+]?((0|[1-9]\d*)(\.\d*([eE][-+]?\d+)?|[eE][-+]?\d+)|\.\d+([eE][-+]\d+)?|\.(inf|Inf|INF))"
     r"|\.(nan|NaN|NAN)"
 )
-_AMBIGUOUS = (  # what else ruamel.yaml, with which DVC reads, takes for a number or a date
+_AMBIGUOUS = (  # other texts that DVC, by ruamel.yaml, reads as a number or a date
     r"[-+]?(0b[01_]+|0o[0-7_]+|0x[\da-fA-F_]+|[\d_]+|\d[\d_]*(\.[\d_]*)?([eE][-+]?\d+)?)"
     r"|[-+]?\.[\d_]+([eE][-+]\d+)?|\d{4}-\d\d-\d\d|\d{4}-\d\d?-\d\d?([Tt]|[ \t]+)\d\d?:\d\d:\d\d"
     r"(\.\d*)?([ \t]*(Z|[-+]\d\d?(:\d\d)?))?"
 )
-for _tag, _pattern, _first in (  # the first that matches
+for _tag, _pattern, _first in (  # the first match counts
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?(0|[1-9]\d{,99})", list("-+0123456789")),  # Python converts no endless ones
@@ -383,11 +357,11 @@ _Loader.add_constructor("tag:yaml.org,2002:ambiguous", _Loader.refuse_ambiguous)
 
 
 def _override(text: str, where: str) -> Any:
-    """The value that -S gives, as DVC's own -S would read it where both accept it.
+    """Return the value of an option -S, as DVC's own -S reads it where both accept it.
 
-    DVC reads Hydra's grammar, which we do not require. Alike are lists, mappings and quoted text;
-    all else is a number, true, false, null or, whatever it looks like in YAML, text. Raises
-    InputError for a backslash in double quotes: to DVC it is one, to YAML an escape.
+    Lists, mappings and quoted text are YAML, as they are Hydra's grammar, which DVC reads. All
+    else is a number, true, false, null or text. Raises InputError for a backslash in double
+    quotes: DVC reads a backslash, YAML an escape.
     """
     if not text:
         return ""
@@ -407,7 +381,7 @@ def _override(text: str, where: str) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text, its scalars read as YAML 1.2 does. Raises InputError."""
+    """Return the value of a YAML text, with scalars of YAML 1.2. Raises InputError."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""What can go wrong outside this code, one class per exit code, told in one line.
+"""The errors that come from outside this code, a class for each exit code, shown in one line.
 
 A message says where, what was expected, what was found and what to do. Everything else
 that is raised is a defect of ours and keeps its traceback.
@@ -7,6 +7,7 @@ that is raised is a defect of ours and keeps its traceback.
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ OUT_OF_MEMORY = "error: out of memory; make the model or the batch smaller"
 
 
 class InputError(ValueError):
-    """The user's parameters or data are at fault."""
+    """The user's settings or data are at fault."""
 
     exit_code = 2
 
@@ -62,8 +63,8 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        said = f"error: {where}{error.strerror or error}"
-        _leave(OUT_OF_MEMORY if is_out_of_memory(error) else said, EnvironmentFault.exit_code)
+        line = f"error: {where}{error.strerror or error}"
+        _leave(OUT_OF_MEMORY if is_out_of_memory(error) else line, EnvironmentFault.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -73,9 +74,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _open_streams() -> None:
-    """Open standard streams that are closed on nothing; let no character be too much for stdout.
+    """Open closed standard streams on /dev/null; escape what stdout cannot encode.
 
-    Else a file that is opened later gets the free number, and what is meant for the stream.
+    Otherwise a file that is opened later gets the free descriptor and the stream's output.
     """
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(free, True)
@@ -88,21 +89,15 @@ def _open_streams() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether NumPy, torch on a CPU or a GPU, a mapping or a new thread found no memory."""
-    texts = (
-        "out of memory",
-        "allocate memory",  # "can't" of torch, "Cannot" of the system
-        "not enough memory",
-        "bad_alloc",
-        "can't start new thread",
-    )
+    """Return whether NumPy, torch, a mapping or a new thread found no memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+    texts = r"out of memory|allocate memory|not enough memory|bad_alloc|can't start new thread"
+    return isinstance(error, MemoryError) or re.search(texts, str(error)) is not None
 
 
 def _leave(message: str, code: int) -> None:
-    # names come from strangers too: no line break or escape code of theirs reaches the terminal
+    # a name in it may come from a stranger: no line break or escape code reaches the terminal
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     print(line, file=sys.stderr, flush=True)
     sys.exit(code)

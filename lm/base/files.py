@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, never something between."""
+"""Write files so that a reader finds the old version or the new one, never a torn one."""
 
 import errno
 import hashlib
@@ -20,9 +20,9 @@ _TOO_LITTLE_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def atomic_write(path: Path, chunks: bytes | Iterable[bytes], durable: bool = True) -> None:
     """Write `path`, its folder too, so that a crash or a power cut leaves the old file or the new.
 
-    The data reach the disk under another name first; the rename publishes them. Not `durable`, it
-    does not wait for the disk and only a power cut may tear the file. Raises EnvironmentFault if
-    they do not fit, or cannot be written for another reason.
+    The data reach the disk under another name first; the rename publishes them. Without `durable`
+    it does not wait for the disk, and a power cut may tear the file. Raises EnvironmentFault if
+    the data do not fit or cannot be written for another reason.
     """
     scratch = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -50,7 +50,7 @@ def atomic_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def writing(path: Path, size_bytes: int | None = None) -> Iterator[None]:
-    """Tell a write that fails in one line: which file, why, how much it needs and what is free."""
+    """Raise EnvironmentFault for an OSError: which file, why, how much it needs, what is free."""
     try:
         yield
     except OSError as error:
@@ -79,7 +79,7 @@ def sync_directory(path: Path) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """JSON for people and for diffs: two spaces, keys in the order given, one final newline."""
+    """Return JSON for people and diffs: two spaces, keys in the order given, a final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -96,26 +96,22 @@ def require_file(path: Path, remedy: str = "") -> None:
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
-    """The content of a JSON file. Raises InputError when it is missing, torn or too long."""
+    """Return the content of a JSON file. Raises InputError if it is missing, torn or too long."""
     require_file(path, "; run `dvc repro` to make it")
+    if path.stat().st_size > most:
+        raise InputError(f"{path}: longer than {most >> 20:,} MiB; run `dvc repro` again")
     try:
-        if path.stat().st_size > most:
-            raise InputError(f"{path}: longer than {most >> 20:,} MiB; run `dvc repro` again")
         return json.loads(path.read_bytes())
-    except FileNotFoundError:  # until now it was there
-        raise InputError(f"{path}: no such file; run `dvc repro` to make it") from None
-    except InputError:
-        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); run `dvc repro` again") from None
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """The SHA-256 of a JSON value, independent of the order of its keys."""
+    """Return the SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

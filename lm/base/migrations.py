@@ -1,7 +1,7 @@
-"""Settings that files of earlier versions lack, each with the value that means what was done then.
+"""Settings that files of earlier versions lack, each with the value that keeps their meaning.
 
-Whoever adds a setting to the sections `model` or `train` adds a line here: then models and
-checkpoints of before still open.
+A new setting of the sections `model` or `train` needs a line here, so that older models and
+checkpoints still open.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 def migrated(section: str, settings: Any) -> Any:
-    """Return the settings of a file with those that it lacks; what is no section, as it is."""
+    """Return the settings of a file with those that it lacks, or what is no section as it is."""
     if not isinstance(settings, dict):
         return settings
     return settings | {key: v for key, v in ADDED[section].items() if key not in settings}

@@ -13,13 +13,13 @@ _ROUNDS = 4  # Luby and Rackoff 1988: four Feistel rounds give a pseudorandom pe
 
 
 def seed(root: int, purpose: str, *steps: int) -> int:
-    """63 bits for one purpose and step: seed(1337, "dropout", step, micro_batch)."""
+    """Return 63 bits for one purpose and step: seed(1337, "dropout", step, micro_batch)."""
     text = "/".join([str(root), purpose, *map(str, steps)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def random_bits(key: int, counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """64 random bits for each counter: SplitMix64 (Steele, Lea and Flood 2014) at that index."""
+    """Return 64 bits for each counter: SplitMix64 (Steele, Lea and Flood 2014) at that index."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         z = np.uint64(key) + (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -28,23 +28,22 @@ def random_bits(key: int, counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def random_integers(key: int, count: int, high: int) -> NDArray[np.int64]:
-    """`count` integers in [0, high), uniform to within high / 2**64."""
+    """Return `count` integers in [0, high), uniform to within high / 2**64."""
     bits = random_bits(key, np.arange(count, dtype=np.uint64))
     return (bits % np.uint64(high)).astype(np.int64)
 
 
 def random_uniforms(key: int, count: int) -> NDArray[np.float64]:
-    """`count` floats in [0, 1) with 53 random bits each."""
+    """Return `count` floats in [0, 1) with 53 random bits each."""
     bits = random_bits(key, np.arange(count, dtype=np.uint64)) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
 
 
 def permuted(key: int, indices: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Where a random permutation of range(size) sends each index; needs no memory per element.
+    """Return the images of indices under a random permutation of range(size), without a table.
 
-    A Feistel network permutes the next even power of two; an image that falls outside
-    range(size) is sent round again until it lands inside ("cycle walking", Black and
-    Rogaway 2002).
+    A Feistel network permutes the next even power of two; an image outside of range(size) is
+    permuted again until it lands inside ("cycle walking", Black and Rogaway 2002).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)

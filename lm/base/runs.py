@@ -1,4 +1,4 @@
-"""The folders of training runs: one for each run, named by all that decides it."""
+"""The folders of training runs: one for each run, named by the hash of its identity."""
 
 import fcntl
 import os
@@ -10,28 +10,28 @@ from typing import Any
 from lm.base.errors import Busy
 from lm.base.files import sha256_json, writing
 
-# in a run's identity, but no part of what decides it: each value by the first step that had it
+# parts of an identity that may change during a run: each value by the first step that had it
 MICRO_BATCH_SIZES, NUM_PROCESSES = "micro_batch_sizes", "num_processes"
 
 
 def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:
-    """The folder of the run that is decided by `identity`: one for each."""
+    """Return the folder of the run with this identity."""
     return unfinished / sha256_json(decided(identity))[:32]
 
 
 def decided(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a run but for what may change on its way."""
+    """Return the identity of a run without the parts that may change on its way."""
     may_change = (MICRO_BATCH_SIZES, NUM_PROCESSES)
     return {part: value for part, value in identity.items() if part not in may_change}
 
 
 def clock_file(unfinished: Path, identity: dict[str, Any]) -> Path:
-    """Where the times of this run's steps are kept, after its folder is gone too."""
+    """Return the file that keeps the times of a run's steps, longer than the run's folder."""
     return unfinished.with_name("lm-clock") / f"{run_folder(unfinished, identity).name}.csv"
 
 
 def remove_finished(folder: Path) -> None:
-    """Delete a run's folder, its results being recorded elsewhere, unless a process uses it."""
+    """Delete the folder of a run whose outputs are recorded, unless a process uses it."""
     if folder.is_dir():
         with suppress(Busy):
             lock = locked(folder)
@@ -40,9 +40,9 @@ def remove_finished(folder: Path) -> None:
 
 
 def locked(folder: Path) -> Any:
-    """Lock a run's folder, making it first: an open file, which holds the lock.
+    """Make and lock a run's folder; return the open file that holds the lock.
 
-    Raises Busy if another process has it.
+    Raises Busy if another process holds it.
     """
     with writing(folder / "lock"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The sections `model`, `train` and `evaluate` of params.yaml: what they hold, what goes together.
+"""The sections `corpus`, `model`, `train` and `evaluate` of params.yaml, and their checks.
 
-Apart from the code that they configure, which needs torch: the stages that prepare data check them
-without waiting for it.
+They stand apart from the code that they configure: that loads torch, and stages that prepare data
+check every setting without it.
 """
 
 import math
@@ -27,8 +27,8 @@ from lm.base.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampling = Literal["random", "epochs", "documents"]
-MAX_SAMPLES = 1 << 16  # to be read
-SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")  # to be read
+MAX_SAMPLES = 1 << 16  # more than anyone reads
+SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class ModelConfig:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a number, the smallest first."""
+    """Return all divisors of a number, the smallest first."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
@@ -224,19 +224,19 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
 
     @property
     def threads(self) -> int | None:
-        """Of a CPU; None: torch's choice.
+        """The number of a CPU's threads; None: torch's choice.
 
-        Of several processes each takes one unless told otherwise: were it a share of the cores, a
-        run could not go on with another number of processes in the same environment.
+        Each of several processes takes one unless a number is set: with a share of the cores a run
+        could not go on with another number of processes in the same environment.
         """
         chosen = self.num_threads is not None or "OMP_NUM_THREADS" in os.environ
         return self.num_threads if chosen or self.parallel == "none" else 1
 
 
 def share_of_batch(config: TrainConfig, num_processes: int) -> int:
-    """Windows of an update that each process computes: batch_size / num_processes.
+    """Return the windows of an update that each process computes: batch_size / num_processes.
 
-    Raises InputError where these settings and so many processes do not go together.
+    Raises InputError if the settings do not allow this number of processes.
     """
     batch_size, micro = config.batch_size, config.micro_batch_size
     if config.parallel == "none" and num_processes > 1:

@@ -1,6 +1,6 @@
-"""What each result file must hold: checked by everything that reads one.
+"""The shape of each result file, which every reader of one checks.
 
-Results come through DVC from other machines and other revisions, so nothing of them is trusted.
+Results come through DVC from other machines and revisions, so none is trusted.
 """
 
 import re
@@ -32,59 +32,51 @@ GUESS = Bound(
     lambda x: isinstance(x, list) and len(x) == 2 and _is_text(x[0]) and _is_number(x[1]),
     "a name and a probability",
 )
-_SIDE = {"documents": COUNT, "bytes": COUNT, "tokens": SOME}
+
 _SOURCE = {
-    **dict.fromkeys(("documents", "bytes", "tokens"), COUNT),
-    **dict.fromkeys(("longest_document_bytes", "vocabulary_used"), COUNT),
+    "documents bytes tokens longest_document_bytes vocabulary_used": COUNT,
     "bytes_per_token": NUMBER,
     "valid": {"tokens": COUNT},
 }
 _TEXT_FILE = {"bytes": COUNT, "sha256": TEXT}
-# the keys that are read: "key?" may be missing, "*" is any key, a list has any length; of several
+_SPLIT = {"documents bytes": COUNT, "tokens": SOME}
+# the keys that are read, several in one text: "key?" may be missing, "*" is any key; of several
 # shapes in a tuple the value has the one whose first key it has
 SHAPES: dict[str, Any] = {
     "data.json": {
         **_SOURCE,
-        **dict.fromkeys(("train", "valid"), _SIDE),
+        "train valid": _SPLIT,
         "vocabulary": SOME,
-        **dict.fromkeys(("duplicates", "replacement_characters"), COUNT),
+        "duplicates replacement_characters": COUNT,
         "left_out": {"*": COUNT},
         "sources": {"*": _SOURCE},
     },
     "train.json": {
-        **dict.fromkeys(("step", "tokens", "parameters", "best_step"), SOME),
-        **dict.fromkeys(("train_loss", "valid_loss", "best_valid_loss"), NUMBER),
+        "step tokens parameters best_step": SOME,
+        "train_loss valid_loss best_valid_loss": NUMBER,
     },
     "eval.json": {
-        **dict.fromkeys(("loss_nats", "bits_per_byte"), POSITIVE),
-        **dict.fromkeys(("perplexity", "accuracy", "calibration_error"), NUMBER),
-        **dict.fromkeys(("tokens", "bytes"), SOME),
-        "baseline_loss_nats": dict.fromkeys(("uniform", "unigram", "bigram"), NUMBER),
-        **dict.fromkeys(("floor_bits_per_byte?", "distance_to_floor?"), NUMBER),
+        "loss_nats bits_per_byte": POSITIVE,
+        "perplexity accuracy calibration_error floor_bits_per_byte? distance_to_floor?": NUMBER,
+        "tokens bytes": SOME,
+        "baseline_loss_nats": {"uniform unigram bigram": NUMBER},
     },
-    "samples.json": [{"prompt": TEXT, "temperature": NUMBER, "completion": TEXT}],
+    "samples.json": [{"prompt completion": TEXT, "temperature": NUMBER}],
     "held_out.json": [
-        {
-            "whole": FLAG,
-            "tokens": [{"text": TEXT, "name": TEXT, "loss_nats": NUMBER, "guesses": [GUESS]}],
-        }
+        {"whole": FLAG, "tokens": [{"text name": TEXT, "loss_nats": NUMBER, "guesses": [GUESS]}]}
     ],
     "performance.json": {
-        **{key: {"predicted": MAYBE, "measured": NUMBER} for key in ("seconds", "memory_bytes")},
-        **dict.fromkeys(("tokens_per_second", "step_seconds_median", "flops_per_token"), NUMBER),
-        **dict.fromkeys(("matmul_flops_per_second", "mfu", "micro_batch_size"), NUMBER),
+        "seconds memory_bytes": {"predicted": MAYBE, "measured": NUMBER},
+        "tokens_per_second step_seconds_median flops_per_token micro_batch_size": NUMBER,
+        "matmul_flops_per_second mfu": NUMBER,
+        "mfu_is_of device dtype": TEXT,
         "compiled": FLAG,
-        **dict.fromkeys(("mfu_is_of", "device", "dtype"), TEXT),
         "num_devices?": SOME,
     },
     "provenance.json": {
-        "model": {
-            "*": SHOWN,
-            **dict.fromkeys(("vocab_size", "context_length", "num_layers", "d_model"), SOME),
-        },
-        "train": {"*": SHOWN},
-        **{key: {"*": TEXT} for key in ("inputs", "code")},
-        "environment": {"*": SHOWN},
+        "model": {"*": SHOWN, "vocab_size context_length num_layers d_model": SOME},
+        "train environment": {"*": SHOWN},
+        "inputs code": {"*": TEXT},
     },
     "corpus.json": [
         ({"package": TEXT, "version?": TEXT, **_TEXT_FILE}, {"grammar": TEXT, **_TEXT_FILE})
@@ -94,31 +86,32 @@ SHAPES: dict[str, Any] = {
 
 def require_shape(value: Any, shape: Any, where: str) -> None:
     """Raise InputError unless a JSON value has this shape; it may hold more."""
-    if isinstance(shape, Bound):
-        if not shape.holds(value):
-            raise InputError(f"{where} = {str(value)[:40]}, expected {shape.text}; run `dvc repro`")
-        return
     if isinstance(shape, tuple):
         kinds = {next(iter(kind)): kind for kind in shape}
         found = [kinds[key] for key in kinds if isinstance(value, dict) and key in value]
         if len(found) != 1:
             raise InputError(f"{where}: expected one of {', '.join(kinds)} in it; run `dvc repro`")
         (shape,) = found
-    if type(value) is not type(shape):
-        kind = "a list" if isinstance(shape, list) else "keys and values"
-        raise InputError(f"{where} = {str(value)[:40]}, expected {kind}; run `dvc repro`")
+    if isinstance(shape, Bound):
+        fits, expected = shape.holds(value), shape.text
+    else:
+        fits = type(value) is type(shape)
+        expected = "a list" if isinstance(shape, list) else "keys and values"
+    if not fits:
+        raise InputError(f"{where} = {str(value)[:40]}, expected {expected}; run `dvc repro`")
     if isinstance(shape, list):
         for number, item in enumerate(value):
             require_shape(item, shape[0], f"{where}[{number}]")
-        return
-    for key, inner in shape.items():
-        for name in value if key == "*" else (key.removesuffix("?"),):
-            if key == "*":
-                require_shape(name, TEXT, where)
-            if name in value:
-                require_shape(value[name], inner, f"{where}{'.' if ': ' in where else ': '}{name}")
-            elif not key.endswith("?"):
-                raise InputError(f"{where}: no {name} in it; run `dvc repro`")
+    if isinstance(shape, dict):
+        for key, inner in ((key, shape[keys]) for keys in shape for key in keys.split()):
+            for name in value if key == "*" else [key.removesuffix("?")]:
+                if key == "*":
+                    require_shape(name, TEXT, where)
+                if name in value:
+                    place = f"{where}{'.' if ': ' in where else ': '}{name}"
+                    require_shape(value[name], inner, place)
+                elif not key.endswith("?"):
+                    raise InputError(f"{where}: no {name} in it; run `dvc repro`")
 
 
 def read_result(file: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Leaving in order: after the step on a signal, and never later than the parent."""
+"""End in order: after the step at a signal, and soon after the parent."""
 
 import ctypes
 import os
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 from lm.base.errors import Interrupted
 
@@ -15,15 +15,15 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # not SIGTERM: a kill of the whole group sends that as well, and a second one ends without saving
 _PARENT_DIED = signal.SIGUSR2
 _REPEATED_S = 5
-_ORPHAN_SECONDS = 4  # a step may take longer, and nobody waits for an orphan
+_ORPHAN_SECONDS = 4  # a step may take longer: an orphan does not wait for its end
 
 
 class CatchSignals:
-    """Within this context the first SIGINT or SIGTERM is noted, a second one ends the process.
+    """Within this context note the first SIGINT or SIGTERM; let a second one end the process.
 
-    A launcher hands on what its processes may have got themselves, and torch's sends it twice: of
-    a launched process repetitions within some seconds are one signal. The parent's death is noted
-    as a SIGTERM, and ends the process some seconds later.
+    A launcher passes signals on that its processes may have received as well, and torch's sends
+    them twice: in a launched process repetitions within some seconds count as one. The parent's
+    death counts as a SIGTERM, and ends the process some seconds later.
     """
 
     def __init__(self) -> None:
@@ -54,12 +54,7 @@ class CatchSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
         signal.signal(_PARENT_DIED, signal.SIG_DFL)
 
@@ -71,7 +66,7 @@ class CatchSignals:
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Within this context SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt."""
+    """Within this context let SIGTERM raise Interrupted, as Ctrl-C raises KeyboardInterrupt."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number, "stopped")
@@ -84,10 +79,10 @@ def sigterm_raises() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Ask Linux for a signal when the parent dies: a killed dvc leaves no orphan training."""
+    """Ask Linux for a signal at the parent's death, so that a killed dvc leaves no training."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _PARENT_DIED)
-        # had it died before we asked, init had adopted us; torchrun gives each a session of its own
+        # another session: the parent died before we asked. torchrun gives each a session of its own
         apart = os.getsid(os.getppid()) != os.getsid(0)
         if apart and os.getsid(0) != os.getpid():
             os.kill(os.getpid(), _PARENT_DIED)

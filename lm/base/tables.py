@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-WORSE = 0.01  # times the best validation loss is noise
+WORSE = 0.01  # a share of the best validation loss: up to here worse is noise
 DIVERGED = "diverged_at_step"  # in metrics/train.json of a run that has curves and no results
 ROWS = {
     "uniform": "uniform guess",
@@ -47,17 +47,16 @@ def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> st
         "",
         f"| {'':<{width}} | nats per token | perplexity | bits per byte |",
         f"|-{'-' * width}-|---------------:|-----------:|--------------:|",
-        *(
-            f"| {row.name:<{width}} | {row.loss_nats:>14.4f} | {row.perplexity:>10,.1f} "
-            f"| {row.bits_per_byte:>13.4f} |"
-            for row in rows
-        ),
+    ]
+    lines += [
+        f"| {name:<{width}} | {nats:>14.4f} | {perplexity:>10,.1f} | {bits:>13.4f} |"
+        for _, name, nats, perplexity, bits in rows
     ]
     return "\n".join(lines) + "\n"
 
 
 def plain(text: str) -> str:
-    """Write out the control characters of a text; a model may generate any.
+    """Return a text with escapes for its control characters; a model may generate any.
 
     A terminal would obey them, and Markdown ends a line at a carriage return.
     """
@@ -65,20 +64,20 @@ def plain(text: str) -> str:
 
 
 def data_table(report: Mapping[str, Any]) -> str:
-    """Return what the tokens hold, by source and in all, and what was left out, as Markdown."""
+    """Return a report on the tokens, by source and in all, as Markdown."""
     rows = [*report["sources"].items(), *([("all", report)] if len(report["sources"]) > 1 else [])]
     lines = [
         "| source | documents | bytes | tokens | held out | bytes per token | longest document "
         "| vocabulary used |",
         "|--------|----------:|------:|-------:|---------:|----------------:|-----------------:"
         "|----------------:|",
-        *(
-            f"| {name} | {part['documents']:,} | {part['bytes']:,} | {part['tokens']:,} "
-            f"| {part['valid']['tokens'] / max(1, part['tokens']):.1%} "
-            f"| {part['bytes_per_token']:.2f} | {part['longest_document_bytes']:,} "
-            f"| {part['vocabulary_used'] / report['vocabulary']:.1%} |"
-            for name, part in rows
-        ),
+    ]
+    lines += [
+        f"| {name} | {part['documents']:,} | {part['bytes']:,} | {part['tokens']:,} "
+        f"| {part['valid']['tokens'] / max(1, part['tokens']):.1%} "
+        f"| {part['bytes_per_token']:.2f} | {part['longest_document_bytes']:,} "
+        f"| {part['vocabulary_used'] / report['vocabulary']:.1%} |"
+        for name, part in rows
     ]
     left_out = {"duplicate": report["duplicates"], **report["left_out"]}
     counted = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
@@ -103,22 +102,15 @@ def remarks_on(
     stops_early: bool,
 ) -> list[str]:
     """Return what is wrong with the model; `training` is its metrics/train.json if it has one."""
-    found = [
-        _behind_bigram(metrics, baselines),
-        None if training is None else ended_worse(training, stops_early),
-    ]
-    return [remark for remark in found if remark]
-
-
-def _behind_bigram(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> str | None:
-    """Return a remark if counting pairs of tokens predicts better than the model."""
+    found = []
     loss, bigram = metrics["loss_nats"], baselines["bigram"]
-    if loss <= bigram:
-        return None
-    return (
-        f"the model ({loss:.4f}) is worse than the bigram baseline ({bigram:.4f}): train it "
-        "longer, or with another train.lr"
-    )
+    if loss > bigram:
+        found.append(
+            f"the model ({loss:.4f}) is worse than the bigram baseline ({bigram:.4f}): train it "
+            "longer, or with another train.lr"
+        )
+    worse = None if training is None else ended_worse(training, stops_early)
+    return [*found, worse] if worse else found
 
 
 def ended_worse(train: Mapping[str, Any], publishes_best: bool) -> str | None:

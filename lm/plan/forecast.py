@@ -1,9 +1,8 @@
-"""The time of a training: by a calibration before it, and by its own first steps."""
+"""Forecast the time of a training: by a calibration before it, and by its own first steps."""
 
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,27 +12,24 @@ from lm.base.console import count, duration, say
 from lm.base.settings import TrainConfig
 from lm.data.batches import Split
 from lm.machine.gauges import peak_memory_bytes
-from lm.machine.processes import ALONE, Processes
-from lm.model.transformer import TransformerLM
 from lm.plan.footprint import flops_per_token, peak_memory
 from lm.plan.plan import Plan, compiling, free_memory_of_one, needed_memory, nominal_rate
 from lm.train.loop import train
-from lm.train.state import Record, TrainState, new_state
+from lm.train.state import Record, new_state
 
-FORECAST_STEPS = 3  # of which the first, which warms up, does not count
-CALIBRATION_S = 10.0  # of a step, by the nominal rates: more of the batch is not measured
-LONGEST_WINDOW_S = 300.0  # likewise: of a window that takes longer nothing is measured
+FORECAST_STEPS = 3  # the first one warms up and does not count
+CALIBRATION_S = 10.0  # the longest step to measure, by the nominal rates
+LONGEST_WINDOW_S = 300.0  # a window that takes longer, by the nominal rates, is not measured
 
 
 def announce(plan: Plan, asked: TrainConfig) -> None:
-    """Say the plan in a few lines, at the head of a training."""
+    """Print the plan in a few lines, at the head of a training."""
     per_step = plan.flops / plan.config.max_steps
     memory, processes = sum(plan.memory.values()), plan.num_processes
+    each = f" in each of {processes} processes ({plan.config.parallel})" * (processes > 1)
     say(
         f"Plan: {count(plan.config.max_steps, 'step')} of {per_step / 1e9:,.1f} GFLOP, "
-        f"{plan.flops:.2e} FLOP in all; memory at most {memory / 1e6:,.0f} MB"
-        + f" in each of {processes} processes ({plan.config.parallel})"
-        * (processes > 1)
+        f"{plan.flops:.2e} FLOP in all; memory at most {memory / 1e6:,.0f} MB{each}"
     )
     if asked.compile == "auto":
         done = "compiled" if plan.config.compile else "not compiled"
@@ -45,25 +41,8 @@ def announce(plan: Plan, asked: TrainConfig) -> None:
         )
 
 
-def begin(
-    plan: Plan,
-    asked: TrainConfig,
-    processes: Processes = ALONE,
-    initialise: Callable[[TransformerLM], None] | None = None,
-) -> TrainState:
-    """The state before the first step, with the plan said aloud; see lm.train.state.new_state.
-
-    All processes take the micro-batch size that fits into the memory of each.
-    """
-    state = new_state(plan.model, plan.config, plan.device, processes, initialise)
-    state.micro_batch_size = min(processes.gather(plan.micro_batch_size))
-    say(f"Model has {state.model.num_parameters():,} parameters")
-    announce(plan, asked)
-    return state
-
-
 class Forecast:
-    """The time that a training will take, told after its first steps, and how it came out."""
+    """The time that a training will take, printed after its first steps, and the time it took."""
 
     def __init__(self, plan: Plan, step: int):
         self.plan, self.left = plan, plan.config.max_steps - step
@@ -72,11 +51,10 @@ class Forecast:
         self.predicted_s: float | None = None
 
     def observe(self, record: Record) -> Record:
-        """The record of a finished step; after the first few say how long the rest will take."""
-        if len(self.step_seconds) == FORECAST_STEPS:
-            return record
-        self.step_seconds.append(record["step_s"])
-        if len(self.step_seconds) == FORECAST_STEPS:
+        """Return the record of a finished step; after the first few print the time to the end."""
+        if self.predicted_s is None:
+            self.step_seconds.append(record["step_s"])
+        if self.predicted_s is None and len(self.step_seconds) == FORECAST_STEPS:
             step_s = statistics.median(self.step_seconds[1:])
             rest_s = seconds_for(self.plan, self.left - FORECAST_STEPS, step_s)
             self.predicted_s = time.perf_counter() - self.start + rest_s
@@ -85,20 +63,18 @@ class Forecast:
         return record
 
     def beside_measured(self, device: torch.device) -> dict[str, Any]:
-        """Predicted beside measured, for metrics/performance.json."""
+        """Return predicted beside measured figures, for metrics/performance.json."""
         elapsed_s = time.perf_counter() - self.start
         predicted_s = self.predicted_s and round(self.predicted_s, 3)
+        memory, peak = round(sum(self.plan.memory.values())), peak_memory_bytes(device)
         return {
-            "memory_bytes": {
-                "predicted": round(sum(self.plan.memory.values())),
-                "measured": peak_memory_bytes(device),
-            },
+            "memory_bytes": {"predicted": memory, "measured": peak},
             "seconds": {"predicted": predicted_s, "measured": round(elapsed_s, 3)},
         }
 
 
 def seconds_for(plan: Plan, steps: int, step_s: float) -> float:
-    """Seconds for so many steps and their validations, which are forward passes alone."""
+    """Return the seconds for `steps` and their validations, which are forward passes alone."""
     by_part = flops_per_token(plan.model, plan.config, plan.device)
     forward = sum(f for f, _ in by_part.values()) / sum(map(sum, by_part.values()))
     validations = -(-steps // plan.config.eval_interval)
@@ -106,12 +82,12 @@ def seconds_for(plan: Plan, steps: int, step_s: float) -> float:
 
 
 def calibrate(plan: Plan) -> float | None:
-    """Seconds of a step here, from two steps after a warm-up, on random tokens and a state apart.
+    """Measure the seconds of a step: two steps after a warm-up, with random tokens and a new state.
 
-    Where a step would take long, a part of its windows is measured and the rest reckoned with.
-    Of several processes one computes its share of the windows, alone, with the whole model and
-    nobody to send to. Torch's random generators are left as they were. None where the whole model
-    does not fit here, or a single window would take minutes: such a plan is for other machines.
+    Where a step would take long, it measures a part of the windows and scales up. For several
+    processes one process computes its share of the windows with the whole model, alone. Torch's
+    random generators are left as they were. Return None if the whole model does not fit here, or
+    a single window would take minutes: such a plan is for another machine.
     """
     flops = plan.flops / plan.config.max_steps / plan.num_processes
     share_s = flops / nominal_rate(plan.config, plan.device)
@@ -127,10 +103,8 @@ def calibrate(plan: Plan) -> float | None:
         schedule="constant",
         on_nonfinite="skip",
     )
-    micro_batch_size, free = (
-        min(plan.micro_batch_size, measured),
-        free_memory_of_one(plan.device, 1),
-    )
+    micro_batch_size = min(plan.micro_batch_size, measured)
+    free = free_memory_of_one(plan.device, 1)
     needed = sum(peak_memory(plan.model, config, plan.device, micro_batch_size, 0).values())
     needed = max(needed, needed_memory(plan))
     if share_s / plan.share > LONGEST_WINDOW_S or (free is not None and needed > free):

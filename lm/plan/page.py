@@ -27,37 +27,34 @@ from lm.plan.plan import Plan, make_plan, require_room
 def table(
     plan: Plan, step_s: float | None, price: float | None, bandwidth: float | None = None
 ) -> str:
-    """The plan as a page of tables (Markdown); without the seconds of a step it tells no time.
+    """Return the plan as a page of Markdown tables; without the seconds of a step without times.
 
-    The price is that of all processes for an hour, the bandwidth bytes per second that each sends.
+    `price` is that of all processes for an hour; each sends `bandwidth` bytes per second.
     """
-    model, config = plan.model, plan.config
-    sizes, by_part = parameters(model), flops_per_token(model, config, plan.device)
-    alone = plan.num_processes == 1
-    lines = ["| part | parameters |", "|------|-----------:|"]
-    lines += [f"| {part} | {count:,} |" for part, count in sizes.items()]
-    lines += [f"| all | {sum(sizes.values()):,} |", ""]
-    lines += [
+    config, alone = plan.config, plan.num_processes == 1
+    sizes, by_part = parameters(plan.model), flops_per_token(plan.model, config, plan.device)
+    forward, backward = (sum(flops) for flops in zip(*by_part.values(), strict=True))
+    each = "" if alone else f" of each of {plan.num_processes} processes, {config.parallel}"
+    title = f"memory{each}, {config.dtype}, micro-batch size {plan.micro_batch_size}"
+    checkpointing = not config.gradient_checkpointing
+    other = dataclasses.replace(config, gradient_checkpointing=checkpointing)
+    instead = sum(dataclasses.replace(plan, config=other).memory.values())
+    lines = [
+        "| part | parameters |",
+        "|------|-----------:|",
+        *(f"| {part} | {size:,} |" for part, size in sizes.items()),
+        f"| all | {sum(sizes.values()):,} |",
+        "",
         "| per token | FLOP forward | FLOP backward |",
         "|-----------|-------------:|--------------:|",
+        *(f"| {part} | {f:,.0f} | {b:,.0f} |" for part, (f, b) in by_part.items()),
+        f"| all | {forward:,.0f} | {backward:,.0f} |",
+        "",
+        *_megabytes(title, plan.memory),
+        *([] if alone else _megabytes("a process sends for an update", plan.communication)),
+        f"With train.gradient_checkpointing: {str(checkpointing).lower()} {instead / 1e6:,.1f} MB",
     ]
-    lines += [f"| {part} | {f:,.0f} | {b:,.0f} |" for part, (f, b) in by_part.items()]
-    lines += [f"| all | {sum(f for f, _ in by_part.values()):,.0f} "
-              f"| {sum(b for _, b in by_part.values()):,.0f} |", ""]  # fmt: skip
-    each = "" if alone else f" of each of {plan.num_processes} processes, {config.parallel}"
-    lines += _megabytes(
-        f"memory{each}, {config.dtype}, micro-batch size {plan.micro_batch_size}", plan.memory
-    )
-    if not alone:
-        lines += _megabytes("a process sends for an update", plan.communication)
-    other = dataclasses.replace(config, gradient_checkpointing=not config.gradient_checkpointing)
-    instead = dataclasses.replace(plan, config=other)
-    lines += [
-        f"With train.gradient_checkpointing: {str(other.gradient_checkpointing).lower()} "
-        f"{sum(instead.memory.values()) / 1e6:,.1f} MB",
-    ]
-    steps = f"{count(config.max_steps, 'step')}, {plan.flops:.3e} FLOP"
-    sending_s = 0.0
+    steps, sending_s = f"{count(config.max_steps, 'step')}, {plan.flops:.3e} FLOP", 0.0
     if bandwidth is not None:
         sending_s = sum(plan.communication.values()) / bandwidth
         lines += [f"Sending takes {sending_s:.3f} s an update at {bandwidth / 1e9:g} GB/s"]
@@ -79,9 +76,9 @@ def _megabytes(title: str, parts: dict[str, float]) -> list[str]:
 
 
 def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
-    """Of the tokenizer that is to be learnt; of another kind, the tokens tell, which must be there.
+    """Return the size of the tokenizer that the settings describe, or of the tokens in data/.
 
-    Tokens say nothing of other settings than those that they were made with.
+    Tokens are asked only about a kind whose size no setting gives: they may be of other settings.
     """
     tokenizer = params.get("tokenizer", {})
     if tokenizer.get("kind") == "bytes":
@@ -95,16 +92,14 @@ def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m lm.plan", description=__doc__.split("\n")[0])
-    default = Path("params.yaml")
-    parser.add_argument("--params", type=Path, default=default, metavar="FILE", help="a preset")
+    add = parser.add_argument
+    add("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="a preset")
     add_overrides(parser)
-    parser.add_argument("--price", type=float, metavar="EUR_PER_HOUR", help="of all machines")
-    sends = "that each of several processes can send"
-    parser.add_argument("--bandwidth", type=float, metavar="GB_PER_S", help=sends)
-    only = "check every setting, and run nothing"
-    parser.add_argument("--check", action="store_true", help=only)
+    add("--price", type=float, metavar="EUR_PER_HOUR", help="of all machines")
+    add("--bandwidth", type=float, metavar="GB_PER_S", help="that each of several processes sends")
+    add("--check", action="store_true", help="check every setting, and run nothing")
     options = parser.parse_args(arguments)
     with one_line_errors():
         if options.price is not None and not 0 <= options.price < float("inf"):

@@ -2,9 +2,8 @@
 
     settings -> parameters, FLOPs per token, memory by moment -> micro-batch size, compile or not
 
-All is arithmetic on the settings (footprint.py); the time is measured (forecast.py). Of several
-processes the memory is that of each: they compute side by side. `python -m lm.plan` prints a plan
-(page.py).
+All is arithmetic on the settings (footprint.py); the time is measured (forecast.py). With several
+processes the memory is that of each. `python -m lm.plan` prints a plan (page.py).
 """
 
 import dataclasses
@@ -21,24 +20,23 @@ from lm.base.errors import EnvironmentFault, InputError, is_out_of_memory
 from lm.base.settings import ModelConfig, TrainConfig, divisors, share_of_batch
 from lm.machine.device import multiplies_natively, no_compiling, no_loading
 from lm.machine.gauges import SURELY, free_memory_bytes, require_memory, resident_memory_bytes
-from lm.plan.footprint import (
-    batch_bytes,
-    communication,
-    flops_per_token,
-    parameters,
-    peak_memory,
-)
+from lm.plan.footprint import batch_bytes, communication, flops_per_token, parameters, peak_memory
 
 LOWER = "model.d_model, model.d_ff, model.context_length or tokenizer.vocab_size"
 MARGIN = 0.9  # of the free memory may be planned with
-RATES = {"cpu": 50e9, "cuda": 1e14}  # nominal FLOP/s: of one thread, of a device
-NATIVE_RATE = 120e9  # of one thread of a CPU that multiplies in bfloat16
+# By `python -m benchmarks.throughput`, rounded: FLOP/s of a thread or a device, and of a thread of
+# a CPU that multiplies in bfloat16 natively; the share of a step that compiling saves with native
+# products and with others; the seconds to compile a model and each layer, with two threads
+RATES = {"cpu": 50e9, "cuda": 1e14}
+NATIVE_RATE = 120e9
+NATIVE_SAVING, SAVING = 0.5, 0.25
+COMPILING_S, COMPILING_LAYER_S = 6.0, 6.0
 REPAYS = 2.0  # times its cost is what compiling must save: a nominal rate is no measurement
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training of these settings will hold and compute on a device, or on several."""
+    """A training with all settings decided, and what it holds and computes."""
 
     model: ModelConfig
     config: TrainConfig
@@ -49,15 +47,9 @@ class Plan:
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes by part at the fullest moment, of one process."""
-        return peak_memory(
-            self.model,
-            self.config,
-            self.device,
-            self.micro_batch_size,
-            self.base_bytes,
-            self.num_processes,
-        )
+        """Bytes of one process by part at the fullest moment."""
+        run = (self.model, self.config, self.device)
+        return peak_memory(*run, self.micro_batch_size, self.base_bytes, self.num_processes)
 
     @property
     def share(self) -> int:
@@ -72,7 +64,7 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Of the whole training and all processes, validations left out."""
+        """Floating-point operations of the whole training, without validations."""
         by_part = flops_per_token(self.model, self.config, self.device)
         tokens = self.config.max_steps * self.config.batch_size * self.model.context_length
         return tokens * sum(map(sum, by_part.values()))
@@ -94,20 +86,18 @@ def largest_micro_batch(
         return config.micro_batch_size
     if free_bytes is None:
         return share
-    for micro_batch_size in reversed(divisors(share)):
-        needed = sum(
-            peak_memory(model, config, device, micro_batch_size, 0, num_processes).values()
-        )
-        if needed <= MARGIN * free_bytes:
-            return micro_batch_size
+    for windows in reversed(divisors(share)):
+        needed = peak_memory(model, config, device, windows, 0, num_processes)
+        if sum(needed.values()) <= MARGIN * free_bytes:
+            return windows
     return 1
 
 
 def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> tuple[bool, str]:
-    """Whether compiling repays, and why: a function of settings, device kind and threads alone.
+    """Return whether to compile, and why: by settings, kind of device and threads alone.
 
-    A clock must not decide: another machine state would give other bits. Nor must the number of
-    processes, for one: a run may go on with another.
+    A clock must not decide: it would give other bits at another time. Nor must the number of
+    processes: a run may go on with another one.
     """
     if config.compile != "auto":
         return config.compile, f"train.compile is {str(config.compile).lower()}"
@@ -118,8 +108,9 @@ def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> 
     native = multiplies_natively(device, config.dtype)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     plan = Plan(model, dataclasses.replace(config, compile=False), device, config.batch_size, 0)
-    saved_s = plan.flops / nominal_rate(config, device) * (0.5 if native else 0.25)
-    cost_s = (6 + 6 * model.num_layers) * (2 / 3 + 2 / 3 / threads)
+    saved_s = plan.flops / nominal_rate(config, device) * (NATIVE_SAVING if native else SAVING)
+    # with one thread half of the work could be shared by several
+    cost_s = (COMPILING_S + COMPILING_LAYER_S * model.num_layers) * (2 / 3 + 2 / 3 / threads)
     repays = saved_s >= REPAYS * cost_s
     if repays and (reason := no_loading(device)):
         return False, f"{reason} to compile"
@@ -130,7 +121,7 @@ def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> 
 
 
 def nominal_rate(config: TrainConfig, device: torch.device) -> float:
-    """FLOP/s that are reckoned with before anything is measured."""
+    """Return the FLOP/s that a plan assumes before anything is measured."""
     if device.type != "cpu":
         return RATES.get(device.type, RATES["cpu"])
     native = multiplies_natively(device, config.dtype)
@@ -140,9 +131,9 @@ def nominal_rate(config: TrainConfig, device: torch.device) -> float:
 def make_plan(
     model: ModelConfig, config: TrainConfig, device: torch.device, num_processes: int = 1
 ) -> Plan:
-    """The plan with `compile` and the micro-batch size decided; before the model is made.
+    """Decide `compile` and the micro-batch size; return the plan. Call before making the model.
 
-    Raises InputError where so many processes cannot share the batch.
+    Raises InputError if this number of processes cannot share the batch.
     """
     base = resident_memory_bytes()
     compiles, _ = compiling(model, config, device)
@@ -153,15 +144,15 @@ def make_plan(
 
 
 def free_memory_of_one(device: torch.device, num_processes: int) -> int | None:
-    """The free memory of a device; on a CPU its share of one of the processes of this machine."""
+    """Return the free memory for a process: of its GPU, or of its share of this machine's RAM."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))  # torchrun sets it
     return free_memory_bytes(device, here)
 
 
 def require_room(plan: Plan) -> None:
-    """Raise EnvironmentFault with what fits if the training surely needs more memory than is free.
+    """Raise EnvironmentFault, naming what would fit, if the training surely exceeds free memory.
 
-    Before the model is made: making one of a million layers takes long before it fails.
+    Call before making the model: one of a million layers takes long to fail.
     """
     free, needed = free_memory_of_one(plan.device, plan.num_processes), needed_memory(plan)
     if free is not None and needed > SURELY * free:  # what fits takes a moment
@@ -171,7 +162,7 @@ def require_room(plan: Plan) -> None:
 
 
 def require_room_for_processes(num_processes: int) -> None:
-    """Raise EnvironmentFault if so many processes surely do not fit, before one is started."""
+    """Raise EnvironmentFault if the processes surely do not fit. Call before starting one."""
     require_memory(
         f"runtime.num_processes = {num_processes}: without a model each takes as much as this one, "
         f"together",
@@ -183,7 +174,7 @@ def require_room_for_processes(num_processes: int) -> None:
 
 @contextmanager
 def explain_out_of_memory(plan: Plan) -> Iterator[None]:
-    """Name what was planned and what to try where memory runs out within this context."""
+    """Where memory runs out in this context, raise an error with the plan and what to try."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:  # an OSError of a mapping
@@ -198,46 +189,40 @@ def explain_out_of_memory(plan: Plan) -> Iterator[None]:
 
 
 def _takes(plan: Plan) -> str:
-    """What is trained, for a line on its memory."""
+    """Return the subject of a sentence on the training's memory."""
     numbers = sum(parameters(plan.model).values())
     return f"training {numbers:,} parameters with micro-batch size {plan.micro_batch_size} takes"
 
 
 def needed_memory(plan: Plan) -> float:
-    """Bytes of one process beside what it holds before there is a model."""
+    """Return the bytes of one process beyond those it holds before there is a model."""
     held = sum(dataclasses.replace(plan, base_bytes=0).memory.values())
     return held + batch_bytes(plan.model, plan.config, plan.share)
 
 
 def _first_that_fits(plan: Plan, free: float) -> str | None:
-    """The first change of settings with which the plan fits into so many bytes, in words."""
-    share, layers, one = plan.share, plan.model.num_layers, {"micro_batch_size": 1}
-    changes: list[tuple[dict[str, Any], int]] = [
-        *(
-            ({"micro_batch_size": n}, layers)
-            for n in reversed(divisors(share))
-            if n < plan.micro_batch_size
-        ),
-        (one | {"gradient_checkpointing": True}, layers),
-        *((one | {"batch_size": n * plan.num_processes}, layers) for n in _halves(share)),
-        *((one, n) for n in _halves(layers)),
+    """Return the first change of settings with which the plan fits into `free` bytes, in words."""
+
+    def halves(number: int) -> list[int]:
+        return [number >> n for n in range(1, number.bit_length())]
+
+    smaller = [n for n in reversed(divisors(plan.share)) if n < plan.micro_batch_size]
+    batches = [n * plan.num_processes for n in halves(plan.share)]
+    changes: list[tuple[dict[str, Any], dict[str, Any]]] = [  # of train, of model
+        *(({"micro_batch_size": n}, {}) for n in smaller),
+        ({"micro_batch_size": 1, "gradient_checkpointing": True}, {}),
+        *(({"micro_batch_size": 1, "batch_size": n}, {}) for n in batches),
+        *(({"micro_batch_size": 1}, {"num_layers": n}) for n in halves(plan.model.num_layers)),
     ]
-    for change, num_layers in changes:
-        model = dataclasses.replace(plan.model, num_layers=num_layers)
+    for train, model in changes:
         with suppress(InputError):  # a tree's leaves cannot be cut anyhow
-            config = dataclasses.replace(plan.config, **change)
-            micro_batch_size = config.micro_batch_size or config.batch_size
             other = dataclasses.replace(
-                plan, model=model, config=config, micro_batch_size=micro_batch_size
+                plan,
+                model=dataclasses.replace(plan.model, **model),
+                config=dataclasses.replace(plan.config, **train),
+                micro_batch_size=train["micro_batch_size"],
             )
             if needed_memory(other) <= MARGIN * free:
-                words = [f"train.{name}: {str(value).lower()}" for name, value in change.items()]
-                return ", ".join(
-                    [*words, *[f"model.num_layers: {num_layers}"] * (num_layers < layers)]
-                )
+                words = [f"train.{name}: {str(value).lower()}" for name, value in train.items()]
+                return ", ".join([*words, *(f"model.{name}: {n}" for name, n in model.items())])
     return None
-
-
-def _halves(number: int) -> list[int]:
-    """Half of a number, a quarter, ... to 1."""
-    return [number >> n for n in range(1, number.bit_length())]

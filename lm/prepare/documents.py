@@ -202,15 +202,19 @@ def shard_documents(
 
 def with_train_bytes(config: DataConfig, shards: Sequence[Shard], num_workers: int) -> list[Shard]:
     """Set `train_bytes` of each shard, if the tail is held out: that reads all of the text."""
-    if config.split != "tail":
-        return list(shards)
-    sizes = list(ordered_map(partial(_text_bytes, config), shards, num_workers))
-    boundary = int(sum(sizes) * (1 - config.valid_fraction))
-    starts = accumulate(sizes, initial=0)
-    return [
-        shard._replace(train_bytes=min(max(boundary - start, 0), size))
-        for shard, start, size in zip(shards, starts, sizes, strict=False)
-    ]
+    match config.split:
+        case "hash":
+            return list(shards)
+        case "tail":
+            sizes = list(ordered_map(partial(_text_bytes, config), shards, num_workers))
+            boundary = int(sum(sizes) * (1 - config.valid_fraction))
+            starts = accumulate(sizes, initial=0)
+            return [
+                shard._replace(train_bytes=min(max(boundary - start, 0), size))
+                for shard, start, size in zip(shards, starts, sizes, strict=False)
+            ]
+        case _:
+            assert_never(config.split)
 
 
 def _text_bytes(config: DataConfig, shard: Shard) -> int:
