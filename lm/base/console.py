@@ -1,10 +1,14 @@
-"""Print the messages of a long run: plain lines, from one process of several."""
+"""Print the messages of a long run: plain lines in a log, a progress bar on a terminal."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
+tqdm.monitor_interval = 0  # no thread of its own: processes fork
 _muted = False
 
 
@@ -15,9 +19,10 @@ def mute() -> None:
 
 
 def say(text: str) -> None:
-    """Print text now, unless this process is muted."""
+    """Print text now, above the progress bar if there is one, unless this process is muted."""
     if not _muted:
-        print(text, flush=True)
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class Progress:
@@ -27,9 +32,12 @@ class Progress:
         self.first, self.max_steps, self.interval = step, max_steps, interval
         self.tokens_per_step = tokens_per_step
         self.start = time.perf_counter()
+        hidden = _muted or not sys.stderr.isatty()
+        self.bar = tqdm(total=max_steps, initial=step, unit="step", disable=hidden, leave=False)
 
     def show(self, record: dict[str, Any], average_loss: float, remark: str = "") -> None:
         """Report a finished step, with a remark behind its figures."""
+        self.bar.update(1)
         step = record["step"]
         if step % self.interval == 0 or step == self.max_steps:
             elapsed, done = self.elapsed_s(), step - self.first
@@ -47,6 +55,10 @@ class Progress:
         """Return the seconds since this process began to train."""
         return time.perf_counter() - self.start
 
+    def close(self) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
 
 class ByteProgress:
     """The progress over some bytes: every `interval_s` a line with speed and time left."""
@@ -55,12 +67,17 @@ class ByteProgress:
         self.what, self.total, self.interval_s = what, total_bytes, interval_s
         self.done, self.start = 0, time.perf_counter()
         self.shown = self.start
+        self.bar = tqdm(
+            desc=what, total=total_bytes, unit="B", unit_scale=True, leave=False,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
 
     def show(self, n_bytes: int) -> None:
         """Count `n_bytes` more as done."""
+        self.bar.update(n_bytes)
         self.done += n_bytes
         now = time.perf_counter()
-        if now - self.shown >= self.interval_s:
+        if self.bar.disable and now - self.shown >= self.interval_s:
             self.shown = now
             speed = max(1, self.done) / (now - self.start)  # the first files may all be empty
             say(
@@ -69,7 +86,8 @@ class ByteProgress:
             )
 
     def close(self) -> None:
-        """Say how fast it was if it took a second or more."""
+        """Remove the bar; say how fast it was if it took a second or more."""
+        self.bar.close()
         elapsed = time.perf_counter() - self.start
         if elapsed >= 1:
             speed = self.done / elapsed / 1e6

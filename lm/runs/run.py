@@ -94,6 +94,7 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.progress.close()
         self.directory.unlock()
         self.signals.__exit__(kind, error, traceback)
         if isinstance(error, Diverged) and self.processes.leads:
