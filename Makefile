@@ -34,7 +34,7 @@ _place:
 	@touch $@
 
 # what `dvc plots` fills: with Vega inside, where DVC's own page loads it from the network
-.dvc/plots-page.html: .venv/.ready tools/report/plots.py tools/report/vega.py
+.dvc/plots-page.html: .venv/.ready tools/report/plots.py tools/report/plots.html tools/report/vega.py
 	@python -m tools.report.plots --template
 	@python -m tools.heal
 	@dvc config --local plots.html_template plots-page.html

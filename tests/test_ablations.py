@@ -66,7 +66,7 @@ def test_the_page_names_each_variant_and_tells_a_divergence_as_a_result():
     assert table[1][5].startswith("worse than the best: +0.3133")
     assert table[3][5] == "diverged at step 7: nan"
     assert {len(row) for row in table} == {7}
-    places = {point["x"] for layer in plot["layer"] for point in layer["data"]["values"]}
+    places = {point["x"] for points in plot["datasets"].values() for point in points}
     assert places == set(losses)
 
 

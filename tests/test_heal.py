@@ -14,7 +14,7 @@ import yaml
 
 from tests.kill import Victim, commit, git, heal, outputs, run, survivors
 from tests.project import ROOT
-from tools.heal.dvc_lock import fault_of_dvc_lock
+from tools.heal.dvc_files import fault_of_dvc_lock
 
 
 @pytest.fixture

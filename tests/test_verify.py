@@ -100,7 +100,7 @@ for name in sys.argv[1:]:
     for place in range(0, len(data), max(1, len(data) // 6)):
         for damaged in (data[:place], data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :]):
             file.write_bytes(damaged)
-            checks = (verify.recorded_faults(verify.LOCK, repo), verify.belonging_faults(),
+            checks = (verify.recorded_faults(repo), verify.belonging_faults(),
                       verify.checkpoint_faults())
             found.append(any([verify._complete(faults) for faults in checks]))
     file.unlink()

@@ -1,4 +1,4 @@
-"""Is dvc.lock of this code and these settings? Needs no data, so that a fresh clone can tell.
+"""Check, without any data, that dvc.lock is of this code and these settings: for a fresh clone.
 
 `dvc repro --dry --allow-missing` ends with 0 even if it would run something, and `dvc status` calls
 everything changed where the outputs were not pulled yet.
@@ -20,7 +20,7 @@ ABSENT = ("deleted", "not in cache")  # not pulled yet: no sign of a change
 
 
 def changes(repo: Repo) -> Iterator[str]:
-    """Yield what of code, settings and commands has changed since dvc.lock was written."""
+    """Yield the code, settings and commands that have changed since dvc.lock was written."""
     for stage, entries in repo.status().items():
         for entry in entries:
             if isinstance(entry, str):  # "changed command"
@@ -30,8 +30,9 @@ def changes(repo: Repo) -> Iterator[str]:
                 yield from (f"{name}: {what}" for name, what in _flat(found) if what not in ABSENT)
 
 
-def gaps(repo: Repo, recorded: dict[str, Any]) -> Iterator[str]:
+def gaps(repo: Repo) -> Iterator[str]:
     """Yield where dvc.lock does not fit dvc.yaml, the files that git has, or itself."""
+    recorded = recorded_hashes()
     made = {str(out): out.hash_info.value for stage in repo.index.stages for out in stage.outs}
     for stage in repo.index.stages:
         if not stage.cmd:  # a .dvc file
@@ -39,17 +40,17 @@ def gaps(repo: Repo, recorded: dict[str, Any]) -> Iterator[str]:
         if stage.name not in recorded:
             yield f"stage {stage.name}: never ran"
             continue
+        hashes = recorded[stage.name]
         for kind, files in (("deps", stage.deps), ("outs", stage.outs)):
-            hashes = {entry["path"]: entry["md5"] for entry in recorded[stage.name].get(kind, [])}
             names = {str(file) for file in files if not hasattr(file, "params")}
-            for path in sorted(names ^ hashes.keys()):
+            for path in sorted(names ^ hashes[kind].keys()):
                 yield f"stage {stage.name}: {path} is only in one of dvc.yaml and {LOCK}"
-            for path, md5 in hashes.items() if kind == "deps" else ():
-                if made.get(path, md5) != md5:
-                    yield f"stage {stage.name}: recorded with another {path} than was made"
-                inside = not Path(path).is_absolute() and ".." not in Path(path).parts
-                if path not in made and inside and not Path(path).exists():
-                    yield f"{path}: deleted"
+        for path, md5 in hashes["deps"].items():
+            if made.get(path, md5) != md5:
+                yield f"stage {stage.name}: recorded with another {path} than was made"
+            inside = not Path(path).is_absolute() and ".." not in Path(path).parts
+            if path not in made and inside and not Path(path).exists():
+                yield f"{path}: deleted"
 
 
 def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -61,16 +62,34 @@ def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, what
 
 
+def stages_of(file: Path) -> dict[str, Any]:
+    """Return the stages of dvc.yaml or dvc.lock. Raises InputError for a torn file."""
+    try:
+        return dict(parse_yaml(file.read_text(encoding="utf-8"), str(file))["stages"])
+    except (UnicodeDecodeError, LookupError, TypeError, ValueError):
+        raise InputError(f"{file}: torn or not of DVC; `make heal` mends dvc.lock") from None
+
+
+def recorded_hashes() -> dict[str, dict[str, dict[str, str]]]:
+    """Return md5 by path of the "deps" and "outs" of each stage in dvc.lock."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    try:
+        for name, stage in stages_of(LOCK).items():
+            found[name] = {
+                kind: {entry["path"]: entry["md5"] for entry in stage.get(kind, [])}
+                for kind in ("deps", "outs")
+            }
+    except (LookupError, TypeError, AttributeError):
+        raise InputError(f"{LOCK}: torn; `make heal` mends it") from None
+    return found
+
+
 def faults() -> list[str]:
     """Return why dvc.lock is stale, if it is. Raises InputError if a file cannot be read."""
     if not LOCK.is_file():
         raise InputError(f"{LOCK}: no such file; run `make repro` and commit it")
-    try:
-        recorded = parse_yaml(LOCK.read_text(encoding="utf-8"), str(LOCK)).get("stages", {})
-        with opened() as repo:
-            return list(dict.fromkeys([*gaps(repo, recorded), *changes(repo)]))
-    except (AttributeError, LookupError, TypeError, UnicodeDecodeError):
-        raise InputError(f"{LOCK}: torn; `make heal` mends it") from None
+    with opened() as repo:
+        return list(dict.fromkeys([*gaps(repo), *changes(repo)]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The project as git and DVC know it: its commits by name, and in one line what git refuses."""
+"""The project as git and DVC know it, and their errors in one line with the cure."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from lm.base.errors import EnvironmentFault, InputError
 
 # git sets these for its hooks; there they lead to the repository of the hook, which may be another
 OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
-CURES = {  # by what git or DVC says
+CURES = {  # by the words of git or DVC
     "dubious ownership": "the repository belongs to another user, so that git does not trust it; "
     "run: git config --global --add safe.directory {root}",
     "not a git repository": "{root} is not under git; run `make heal` to let DVC work without",
@@ -22,7 +22,7 @@ CURES = {  # by what git or DVC says
     "name and email": "git does not know who you are; run: git config --global user.name NAME && "
     "git config --global user.email ADDRESS",
 }
-KNOWN = "`dvc exp list` and `git log` name those that there are"
+KNOWN = "`dvc exp list` and `git log` list the known ones"
 
 
 def run_git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -64,16 +64,15 @@ def _refusal(said: str) -> EnvironmentFault:
 
 
 def cure(said: str) -> str | None:
-    """Return what is wrong and what to type, if git or DVC said something that is known here."""
+    """Return the fault and the command that mends it, for an error of git or DVC in CURES."""
     place = re.search("repository at '(.*)'", said)  # further up, if this is a subfolder
     root = shlex.quote(place[1] if place else str(Path.cwd()))
-    found = (text.format(root=root) for words, text in CURES.items() if words in said)
-    return next(found, None)
+    return next((cure.format(root=root) for words, cure in CURES.items() if words in said), None)
 
 
 @contextmanager
 def opened() -> Iterator[Any]:
-    """Open the project with DVC; tell in one line what git or DVC refuse meanwhile."""
+    """Open the project with DVC; turn errors of git and DVC meanwhile into ours."""
     from dvc.exceptions import DvcException  # takes a second
     from dvc.repo import Repo
     from dvc.scm import RevError

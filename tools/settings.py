@@ -47,6 +47,7 @@ NAMES = {int: "integer", float: "number", bool: "true, false", str: "text"}
 
 def page() -> str:
     """Return the page. Raises KeyError for a setting without a description."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     lines = [HEAD]
     for section, values in load_params(DEFAULTS).items():
         lines += [f"## {section}\n", "| setting | values | default | what it does | stages |"]
@@ -56,9 +57,10 @@ def page() -> str:
             what = [word for word in get_args(hints[key]) if isinstance(word, str)]
             if get_origin(hints[key]) is not Annotated or not what:
                 raise KeyError(f"{section}.{key}: no description; put one into its Annotated")
-            cells = [f"`{section}.{key}`", allowed(hints[key]), f"`{_yaml(default)}`"]
-            cells += [re.sub(r"docs/(\w+\.md)", r"[\1](\1)", what[-1])]
-            cells += [", ".join(_stages(section, key))]
+            name, words = f"{section}.{key}", re.sub(r"docs/(\w+\.md)", r"[\1](\1)", what[-1])
+            read_by = [stage for stage in stages if {section, name} & {*stages[stage]["params"]}]
+            cells = [f"`{name}`", allowed(hints[key]), f"`{_yaml(default)}`", words]
+            cells += [", ".join(read_by)]
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -95,18 +97,7 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _stages(section: str, key: str) -> list[str]:
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    named = {section, f"{section}.{key}"}
-    return [name for name, stage in stages.items() if named & set(stage["params"])]
-
-
-def main() -> None:
-    """Copy the defaults into their preset; write the page."""
+if __name__ == "__main__":
     load_params(ROOT / "params.yaml")  # raises an error before anything is written
     atomic_copy(ROOT / "params.yaml", DEFAULTS)
     atomic_write(PAGE, page().encode())
-
-
-if __name__ == "__main__":
-    main()

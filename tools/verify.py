@@ -1,26 +1,27 @@
-"""Are the results what dvc.lock says, and do they belong together?  python -m tools.verify
+"""Check that the results are those of dvc.lock and belong together: `python -m tools.verify`.
 
 DVC trusts size and modification time, so a byte that flipped on disk passes `dvc status`, and a
-damaged cache hands it out. Here every byte is hashed again, in the workspace and in the cache;
-then tokens, tokenizer, model and checkpoints are checked against each other and against the
-model's provenance. With --replay N, N steps are trained again and the weights compared.
+damaged cache hands it out. This hashes every byte again, in the workspace and in the cache, and
+compares tokens, tokenizer, model and checkpoints with each other and with the model's provenance.
+With --replay N it trains N steps again and compares the weights.
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from dvc.fs import localfs
 from dvc.repo import Repo
+from dvc_data.hashfile.build import build
+from dvc_data.hashfile.db import HashFileDB
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lm.base.config import parse_yaml, read_section
+from lm.base.config import read_section
 from lm.base.console import count, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
@@ -28,7 +29,7 @@ from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES
 from lm.data.batches import open_tokens
 from lm.data.tokenizer import load_tokenizer
 from lm.machine.device import choose_device, environment, make_deterministic
-from lm.machine.processes import Processes, joined
+from lm.machine.processes import joined
 from lm.model.fitting import require_finite, require_settings
 from lm.model.huggingface import start_from
 from lm.model.model_folder import load_model, read_provenance
@@ -41,78 +42,52 @@ from lm.train.loop import train
 from lm.train.state import TrainState, new_state
 from lm.train.step import TrainConfig
 from stages.run import UNFINISHED
+from tools.lock import LOCK, recorded_hashes, stages_of
 from tools.repository import opened
 
-PIPELINE, LOCK = Path("dvc.yaml"), Path("dvc.lock")
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
 MODEL, PRETRAINED = Path("models/model"), Path("models/pretrained")
 LAST = Path("models/checkpoints/last.safetensors")
 BEST = Path("models/checkpoints/best.safetensors")
 
 
-def recorded_faults(lock: Path, repo: Repo) -> Iterator[str]:
-    """Yield what differs from the hashes that DVC recorded, in the workspace or in its cache."""
-    recorded = _stages(lock)
-    for name in _stages(PIPELINE).keys() - {name.partition("@")[0] for name in recorded}:
-        yield f"stage {name}: not in {lock}; `dvc repro` runs it"
-    try:
-        outputs, dependencies = (
-            {entry["path"]: entry["md5"] for s in recorded.values() for entry in s.get(kind, [])}
-            for kind in ("outs", "deps")
-        )
-    except (LookupError, TypeError, AttributeError):
-        raise InputError(f"{lock}: torn; `make heal` mends it") from None
+def recorded_faults(repo: Repo) -> Iterator[str]:
+    """Yield the files in workspace and cache that differ from the hashes that DVC recorded."""
+    recorded = recorded_hashes()
+    for name in stages_of(Path("dvc.yaml")).keys() - {name.partition("@")[0] for name in recorded}:
+        yield f"stage {name}: not in {LOCK}; `dvc repro` runs it"
+    outputs = {path: md5 for kinds in recorded.values() for path, md5 in kinds["outs"].items()}
     for path, md5 in outputs.items():
         yield from _output_faults(Path(path), md5, repo)
-    for path, md5 in dependencies.items():
+    read = {path: md5 for kinds in recorded.values() for path, md5 in kinds["deps"].items()}
+    for path, md5 in read.items():
         if path not in outputs and Path(path).exists() and _hash(Path(path), repo) != md5:
             yield f"{path}: differs from what the stages read; `dvc repro` runs them again"
 
 
-def _stages(file: Path) -> dict[str, Any]:
-    """Return the stages of dvc.yaml or dvc.lock."""
-    try:
-        return dict(parse_yaml(file.read_text(encoding="utf-8"), str(file))["stages"])
-    except (UnicodeDecodeError, LookupError, TypeError, ValueError):
-        raise InputError(f"{file}: torn or not of DVC; `make heal` mends dvc.lock") from None
-
-
 def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[str]:
-    cache = Path(repo.cache.local.path)
     restore = f"`dvc checkout --force {path}` brings it back from the cache"
     instead = f"delete it, then {restore}"  # DVC takes size and time for the content
     files = {path: md5}
-    listing = _cached(cache, md5)
-    if md5.endswith(".dir") and listing.is_file() and not any(_cache_faults(cache, md5)):
+    listing = _cached(md5, repo)
+    if md5.endswith(".dir") and listing.is_file() and not any(_cache_faults(md5, repo)):
         files = {path / item["relpath"]: item["md5"] for item in json.loads(listing.read_bytes())}
         for file in sorted(set(filter(Path.is_file, path.rglob("*"))) - files.keys()):
             yield f"{file}: not among the recorded files; {restore}"
     elif path.is_dir():  # the list is damaged or was never here: what lies in the workspace
         for file in sorted(filter(Path.is_file, path.rglob("*"))):
-            yield from _cache_faults(cache, _md5(file))
+            yield from _cache_faults(_hash(file, repo), repo)
     for file, expected in files.items():
         if not file.exists():
             yield f"{file}: missing; {restore}"
         elif (found := _hash(file, repo)) != expected:
             yield f"{file}: md5 {found}, dvc.lock says {expected}; {instead}"
-        yield from _cache_faults(cache, expected)
+        yield from _cache_faults(expected, repo)
 
 
-def _hash(path: Path, repo: Repo) -> str:
-    """Return DVC's hash: the md5 of a file, or of the sorted list of a folder's files."""
-    if path.is_file():
-        return _md5(path)
-    files = map(Path, repo.dvcignore.find(repo.fs, str(path.absolute())))
-    entries = [
-        {"md5": _md5(f), "relpath": f.relative_to(path.absolute()).as_posix()} for f in files
-    ]
-    entries.sort(key=itemgetter("relpath"))
-    return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
-
-
-def _cache_faults(cache: Path, md5: str) -> Iterator[str]:
-    file = _cached(cache, md5)
-    if file.is_file() and (found := _md5(file)) != md5.removesuffix(".dir"):
+def _cache_faults(md5: str, repo: Repo) -> Iterator[str]:
+    file = _cached(md5, repo)
+    if file.is_file() and (found := _hash(file, repo)) != md5.removesuffix(".dir"):
         yield (
             f"{file}: md5 {found} is not its name: the cache is damaged; delete the file, then "
             "`dvc commit --force` if the workspace is right, else delete the output too and `dvc "
@@ -120,17 +95,20 @@ def _cache_faults(cache: Path, md5: str) -> Iterator[str]:
         )
 
 
-def _cached(cache: Path, md5: str) -> Path:
-    return cache / md5[:2] / md5[2:]
+def _cached(md5: str, repo: Repo) -> Path:
+    return Path(repo.cache.local.oid_to_path(md5))
 
 
-def _md5(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "md5").hexdigest()
+def _hash(path: Path, repo: Repo) -> str:
+    """Return DVC's hash of a file or folder, every byte read again."""
+    forgetful = HashFileDB(localfs, repo.cache.local.path)  # without DVC's table of sizes and times
+    place, ignore = str(path.absolute()), repo.dvcignore
+    _, _, found = build(forgetful, place, localfs, "md5", dry_run=True, ignore=ignore)
+    return str(found.hash_info.value)
 
 
 def belonging_faults() -> Iterator[str]:
-    """Yield what does not belong together among tokens, tokenizer, model and provenance."""
+    """Yield where tokens, tokenizer, model and provenance do not belong together."""
     ours, theirs = MODEL / "tokenizer.json", TOKENIZER / "tokenizer.json"
     yield from _raised(lambda: open_tokens(TOKENS, sha256_file(theirs), load_tokenizer(TOKENIZER)))
     yield from _raised(lambda: load_model(MODEL, torch.device("cpu")))
@@ -143,7 +121,7 @@ def belonging_faults() -> Iterator[str]:
 
 
 def checkpoint_faults() -> Iterator[str]:
-    """Yield what is damaged among the published checkpoints, or not of the model's training."""
+    """Yield the published checkpoints that are damaged or not of the model's training."""
     for path in (LAST, BEST):
         verify(path)
     last, best, provenance = read_run(LAST), read_run(BEST), read_provenance(MODEL)
@@ -165,9 +143,9 @@ def checkpoint_faults() -> Iterator[str]:
 
 
 def unfinished_faults(unfinished: Path) -> Iterator[str]:
-    """Yield what is damaged among the checkpoints of unfinished runs.
+    """Yield the checkpoints of unfinished runs that are damaged.
 
-    One without a manifest is no checkpoint yet, or no more: kills and trainers leave such files.
+    A file without a manifest is no checkpoint: kills and trainers leave such files.
     """
     for folder in sorted(filter(Path.is_dir, unfinished.glob("*"))):
         for path, fault in kept_checkpoints(folder):
@@ -193,71 +171,67 @@ def _complete(faults: Iterator[str]) -> list[str]:
 
 
 def replay(steps: int, device: torch.device) -> str:
-    """Train `steps` steps again and compare the weights with what was recorded, bit for bit.
+    """Train `steps` steps again and compare the weights with the recorded ones, bit for bit.
 
-    From the best checkpoint if that many steps followed it, else from the untrained model.
-    Returns what was shown. Raises InputError if the weights differ or nothing can be compared,
+    Begin at the best checkpoint if that many steps followed it, else at the untrained model.
+    Return what was shown. Raises InputError if the weights differ or nothing can be compared,
     EnvironmentFault if this machine computes otherwise than the one that trained.
     """
     verify(LAST)
     recorded = read_run(LAST)
     identity = recorded["identity"]
     config = read_section(TrainConfig, identity, "train", str(LAST))
+    model_config = read_section(ModelConfig, identity, "model", str(LAST))
     make_deterministic(device, config.threads)
-    here, there = environment(device, config.compile is True), identity["environment"]
-    if differing := sorted(k for k in here.keys() | there if here.get(k) != there.get(k)):
+    _require_same_bits(identity, environment(device, config.compile is True))
+    require_settings(str(LAST), model_config, stored_weights(LAST))
+
+    def initialise(model: TransformerLM) -> None:
+        if config.init_from is not None:
+            start_from(PRETRAINED / config.init_from, model, load_tokenizer(TOKENIZER))
+
+    known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
+    sizes = {int(step): size for step, size in identity[MICRO_BATCH_SIZES].items()}
+    with joined(config.parallel, device, timeout_s=60) as processes:  # one: this
+        state = new_state(model_config, config, device, processes, initialise)
+        start = _restore_start(state, steps, recorded)
+        compared = [step for step in sorted(known) if start < step <= start + steps]
+        if not compared:
+            following = min(step for step in known if step > start)
+            raise InputError(
+                f"--replay {steps}: from step {start} the next recorded weights are of step "
+                f"{following}; use --replay {following - start}"
+            )
+        state.micro_batch_size = size_at(sizes, start + 1)
+        for _ in train(state, open_tokens(TOKENS).train, config):
+            if state.step in known and weights_sha256(state.model) != known[state.step]:
+                raise InputError(f"replay from step {start}: other weights at step {state.step}")
+            if state.step == start + steps:
+                break
+            state.micro_batch_size = size_at(sizes, state.step + 1)
+    shown = ", ".join(f"step {step}" for step in compared)
+    last = state.step
+    return f"replayed steps {start + 1} to {last}: the weights at {shown} are the same, bit for bit"
+
+
+def _require_same_bits(identity: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise EnvironmentFault or InputError unless a replay here must give the same bits."""
+    there = identity["environment"]
+
+    def words(values: dict[str, Any]) -> str:
+        names = sorted(k for k in here.keys() | there if here.get(k) != there.get(k))
+        return ", ".join(f"{name} is {values.get(name)}" for name in names)
+
+    if here != there:
         raise EnvironmentFault(
-            f"{LAST}: trained where {_words(there, differing)}; here {_words(here, differing)}"
-            ": other bits are to be expected"
+            f"{LAST}: trained where {words(there)}; here {words(here)}: other bits are to be "
+            "expected"
         )
     if any(size > 1 for size in identity.get(NUM_PROCESSES, {}).values()):
         raise InputError(
             f"{LAST}: gradients of several processes were summed in any order, which one process "
             "does not repeat; train.reduction: tree can be replayed"
         )
-    with joined(config.parallel, device, timeout_s=60) as processes:  # nobody else
-        return _replayed(steps, config, device, processes, recorded)
-
-
-def _replayed(
-    steps: int,
-    config: TrainConfig,
-    device: torch.device,
-    processes: Processes,
-    recorded: dict[str, Any],
-) -> str:
-    identity = recorded["identity"]
-
-    def initialise(model: TransformerLM) -> None:
-        if config.init_from is not None:
-            start_from(PRETRAINED / config.init_from, model, load_tokenizer(TOKENIZER))
-
-    model_config = read_section(ModelConfig, identity, "model", str(LAST))
-    require_settings(str(LAST), model_config, stored_weights(LAST))
-    state = new_state(model_config, config, device, processes, initialise)
-    start = _restore_start(state, steps, recorded)
-    known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
-    sizes = {int(step): size for step, size in identity[MICRO_BATCH_SIZES].items()}
-    state.micro_batch_size = size_at(sizes, state.step + 1)
-    compared = [step for step in sorted(known) if start < step <= start + steps]
-    if not compared:
-        following = min((step for step in known if step > start), default=None)
-        if following is None:
-            raise InputError(f"{LAST}: no weights are recorded after step {start}")
-        raise InputError(
-            f"--replay {steps}: from step {start} the next recorded weights are of step "
-            f"{following}; use --replay {following - start}"
-        )
-    for _ in train(state, open_tokens(TOKENS).train, config):
-        if state.step in known and weights_sha256(state.model) != known[state.step]:
-            raise InputError(f"replay from step {start}: other weights at step {state.step}")
-        if state.step == start + steps:
-            break
-        state.micro_batch_size = size_at(sizes, state.step + 1)
-    return (
-        f"replayed steps {start + 1} to {state.step}: the weights at "
-        f"{', '.join(f'step {step}' for step in compared)} are the same, bit for bit"
-    )
 
 
 def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> int:
@@ -281,12 +255,8 @@ def size_at(sizes: dict[int, int], step: int) -> int:
     return sizes[max(first for first in sizes if first <= step)]
 
 
-def _words(values: dict[str, Any], names: list[str]) -> str:
-    return ", ".join(f"{name} is {values.get(name)}" for name in names)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.verify", description=__doc__)
     parser.add_argument("--replay", type=int, metavar="N", help="train N steps again and compare")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
@@ -298,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError(f"{LOCK}: no such file; run `make repro` in the project's root folder")
         with opened() as repo:
             checks = {
-                "every output and dependency is as dvc.lock says": recorded_faults(LOCK, repo),
+                "every output and dependency is as dvc.lock says": recorded_faults(repo),
                 "tokens, tokenizer, model and provenance belong together": belonging_faults(),
                 "the published checkpoints are whole and of this model": checkpoint_faults(),
                 "the checkpoints of unfinished runs are whole": unfinished_faults(UNFINISHED),

@@ -16,10 +16,10 @@ from typing import Any
 
 from flask import Flask, Response, request
 from flask.json.provider import DefaultJSONProvider
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout
 
 from lm.base.errors import EnvironmentFault, InputError, is_out_of_memory
-from lm.serve.completions import Part, Refused, Served, Usage, merged
+from lm.serve.completions import Part, Served, UnknownModel, Usage, merged
 from lm.serve.request import PATH, read_prompts, read_request
 
 HOST = "127.0.0.1"
@@ -76,10 +76,7 @@ def application(served: Served) -> Flask:
         events = _events(head, parts, usage if asked.wants_usage else None)
         return Response(events, mimetype="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    @app.errorhandler(Exception)
-    def refuse(error: Exception) -> tuple[Answer, int]:
-        return fault(error)
-
+    app.register_error_handler(Exception, fault)
     return app
 
 
@@ -94,7 +91,7 @@ def _json() -> Any:
         raise
     except (BadRequest, RecursionError, ValueError, OSError):  # the last two: of chunks
         if connection.is_late:
-            raise Refused(408, f"the request was not sent in {READ_SECONDS} s") from None
+            raise RequestTimeout(f"the request was not sent in {READ_SECONDS} s") from None
         raise InputError("the body is not valid JSON, cut off, or nested too deeply") from None
     finally:
         connection.deadline.cancel()
@@ -105,37 +102,38 @@ def _events(head: Answer, parts: Iterator[Part], usage: Usage | None) -> Iterato
     no_usage = {} if usage is None else {"usage": None}
     try:
         for part in parts:
-            yield _event(head | {"choices": [part]} | no_usage)
+            yield f"data: {json.dumps(head | {'choices': [part]} | no_usage)}\n\n"
         if usage is not None:
-            yield _event(head | {"choices": [], "usage": usage.total()})
+            yield f"data: {json.dumps(head | {'choices': [], 'usage': usage.total()})}\n\n"
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status has gone out already, so the error is an event
-        yield _event(fault(error)[0])
-
-
-def _event(value: Answer) -> str:
-    return f"data: {json.dumps(value)}\n\n"
+        yield f"data: {json.dumps(fault(error)[0])}\n\n"
 
 
 def fault(error: Exception) -> tuple[Answer, int]:
     """Return OpenAI's form of an error and the HTTP status; log a traceback if we are at fault."""
-    message = str(error)
+    message, status = str(error), 500
+    param: str | None = None
+    code: str | None = None
     match error:
         case HTTPException(code=404):
-            return _refusal(404, _not_found(request.path), code="unknown_url")
+            message, status, code = _not_found(request.path), 404, "unknown_url"
         case HTTPException():
-            return _refusal(error.code or 500, error.description or error.name)
+            message, status = error.description or error.name, error.code or 500
+        case UnknownModel():
+            status, code = 404, "model_not_found"
         case InputError():
             found = re.search(r"request\.(\w+)", message)
-            return _refusal(400, message, param=found[1] if found else None)
-        case Refused():
-            return _refusal(error.status, message, code=error.code)
+            status, param = 400, found[1] if found else None
         case EnvironmentFault():
-            return _refusal(503, message)
-    if is_out_of_memory(error):
-        return _refusal(503, "out of memory; ask for fewer completions at once")
-    traceback.print_exception(error)
-    return _refusal(500, "a defect of this server; it has logged a traceback")
+            status = 503
+        case _ if is_out_of_memory(error):
+            message, status = "out of memory; ask for fewer completions at once", 503
+        case _:
+            traceback.print_exception(error)
+            message = "a defect of this server; it has logged a traceback"
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}, status
 
 
 def _not_found(path: str) -> str:
@@ -145,10 +143,3 @@ def _not_found(path: str) -> str:
             "instead of messages"
         )
     return f"{path}: no such page; here are /, {PATH} and /v1/models"
-
-
-def _refusal(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> tuple[Answer, int]:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}, status

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lm.base.errors import EnvironmentFault, InputError
 from lm.data.tokenizer import Tokenizer
 from lm.generate.stream import NewToken, Reason, TextChunk, stream
 from lm.model.transformer import TransformerLM
@@ -22,14 +23,11 @@ from lm.serve.request import Prompt, Request
 MAX_SEATS = 64  # requests that have the model or wait for it
 POLL_SECONDS = 0.2  # how often a request that waits checks whether its client has left
 Part = dict[str, Any]  # of a choice, in OpenAI's form
+HasLeft = Callable[[], bool]
 
 
-class Refused(Exception):
-    """A request that is refused for another reason than a bad value, with its HTTP status."""
-
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(message)
-        self.status, self.code = status, code
+class UnknownModel(InputError):
+    """A request for a model that is not served."""
 
 
 @dataclass
@@ -68,25 +66,26 @@ class Served:
         }
 
     def require(self, name: str) -> None:
-        """Raise Refused if `name` is another model's."""
+        """Raise UnknownModel if `name` is another model's."""
         if name != self.name:
             message = f"the model {name[:80]!r} does not exist; this server has {self.name!r}"
-            raise Refused(404, message, "model_not_found")
+            raise UnknownModel(message)
 
     @contextmanager
-    def holding_the_model(self, has_left: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+    def holding_the_model(self, has_left: HasLeft) -> Iterator[Callable[[], None]]:
         """Wait for the model and hold it; yield a check to call between two tokens.
 
-        Waiting and the check raise Refused if the client has left or the server ends. So does
-        entering if too many requests wait.
+        Waiting and the check raise EnvironmentFault if the client has left or the server ends, and
+        waiting if too many requests wait already.
         """
 
         def check() -> None:
             if has_left() or self.stopping.is_set():
-                raise Refused(503, "stopped: the client left, or the server ends")
+                raise EnvironmentFault("stopped: the client left, or the server ends")
 
         if not self.seats.acquire(blocking=False):
-            raise Refused(503, f"busy: {MAX_SEATS} requests wait for the model; try again later")
+            message = f"busy: {MAX_SEATS} requests wait for the model; try again later"
+            raise EnvironmentFault(message)
         try:
             while not self.turn.acquire(timeout=POLL_SECONDS):
                 check()
@@ -98,11 +97,7 @@ class Served:
             self.seats.release()
 
     def answer(
-        self,
-        request: Request,
-        prompts: Sequence[Prompt],
-        usage: Usage,
-        has_left: Callable[[], bool],
+        self, request: Request, prompts: Sequence[Prompt], usage: Usage, has_left: HasLeft
     ) -> Iterator[Part]:
         """Yield the parts of the answer as they come, and count tokens in `usage`.
 
@@ -111,9 +106,12 @@ class Served:
         rows = [prompt for prompt in prompts for _ in range(request.n)]
         usage.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         with self.holding_the_model(has_left) as check:
+            reason: Reason | None = None if request.max_tokens else "length"
             for index, row in enumerate(rows if request.echo else []):
                 check()
-                yield self._echo(index, row, request)
+                tokens = [] if request.logprobs is None else self._scored(row.ids, request.logprobs)
+                echo = TextChunk(index, row.text, tokens, reason)
+                yield _part(echo, _TokenNames(self.tokenizer), request)
             if request.max_tokens == 0:
                 return
             names = [_TokenNames(self.tokenizer, len(row.text)) for row in rows]
@@ -132,13 +130,6 @@ class Served:
                 check()
                 usage.completion_tokens += len(piece.tokens)
                 yield _part(piece, names[piece.row], request)
-
-    def _echo(self, index: int, prompt: Prompt, request: Request) -> Part:
-        """Return the prompt as the first part of a choice, its tokens scored if asked for."""
-        tokens = [] if request.logprobs is None else self._scored(prompt.ids, request.logprobs)
-        reason: Reason | None = None if request.max_tokens else "length"
-        piece = TextChunk(index, prompt.text, tokens, reason)
-        return _part(piece, _TokenNames(self.tokenizer), request)
 
     @torch.inference_mode()
     def _scored(self, ids: list[int], top_logprobs: int) -> list[NewToken]:

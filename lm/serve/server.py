@@ -1,9 +1,9 @@
-"""The HTTP server of `python -m lm.serve`, which no client can keep from answering the others.
+"""The HTTP server of `python -m lm.serve`, which answers even while other clients stall.
 
     browser, openai, curl -> cheroot's threads -> app.py -> completions.py -> one answer, or events
 
-Only programs of this machine are served: the socket is loopback's. A thread serves a request, not a
-connection. Requests that arrive too slowly and answers that are not read are cut off.
+The socket is loopback's, so only programs of this machine are served. A thread serves a request,
+not a connection. Requests that arrive too slowly and answers that are not read are cut off.
 """
 
 import argparse
@@ -98,23 +98,6 @@ def serve(served: Served, port: int) -> None:
 
     Raises EnvironmentFault if the port is taken.
     """
-    server = _bound_server(served, port)
-    with CatchSignals() as signals:
-        server.prepare()
-        thread = Thread(target=server.serve)
-        thread.start()
-        try:
-            say(f"http://{HOST}:{server.bind_addr[1]}/ serves {served.name}; Ctrl-C ends it")
-            while thread.is_alive() and signals.caught is None:
-                thread.join(POLL_SECONDS)
-        finally:
-            served.stopping.set()
-            server.stop()
-            thread.join()
-        signals.leave("stopped")
-
-
-def _bound_server(served: Served, port: int) -> Server:
     try:
         socket.create_server((HOST, port)).close()  # cheroot's own error has more words
     except OSError as error:
@@ -135,7 +118,19 @@ def _bound_server(served: Served, port: int) -> Server:
         accepted_queue_timeout=0,  # beyond: 503
     )
     server.gateway = _Gateway
-    return server
+    with CatchSignals() as signals:
+        server.prepare()
+        thread = Thread(target=server.serve)
+        thread.start()
+        try:
+            say(f"http://{HOST}:{server.bind_addr[1]}/ serves {served.name}; Ctrl-C ends it")
+            while thread.is_alive() and signals.caught is None:
+                thread.join(POLL_SECONDS)
+        finally:
+            served.stopping.set()
+            server.stop()
+            thread.join()
+        signals.leave("stopped")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What each part of the model is worth: `python -m tools.experiments.ablations --seeds 1,2,3,4,5`.
+"""Measure what each part of the model is worth: `python -m tools.experiments.ablations`.
 
 No stage of dvc.yaml: `make ablations` calls it, after tools.heal. Each variant is params.yaml with
 some settings changed, run with every seed in the queue of tools.experiments.sweep and compared by
@@ -18,11 +18,10 @@ from lm.base.errors import InputError, one_line_errors
 from stages.run import PARAMS
 from tools.experiments.compare import report, write
 from tools.experiments.read import CODE, SEED, TEXT, Experiment
-from tools.experiments.sweep import DONE, ENDED, find, require_results, run_all
+from tools.experiments.sweep import DONE, ENDED, Point, find, require_results, run_all
 
 PAGE, PLOT = Path("docs/ABLATIONS.md"), Path("docs/images/ablations.svg")
 PARAMETERS = "metrics/train.json:parameters"
-Point = tuple[str, ...]
 
 
 def variants(model: Mapping[str, Any]) -> dict[str, Point]:
@@ -43,7 +42,7 @@ def variants(model: Mapping[str, Any]) -> dict[str, Point]:
 
 
 def ablations(seeds: list[str]) -> None:
-    """Run what is missing, and write the page. Raises InputError if an experiment failed."""
+    """Run the missing points, and write the page. Raises InputError if an experiment failed."""
     params = load_params(PARAMS)
     changes = variants(params["model"])
     grid = {(name, seed): (*changes[name], f"{SEED}={seed}") for seed in seeds for name in changes}
@@ -52,15 +51,15 @@ def ablations(seeds: list[str]) -> None:
     for (name, _), point in grid.items():
         results[name] += (find(after, point, DONE) or find(after, point, ENDED))[:1]
     require_results(after, grid.values(), "make ablations")
-    write(*page(changes, results, budget(params)), PAGE, PLOT)
+    train, context = params["train"], params["model"]["context_length"]
+    budget = f"{count(train['max_steps'], 'step')} of {train['batch_size']} x {context} tokens"
+    write(*page(changes, results, budget), PAGE, PLOT)
 
 
 def page(
-    changes: Mapping[str, Point],
-    results: Mapping[str, Sequence[Experiment]],
-    trained_for: str,
+    changes: Mapping[str, Point], results: Mapping[str, Sequence[Experiment]], budget: str
 ) -> tuple[str, dict[str, Any]]:
-    """Return what is written to docs/ (Markdown) and the plot (Vega-Lite)."""
+    """Return the page for docs/ (Markdown) and the plot (Vega-Lite)."""
     named = [identified(name, one) for name, several in results.items() for one in several]
     text, plot = report(named, None)
     what = ["| variant | settings | parameters |", "|---|---|---:|"]
@@ -68,14 +67,8 @@ def page(
         sizes = [f"{e.metrics[PARAMETERS]:,.0f}" for e in results[name] if e.metrics][:1]
         shown = ", ".join(f"`{setting}`" for setting in settings) or "as in `params.yaml`"
         what.append(f"| {name} | {shown} | {''.join(sizes)} |")
-    parts = {"budget": trained_for, "what": "\n".join(what), "table": text}
-    return PROSE.format(**parts, plot=PLOT.name), plot
-
-
-def budget(params: Mapping[str, Any]) -> str:
-    """Return how long each variant is trained, in words."""
-    train, context = params["train"], params["model"]["context_length"]
-    return f"{count(train['max_steps'], 'step')} of {train['batch_size']} x {context} tokens"
+    template = Path(__file__).with_name("ablations.md").read_text(encoding="utf-8")
+    return template.format(budget=budget, what="\n".join(what), table=text, plot=PLOT.name), plot
 
 
 def identified(name: str, experiment: Experiment) -> Experiment:
@@ -84,25 +77,6 @@ def identified(name: str, experiment: Experiment) -> Experiment:
         return replace(experiment, params={"variant": name, SEED: experiment.params[SEED]})
     kept = {key: experiment.made_by[key] for key in (SEED, CODE, TEXT)}
     return replace(experiment, made_by={"variant": name} | kept)
-
-
-PROSE = """# Ablations: what each part of the model is worth
-
-Written by `make ablations`, which trains each variant of the settings in `params.yaml` with several
-seeds, here for {budget}.
-
-One part of the model is taken away or moved at a time; all else stays: text, tokenizer, batches,
-steps, optimizer and learning rate, which were chosen for the default. A variant might do better
-with a rate of its own: what is compared is parts under one recipe, not the best of each.
-
-{what}
-
-{table}
-![Validation loss of each variant: its seeds and their mean](images/{plot})
-
-A variant that diverged reached a loss or gradient norm that is not finite, and stopped there.
-How the verdicts come about: `tools/experiments/statistics.py`.
-"""
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.base.console import say
+from lm.base.console import count, say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write
 from tools.experiments.figure import figure
@@ -33,14 +33,7 @@ from tools.experiments.read import (
     show,
     varying,
 )
-from tools.experiments.statistics import (
-    CONFIDENCE,
-    MAX_SEEDS,
-    POWER,
-    ComparedSetting,
-    Difference,
-    compare,
-)
+from tools.experiments.statistics import CONFIDENCE, MAX_SEEDS, POWER, ComparedSetting, compare
 
 LOSS, BITS = "metrics/eval.json:loss_nats", "metrics/eval.json:bits_per_byte"
 TITLES = {LOSS: "Validation loss, nats per token", BITS: "Validation loss, bits per byte"}
@@ -92,13 +85,12 @@ def choose_metric(experiments: list[Experiment], wanted: str) -> str:
 
 
 def group(experiments: list[Experiment], metric: str) -> tuple[list[ComparedSetting], list[str]]:
-    """Return the results of each setting, and notes on what is in none of them.
+    """Return the results of each setting, and notes on the results that were left out.
 
     A result that several experiments share counts once. If one seed of a setting gave different
     results, none of them counts.
     """
-    settings: dict[str, dict[str, Any]] = {}
-    results: dict[str, dict[int, dict[float, list[str]]]] = {}
+    results: dict[str, dict[int, dict[float, list[str]]]] = {}  # names by setting, seed and loss
     missing, infinite, notes = [], [], []
     for experiment in experiments:
         value = experiment.metrics.get(metric)
@@ -108,27 +100,25 @@ def group(experiments: list[Experiment], metric: str) -> tuple[list[ComparedSett
             infinite.append(experiment.name)
         else:
             setting = {k: v for k, v in sorted(experiment.made_by.items()) if k != SEED}
-            key = json.dumps(setting)
-            settings[key] = setting
-            of_seed = results.setdefault(key, {}).setdefault(experiment.made_by[SEED], {})
+            seeds = results.setdefault(json.dumps(setting), {})
+            of_seed = seeds.setdefault(experiment.made_by[SEED], {})
             of_seed.setdefault(value, []).append(experiment.name)
-    names = varying(settings.values())
-    rows = []
-    for key, seeds in results.items():
-        for seed, found in seeds.items():
-            if len(found) > 1:
-                values = ", ".join(f"{value} ({', '.join(who)})" for value, who in found.items())
-                notes.append(
-                    f"**{label(settings[key], names)}, seed {seed} gave different results, left "
-                    f"out: {values}.** Code, settings and text agree: another environment?"
-                )
-        losses = {seed: min(found) for seed, found in sorted(seeds.items()) if len(found) == 1}
-        if losses:
-            rows.append(ComparedSetting(settings[key], losses))
+    rows = [ComparedSetting(json.loads(key), {}) for key in results]
+    names = varying(row.setting for row in rows)
+    for row, seeds in zip(rows, results.values(), strict=True):
+        for seed, found in sorted(seeds.items()):
+            if len(found) == 1:
+                row.losses[seed] = min(found)
+                continue
+            values = ", ".join(f"{value} ({', '.join(who)})" for value, who in found.items())
+            notes.append(
+                f"**{label(row.setting, names)}, seed {seed} gave different results, left out: "
+                f"{values}.** Code, settings and text agree: another environment?"
+            )
     for names, what in ((missing, f"without {metric}"), (infinite, f"{metric} is not finite")):
         if names:
             notes.append(f"{len(names)} {what}, left out: {', '.join(names)}.")
-    return rows, notes
+    return [row for row in rows if row.losses], notes
 
 
 def diverged(
@@ -138,13 +128,12 @@ def diverged(
 
     They have no dvc.lock: what else made them is what made the rows, where those agree.
     """
-    known = {name: {show(row.setting.get(name, "")) for row in rows} for row in rows
-             for name in row.setting}  # fmt: skip
-    rest = {name: min(values) if len(values) == 1 else "?" for name, values in known.items()}
+    several = varying(row.setting for row in rows)
+    rest = {k: "?" if k in several else show(v) for row in rows for k, v in row.setting.items()}
     found: dict[str, tuple[dict[str, Any], dict[int, str]]] = {}
     for experiment in experiments:
         if experiment.diverged:
-            setting = {name: experiment.params.get(name, rest[name]) for name in known}
+            setting = {name: experiment.params.get(name, value) for name, value in rest.items()}
             _, seeds = found.setdefault(json.dumps(setting), (setting, {}))
             seeds[experiment.params[SEED]] = experiment.diverged
     return list(found.values())
@@ -154,16 +143,16 @@ def table(
     rows: list[ComparedSetting],
     names: list[str],
     metric: str,
-    without: Iterable[tuple[Mapping[str, Any], Mapping[int, str]]] = (),
+    without: Iterable[tuple[Mapping[str, Any], Mapping[int, str]]],
 ) -> list[str]:
     """Return the rows as a Markdown table, under the metric's name, then those without a result."""
     n = decimals(rows)
+    head = [*(names or ["setting"]), "seeds", "mean", "standard deviation", "range", "verdict"]
     lines = [
         f"**{title(metric)}** (`{metric}`), lower is better.",
         "",
-        f"| {' | '.join(names or ['setting'])} | seeds | mean | standard deviation | range "
-        "| verdict | seeds to tell |",
-        f"|{'---|' * len(names or ['setting'])}---:|---:|---:|---:|---|---:|",
+        f"| {' | '.join([*head, 'seeds to tell'])} |",
+        f"|{'---|' * (len(head) - 5)}---:|---:|---:|---:|---|---:|",
     ]
 
     def add_line(setting: Mapping[str, Any], *figures: str) -> None:
@@ -171,13 +160,14 @@ def table(
         lines.append(f"| {' | '.join([*cells, *figures])} |")
 
     for row in rows:
-        values, spread, ends = list(row.losses.values()), "", ""
+        values, spread, ends, needed = list(row.losses.values()), "", "", ""
         if len(values) > 1:
             spread = f"{statistics.stdev(values):.{n}f}"
             ends = f"{min(values):.{n}f} to {max(values):.{n}f}"
+        if (d := row.difference) and not d.shown:
+            needed = f"about {d.seeds_needed}" if d.seeds_needed else f"> {MAX_SEEDS}"
         mean = f"{row.mean:.{n}f}"
-        verdicts = verdict(row, n), seeds_to_tell(row.difference)
-        add_line(row.setting, str(len(values)), mean, spread, ends, *verdicts)
+        add_line(row.setting, str(len(values)), mean, spread, ends, verdict(row, n), needed)
     for setting, seeds in without:
         how = "; ".join(dict.fromkeys(seeds.values()))
         add_line(setting, str(len(seeds)), "", "", "", how, "")
@@ -185,7 +175,7 @@ def table(
 
 
 def title(metric: str) -> str:
-    """Return what a metric is, with its unit where we know it."""
+    """Return the metric in words, with its unit where it is known."""
     return TITLES.get(metric, metric.partition(":")[2])
 
 
@@ -196,13 +186,14 @@ def decimals(rows: list[ComparedSetting]) -> int:
 
 
 def verdict(row: ComparedSetting, n: int) -> str:
-    """Return what can be said of a setting beside the best one."""
+    """Return in words, with n decimals, how a setting compares with the best one."""
+    d = row.difference
     if row.is_best:
         return "best"
-    if row.difference is None:
-        alone = len(row.losses) == 1
-        return "one seed: nothing can be said" if alone else "nothing to compare with"
-    d = row.difference
+    if d is None and len(row.losses) == 1:
+        return "one seed: nothing can be said"
+    if d is None:
+        return "nothing to compare with"
     words = "no difference shown"
     if d.shown:
         words = f"{'worse' if d.mean > 0 else 'better'} than the best"
@@ -210,29 +201,21 @@ def verdict(row: ComparedSetting, n: int) -> str:
     return f"{words}: {d.mean:+.{n}f} ({ci}{'' if d.paired else ', unpaired'})"
 
 
-def seeds_to_tell(difference: Difference | None) -> str:
-    """Return how many seeds each setting would need."""
-    if difference is None or difference.shown:
-        return ""
-    return f"about {difference.seeds_needed}" if difference.seeds_needed else f"> {MAX_SEEDS}"
-
-
 def conclusions(rows: list[ComparedSetting], names: list[str]) -> list[str]:
-    """Return how the verdicts come about, and what they do not say."""
+    """Return notes on how the verdicts come about, and what they do not say."""
     compared = [row.difference for row in rows if row.difference]
     if not compared:
         return ["Nothing can be compared: it takes two settings with two seeds each."]
     n, pairs = decimals(rows), sum(d.paired for d in compared)
     how = [f"paired t over shared seeds ({pairs})"] if pairs else []
     how += [f"Welch's t ({len(compared) - pairs})"] if pairs < len(compared) else []
-    least, most = (f"{pick(d.margin for d in compared):.{n}f}" for pick in (min, max))
-    smallest = least if least == most else f"{least} to {most}"
+    margins = sorted({f"{d.margin:.{n}f}" for d in compared}, key=float)
+    smallest = " to ".join(dict.fromkeys((margins[0], margins[-1])))
     (best,) = (row for row in rows if row.is_best)
-    lower = [r for r in rows if not r.difference and min(r.losses.values()) < best.mean]
     looks = math.comb(len(compared) + 1, 2)
     return [
         f"Compared by {' and '.join(how)}. All intervals hold together with {CONFIDENCE:.0%}: "
-        f"Bonferroni over {looks} pair{'s' * (looks > 1)} of settings, because the best was "
+        f"Bonferroni over {count(looks, 'pair')} of settings, because the best was "
         "picked from the same results.",
         f"The smallest difference that these seeds could show: {smallest}. "
         f"Seeds to tell: of each setting, for the difference seen, with {POWER:.0%} power.",
@@ -240,14 +223,14 @@ def conclusions(rows: list[ComparedSetting], names: list[str]) -> list[str]:
         "being low (winner's curse): run it with new seeds before you quote it.",
         *(
             f"{label(row.setting, names)} is lower than the best, with one seed: give it more."
-            for row in lower
-            if not row.is_best
+            for row in rows
+            if len(row.losses) == 1 and row.mean < best.mean
         ),
     ]
 
 
 def mixtures(experiments: list[Experiment], names: list[str], metric: str) -> list[str]:
-    """Return what the experiments should share, to compare settings alone, and do not."""
+    """Return notes on the other things than settings in which the experiments differ."""
     notes = []
     if len({e.tokenizer for e in experiments if e.metrics}) > 1:
         unit = "so these are bits per byte" if metric == BITS else "use --metric eval.bits_per_byte"

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,12 @@ def read_experiments(revisions: list[str]) -> list[Experiment]:
 
     Raises InputError for what git and DVC do not know.
     """
-    found = []
     with opened() as repo:
-        for base in _shown(repo, revisions, hide_workspace=True):
-            found.append(_read(repo, base, base.name, "baseline"))
-            for one in base.experiments or []:
-                found.append(_read(repo, one[0], one.name, _state(one)))
-    return found
+        return [_read(repo, *row) for row in _rows(repo, revisions, hide_workspace=True)]
 
 
-def _shown(repo: Any, revisions: list[str], hide_workspace: bool) -> list[Any]:
-    """Return what `dvc exp show` shows, named as asked for.
+def _rows(repo: Any, revisions: list[str], hide_workspace: bool) -> list[tuple[str, Any, str]]:
+    """Return name, content and state of each row of `dvc exp show`, named as asked for.
 
     It stumbles over a task that a worker is just setting up.
     """
@@ -73,18 +68,23 @@ def _shown(repo: Any, revisions: list[str], hide_workspace: bool) -> list[Any]:
     names = {commit_of(repo, revision): revision for revision in revisions}
     for _ in range(10):
         with suppress(FileNotFoundError, NotADirectoryError, NotDvcRepoError):
-            shown = repo.experiments.show(revs=revisions, hide_workspace=hide_workspace)
-            return [replace(s, name=names.get(s.rev) or s.name) for s in shown]
+            bases = repo.experiments.show(revs=revisions, hide_workspace=hide_workspace)
+            break
         time.sleep(0.5)
-    raise EnvironmentFault("`dvc exp show` fails; run it to see why")
+    else:
+        raise EnvironmentFault("`dvc exp show` fails; run it to see why")
+    rows = []
+    for base in bases:
+        short = base.rev if base.rev == "workspace" else base.rev[:7]
+        rows.append((names.get(base.rev) or base.name or short, base, "baseline"))
+        for one in base.experiments or []:
+            state = str(one.executor.state) if one.executor else "success"
+            rows.append((one.name or one[0].rev[:7], one[0], state))
+    return rows
 
 
-def _state(experiment: Any) -> str:
-    return str(experiment.executor.state) if experiment.executor else "success"
-
-
-def _read(repo: Any, shown: Any, name: str | None, state: str) -> Experiment:
-    experiment = Experiment(name or shown.rev[:7], shown.rev, state, _params(shown))
+def _read(repo: Any, name: str, shown: Any, state: str) -> Experiment:
+    experiment = Experiment(name, shown.rev, state, _params(shown))
     if state == "failed":
         experiment.diverged = divergence(last_lines(repo.experiments.celery_queue, shown.rev))
         experiment.state = "diverged" if experiment.diverged else state
@@ -123,37 +123,32 @@ def divergence(lines: list[str]) -> str | None:
 
 
 def _read_lock(repo: Any, experiment: Experiment, lock: dict[str, Any]) -> None:
-    """Take in what made the results, unless a stage was run again and not yet those after it."""
+    """Add the settings and files of the results, unless later stages still have older ones."""
     facts: dict[str, set[str]] = defaultdict(set)
     read, made, settings = set[str](), set[str](), dict[str, Any]()
     for stage in lock.get("stages", {}).values():
-        deps, outs = stage.get("deps", []), stage.get("outs", [])
-        read |= {file["path"] for file in deps}
-        made |= {file["path"] for file in outs}
-        for file in deps + outs:
-            facts[file["path"]].add(json.dumps(file.get("md5", file)))
+        for kind, paths in (("deps", read), ("outs", made)):
+            for file in stage.get(kind, []):
+                paths.add(file["path"])
+                facts[file["path"]].add(json.dumps(file.get("md5", file)))
         for key, value in flat(stage.get("params", {}).get("params.yaml", {})).items():
             facts[f"setting {key}"].add(json.dumps(value))
             settings[key] = value
-    if SEED in settings and all(len(values) == 1 for values in facts.values()):
-        sources = {name: min(facts[name]) for name in sorted(read - made)}
-        code = {name: md5 for name, md5 in sources.items() if Path(name).parts[0] in FOLDERS}
-        text = [md5 for name, md5 in sources.items() if name not in code]
-        ids = {CODE: sha256_json(code)[:7], TEXT: sha256_json(text)[:7]}
-        experiment.made_by = settings | ids
-        experiment.tokenizer = min(facts["data/tokenizer"], default=None)
-        experiment.environment = _environment(repo, json.loads(min(facts["models/model"])))
-
-
-def _environment(repo: Any, model_md5: str) -> dict[str, str]:
-    """Return that of the model's provenance; empty if the model is not in the cache."""
-    cache = repo.cache.local
-    try:
-        files = json.loads(Path(cache.oid_to_path(model_md5)).read_text())
+    if SEED not in settings or any(len(values) > 1 for values in facts.values()):
+        return
+    sources = {name: min(facts[name]) for name in sorted(read - made)}
+    code = {name: md5 for name, md5 in sources.items() if Path(name).parts[0] in FOLDERS}
+    text = [md5 for name, md5 in sources.items() if name not in code]
+    experiment.made_by = settings | {CODE: sha256_json(code)[:7], TEXT: sha256_json(text)[:7]}
+    experiment.tokenizer = min(facts["data/tokenizer"], default=None)
+    with suppress(OSError, ValueError):  # the model is not in the cache
+        files = _cached(repo, json.loads(min(facts["models/model"])))
         (md5,) = (file["md5"] for file in files if file["relpath"] == "provenance.json")
-        return dict(json.loads(Path(cache.oid_to_path(md5)).read_text())["environment"])
-    except (OSError, ValueError):
-        return {}
+        experiment.environment = _cached(repo, md5)["environment"]
+
+
+def _cached(repo: Any, md5: str) -> Any:
+    return json.loads(Path(repo.cache.local.oid_to_path(md5)).read_text())
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,26 +191,27 @@ def table(revisions: list[str]) -> Any:
     """
     from rich.table import Table
 
-    rows: list[tuple[str, Any, dict[str, Any]]] = []
-    with opened() as repo:
-        for base in _shown(repo, revisions, hide_workspace=bool(revisions)):
-            name = base.rev if base.rev == "workspace" else base.name or base.rev[:7]
-            rows.append((name, base, {}))
-            for one in base.experiments or []:
-                state = "" if _state(one) == "success" else f" ({_state(one)})"
-                name = f"  {one.name or one[0].rev[:7]}{state}"
-                rows.append((name, one[0], deciding(_params(base))))
-    several = [settings for _, shown, _ in rows if (settings := deciding(_params(shown)))]
-    differing = varying(several)
     found = Table(box=None, pad_edge=False)
     found.add_column("experiment", overflow="fold")
     for name in RESULTS:
         found.add_column(name, justify="right", no_wrap=True)
     found.add_column("settings that differ", overflow="fold")
-    for name, shown, before in rows:
-        settings = deciding(_params(shown))
+    with opened() as repo:
+        rows = _rows(repo, revisions, hide_workspace=bool(revisions))
+    several = [deciding(_params(shown)) for _, shown, _ in rows]
+    differing, base = varying(filter(None, several)), dict[str, Any]()
+    for (name, shown, state), settings in zip(rows, several, strict=True):
+        before = base
+        if state == "baseline":
+            before, base = {}, settings
         changed = [k for k in differing if k in settings and settings[k] != before.get(k, ...)]
-        found.add_row(name, *_results(shown), label(settings, changed) if changed else "")
+        indent = "" if state == "baseline" else "  "
+        remark = "" if state in ("baseline", "success") else f" ({state})"
+        metrics = shown.data.metrics if shown.data else {}
+        values = [metrics.get(file, {}).get("data", {}).get(key) for key, file in RESULTS.items()]
+        cells = [f"{value:.4f}" if is_number(value) else "-" for value in values]
+        words = label(settings, changed) if changed else ""
+        found.add_row(f"{indent}{name}{remark}", *cells, words)
     return found
 
 
@@ -227,13 +223,6 @@ def _params(shown: Any) -> dict[str, Any]:
 def deciding(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that can change a result."""
     return {key: value for key, value in params.items() if not key.startswith("runtime.")}
-
-
-def _results(shown: Any) -> list[str]:
-    """Return its cells under RESULTS."""
-    files = shown.data.metrics if shown.data else {}
-    values = [files.get(file, {}).get("data", {}).get(name) for name, file in RESULTS.items()]
-    return [f"{value:.4f}" if is_number(value) else "-" for value in values]
 
 
 def main() -> None:

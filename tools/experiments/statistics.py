@@ -1,22 +1,20 @@
 """Is a difference between settings larger than the noise between seeds?
 
-A setting was run with some seeds, each gave a loss; lower is better. The setting with the lowest
-mean is the best, and every other one is compared with it:
+Each setting was run with some seeds, and each run gave a loss. The setting with the lowest mean is
+the best, and every other one is compared with it:
 
-- Over the seeds that both have, pairwise (paired t test, Student 1908): the same seed means the
-  same initial weights and the same batches, and what these do to both settings cancels. n pairs,
-  n - 1 degrees of freedom. Pairs are used if more than half of the smaller setting's seeds are
-  shared, at least two: a rule that does not look at the losses.
+- Pairwise over the seeds that both have (paired t test, Student 1908), if more than half of the
+  smaller setting's seeds are shared, at least two. The same seed means the same initial weights and
+  the same batches, and what these do to both settings cancels; the rule looks at no loss.
 - Else by Welch's t test, which does not assume equal variances (large learning rates scatter more):
   Welch 1947, degrees of freedom after Satterthwaite 1946.
-- The best was picked from the same losses, so each of the k (k - 1) / 2 pairs of settings could
-  have come to be looked at: Bonferroni's correction over all of them (Dunn 1961, "Multiple
-  Comparisons Among Means"). All intervals together hold with a confidence of 95 %, whatever depends
-  on whatever. Of nine equal settings with five seeds, something "worse" is found in 50 % of sweeps
-  without a correction, in 10 % with one for the 8 comparisons made, in 3 % with this one
-  (benchmarks/seeds.py). Holm's step-down test finds a little more, but has no interval that agrees
-  with each verdict.
-- A difference is shown if its interval leaves out zero: verdict and interval are one thing.
+- With Bonferroni's correction over all k (k - 1) / 2 pairs of settings (Dunn 1961, "Multiple
+  Comparisons Among Means"), since the best was picked from the same losses: all intervals together
+  hold with a confidence of 95 %. Of nine equal settings with five seeds, something "worse" is found
+  in 50 % of sweeps without a correction, in 10 % with one for the 8 comparisons made, in 3 % with
+  this one (benchmarks/seeds.py). Holm's step-down test finds a little more, but has no interval
+  that agrees with each verdict.
+- A difference is shown if its interval leaves out zero.
 
 The mean of the best, picked because it is low, is too low on average (the winner's curse); seeds
 that took no part in the choice tell its true mean. The t tests take seed noise to be about normal.
@@ -31,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
-from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
+from scipy.stats import ttest_1samp, ttest_ind
 
 CONFIDENCE = 0.95  # of all intervals together
 POWER = 0.8  # of the number of seeds that is advised
@@ -116,30 +114,22 @@ def compare(settings: Sequence[Losses]) -> tuple[int | None, list[Difference | N
 def difference(ours: Losses, best: Losses, comparisons: int = 1) -> Difference:
     """Return the difference of two settings, its interval corrected for several comparisons."""
     shared = sorted(ours.keys() & best.keys())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # seeds may agree to the last digit
-        if len(shared) > 1 and 2 * len(shared) > min(len(ours), len(best)):
-            first, second = [ours[seed] for seed in shared], [best[seed] for seed in shared]
-            result = ttest_rel(first, second)
-            samples = [[a - b for a, b in zip(first, second, strict=True)]]
-        else:
-            samples = [list(ours.values()), list(best.values())]
-            result = ttest_ind(*samples, equal_var=False)
-    low, high = result.confidence_interval(1 - (1 - CONFIDENCE) / comparisons)
+    samples = [[*ours.values()], [*best.values()]]
+    if len(shared) > 1 and 2 * len(shared) > min(len(ours), len(best)):
+        samples = [[ours[seed] - best[seed] for seed in shared]]
+    low, high = t_interval(1 - (1 - CONFIDENCE) / comparisons, *samples)
     means = [statistics.fmean(sample) for sample in samples]
-    return Difference(
-        mean=means[0] - sum(means[1:]),
-        low=float(low),
-        high=float(high),
-        variances=tuple(statistics.variance(sample) for sample in samples),
-        comparisons=comparisons,
-    )
+    variances = tuple(statistics.variance(sample) for sample in samples)
+    return Difference(means[0] - sum(means[1:]), low, high, variances, comparisons)
 
 
-def interval(losses: Losses) -> tuple[float, float, float]:
-    """Return the mean over two seeds or more, and its own confidence interval (Student's t)."""
-    values = list(losses.values())
+def t_interval(confidence: float, *samples: Sequence[float]) -> tuple[float, float]:
+    """Return the interval of a mean (Student), or of the difference of two means (Welch)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # seeds may agree to the last digit
-        low, high = ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
-    return statistics.fmean(values), float(low), float(high)
+        if len(samples) == 1:
+            result = ttest_1samp(*samples, 0)
+        else:
+            result = ttest_ind(*samples, equal_var=False)
+        low, high = result.confidence_interval(confidence)
+    return float(low), float(high)

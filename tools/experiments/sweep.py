@@ -1,10 +1,9 @@
 """Run a grid of settings and seeds: `make sweep SET=train.lr=3e-3,6e-3 SEEDS=1,2,3`.
 
-No stage of dvc.yaml: `make sweep` calls it, after tools.heal. Each point of the grid becomes a
-queued experiment (`dvc exp run --queue`), one worker runs one after the other (several race:
-treeverse/dvc#10673), and compare.py says what they show. A point that HEAD's experiments have,
-or that is queued or running, is not queued again: a sweep that was stopped goes on. One that
-diverged is a result too. Ctrl-C and SIGTERM stop the worker too; its training saves its state.
+No stage of dvc.yaml: `make sweep` calls it, after tools.heal. Queue each point of the grid
+(`dvc exp run --queue`) unless HEAD's experiments have it, so that a stopped sweep goes on. Let one
+worker run them (several race: treeverse/dvc#10673), and report what they show; one that diverged is
+a result too. Ctrl-C and SIGTERM stop the worker too; its training saves its state.
 """
 
 import argparse
@@ -41,17 +40,18 @@ from tools.experiments.read import (
 from tools.heal.heal import heal
 from tools.repository import git, opened
 
+Point = tuple[str, ...]  # of the grid: settings as `dvc exp run -S` takes them
 DONE, UNDER_WAY = ("success", "baseline"), ("queued", "running")
 ENDED = (*DONE, "diverged")  # with a result: again it would end in the same way
 # what may differ between commits that give the same results; a queued one has DVC's arguments
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!docs", ":!*.md", ":!.dvc/tmp")
 STOP_SECONDS, MAX_STARTS = 30, 3
-# in its log: how an experiment ended
+# the lines of its log that say how an experiment ended
 LAST_WORDS = ("Validation loss", "Stage 'evaluate' is cached", "error:", "stopped")
 
 
 def sweep(axes: list[str]) -> None:
-    """Run what is missing of the grid, and report. Raises InputError if an experiment failed."""
+    """Run the missing points, and report. Raises InputError if an experiment failed."""
     grid = points(axes)
     after = run_all(grid)
     try:
@@ -63,15 +63,13 @@ def sweep(axes: list[str]) -> None:
     require_results(after, grid, "make sweep")
 
 
-def require_results(
-    experiments: list[Experiment], grid: Collection[tuple[str, ...]], command: str
-) -> None:
+def require_results(experiments: list[Experiment], grid: Collection[Point], command: str) -> None:
     """Raise InputError if an experiment of the grid failed: which, and the command to repeat."""
-    failed = [
-        " ".join([*point, *(f"({e.name})" for e in find(experiments, point, ("failed",)))])
-        for point in grid
-        if not find(experiments, point, ENDED)
-    ]
+    failed = []
+    for point in grid:
+        if not find(experiments, point, ENDED):
+            names = [f"({e.name})" for e in find(experiments, point, ("failed",))]
+            failed.append(" ".join([*point, *names]))
     if failed:
         raise InputError(
             f"{len(failed)} of {len(grid)} experiments failed: {', '.join(failed)}; "
@@ -79,8 +77,13 @@ def require_results(
         )
 
 
-def run_all(grid: list[tuple[str, ...]]) -> list[Experiment]:
-    """Run what is missing of some points; return all experiments of HEAD after it."""
+def run_all(grid: list[Point]) -> list[Experiment]:
+    """Run the points that have no result yet; return all experiments of HEAD after it.
+
+    Raises Interrupted once Ctrl-C has stopped the worker.
+    """
+    from dvc.repo.experiments.exceptions import UnresolvedExpNamesError
+
     before = read_experiments([])
     if changed := git("diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock").split("\n")[:-1]:
         say(f"Not committed, the experiments take it along: {', '.join(changed)}")
@@ -88,14 +91,26 @@ def run_all(grid: list[tuple[str, ...]]) -> list[Experiment]:
         say(f"Not in git, the experiments lack it: {', '.join(new)}")
     missing = [p for p in grid if not find(before, p, ENDED + UNDER_WAY)]
     say(f"{len(grid)} in the grid, {len(missing)} to queue")
-    queue(missing, stale=[e.rev for p in missing for e in find(before, p, ("failed",))])
-    now = read_experiments([])
-    labels = {e.rev: " ".join(p) for p in grid for e in find(now, p, UNDER_WAY)}
-    wait(labels)
+    stale = [e.rev for p in missing for e in find(before, p, ("failed",))]
+    with opened() as repo:
+        tasks = repo.experiments.celery_queue
+        for rev in stale * 2:  # what was killed early leaves DVC's stash first, then its list
+            with suppress(UnresolvedExpNamesError):
+                tasks.remove([rev])
+        for point in missing:
+            repo.experiments.run(queue=True, params=list(point))
+        now = read_experiments([])
+        labels = {e.rev: " ".join(p) for p in grid for e in find(now, p, UNDER_WAY)}
+        try:
+            follow(tasks, labels)
+        except KeyboardInterrupt:
+            stop_worker(tasks)
+            message = "stopped, training is saved; run the same command again to go on"
+            raise Interrupted(signal.SIGINT, message) from None
     return read_experiments([])
 
 
-def points(axes: list[str]) -> list[tuple[str, ...]]:
+def points(axes: list[str]) -> list[Point]:
     """Return every combination, as section.key=value; seed by seed, so each round is complete."""
     several = []
     for axis in axes:
@@ -103,13 +118,11 @@ def points(axes: list[str]) -> list[tuple[str, ...]]:
         if not all(values.split(",")):
             raise InputError(f"{axis}: expected section.key=value,value, as in train.lr=1e-3,3e-3")
         several.append(dict.fromkeys(f"{key}={value}" for value in values.split(",")))
-    seed = f"{SEED}="
-    return sorted(itertools.product(*several), key=lambda p: [v for v in p if v.startswith(seed)])
+    grid = itertools.product(*several)
+    return sorted(grid, key=lambda point: [v for v in point if v.startswith(f"{SEED}=")])
 
 
-def find(
-    experiments: list[Experiment], point: tuple[str, ...], states: tuple[str, ...]
-) -> list[Experiment]:
+def find(experiments: list[Experiment], point: Point, states: tuple[str, ...]) -> list[Experiment]:
     """Return the experiments in a state, of these settings and the code of the workspace."""
     wanted = deciding(flat(load_params(PARAMS, point)))
     return [
@@ -123,35 +136,11 @@ def find(
     ]
 
 
-def queue(missing: list[tuple[str, ...]], stale: list[str]) -> None:
-    """`dvc exp run --queue -S ...` for each, after `dvc queue remove` of what failed before."""
-    from dvc.repo.experiments.exceptions import UnresolvedExpNamesError
-
-    with opened() as repo:
-        for rev in stale * 2:  # what was killed early leaves DVC's stash first, then its list
-            with suppress(UnresolvedExpNamesError):
-                repo.experiments.celery_queue.remove([rev])
-        for point in missing:
-            repo.experiments.run(queue=True, params=list(point))
-
-
-def wait(labels: dict[str, str]) -> None:
-    """Let a worker run the queue until these experiments have ended; say how each did.
-
-    A worker that dies is started again. Raises Interrupted once Ctrl-C has stopped the worker.
-    """
-    with opened() as repo:
-        tasks = repo.experiments.celery_queue
-        try:
-            follow(tasks, labels)
-        except KeyboardInterrupt:
-            stop_worker(tasks)
-            message = "stopped, training is saved; run the same command again to go on"
-            raise Interrupted(signal.SIGINT, message) from None
-
-
 def follow(tasks: Any, labels: dict[str, str]) -> None:
-    """Wait for the experiments of these revisions, with a worker."""
+    """Let a worker run the queue until the experiments of these revisions have ended.
+
+    Say how each ended. A worker that dies is started again.
+    """
     left, began = dict(labels), dict[str, float]()
     starts = 0  # without a result since
     bar = tqdm(total=len(left), unit="experiment", disable=not sys.stderr.isatty(), leave=False)
@@ -182,9 +171,9 @@ def follow(tasks: Any, labels: dict[str, str]) -> None:
 
 
 def start_worker() -> None:
-    """`dvc queue start`, after healing: a worker that died has left its task "Running".
+    """Start a worker after healing: one that died has left its task "Running".
 
-    In silence, because the worker keeps our output open. If one is just ending, none is started.
+    Start it in silence, because it keeps our output open. DVC starts none while one is ending.
     """
     for line in heal(Path.cwd()):
         say(f"healed: {line}")
@@ -206,7 +195,7 @@ def has_worker() -> bool:
 
 
 def stop_worker(tasks: Any) -> None:
-    """`dvc queue stop --kill`, repeated: the worker may begin another task before it listens."""
+    """Stop the worker and kill its tasks: it may begin another one before it listens."""
     from dvc.exceptions import DvcException
 
     tasks.shutdown()

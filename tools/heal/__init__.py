@@ -1,4 +1,4 @@
-"""What a killed DVC leaves torn, mended.
+"""Mend what a killed DVC leaves torn.
 
 Begin with heal.py.
 """

@@ -1,4 +1,4 @@
-"""What a killed experiment had borrowed: HEAD and stash of git, a task of the queue, folders."""
+"""Give back what a killed experiment had borrowed: git's HEAD and stash, a task of the queue."""
 
 import base64
 import json
@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from tools.heal.dvc_files import claims, dead_claims, read_rwlock
 from tools.heal.project import Project, locked
-from tools.heal.rwlocks import holders, is_held, read_rwlock
 
 EXEC_REFS = [f"refs/exps/exec/EXEC_{name}" for name in ("BASELINE", "MERGE", "BRANCH")]
 REFS_IN = ("for-each-ref", "--format=%(refname)")
@@ -38,18 +38,15 @@ def heal_workspace(project: Project) -> Iterator[str]:
 def experiment_died(project: Project) -> bool:
     """Return whether an experiment was setting up, running in the workspace or being collected."""
     path = project.experiments / "rwlock"
-    if project.git("rev-parse", "-q", "--verify", EXEC_REFS[0]) is not None:
-        return True
-    entries = read_rwlock(path)
-    return entries is None or any(not is_held(project, holder, path) for holder in holders(entries))
+    begun = project.git("rev-parse", "-q", "--verify", EXEC_REFS[0]) is not None
+    return begun or read_rwlock(path) is None or bool(dead_claims(path))
 
 
 def set_up_at(project: Project) -> list[int]:
     """Return when the dead experiment began to borrow from git, as far as its traces tell."""
     path = project.experiments / "rwlock"
     traces = [folder / EXEC_REFS[0] for folder in project.git_folders()]
-    if holders(read_rwlock(path) or {}):
-        traces.append(path)
+    traces += [path] if claims(read_rwlock(path) or {}) else []
     return [int(trace.stat().st_mtime) for trace in traces if trace.exists()]
 
 
@@ -67,9 +64,9 @@ def drop_git_locks(project: Project) -> Iterator[str]:
 
 
 def reattach_head(project: Project, began: list[int]) -> Iterator[str]:
-    """Return from the commit that DVC checked out to the branch it came from, as its own end does.
+    """Return from the commit that DVC checked out to the branch it came from, as DVC does.
 
-    Not if somebody has moved HEAD or the branch since, as a rebase does, or detached it himself.
+    Leave HEAD where it is if the user has moved or detached it, or moved the branch, since.
     """
     branch = project.git("rev-parse", "--symbolic-full-name", "@{-1}") or ""
     if project.git("symbolic-ref", "-q", "HEAD") or not branch.startswith("refs/heads/"):
@@ -89,8 +86,8 @@ def reattach_head(project: Project, began: list[int]) -> Iterator[str]:
 def return_stash(project: Project, began: list[int]) -> Iterator[str]:
     """Take the user's changes out of the stash where DVC puts them while it sets up an experiment.
 
-    A workspace that is neither the user's nor clean is stashed itself. A stash with a message of
-    its own, with untracked files, or of another time is the user's; none of those is dropped.
+    First stash the workspace, if it is not clean. A stash with a message of its own, with
+    untracked files, or of another time is the user's: keep it.
     """
     while EXPERIMENT.match(project.git(*STASHED, "--format=%s") or ""):
         project.git("stash", "drop", "-q")
@@ -120,7 +117,7 @@ def return_stash(project: Project, began: list[int]) -> Iterator[str]:
 def heal_queue(project: Project) -> Iterator[str]:
     """Queue a task again whose worker was killed: for DVC it would be "Running" for ever.
 
-    The message goes back to the folder it was taken from, the experiment back into DVC's stash.
+    Return the message to the folder it was taken from, and the experiment to DVC's stash.
     """
     celery = project.experiments / "celery"
     for path in sorted(celery.glob("broker/processed/*.celery.msg")):
@@ -161,15 +158,15 @@ def drop_dead_folders(project: Project) -> Iterator[str]:
 def taken_back(project: Project) -> list[str]:
     """Return the files that `dvc exp apply` took back to the older commit it started from.
 
-    They were committed since, and lie here as the experiment has them. Results and settings are
-    what one applies an experiment for.
+    They were committed since, and lie here as the experiment has them. Leave out results and
+    settings: those are what one applies an experiment for.
     """
     if project.git("rev-parse", "-q", "--verify", APPLIED) is None:
         return []
-    differing = ("diff", "--name-only", "--relative")
-    here = ("--", ".", ":!params.yaml", ":!dvc.lock", ":!metrics")
-    since, edited, own = (
-        set((project.git(*differing, *revisions, *here) or "").splitlines())
-        for revisions in ((f"{APPLIED}^", "HEAD"), ("HEAD",), (APPLIED,))
-    )
-    return sorted((since & edited) - own)
+
+    def differing(*revisions: str) -> set[str]:
+        here = ("--", ".", ":!params.yaml", ":!dvc.lock", ":!metrics")
+        found = project.git("diff", "--name-only", "--relative", *revisions, *here) or ""
+        return set(found.splitlines())
+
+    return sorted((differing(f"{APPLIED}^", "HEAD") & differing("HEAD")) - differing(APPLIED))

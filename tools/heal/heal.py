@@ -3,12 +3,11 @@
 No stage of dvc.yaml: `make repro` calls it before `dvc repro`, `make heal` before anything else.
 DVC writes its locks and dvc.lock in place, and an experiment borrows HEAD and stash from git;
 SIGKILL and SIGTERM end DVC at once, so whatever it was doing stays half done. Each function that
-heal() calls puts one such thing right and yields a line for it. What a living DVC holds is left
-alone, and what may be the user's own work is kept. A DVC in another container or on
-another machine is seen only while it trains: then nothing is mended and Busy is raised.
+heal() calls mends one such thing and yields a line for it. It leaves alone what a living DVC holds,
+and keeps what may be the user's own work. A DVC in another container or on another machine is seen
+only while it trains: then heal() mends nothing and raises Busy.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -18,10 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lm.base.errors import Busy, one_line_errors
-from tools.heal.dvc_lock import heal_dvc_lock
+from tools.heal.dvc_files import dead_claims, heal_dvc_lock, heal_rwlocks
 from tools.heal.experiments import drop_dead_folders, heal_queue, heal_workspace, taken_back
 from tools.heal.project import Project, locked
-from tools.heal.rwlocks import has_dead_claim, heal_rwlocks
 from tools.repository import is_under_git
 
 DVC_TMP_FILE = re.compile(r"\.[\w-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname
@@ -31,7 +29,7 @@ NO_GIT = "set, so that DVC works without git (its experiments need one)"
 
 
 def heal(root: Path) -> Iterator[str]:
-    """Put everything right that a killed DVC left in a project; yield one line per thing.
+    """Mend all that a killed DVC left torn in a project; yield a line for each thing.
 
     Raises Busy if a training runs in the project whose process cannot be seen from here, and
     EnvironmentFault if git refuses to work in it.
@@ -41,7 +39,7 @@ def heal(root: Path) -> Iterator[str]:
     if not project.tmp.is_dir():
         return
     refuse_unseen_training(project)
-    healed = has_dead_claim(project)
+    healed = bool(dead_claims(project.tmp / "rwlock"))
     (project.tmp / "heal.lock").touch()
     with locked(project.tmp / "heal.lock", wait=True):
         for cure in (heal_dvc_lock, heal_workspace, heal_rwlocks, heal_queue, drop_dead_folders):
@@ -56,12 +54,12 @@ def heal_no_scm(project: Project) -> Iterator[str]:
     """Let DVC work where there is no git, as in an archive or an image, and use git where it is."""
     config = project.root / ".dvc/config.local"
     is_off = config.exists() and NO_SCM.search(config.read_text()) is not None
-    if shutil.which("git") is None:
+    if shutil.which("git"):
+        has_git = is_under_git(project.root)
+    else:
         has_git = any(
             (folder / ".git").exists() for folder in (project.root, *project.root.parents)
         )
-    else:
-        has_git = is_under_git(project.root)
     if has_git == is_off:
         change = ["--unset", "core.no_scm"] if is_off else ["core.no_scm", "true"]
         command = [sys.executable, "-m", "dvc", "config", "--quiet", "--local", *change]
@@ -70,24 +68,21 @@ def heal_no_scm(project: Project) -> Iterator[str]:
 
 
 def refuse_unseen_training(project: Project) -> None:
-    """Raise Busy if somebody in another container or on another machine trains in this project."""
+    """Raise Busy if a process in another container or on another machine trains in the project."""
     for path in project.tmp.glob("lm-resume/*/lock"):
         try:
             pid = path.read_text().strip()
         except FileNotFoundError:  # it has just finished
             continue
-        if pid and not is_seen(project, pid) and not becomes_free(path):
-            raise Busy(f"{path}: a process that cannot be seen from here trains; wait for it")
-
-
-def becomes_free(path: Path) -> bool:
-    """Return whether nobody holds a lock; one that is being killed lets go of it a little later."""
-    end = time.monotonic() + DYING_SECONDS
-    while True:
-        with locked(path) as free:
-            if free or time.monotonic() > end:
-                return free
-        time.sleep(0.1)
+        end = time.monotonic() + DYING_SECONDS
+        while pid and not is_seen(project, pid):
+            with locked(path) as free:
+                if free:
+                    break
+            if time.monotonic() > end:
+                message = "a process that cannot be seen from here trains; wait for it"
+                raise Busy(f"{path}: {message}")
+            time.sleep(0.1)
 
 
 def is_seen(project: Project, pid: str) -> bool:
@@ -102,14 +97,12 @@ def is_seen(project: Project, pid: str) -> bool:
 
 def drop_temporary_files(project: Project) -> Iterator[str]:
     """Remove the half copied files of a killed DVC from its cache and from the workspace."""
-    places = [project.root / ".dvc/cache", project.tmp]
-    places += [p for p in project.root.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    for place in places:
+    shown = [path for path in project.root.iterdir() if not path.name.startswith(".")]
+    for place in (project.root / ".dvc/cache", project.tmp, *filter(Path.is_dir, shown)):
         if place.is_symlink():  # others may be writing there
             continue
-        for folder, _, names in os.walk(place):
-            for name in filter(DVC_TMP_FILE.fullmatch, names):
-                path = Path(folder, name)
+        for path in place.rglob(".*.tmp"):
+            if DVC_TMP_FILE.fullmatch(path.name):
                 path.unlink()
                 yield f"{path.relative_to(project.root)} was left behind: removed"
 

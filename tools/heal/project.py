@@ -1,6 +1,7 @@
-"""A project as the healing sees it: its folders, its git, the locks and processes in it."""
+"""The project to be healed: its folders, its git, its locks and the processes in it."""
 
 import fcntl
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,21 +19,20 @@ class Project:
         """Return whether a dvc or git process has its working directory here, in any worktree."""
         import psutil  # 0.04 s, and most of the time nothing is torn
 
-        worktrees = (self.git("worktree", "list", "--porcelain") or "").splitlines()
-        paths = [
-            line.removeprefix("worktree ") for line in worktrees if line.startswith("worktree ")
-        ]
-        roots = [self.root, *(Path(path).resolve() for path in paths)]
-        for process in psutil.process_iter(["pid", "cmdline", "status"]):
-            words = [Path(word).name for word in (process.info["cmdline"] or [])[:3]]
-            if process.info["status"] != psutil.STATUS_ZOMBIE and {"dvc", "git"} & set(words):
-                try:
-                    if any(Path(process.cwd()).is_relative_to(root) for root in roots):
-                        return True
-                except psutil.NoSuchProcess:
-                    continue
-                except psutil.AccessDenied:  # somebody else's: it may be here
+        listed = self.git("worktree", "list", "--porcelain") or ""
+        worktrees = re.findall("^worktree (.*)", listed, re.MULTILINE)
+        roots = [self.root, *(Path(path).resolve() for path in worktrees)]
+        for process in psutil.process_iter(["cmdline", "status"]):
+            words = {Path(word).name for word in (process.info["cmdline"] or [])[:3]}
+            if process.info["status"] == psutil.STATUS_ZOMBIE or not words & {"dvc", "git"}:
+                continue
+            try:
+                if any(Path(process.cwd()).is_relative_to(root) for root in roots):
                     return True
+            except psutil.NoSuchProcess:
+                continue
+            except psutil.AccessDenied:  # another user's: it may be here
+                return True
         return False
 
     def git(self, *arguments: str) -> str | None:

@@ -10,7 +10,6 @@ stays text.
 import base64
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,21 +36,6 @@ SECTIONS = {
 }
 OF_ONE_RUN_ALONE = ("held-out", "plan")
 OF_A_DIVERGED_RUN = ("curves", "data", "settings")
-METRICS = {  # their words, and the form of their values
-    "loss_nats": ("Loss, nats per token", ".4f"),
-    "perplexity": ("Perplexity", ",.2f"),
-    "bits_per_byte": ("Bits per byte", ".4f"),
-    "accuracy": ("First guess right", ".1%"),
-    "calibration_error": ("Calibration error", ".2%"),
-    "floor_bits_per_byte": ("Entropy of the grammar, bits per byte", ".4f"),
-    "distance_to_floor": ("Above that entropy by", ".1%"),
-    "tokens": ("Validation tokens", ","),
-}
-TILES = ("loss_nats", "perplexity", "bits_per_byte", "accuracy")
-PEAKS = {
-    "matmul_flops_per_second": "what matrix products alone reach here",
-    "data_sheet_flops_per_second": "the data sheet",
-}
 LEVELS = 8  # of colour, a nat each; the last for all above
 Rows = list[dict[str, float]]
 
@@ -102,7 +86,7 @@ def page(runs: list[RunResults], vega: str) -> str:
 
 
 def policy(*scripts: str) -> str:
-    """Return the policy by which a browser runs these scripts alone and loads nothing.
+    """Return the policy that lets a browser run these scripts alone and load nothing.
 
     Vega compiles its expressions: 'unsafe-eval'. Its pictures have styles of their own.
     """
@@ -123,7 +107,7 @@ def charts(runs: list[RunResults]) -> dict[str, Any]:
     """Return what page.js draws, by the name of the chart."""
 
     def lines(part: str, x: str, y: str, columns: dict[str, str]) -> dict[str, Any]:
-        """Return columns of a part of each run as points; what is no number is left out."""
+        """Return columns of a part of each run as points, without the cells that are no numbers."""
         points = [
             {"x": row[x], "y": float(f"{row[column]:.6g}"), "kind": kind, "run": run.name}
             for column, kind in columns.items()
@@ -162,57 +146,6 @@ def guesses(run: RunResults) -> list[Any]:
     ]
 
 
-def metrics_of_all(runs: list[RunResults]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the words of each metric, its value in each of two runs, and the difference."""
-    for name, (words, form) in METRICS.items():
-        before, after = (run.evaluation.get(name) for run in runs)
-        if before is None and after is None:
-            continue
-        difference = "-"
-        if before is not None and after is not None:
-            difference = "same" if before == after else format(after - before, f"+{form}")
-        shown = ["-" if value is None else format(value, form) for value in (before, after)]
-        yield words, [*shown, difference]
-
-
-def tiles(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the first metrics and their values, in words."""
-    return [(METRICS[n][0], format(evaluation[n], METRICS[n][1])) for n in TILES if n in evaluation]
-
-
-def predictor_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the model beside its baselines, each with its share of the largest loss."""
-    rows = predictors(evaluation, evaluation["baseline_loss_nats"])
-    widest = max(row.loss_nats for row in rows)
-    return [
-        row._asdict()
-        | {
-            "name": row.name.capitalize(),
-            "is_model": row.key == "loss_nats",
-            "share": max(0.0, min(1.0, row.loss_nats / widest)),
-        }
-        for row in rows
-    ]
-
-
-def remarks(run: RunResults) -> list[str]:
-    """Return what a reader should be warned of."""
-    stops_early = run.provenance["train"].get("early_stopping") is not None
-    baselines = run.evaluation["baseline_loss_nats"]
-    return remarks_on(run.evaluation, baselines, run.train, stops_early)
-
-
-def loss_of_last_quarter(positions: Rows) -> float:
-    """Return the mean loss over the last quarter of the context."""
-    last = [row["loss_nats"] for row in positions[-max(1, len(positions) // 4) :]]
-    return sum(last) / len(last)
-
-
-def level(loss_nats: float) -> int:
-    """Return the colour of a token by its loss."""
-    return min(LEVELS - 1, int(max(0.0, loss_nats)))
-
-
 def visible(text: str) -> Markup:
     """Return a token with its line breaks marked; a piece of a character to come is a dot."""
     line_break = Markup('<i aria-hidden="true">↵</i>\n')
@@ -221,39 +154,12 @@ def visible(text: str) -> Markup:
 
 def completions_by_prompt(runs: list[RunResults]) -> dict[str, list[tuple[float, str, str]]]:
     """Return temperature, run and completion of each sample, by temperature and by run."""
-    found: dict[str, list[tuple[float, int, str]]] = {}
-    for number, run in enumerate(runs):
-        for sample in run.samples:
-            one = sample["temperature"], number, sample["completion"]
-            found.setdefault(sample["prompt"], []).append(one)
-    return {
-        prompt: [(temperature, runs[number].name, text) for temperature, number, text in sorted(of)]
-        for prompt, of in found.items()
-    }
-
-
-def sources(data: dict[str, Any]) -> dict[str, Any]:
-    """Return what each source holds, and what all hold."""
-    several: dict[str, Any] = data["sources"]
-    return several | {"all": data} if len(several) > 1 else several
-
-
-def left_out(data: dict[str, Any]) -> dict[str, int]:
-    """Return how many documents were left out, by the reason."""
-    counts = {"duplicate": data["duplicates"], **data["left_out"]}
-    return {reason: number for reason, number in counts.items() if number}
-
-
-def megabytes(size_bytes: float) -> str:
-    """Return a size in words."""
-    return f"{size_bytes / 1e6:,.0f} MB"
-
-
-def devices(performance: dict[str, Any]) -> str:
-    """Return the device, and how many of them trained."""
-    number = performance.get("num_devices", 1)  # absent from before there could be several
-    device: str = performance["device"]
-    return f"{number} processes, each on {device}" if number > 1 else device
+    found: dict[str, list[tuple[float, str, str]]] = {}
+    samples = [(sample, run.name) for run in runs for sample in run.samples]
+    for sample, name in sorted(samples, key=lambda one: one[0]["temperature"]):
+        one = sample["temperature"], name, sample["completion"]
+        found.setdefault(sample["prompt"], []).append(one)
+    return found
 
 
 def used_settings(run: RunResults) -> dict[str, Any]:
@@ -294,8 +200,7 @@ ENVIRONMENT.filters["number"] = format
 ENVIRONMENT.globals |= {
     function.__name__: function
     for function in (
-        completions_by_prompt, count, devices, differing_settings, duration, left_out, level,
-        loss_of_last_quarter, math.isfinite, megabytes, metrics_of_all, predictor_rows, remarks,
-        settings_by_section, sources, tiles, visible,
+        completions_by_prompt, count, differing_settings, duration, math.isfinite,
+        predictors, remarks_on, settings_by_section, visible,
     )
-} | {"DIVERGED": DIVERGED, "LEVELS": LEVELS, "PEAKS": PEAKS}  # fmt: skip
+} | {"DIVERGED": DIVERGED, "LEVELS": LEVELS}  # fmt: skip

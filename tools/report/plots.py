@@ -3,9 +3,8 @@
     python -m tools.report.plots [REV ...]    experiments, commits, workspace (the default): plots/
     python -m tools.report.plots --template   the page that DVC's own `plots show` and `diff` fill
 
-What is drawn stands in dvc.yaml and .dvc/plots/curve.json, and DVC fills it in. Only the loss by
-wall-clock time is added here: times do not reproduce, so no stage may declare them, and what DVC
-does not track it has for no other revision.
+DVC draws what dvc.yaml and .dvc/plots/curve.json say. This adds the loss by wall-clock time: times
+do not reproduce, so no stage may declare them, and DVC has them for no other revision.
 """
 
 import argparse
@@ -30,38 +29,12 @@ from tools.report.vega import VEGA_LITE, script
 from tools.repository import opened
 
 PLOTS, TEMPLATE = Path("plots"), Path(".dvc/plots-page.html")
-# DVC puts its plots in; each calls vegaEmbed(place, spec) from a script of its own
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{refresh_tag}
-<title>Training curves</title>
-<style>
-body { font: 16px system-ui, sans-serif; color: #222; margin: 24px; }
-h1 { font-size: 22px; margin: 0 0 16px; }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(580px, 1fr)); gap: 28px 16px; }
-</style>
-<script>
-VEGA
-(embed => window.vegaEmbed = (place, spec) => embed(place, spec, {
-    renderer: "svg", actions: {export: true, source: false, compiled: false, editor: false}
-}))(vegaEmbed);
-</script>
-</head>
-<body>
-<h1>Training curves</h1>
-<main>
-{plot_divs}
-</main>
-</body>
-</html>
-"""
 
 
 def write_template() -> None:
-    """Write the page that holds Vega instead of loading it."""
-    atomic_write(TEMPLATE, PAGE.replace("VEGA", script()).encode())
+    """Write the page that DVC puts its plots in; it holds Vega instead of loading it."""
+    page = Path(__file__).with_name("plots.html").read_text()
+    atomic_write(TEMPLATE, page.replace("VEGA", script()).encode())
 
 
 def draw(revisions: list[str]) -> list[Path]:
@@ -86,8 +59,8 @@ def draw(revisions: list[str]) -> list[Path]:
         old.unlink()
     written = []
     for plot in plots:
-        written.append(PLOTS / f"{plot.name.replace(' ', '_')}.svg")
         svg = vl_convert.vegalite_to_svg(plot.get_filled_template(), vl_version=VEGA_LITE)
+        written.append(PLOTS / f"{plot.name.replace(' ', '_')}.svg")
         atomic_write(written[-1], svg.encode())
     if not TEMPLATE.exists():
         write_template()
@@ -112,11 +85,11 @@ def clock(repo: Repo, revision: str) -> Clock:
 
 def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRenderer:
     """Return the plot of the losses again, by the time of training."""
-    points = [
-        {**point, "elapsed_s": clocks[point["rev"]].elapsed_s.get(_number(point["step"]))}
-        for point in losses.datapoints
-    ]
-    points = [point for point in points if point["elapsed_s"] is not None]
+    points = []
+    for point in losses.datapoints:
+        step = int(point["step"]) if point["step"].isdecimal() else -1
+        if (elapsed_s := clocks[point["rev"]].elapsed_s.get(step)) is not None:
+            points.append({**point, "elapsed_s": elapsed_s})
     known = [revision for revision in losses.get_revs() if clocks[revision].elapsed_s]
     for revision in losses.get_revs():
         if revision not in known:
@@ -124,11 +97,6 @@ def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRendere
     texts = {"title": "Loss by wall-clock time", "x": "elapsed_s", "x_label": "seconds of training"}
     properties = {**losses.properties, **texts, "revs_with_datapoints": known}
     return VegaRenderer(points, "loss by wall-clock", **properties)
-
-
-def _number(step: str) -> int:
-    """Return a step of curves.csv; -1 if it is none."""
-    return int(step) if step.isdecimal() else -1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One page with all that a run gave: `python -m tools.report` writes metrics/report.html.
+"""One page with all results of a run: `python -m tools.report` writes metrics/report.html.
 
     python -m tools.report --compare REV    beside another run: metrics/report-compare.html
 
-No stage of dvc.yaml: it shows clocks, which do not reproduce. It reads what the stages left, needs
-no torch and takes a second. Of another revision DVC has all but the clocks.
+No stage of dvc.yaml: it shows clocks, which do not reproduce. It reads the stages' outputs without
+torch, in a second. DVC has all of another revision but its clocks.
 
     metrics/, params.yaml, provenance --> RunResults --page.py, page.html--> metrics/report.html
 """
@@ -13,14 +13,14 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lm.base.config import parse_yaml
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
-from lm.base.files import atomic_write, sha256_file
+from lm.base.files import atomic_write, require_file, sha256_file
 from lm.base.shapes import COUNT, MAYBE, SHAPES, SOME, require_shape
 from lm.base.tables import DIVERGED
 from lm.runs.history import COLUMNS
@@ -39,7 +39,7 @@ Read = Callable[[str], bytes]
 
 
 def read_run(name: str, read: Read, commit: str, clocks: bool) -> RunResults:
-    """Return what is known of a run. Raises InputError for a file that is missing or torn."""
+    """Return the results of a run. Raises InputError for a file that is missing or torn."""
 
     def parsed(file: str) -> Any:
         data = read(file)
@@ -59,49 +59,32 @@ def read_run(name: str, read: Read, commit: str, clocks: bool) -> RunResults:
         except (ValueError, TypeError, KeyError, csv.Error):
             raise InputError(f"{file}: not a table of numbers; run `make repro`") from None
 
-    def timed() -> bool:
-        """Return whether the clocks in metrics/ are of the training whose curves are there.
-
-        They are of the last training on this machine, and DVC may have put another run's results
-        in place since. That training's curves stand in wall_clock.csv, with their times.
-        """
-        try:
-            read("metrics/performance.json")
-            return repr(rows("metrics/wall_clock.csv", COLUMNS)) == repr(curves)  # nan != nan
-        except InputError:
-            return False
-
     curves, train = rows("metrics/curves.csv", COLUMNS), parsed("metrics/train.json")
-    run = RunResults(
-        name=name,
-        commit=commit,
-        params=parse_yaml(read("params.yaml").decode(), "params.yaml"),
-        data=parsed("metrics/data.json"),
-        train=train,
-        curves=curves,
-    )
+    params = parse_yaml(read("params.yaml").decode(), "params.yaml")
+    run = RunResults(name, commit, params, parsed("metrics/data.json"), train, curves)
     if DIVERGED in train:  # other results that lie there are not of this run
         return run
-    return replace(
-        run,
-        provenance=parsed("models/model/provenance.json"),
-        evaluation=parsed("metrics/eval.json"),
-        positions=rows("metrics/loss_by_position.csv", ("position", "loss_nats")),
-        calibration=rows("metrics/calibration.csv", CALIBRATION),
-        samples=parsed("metrics/samples.json"),
-        held_out=parsed("metrics/held_out.json"),
-        performance=parsed("metrics/performance.json") if clocks and timed() else None,
-    )
+    run.provenance = parsed("models/model/provenance.json")
+    run.evaluation = parsed("metrics/eval.json")
+    run.positions = rows("metrics/loss_by_position.csv", ("position", "loss_nats"))
+    run.calibration = rows("metrics/calibration.csv", CALIBRATION)
+    run.samples, run.held_out = parsed("metrics/samples.json"), parsed("metrics/held_out.json")
+    # clocks are of the last training here; DVC may have put another run's results in place since
+    last = ""
+    with suppress(InputError):
+        read("metrics/performance.json")
+        last = repr(rows("metrics/wall_clock.csv", COLUMNS))
+    if clocks and last == repr(curves):  # as text, since nan != nan
+        run.performance = parsed("metrics/performance.json")
+    return run
 
 
 def workspace() -> RunResults:
     """Return the run whose results lie here."""
 
     def read(name: str) -> bytes:
-        try:
-            return Path(name).read_bytes()
-        except FileNotFoundError:
-            raise InputError(f"{name}: no such file; run `make repro`") from None
+        require_file(Path(name), "; run `make repro`")
+        return Path(name).read_bytes()
 
     commit = "none: not under git"
     if is_under_git(Path()):
@@ -110,11 +93,9 @@ def workspace() -> RunResults:
         if git("status", "--porcelain", "--untracked-files=no"):
             commit += ", with uncommitted changes"
     run = read_run("workspace", read, commit, clocks=True)
-    run.changed_code = [
-        file
-        for file, sha256 in run.provenance.get("code", {}).items()
-        if not Path(file).is_file() or sha256_file(Path(file)) != sha256
-    ]
+    for file, sha256 in run.provenance.get("code", {}).items():
+        if not Path(file).is_file() or sha256_file(Path(file)) != sha256:
+            run.changed_code.append(file)
     return run
 
 
@@ -139,7 +120,7 @@ def revision(name: str) -> RunResults:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--compare", metavar="REV", help="a commit or an experiment by name")
     arguments = parser.parse_args()
