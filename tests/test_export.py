@@ -106,7 +106,7 @@ def test_ids_and_greedy_text_are_the_same(saved, tmp_path, tokenizer, kind):
     prompt = their_tokenizer("some", return_tensors="pt")
     n = prompt.input_ids.shape[1]
     said = theirs.generate(**prompt, max_new_tokens=16 - n, do_sample=False)[0].tolist()
-    steps = generate(ours, [said[:n]], 16 - n, temperature=0, stop_id=tokenizer.end_id)
+    steps = generate(ours, [said[:n]], 16 - n, temperature=0, end_id=tokenizer.end_id)
     assert said == said[:n] + [step[0].id for step in steps]
     assert len(said) > n + 2
     both = their_tokenizer(["some", "somewhat longer"], padding=True, return_tensors="pt")
