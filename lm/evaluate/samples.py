@@ -1,4 +1,4 @@
-"""Samples: what the model writes after each prompt at each temperature; and the summary page."""
+"""Draw samples from a model; write them and the summary of an evaluation as Markdown."""
 
 from collections.abc import Iterable, Mapping
 from itertools import product

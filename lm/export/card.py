@@ -28,7 +28,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Results:
-    """What the pipeline measured: metrics/*.json, samples.md, curves.csv, data/corpus.json."""
+    """The results of the pipeline: metrics/*.json, samples.md, curves.csv, data/corpus.json."""
 
     data: Mapping[str, Any]
     train: Mapping[str, Any]
@@ -46,7 +46,7 @@ def card(
     why_no_weights: str | None,
     results: Results | None,
 ) -> str:
-    """Return the page. Without `results` it shows what the provenance alone knows."""
+    """Return the page; without `results` it shows the provenance alone."""
     inputs = {n: h for n, h in provenance["inputs"].items() if not n.endswith(".bin")}
     return _template().render(
         provenance=provenance,
@@ -83,7 +83,7 @@ def _template() -> Any:
 
 
 def _measured(results: Results) -> dict[str, Any]:
-    """Return what the template needs of the results beside their own entries."""
+    """Return the values of the template that are computed from the results."""
     first_prompt = re.match(r"Prompt `(.+?)`, temperature", results.samples, re.DOTALL)
     return {
         "prompt": first_prompt[1] if first_prompt else "The",

@@ -86,7 +86,7 @@ def export(source: Path, config: ExportConfig, results: Results | None) -> Folde
 def write(folder: Folder, out: Path) -> None:
     """Write all files, and delete those of an earlier export that this one lacks.
 
-    Raises InputError if `out` holds what lm.export did not write.
+    Raises InputError if `out` holds files that lm.export did not write.
     """
     require_ours(out)
     for name in FILES:
@@ -107,7 +107,7 @@ def require_ours(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: not a folder")
     if not out.exists() or all(file.suffix == ".tmp" for file in out.iterdir()):
-        return  # new, or what a kill left before the card was there
+        return  # new, or left by a kill before the card was there
     if not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")):
         raise InputError(f"{out}: not written by lm.export; name another folder, or move this one")
 

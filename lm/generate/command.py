@@ -1,4 +1,4 @@
-"""Complete prompts: `python -m lm.generate --prompt "def "` streams what follows."""
+"""Complete prompts: `python -m lm.generate --prompt "def "` streams a completion."""
 
 import argparse
 import os

@@ -175,7 +175,7 @@ class Decoder:
         def attend(layer: int, qkv: Tensor) -> Tensor:
             new = qkv[:, config.num_heads :].reshape(-1, config.head_dim)
             self._slots[layer].index_copy_(0, slots, new)
-            # heads that share keys are to attention what several queries of one head are
+            # heads that share keys are computed as several queries of one head
             shape = n_rows, config.kv_heads, -1, config.head_dim
             q = qkv[:, : config.num_heads].view(shape)
             k, v = self._keys[layer].narrow(2, 0, span), self._values[layer].narrow(2, 0, span)
@@ -191,7 +191,7 @@ class Decoder:
     def _features(
         self, ids: Int[Tensor, " N"], turns: Tensor | None, attend: Attend
     ) -> Float[Tensor, "N C"]:
-        """Return what the head turns into logits; `turns` (N, D / 2) are those of the positions."""
+        """Return the input of the head; `turns` (N, D / 2) rotate each row to its position."""
         x = F.embedding(ids, self.embeddings)
         for i, layer in enumerate(self.layers):
             first, second = layer.norms

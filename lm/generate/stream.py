@@ -203,7 +203,7 @@ class Completion:
         text = self.held + self.characters.decode(data, final)
         ends = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
         if ends:
-            return text[: min(ends)[1]], True  # of those that are complete first, the longest
+            return text[: min(ends)[1]], True  # the first to be complete, else the longest
         n_held = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
         self.held = text[len(text) - n_held :]
         return text[: len(text) - n_held], False

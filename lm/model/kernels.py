@@ -10,7 +10,7 @@ The others have gradients of their own:
 
     rms_norm               keeps its input and a number a row
     causal_attention       keeps a number a row instead of the weights
-    swiglu                 keeps its inputs instead of what it computed on the way
+    swiglu                 keeps its inputs instead of intermediate results
     linear_cross_entropy   makes its gradients with the loss instead of keeping logits
 
 Letters in shapes as in transformer.py, and N = B T rows. The tests hold the plain formulas.

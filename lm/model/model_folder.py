@@ -27,7 +27,7 @@ from lm.machine.gauges import free_memory_bytes
 from lm.model.fitting import FLOATS, as_stored, require_finite, require_settings, require_weights
 from lm.model.transformer import ModelConfig, TransformerLM
 
-MAX_HEADER_BYTES = 1 << 24  # of safetensors: what it says of 100,000 tensors
+MAX_HEADER_BYTES = 1 << 24  # of a safetensors file with 100,000 tensors
 PROBED = 16  # ids whose logits are computed when a model is opened
 PROVENANCE = ("model", "train", "inputs", "code", "environment")
 

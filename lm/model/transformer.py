@@ -189,7 +189,7 @@ class TransformerLM(nn.Module):
         return self.lm_head.weight if self.lm_head else self.token_embeddings.weight
 
     def forward(self, ids: Ids, documents: Ids | None = None) -> Float[Tensor, "B T V"]:
-        """Return the logits of the token after each position; see `features`."""
+        """Return the logits of each next token; see `features`."""
         return F.linear(self.features(ids, documents), self.head)
 
     def loss(self, ids: Ids, targets: Ids, documents: Ids | None = None) -> Float[Tensor, ""]:
@@ -198,7 +198,7 @@ class TransformerLM(nn.Module):
         return linear_cross_entropy(features.flatten(0, 1), self.head, targets.flatten())
 
     def features(self, ids: Ids, documents: Ids | None = None) -> Features:
-        """Return what the head turns into the logits of the token after each position.
+        """Return the features that the head turns into the logits of each next token.
 
         Pass the `documents` of all positions if and only if the model has intra-document masking
         (Zhao et al. 2024): it attends within a document alone. Raises ValueError otherwise, and for
