@@ -17,7 +17,9 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lm.base.errors import InputError
 from lm.base.files import write_json
 from lm.base.migrations import ADDED
+from lm.base.settings import EvaluateConfig
 from lm.data.tokenizer import byte_tokenizer
+from lm.evaluate.samples import draw_samples
 from lm.generate.command import main
 from lm.generate.decoder import Decoder, memory_bytes
 from lm.generate.stream import Completion, generate, sample, stream
@@ -195,6 +197,28 @@ def test_an_empty_prompt_begins_with_the_end_token(model_config):
     for piece in stream(model, byte_tokenizer(), ["", "h"], 2, temperature=0):
         texts[piece.row] += piece.text
     assert texts == ["he", "el"]
+
+
+@pytest.mark.parametrize("change", [{}, {"seed": 4}, {"top_k": None}, {"top_p": None}], ids=str)
+def test_samples_are_drawn_as_the_settings_say(model_config, change):
+    torch.manual_seed(0)
+    model, tokenizer = TransformerLM(replace(model_config, vocab_size=257)).eval(), byte_tokenizer()
+    options = {"seed": 3, "top_k": 40, "top_p": 0.9}
+    config = EvaluateConfig(
+        batch_size=1, stride=None, prompts=["a", "bc"], temperatures=[1.0, 0.0],
+        max_new_tokens=20, **options,
+    )  # fmt: skip
+    drawn = draw_samples(model, tokenizer, replace(config, **change))
+    assert [(s.prompt, s.temperature) for s in drawn] == [
+        ("a", 1.0), ("a", 0.0), ("bc", 1.0), ("bc", 0.0)
+    ]  # fmt: skip
+    for prompt, temperature, completion in drawn:
+        how = {**options, **change, "temperature": temperature}
+        pieces = stream(model, tokenizer, [prompt], 20, **how)
+        assert completion == "".join(piece.text for piece in pieces)
+    as_before = draw_samples(model, tokenizer, config)
+    assert (drawn == as_before) == (not change)
+    assert drawn[1::2] == as_before[1::2]  # of temperature 0
 
 
 CUTS = st.lists(st.text("ab🙂", max_size=3), max_size=8)

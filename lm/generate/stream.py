@@ -9,7 +9,7 @@ A row whose context is full forgets the older half: the newer half is read again
 import codecs
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
@@ -187,16 +187,15 @@ def _new_tokens(
     return list(map(NewToken, ids.tolist(), chosen.tolist(), tops))
 
 
-@dataclass
 class Completion:
     """A row's text while it grows, and the end of it that may not be shown yet."""
 
-    stop: Sequence[str]
-    held: str = ""  # might begin a stop text
-    tokens: list[NewToken] = field(default_factory=list)  # since the last chunk
-    characters: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
-    )  # a token may end inside of a character
+    def __init__(self, stop: Sequence[str]):
+        self.stop = stop
+        self.held = ""  # might begin a stop text
+        self.tokens: list[NewToken] = []  # since the last chunk
+        # a token may end inside of a character
+        self.characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, data: bytes, final: bool) -> tuple[str, bool]:
         """Append bytes; return the text to show now, and whether a stop text has ended it."""
