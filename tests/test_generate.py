@@ -202,7 +202,7 @@ def test_an_empty_prompt_begins_with_the_end_token(model_config):
 @pytest.mark.parametrize("change", [{}, {"seed": 4}, {"top_k": None}, {"top_p": None}], ids=str)
 def test_samples_are_drawn_as_the_settings_say(model_config, change):
     torch.manual_seed(0)
-    model, tokenizer = TransformerLM(replace(model_config, vocab_size=257)).eval(), byte_tokenizer()
+    model, tokenizer = TransformerLM(replace(model_config, vocab_size=256)).eval(), byte_tokenizer()
     options = {"seed": 3, "top_k": 40, "top_p": 0.9}
     config = EvaluateConfig(
         batch_size=1, stride=None, prompts=["a", "bc"], temperatures=[1.0, 0.0],
