@@ -23,9 +23,10 @@ from lm.base.files import sha256_file
 from lm.corpus.grammar import STORIES, stories
 from lm.data.batches import Split
 from lm.evaluate.baselines import Bigram, uniform_loss_nats
+from lm.evaluate.metrics import METRICS
 from lm.generate.stream import generate
 from lm.model.kernels import cross_entropy
-from lm.model.loss import METRICS, evaluate
+from lm.model.loss import evaluate
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.footprint import parameters
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint

@@ -17,12 +17,16 @@ from lm.data.batches import open_tokens
 from lm.evaluate.baselines import baseline_losses_nats
 from lm.evaluate.excerpt import excerpt, excerpt_json
 from lm.evaluate.floor import floor
-from lm.evaluate.metrics import finite_metrics, require_logits_fit
-from lm.evaluate.samples import draw_samples, samples_as_markdown
-from lm.evaluate.summary import summary
+from lm.evaluate.metrics import (
+    calibration,
+    finite_metrics,
+    loss_by_position,
+    require_logits_fit,
+)
+from lm.evaluate.samples import draw_samples, samples_as_markdown, summary
 from lm.generate.decoder import COMPARED, require_same_logits
 from lm.machine.device import choose_device, make_deterministic
-from lm.model.loss import calibration, evaluate, loss_by_position
+from lm.model.loss import evaluate
 from lm.model.model_folder import load_model, read_provenance
 from stages.run import UNFINISHED, Inputs, run
 

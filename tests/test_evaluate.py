@@ -9,7 +9,8 @@ import torch
 
 from lm.base.errors import InputError
 from lm.data.batches import Split
-from lm.model.loss import METRICS, bits_per_byte, calibration, evaluate, loss_by_position
+from lm.evaluate.metrics import METRICS, bits_per_byte, calibration, loss_by_position
+from lm.model.loss import evaluate
 from lm.model.transformer import TransformerLM
 
 TOKENS = np.random.default_rng(1).integers(0, 96, 203)

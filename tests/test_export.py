@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -32,7 +33,7 @@ from lm.export.curve import loss_curve
 from lm.export.folder import export, main, write
 from lm.generate.stream import generate
 from lm.model.huggingface import start_from, stock_config, stock_weights
-from lm.model.model_folder import load_model, save_model
+from lm.model.model_folder import load_model, save_model, write_checkpoint
 from lm.model.transformer import TransformerLM
 from lm.prepare.learn import train_bpe
 from tests.kill import copied, dvc, ran
@@ -106,7 +107,7 @@ def test_ids_and_greedy_text_are_the_same(saved, tmp_path, tokenizer, kind):
     prompt = their_tokenizer("some", return_tensors="pt")
     n = prompt.input_ids.shape[1]
     said = theirs.generate(**prompt, max_new_tokens=16 - n, do_sample=False)[0].tolist()
-    steps = generate(ours, [said[:n]], 16 - n, temperature=0, stop_id=tokenizer.end_id)
+    steps = generate(ours, [said[:n]], 16 - n, temperature=0, end_id=tokenizer.end_id)
     assert said == said[:n] + [step[0].id for step in steps]
     assert len(said) > n + 2
     both = their_tokenizer(["some", "somewhat longer"], padding=True, return_tensors="pt")
@@ -228,6 +229,18 @@ def test_logits_that_are_no_numbers_are_none_that_agree(saved, tmp_path):
         ours.lm_head.weight.fill_(3e38)
     with pytest.raises(InputError, match="logits are not finite"):
         compared(ours, stock_config(ours.config, 0), stock_weights(ours), [7, 8])
+
+
+def test_weights_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
+    """The file is synced, then renamed, then its folder synced; others may read it."""
+    events, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda fd: events.append(os.fstat(fd).st_ino) or fsync(fd))
+    monkeypatch.setattr("os.replace", lambda *names: events.append("rename") or rename(*names))
+    path = tmp_path / "new" / "some.safetensors"
+    write_checkpoint({"x": torch.ones(2)}, {}, path)
+    assert events == [path.stat().st_ino, "rename", path.parent.stat().st_ino]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 # --- start_from -------------------------------------------------------------------------

@@ -17,10 +17,12 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lm.base.errors import InputError
 from lm.base.files import write_json
 from lm.base.migrations import ADDED
+from lm.base.settings import EvaluateConfig
 from lm.data.tokenizer import byte_tokenizer
+from lm.evaluate.samples import draw_samples
 from lm.generate.command import main
 from lm.generate.decoder import Decoder, memory_bytes
-from lm.generate.stream import Completion, complete, complete_many, generate, sample, stream
+from lm.generate.stream import Completion, generate, sample, stream
 from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import TransformerLM
 from tests.test_model import as_llama, variant_model
@@ -83,7 +85,7 @@ def test_sampling_is_a_function_of_the_seed(model):
 def test_a_row_ends_at_the_stop_token(model):
     free = rows(generate(model, [[7], [9]], 40, seed=3))
     stop = free[0][5]
-    stopped = rows(generate(model, [[7], [9]], 40, seed=3, stop_id=stop))
+    stopped = rows(generate(model, [[7], [9]], 40, seed=3, end_id=stop))
     assert stopped[0] == free[0][: free[0].index(stop) + 1]
     assert stopped[1] == free[1][: [*free[1], stop].index(stop) + 1]
 
@@ -101,15 +103,6 @@ def test_log_probabilities_are_of_the_models_own_distribution(model):
             row.append(token.id)
 
 
-def test_each_row_may_have_a_temperature_of_its_own(model):
-    prompts = [[7], [7]]
-    mixed = rows(generate(model, prompts, 9, temperature=[0, 1.5]))
-    assert mixed[0] == rows(generate(model, prompts, 9, temperature=0))[0]
-    assert mixed[1] == rows(generate(model, prompts, 9, temperature=1.5))[1]
-    with pytest.raises(ValueError, match="1 temperatures for 2 prompts"):
-        next(generate(model, prompts, 9, temperature=[1.0]))
-
-
 def test_a_prompt_longer_than_the_context_is_read_from_its_window(model):
     prompt = [i % 96 for i in range(45)]
     got = rows(generate(model, [prompt], 1, temperature=0))[0]
@@ -122,12 +115,10 @@ def test_an_empty_prompt_is_refused(model):
         next(generate(model, [[]], 1))
 
 
-def frequencies(probabilities, **options):
+def frequencies(probabilities, temperature=1.0, top_k=None, top_p=None):
     draws = torch.tensor((np.arange(10_000) + 0.5) / 10_000)
     logits = torch.tensor(probabilities).log().expand(10_000, -1)
-    temperature = options.pop("temperature", 1.0)
-    temperatures = torch.full((10_000,), temperature) if temperature else None
-    ids = sample(logits, temperatures, options.get("top_k"), options.get("top_p"), draws)
+    ids = sample(logits, temperature, top_k, top_p, draws)
     return (np.bincount(ids, minlength=len(probabilities)) / 10_000).tolist()
 
 
@@ -173,7 +164,7 @@ def speaker(config, text):
 def test_characters_of_several_tokens_arrive_whole(model_config):
     text = "xaé🙂".encode() + bytes([0xE0, 255])  # ends inside of a character
     model = speaker(model_config, text)
-    pieces = list(complete(model, byte_tokenizer(), "x", 20, temperature=0))
+    pieces = [piece.text for piece in stream(model, byte_tokenizer(), ["x"], 20, temperature=0)]
     assert pieces == ["a", "é", "🙂", "\ufffd"]
 
 
@@ -202,7 +193,32 @@ def test_a_completion_tells_why_it_ended(model_config):
 
 def test_an_empty_prompt_begins_with_the_end_token(model_config):
     model = speaker(model_config, b"\xffhello"[:4])
-    assert complete_many(model, byte_tokenizer(), ["", "h"], 2, temperature=0) == ["he", "el"]
+    texts = ["", ""]
+    for piece in stream(model, byte_tokenizer(), ["", "h"], 2, temperature=0):
+        texts[piece.row] += piece.text
+    assert texts == ["he", "el"]
+
+
+@pytest.mark.parametrize("change", [{}, {"seed": 4}, {"top_k": None}, {"top_p": None}], ids=str)
+def test_samples_are_drawn_as_the_settings_say(model_config, change):
+    torch.manual_seed(0)
+    model, tokenizer = TransformerLM(replace(model_config, vocab_size=256)).eval(), byte_tokenizer()
+    options = {"seed": 3, "top_k": 40, "top_p": 0.9}
+    config = EvaluateConfig(
+        batch_size=1, stride=None, prompts=["a", "bc"], temperatures=[1.0, 0.0],
+        max_new_tokens=20, **options,
+    )  # fmt: skip
+    drawn = draw_samples(model, tokenizer, replace(config, **change))
+    assert [(s.prompt, s.temperature) for s in drawn] == [
+        ("a", 1.0), ("a", 0.0), ("bc", 1.0), ("bc", 0.0)
+    ]  # fmt: skip
+    for prompt, temperature, completion in drawn:
+        how = {**options, **change, "temperature": temperature}
+        pieces = stream(model, tokenizer, [prompt], 20, **how)
+        assert completion == "".join(piece.text for piece in pieces)
+    as_before = draw_samples(model, tokenizer, config)
+    assert (drawn == as_before) == (not change)
+    assert drawn[1::2] == as_before[1::2]  # of temperature 0
 
 
 CUTS = st.lists(st.text("ab🙂", max_size=3), max_size=8)
@@ -299,7 +315,7 @@ def test_more_completions_than_fit_are_refused_with_what_they_would_take(folder,
     assert left.value.code == 3
     said = capsys.readouterr().err
     assert re.fullmatch(rf"error: {int(count):,} completions at once need [\d,]+ MB .*\n", said)
-    assert "MB are free: ask for fewer at once" in said
+    assert "MB are free; ask for fewer at once" in said
 
 
 def test_what_a_row_remembers_is_what_it_is_said_to_take(model):
@@ -317,8 +333,8 @@ def test_what_a_row_remembers_is_what_it_is_said_to_take(model):
 @pytest.mark.parametrize("temperature", [1e-320, 1e-13])
 def test_the_coldest_temperatures_take_the_most_probable_token(model, temperature):
     prompts = [[3, 1, 4], [1, 5]]
-    cold = rows(generate(model, prompts, 5, temperature=[temperature, 1.0]))
-    assert cold[0] == rows(generate(model, prompts, 5, temperature=0))[0]
+    cold = rows(generate(model, prompts, 5, temperature=temperature))
+    assert cold == rows(generate(model, prompts, 5, temperature=0))
 
 
 @pytest.mark.parametrize(

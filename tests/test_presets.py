@@ -12,9 +12,9 @@ import torch
 from lm import demo
 from lm.base.config import load_params, read_section
 from lm.base.errors import InputError
+from lm.base.settings import EvaluateConfig
 from lm.data.batches import Split
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
-from lm.model.loss import EvaluateConfig
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.page import main, table
 from lm.plan.plan import make_plan

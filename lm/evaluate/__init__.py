@@ -1,4 +1,4 @@
-"""The metrics of a model and what they are compared with; samples; the summary.
+"""The metrics, baselines and samples of a model, and their summary.
 
 Begin with metrics.py.
 """

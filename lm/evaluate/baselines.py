@@ -1,22 +1,15 @@
 """Baselines: the losses of predictors without a neural network."""
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.data.batches import Tokens
+from lm.data.batches import Tokens, TokenStream
 
 CHUNK_TOKENS = 1 << 22
-
-
-@runtime_checkable
-class Sliced(Protocol):
-    """A sequence of ids, in memory or on disk."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, place: slice, /) -> NDArray[Any]: ...
+Ids = NDArray[Any] | TokenStream
 
 
 def baseline_losses_nats(tokens: Tokens) -> dict[str, float]:
@@ -34,36 +27,33 @@ def uniform_loss_nats(vocab_size: int) -> float:
 class Bigram:
     """Interpolated bigram model of a token sequence, with its unigram model inside.
 
-    Witten and Bell 1991, as in Chen and Goodman 1999, eq. 15 to 17, with h the token before w:
+    Witten and Bell 1991, as in Chen and Goodman 1999, eq. 15 to 17; h is the token before w:
 
         P(w | h) = (c(h, w) + n(h) P(w)) / (c(h) + n(h))      n(h): distinct followers of h
         P(w)     = (c(w) + 1) / (N + V)
 
-    Only the pairs that occur are stored, as sorted keys h * V + w.
+    Only the pairs that occur are stored, as sorted keys h * V + w. Counts are exact as float64.
     """
 
-    def __init__(self, tokens: Sliced, vocab_size: int):
+    def __init__(self, tokens: Ids, vocab_size: int):
         self.vocab_size = vocab_size
         counts = np.zeros(vocab_size, dtype=np.int64)
         self.keys = np.empty(0, dtype=np.int64)
-        self.pair_counts = np.empty(0, dtype=np.int64)
+        self.pair_counts: NDArray[Any] = np.empty(0)
         for start in range(0, len(tokens), CHUNK_TOKENS):
             chunk = np.asarray(tokens[start : start + CHUNK_TOKENS + 1], dtype=np.int64)
             counts += np.bincount(chunk[:CHUNK_TOKENS], minlength=vocab_size)
             self._add(*np.unique(chunk[:-1] * vocab_size + chunk[1:], return_counts=True))
         self.unigram = (counts + 1) / (len(tokens) + vocab_size)  # (V,)
         first = self.keys // vocab_size
-        self.history_counts = np.zeros(vocab_size, dtype=np.int64)
-        np.add.at(self.history_counts, first, self.pair_counts)
+        self.history_counts = np.bincount(first, self.pair_counts, vocab_size)
         self.followers = np.bincount(first, minlength=vocab_size)
 
     def _add(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        merged, places = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
-        total = np.zeros(len(merged), dtype=np.int64)
-        np.add.at(total, places, np.concatenate([self.pair_counts, counts]))
-        self.keys, self.pair_counts = merged, total
+        self.keys, places = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
+        self.pair_counts = np.bincount(places, np.concatenate([self.pair_counts, counts]))
 
-    def losses_nats(self, tokens: Sliced) -> tuple[float, float]:
+    def losses_nats(self, tokens: Ids) -> tuple[float, float]:
         """Return the unigram and bigram loss of every token but the first, in nats per token."""
         unigram = bigram = 0.0
         for start in range(0, len(tokens) - 1, CHUNK_TOKENS):

@@ -1,4 +1,4 @@
-"""An excerpt of a split, token by token: its loss, and what the model held most probable."""
+"""An excerpt of a split, token by token: its loss, and the most probable tokens."""
 
 import codecs
 import json
@@ -28,7 +28,7 @@ class ScoredToken:
     text: str  # the characters that it completes: none before the last byte of a character
     name: str  # the token by itself; bytes that are no character as \\xc3
     loss_nats: float
-    guesses: list[tuple[str, float]]  # the most probable tokens, by name, and their probabilities
+    guesses: list[tuple[str, float]]  # names and probabilities of the most probable tokens
 
 
 @dataclass(frozen=True)

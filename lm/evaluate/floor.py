@@ -10,22 +10,21 @@ from lm.corpus.grammar import STORIES
 from lm.data.batches import Split
 from lm.data.tokenizer import Tokenizer
 
-CHANCE = 0.001  # how far below the floor a model may come: by rounding alone
+CHANCE = 0.001  # share of the floor that a model may come below it: by rounding alone
 
 
 def floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[str, float]:
     """Return the least bits per byte that any model can reach here, and this model's distance.
 
-    floor_bits_per_byte = sum of bits(document) / bytes, with the bytes of `bits_per_byte`. Both
-    numerators are of the same events. The model's holds every token but the split's first, end
-    tokens included; the grammar's holds every choice. A story's last choice tells that it ends (no
-    story is a prefix of another), so the end token after it costs the best model nothing; so does
-    the first token, for every story begins with the same word. The bytes lack that word's.
+    floor_bits_per_byte = sum of bits(document) / bytes, with the bytes of `bits_per_byte`. Model
+    and grammar count the same events: the end token after a story costs the best model nothing,
+    because no story is a prefix of another; nor does the split's first token, which the model does
+    not predict, because every story begins with the same word.
 
-    The floor is no estimate: it is -log2 of the true probability of the validation text. A model
-    that has not seen the text saves k bits on it with probability below 2^-k (Markov's inequality:
-    the expectation of q(x) / p(x) is at most 1), so no luck takes it CHANCE of a split's
-    bits below. Raises InputError for one that is, and for text that is not the grammar's.
+    The floor is -log2 of the true probability of the validation text, not an estimate. A model that
+    has not seen the text saves k bits on it with probability below 2^-k (Markov's inequality: the
+    expectation of q(x) / p(x) is at most 1). Raises InputError for a model that is more than CHANCE
+    of the bits below, and for text that is not the grammar's.
     """
     bits = 0.0
     for number, text in enumerate(documents(valid, tokenizer), start=1):

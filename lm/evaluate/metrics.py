@@ -1,15 +1,82 @@
-"""The metrics of a model on the validation split, and what must hold for them."""
+"""The metrics of a model on a split: numbers and tables made of the Sums of lm.model.loss.evaluate.
+
+A new metric is a function here and its entry in METRICS: stage evaluate writes them all into
+metrics/eval.json.
+"""
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 from lm.base.errors import InputError
 from lm.base.settings import EvaluateConfig
 from lm.data.batches import Split
 from lm.machine.gauges import free_memory_bytes, require_memory
-from lm.model.loss import METRICS, Sums, validation_logits
+from lm.model.loss import CONFIDENCE_EDGES, Sums, loss_nats, validation_logits
 from lm.model.transformer import TransformerLM
+
+
+def bits_per_byte(sums: Sums) -> float:
+    """Return the cross-entropy in bits per byte of the targets' text: nats / (ln 2 * bytes).
+
+    Independent of the vocabulary, so models with different tokenizers can be compared.
+    Raises InputError if there are no bytes.
+    """
+    if sums.n_bytes == 0:
+        raise InputError("bits per byte of no text: all documents are empty; add text")
+    return float(sums.nats.sum() / (math.log(2) * sums.n_bytes))
+
+
+def accuracy(sums: Sums) -> float:
+    """Return the share of the targets that were the model's most probable token."""
+    n, _, right = sums.first_guesses.sum(axis=1)
+    return float(right / n)
+
+
+def calibration_error(sums: Sums) -> float:
+    """Return the expected calibration error of the most probable tokens.
+
+    Guo et al. 2017 ("On Calibration of Modern Neural Networks", eq. 3): the distance of confidence
+    and accuracy in each bin, weighted by its targets.
+    """
+    n, confidence, right = sums.first_guesses
+    return float(np.abs(right - confidence).sum() / n.sum())
+
+
+METRICS: dict[str, Callable[[Sums], float]] = {
+    "loss_nats": loss_nats,
+    "perplexity": lambda sums: math.exp(min(loss_nats(sums), 690.0)),  # a float holds e^709
+    "bits_per_byte": bits_per_byte,
+    "accuracy": accuracy,
+    "calibration_error": calibration_error,
+    "tokens": lambda sums: int(sums.counts.sum()),
+    "bytes": lambda sums: sums.n_bytes,
+}
+
+
+def loss_by_position(sums: Sums, max_rows: int = 1000) -> list[tuple[int, float]]:
+    """Return rows (position in the window, mean loss in nats), at most `max_rows`.
+
+    Neighbouring positions share a row where there are more, under the first of them. Rows without
+    a target are left out.
+    """
+    firsts = np.arange(0, len(sums.counts), -(-len(sums.counts) // max_rows))
+    counts = np.add.reduceat(sums.counts, firsts)
+    nats = np.add.reduceat(sums.nats, firsts)
+    return [(int(p), float(s / n)) for p, s, n in zip(firsts, nats, counts, strict=True) if n]
+
+
+def calibration(sums: Sums) -> list[tuple[float, float, int, float, float]]:
+    """Return a row for each bin with targets: edges, targets, mean confidence, accuracy."""
+    rows = zip(pairwise(CONFIDENCE_EDGES), sums.first_guesses.T, strict=True)
+    return [
+        (float(low), float(high), int(n), float(confidence / n), float(right / n))
+        for (low, high), (n, confidence, right) in rows
+        if n
+    ]
 
 
 def require_logits_fit(

@@ -1,18 +1,16 @@
-"""Samples: what the model writes after each prompt at each temperature."""
+"""Draw samples from a model; write them and the summary of an evaluation as Markdown."""
 
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lm.base.console import say
+from tqdm import tqdm
+
 from lm.base.settings import EvaluateConfig
-from lm.base.tables import plain
+from lm.base.tables import loss_table, plain
 from lm.data.tokenizer import Tokenizer
-from lm.generate.stream import complete
+from lm.generate.stream import stream
 from lm.model.transformer import TransformerLM
-
-REPORT_SECONDS = 10  # between two lines on the console
 
 
 class Sample(NamedTuple):
@@ -27,24 +25,20 @@ def draw_samples(
     model: TransformerLM, tokenizer: Tokenizer, config: EvaluateConfig
 ) -> list[Sample]:
     """Complete every prompt at every temperature, one after the other."""
+    samples = []
     wanted = list(product(config.prompts, config.temperatures))
-    samples: list[Sample] = []
-    reported = time.monotonic()
-    for prompt, temperature in wanted:
-        pieces = complete(
+    for prompt, temperature in tqdm(wanted, unit="sample", leave=False, disable=None):
+        chunks = stream(
             model,
             tokenizer,
-            prompt,
+            [prompt],
             config.max_new_tokens,
             temperature=temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             seed=config.seed,
         )
-        samples.append(Sample(prompt, temperature, "".join(pieces)))
-        if time.monotonic() - reported >= REPORT_SECONDS:
-            reported = time.monotonic()
-            say(f"{len(samples):,} of {len(wanted):,} samples")
+        samples.append(Sample(prompt, temperature, "".join(chunk.text for chunk in chunks)))
     return samples
 
 
@@ -57,6 +51,23 @@ def samples_as_markdown(samples: Iterable[Sample]) -> str:
 
 
 def as_block(head: str, text: str) -> str:
-    """Return a text as a block of Markdown in which nothing of it has a meaning."""
+    """Return a text as a block of Markdown in which no character has a meaning."""
     lines = [f"    {line}".rstrip() for line in plain(text).rstrip().split("\n")]
     return "\n".join([f"{head}:", "", *lines, "", ""])
+
+
+def summary(
+    metrics: Mapping[str, Any],
+    baselines: Mapping[str, float],
+    sample: Sample,
+    places: Mapping[str, str],
+    remarks: Iterable[str],
+) -> str:
+    """Return the losses, a sample and the places of all results, as Markdown."""
+    lines = [
+        loss_table(metrics, baselines),
+        *(f"Warning: {remark}\n" for remark in remarks),
+        as_block(f"Prompt `{sample.prompt}`", sample.prompt + sample.completion),
+        *(f"{name:<12} {place}" for name, place in places.items()),
+    ]
+    return "\n".join(lines) + "\n"

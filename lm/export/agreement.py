@@ -1,4 +1,4 @@
-"""The check before an export: the logits of transformers equal ours."""
+"""Check before an export that the logits of transformers equal ours."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ TOLERANCE = 1e-4  # of logits
 def compared(
     model: TransformerLM, settings: dict[str, Any], weights: dict[str, Tensor], text: list[int]
 ) -> str:
-    """Say how well the logits agree over a full context of random ids and one of text.
+    """Return how well the logits agree over a full context of random ids and one of text.
 
-    Rounding alone may take them apart by more than TOLERANCE; to show that it does, the model is
-    changed. Raises AssertionError, since we would be at fault, if rounding does not explain it.
+    Where they differ by more than TOLERANCE, both are computed again without rounding, which
+    changes the model. Raises AssertionError, since we would be at fault, if they differ then.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM  # for development alone

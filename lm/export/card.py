@@ -1,8 +1,6 @@
-"""The model card: what a stranger should know of a model, from what is recorded of it.
+"""Write the model card: card.md, filled in with the recorded provenance, metrics and samples."""
 
-provenance, metrics, samples --card--> card.md, filled in: README.md of the exported folder
-"""
-
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Results:
-    """What the pipeline measured: metrics/*.json, samples.md, curves.csv, data/corpus.json."""
+    """The results of the pipeline: metrics/*.json, samples.md, curves.csv, data/corpus.json."""
 
     data: Mapping[str, Any]
     train: Mapping[str, Any]
@@ -48,15 +46,14 @@ def card(
     why_no_weights: str | None,
     results: Results | None,
 ) -> str:
-    """Return the page. Without `results` it tells what the provenance alone knows."""
+    """Return the page; without `results` it shows the provenance alone."""
     inputs = {n: h for n, h in provenance["inputs"].items() if not n.endswith(".bin")}
-    origin = provenance["train"].get("init_from")
     return _template().render(
         provenance=provenance,
         model=provenance["model"],
         hashes=inputs | {"models/model/model.safetensors": weights_sha256},
         environment=", ".join(f"{name} {v}" for name, v in provenance["environment"].items()),
-        origin=origin,
+        origin=provenance["train"].get("init_from"),
         end_token=end_token,
         terms=terms,
         why_no_weights=why_no_weights,
@@ -80,13 +77,13 @@ def _template() -> Any:
         "grouped": "{:,}".format,  # 1,234
         "in_words": in_words,
         "repr": repr,
-        "yaml": _yaml,
+        "yaml": lambda value: value if isinstance(value, str) else json.dumps(value),
     }
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _measured(results: Results) -> dict[str, Any]:
-    """Return what the template needs of the results beside their own entries."""
+    """Return the values of the template that are computed from the results."""
     first_prompt = re.match(r"Prompt `(.+?)`, temperature", results.samples, re.DOTALL)
     return {
         "prompt": first_prompt[1] if first_prompt else "The",
@@ -98,7 +95,7 @@ def _measured(results: Results) -> dict[str, Any]:
 
 
 def in_words(number: int) -> str:
-    """Return a number in words: 1315968 is 1.3 million."""
+    """Return 1.32 million for 1315968."""
     for size, name in ((10**9, " billion"), (10**6, " million"), (10**3, " thousand")):
         if number >= size:
             return f"{number / size:.3g}{name}"
@@ -113,9 +110,3 @@ def aligned(samples: str) -> str:
         return f'<div dir="auto">\n\n{block[0]}\n\n</div>' if leftwards else block[0]
 
     return re.sub(r"^ {4}.*(?:\n+ {4}.*)*", framed, samples, flags=re.MULTILINE)
-
-
-def _yaml(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)

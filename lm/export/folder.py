@@ -1,4 +1,4 @@
-"""A model as a folder that Hugging Face opens:  python -m lm.export [--model FOLDER] [--out FOLDER]
+"""Write a folder that Hugging Face opens:  python -m lm.export [--model FOLDER] [--out FOLDER]
 
     config.json  model.safetensors  generation_config.json      a stock Llama or Qwen3, float32
     tokenizer.json  tokenizer_config.json                       ids as in training
@@ -19,7 +19,7 @@ from torch import Tensor
 from lm.base.config import add_overrides, load_params, read_section
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
-from lm.base.files import atomic_write, sha256_file, to_json
+from lm.base.files import atomic_write, require_file, sha256_file, to_json
 from lm.base.shapes import SHAPES, read_result, require_shape
 from lm.data.tokenizer import Tokenizer
 from lm.export.agreement import compared
@@ -31,18 +31,17 @@ from lm.model.model_folder import load_model, read_provenance, write_checkpoint
 
 MODEL, OUT = Path("models/model"), Path("models/huggingface")
 METRICS, RAW, CORPUS = Path("metrics"), "data/raw", Path("data/corpus.json")
-MEASURED = [METRICS / name for name in ("data.json", "train.json", "eval.json", "samples.md",
-                                        "curves.csv")]  # fmt: skip
+NAMES = ("data.json", "train.json", "eval.json", "samples.md", "curves.csv")
+MEASURED = [METRICS / name for name in NAMES]
 WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json",
          "tokenizer_config.json", "loss.svg")  # fmt: skip
 
 
 def read_results(data_path: str) -> Results:
-    """Return what the pipeline measured of models/model. Raises InputError for a missing file."""
+    """Return the measurements of models/model. Raises InputError for a missing file."""
     for file in MEASURED:
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; run `dvc repro` to make it")
+        require_file(file, "; run `dvc repro` to make it")
     data, train, evaluation = map(read_result, MEASURED[:3])
     try:
         samples, curves = (file.read_text(encoding="utf-8") for file in MEASURED[3:])
@@ -70,14 +69,8 @@ def export(source: Path, config: ExportConfig, results: Results | None) -> Folde
     provenance = read_provenance(source)
     require_shape(provenance, SHAPES["provenance.json"], str(source / "provenance.json"))
     why_no_weights = not_stock(model.config)
-    page = card(
-        provenance,
-        sha256_file(source / "model.safetensors"),
-        tokenizer.end_token,
-        config.license,
-        why_no_weights,
-        results,
-    )
+    sha256 = sha256_file(source / WEIGHTS)
+    page = card(provenance, sha256, tokenizer.end_token, config.license, why_no_weights, results)
     files = {"README.md": page.encode(), "provenance.json": to_json(provenance)}
     if results is not None:
         files["loss.svg"] = loss_curve(results.curves).encode()
@@ -93,7 +86,7 @@ def export(source: Path, config: ExportConfig, results: Results | None) -> Folde
 def write(folder: Folder, out: Path) -> None:
     """Write all files, and delete those of an earlier export that this one lacks.
 
-    Raises InputError if `out` holds what lm.export did not write.
+    Raises InputError if `out` holds files that lm.export did not write.
     """
     require_ours(out)
     for name in FILES:
@@ -103,8 +96,9 @@ def write(folder: Folder, out: Path) -> None:
         atomic_write(out / name, content)
     if folder.weights:
         write_checkpoint(folder.weights, {"format": "pt"}, out / WEIGHTS)
-    card_alone = f"Model card in {out}, no weights: {folder.why_no_weights}"
-    say(card_alone if folder.why_no_weights else f"Model in {out}")
+        say(f"Model in {out}")
+    else:
+        say(f"Model card in {out}, no weights: {folder.why_no_weights}")
 
 
 def require_ours(out: Path) -> None:
@@ -113,7 +107,7 @@ def require_ours(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: not a folder")
     if not out.exists() or all(file.suffix == ".tmp" for file in out.iterdir()):
-        return  # new, or what a kill left before the card was there
+        return  # new, or left by a kill before the card was there
     if not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")):
         raise InputError(f"{out}: not written by lm.export; name another folder, or move this one")
 

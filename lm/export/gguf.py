@@ -1,15 +1,13 @@
-"""A model as one file for llama.cpp and what builds on it:  python -m lm.export.gguf [--out FILE]
+"""Write a model as one file for llama.cpp:  python -m lm.export.gguf [--model FOLDER] [--out FILE]
 
     weights     float32, of the architecture llama, or qwen3 where the model has QK-norm
     tokenizer   gpt2: the same ids for the same text, if GPT-2's pattern cuts it before merging
 
-llama.cpp's own converter knows a tokenizer by a hash of the ids of one text, and so refuses each
-that was learnt here.
+llama.cpp's own converter knows tokenizers by a hash, so it refuses each that was learnt here.
 """
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,13 @@ from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, TokenType, get_tensor_na
 
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
-from lm.base.files import sync_directory, writing
 from lm.data.tokenizer import GPT2_PATTERN, Tokenizer
 from lm.model.huggingface import not_stock, stock_weights
-from lm.model.model_folder import load_model
+from lm.model.model_folder import load_model, replacing
 from lm.model.transformer import ModelConfig, TransformerLM
 
 MAGIC = b"GGUF"
-# llama.cpp wants merges, plain bytes have none: this one is of a byte that no UTF-8 holds
+# llama.cpp wants merges, plain bytes have none: this one is of a byte that UTF-8 never has
 NO_MERGES = ["ÿ ÿ"]
 
 
@@ -52,7 +49,11 @@ def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
         theirs = names.get_name(name, (".weight",))
         assert theirs, name
         writer.add_tensor(theirs, weight.cpu().numpy())
-    _write_atomically(writer, out, sum(weight.nbytes for weight in weights.values()))
+    with replacing(out, sum(weight.nbytes for weight in weights.values())) as scratch:
+        writer.write_header_to_file(scratch)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def require_gguf(out: Path) -> None:
@@ -126,29 +127,10 @@ def _cuts_as_gpt2(pre_tokenizer: dict[str, Any] | None) -> bool:
     return before == [{**split, "invert": False}]
 
 
-def _write_atomically(writer: GGUFWriter, out: Path, size_bytes: int) -> None:
-    scratch = out.with_name(out.name + ".tmp")
-    with writing(out, size_bytes):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            writer.write_header_to_file(scratch)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            with open(scratch, "rb") as file:
-                os.fsync(file.fileno())
-            scratch.replace(out)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
-        sync_directory(out.parent)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lm.export.gguf", description=__doc__.split("\n")[0]
-    )
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m lm.export.gguf", description=about)
     parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
     parser.add_argument("--out", type=Path, default=Path("model.gguf"), help="the file to write")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Complete prompts: `python -m lm.generate --prompt "def "` streams what follows."""
+"""Complete prompts: `python -m lm.generate --prompt "def "` streams a completion."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lm.base.errors import InputError, one_line_errors
-from lm.generate.stream import SamplingOptions, complete, complete_many, require_memory
+from lm.generate.stream import SamplingOptions, require_rows_fit, stream
 from lm.machine.device import choose_device
 from lm.model.model_folder import load_model
 
@@ -28,9 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prompts = [""] if sys.stdin.isatty() else [_read_prompt(STDIN)]
         model, tokenizer = load_model(options.model, choose_device(options.device))
         longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
-        require_memory(model, len(prompts) * options.num_samples, longest, options.dtype)
+        require_rows_fit(model, len(prompts) * options.num_samples, longest, options.dtype)
         prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
-        length = options.max_new_tokens
         sampling = SamplingOptions(
             temperature=options.temperature,
             top_k=options.top_k,
@@ -38,15 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=options.seed,
             dtype=options.dtype,
         )
-        if len(prompts) == 1:
+        texts, streamed = list(prompts), len(prompts) == 1
+        if streamed:
             print(prompts[0], end="", flush=True)
-            for text in complete(model, tokenizer, prompts[0], length, stop=stop, **sampling):
-                print(text, end="", flush=True)
+        for chunk in stream(
+            model, tokenizer, prompts, options.max_new_tokens, stop=stop, **sampling
+        ):
+            texts[chunk.row] += chunk.text
+            if streamed:
+                print(chunk.text, end="", flush=True)
+        if streamed:
             print()
             return
-        texts = complete_many(model, tokenizer, prompts, length, stop=stop, **sampling)
-        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            print(f"==> {row} <==\n{prompt}{text}\n")
+        for row, text in enumerate(texts):
+            print(f"==> {row} <==\n{text}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,6 +105,7 @@ def _read_prompt(file: Path) -> str:
 
 
 def _utf8(name: str, data: bytes) -> str:
+    """Return the text of some bytes. Raises InputError, under this name, if they are not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

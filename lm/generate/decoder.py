@@ -1,20 +1,19 @@
-"""Decoding with a KV cache: keys and values are kept, so that a new token costs one step.
+"""Decode with a KV cache: keys and values are kept, so that a new token costs one step.
 
     read(rows, prompts)   forget these rows, and read a prompt into each
     step(ids)             append one token to every row
 
-It computes the same logits as TransformerLM, for inference alone. A step of a small model takes as
-long as it has operations, whatever their size. So weights that multiply the same input stand side
-by side, in a copy, and a residual branch ends in one addmm. The activation and the attention over
-a prompt are the model's own; norms, rotary positions and the order of a block are repeated here.
+It computes the logits of TransformerLM, for inference alone. The time of a small model's step is
+the number of its operations, whatever their size. So weights that multiply the same input are
+joined in a copy, and a residual branch ends in one addmm. The activation and the attention over a
+prompt are the model's own; norms, rotary positions and the order of a block are repeated here.
 `require_same_logits` compares both on real ids: stage evaluate and lm.export call it.
 
-Letters in shapes as in lm.model.transformer, and N = B T rows of x, S = context_length places to
-remember.
+Letters in shapes as in lm.model.transformer; N = B T rows of x, S = context_length places to keep.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 
 from lm.base.errors import InputError
 from lm.model.activations import Activation
-from lm.model.kernels import attention
-from lm.model.transformer import RMSNorm, TransformerLM, document_mask
+from lm.model.kernels import attention, document_mask
+from lm.model.transformer import RMSNorm, TransformerLM
 
 SPAN = 16  # a step attends to a multiple of this many places: not to all of S, and in few shapes
 COMPARED, TOLERANCE = 32, 1e-3  # ids; how far logits may be off, as a share of the largest
@@ -34,39 +33,26 @@ COMPARED, TOLERANCE = 32, 1e-3  # ids; how far logits may be off, as a share of 
 Attend = Callable[[int, Float[Tensor, "N heads D"]], Float[Tensor, "N E"]]
 
 
-class _Layer(NamedTuple):
-    """The weights of a block, transposed."""
+class _Layer:
+    """Copies of a Block's weights, transposed; those that multiply the same input are joined."""
 
-    qkv: Float[Tensor, "C E"]
-    qk_norm: Float[Tensor, "heads D"] | None
-    output: Float[Tensor, "E C"]
-    up: Float[Tensor, "C F"]  # with a gate: its weights before the others
-    activation: Activation
-    down: Float[Tensor, "F C"]
-    norms: tuple[Tensor | None, Tensor | None]
+    def __init__(self, block: Any, dtype: torch.dtype):
+        attn, ffn = block.attn, block.ffn
 
+        def transposed(*weights: Tensor) -> Tensor:
+            return torch.cat(weights).detach().to(dtype).t().contiguous()
 
-def _layer(block: Any, dtype: torch.dtype) -> _Layer:
-    """Return copies of a Block's weights as `dtype`."""
-    attn, ffn = block.attn, block.ffn
-    by_head = None
-    if attn.q_norm and attn.k_norm:
-        heads = zip((attn.q_norm, attn.k_norm), (attn.q_proj, attn.k_proj), strict=True)
-        weights = [n.weight.expand(p.out_features // attn.head_dim, -1) for n, p in heads]
-        by_head = torch.cat(weights).detach().to(dtype)
-    return _Layer(
-        _transposed(dtype, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight),
-        by_head,
-        _transposed(dtype, attn.output_proj.weight),
-        _transposed(dtype, *ffn.inner),
-        ffn.activation,
-        _transposed(dtype, ffn.w2.weight),
-        (_norm_weight(block.ln1), _norm_weight(block.ln2)),
-    )
-
-
-def _transposed(dtype: torch.dtype, *weights: Tensor) -> Tensor:
-    return torch.cat(weights).detach().to(dtype).t().contiguous()
+        self.qkv = transposed(attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)  # (C, E)
+        self.output = transposed(attn.output_proj.weight)  # (E, C)
+        self.up = transposed(*ffn.inner)  # (C, F); a gate's weights come first
+        self.down = transposed(ffn.w2.weight)  # (F, C)
+        self.activation: Activation = ffn.activation
+        self.norms = _norm_weight(block.ln1), _norm_weight(block.ln2)
+        self.qk_norm: Tensor | None = None
+        if attn.q_norm and attn.k_norm:
+            heads = (attn.q_norm, attn.q_proj), (attn.k_norm, attn.k_proj)
+            weights = [n.weight.expand(p.out_features // attn.head_dim, -1) for n, p in heads]
+            self.qk_norm = torch.cat(weights).detach().to(dtype)  # (heads, D)
 
 
 def _norm_weight(norm: nn.Module) -> Tensor | None:
@@ -79,24 +65,12 @@ def _norm_weight(norm: nn.Module) -> Tensor | None:
             raise AssertionError(f"the decoder does not know {type(norm).__name__}")
 
 
-def _turns(model: TransformerLM) -> Tensor | None:
-    """Return the rotation of each pair of features at each position, as complex numbers."""
-    match model.config.position_embedding:
-        case "rope":
-            assert model.rope is not None
-            return torch.complex(model.rope.cos, model.rope.sin)  # (S, D / 2)
-        case "none":
-            return None
-        case _:
-            assert_never(model.config.position_embedding)
-
-
 def memory_bytes(model: TransformerLM, n_rows: int, longest: int, dtype: torch.dtype) -> int:
-    """Return the bytes of a Decoder of `n_rows`, and of its `read` of prompts of `longest` ids.
+    """Return the bytes that a Decoder of `n_rows` needs to read prompts of `longest` ids.
 
     It holds the copied weights and, for each row, S places: keys and values of each layer, and the
-    mask over them. `read` needs most in a feed-forward layer: x, its norm and both sides, for each
-    id. Sampling adds each row's logits and their copies in float64.
+    mask. `read` needs most in a feed-forward layer: x, its norm and both sides, for each id.
+    Sampling adds each row's logits and their copies in float64.
     """
     config, size = model.config, dtype.itemsize
     places = 2 * config.num_layers * config.kv_heads * config.head_dim + 1
@@ -119,16 +93,17 @@ class Decoder:
         """Copy the weights; a model with intra-document masking needs the `end_id` of documents."""
         config = self.config = model.config
         self.model, self.end_id = model, end_id
-        self.layers = [_layer(block, dtype) for block in model.layers]
+        self.layers = [_Layer(block, dtype) for block in model.layers]
         self.final_norm = _norm_weight(model.ln_final)
-        self.embeddings = model.token_embeddings.weight.detach().to(dtype)
-        self.averages = torch.full(
-            (config.d_model, 1), 1 / config.d_model, device=self.embeddings.device
-        )
-        self.eps = torch.full((1, 1), config.norm_eps, device=self.embeddings.device)
+        like = self.embeddings = model.token_embeddings.weight.detach().to(dtype)
+        width, device = config.d_model, like.device
+        self.averages = torch.full((width, 1), 1 / width, device=device)
+        self.eps = torch.full((1, 1), config.norm_eps, device=device)
         self.head = model.head.detach().to(dtype).t()  # (C, V); so wide, it is fast as it lies
-        self.turns = _turns(model)
-        length, like = config.context_length, self.embeddings
+        assert config.position_embedding in ("rope", "none"), config.position_embedding
+        rope = model.rope  # as complex numbers, (S, D / 2)
+        self.turns = None if rope is None else torch.complex(rope.cos, rope.sin)
+        length = config.context_length
         shape = (config.num_layers, n_rows, 2, config.kv_heads, length, config.head_dim)
         self.memory = list(like.new_zeros(shape))  # of each layer: keys and values of each row
         self._slots = [layer.view(-1, config.head_dim) for layer in self.memory]
@@ -136,14 +111,14 @@ class Decoder:
         self._values = [layer[:, 1] for layer in self.memory]
         self.mask = like.new_full((n_rows, length), -torch.inf)  # 0 where a row looks
         self.lengths = [0] * n_rows  # how many places are taken
-        self.positions = torch.zeros(n_rows, dtype=torch.long, device=like.device)  # the same
-        self._first_places = length * torch.arange(n_rows, device=like.device)  # in mask
-        heads = length * torch.arange(n_rows * 2 * config.kv_heads, device=like.device)
+        self.positions = torch.zeros(n_rows, dtype=torch.long, device=device)  # the same
+        self._first_places = length * torch.arange(n_rows, device=device)  # in mask
+        heads = length * torch.arange(n_rows * 2 * config.kv_heads, device=device)
         self._first_slots = heads.view(n_rows, -1)  # in a layer's memory
 
     @torch.inference_mode()
     def read(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Float[Tensor, "R V"]:
-        """Replace what `rows` hold by a prompt each; return the logits of the ids that follow.
+        """Read a prompt into each of `rows`; return the logits of the ids that follow.
 
         Prompts have 1 to context_length ids. Shorter ones are padded on the right: causality hides
         the padding from them.
@@ -187,7 +162,7 @@ class Decoder:
     def step(self, ids: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Append a token to each row; return the logits of the ids that follow.
 
-        The logits of a row that was full already are of no use: read it anew.
+        A row that was full gives useless logits: read it again.
         """
         config, n_rows = self.config, len(self.lengths)
         positions = self.positions.clamp(max=config.context_length - 1)
@@ -200,7 +175,7 @@ class Decoder:
         def attend(layer: int, qkv: Tensor) -> Tensor:
             new = qkv[:, config.num_heads :].reshape(-1, config.head_dim)
             self._slots[layer].index_copy_(0, slots, new)
-            # heads that share keys are to attention what several queries of one head are
+            # heads that share keys are computed as several queries of one head
             shape = n_rows, config.kv_heads, -1, config.head_dim
             q = qkv[:, : config.num_heads].view(shape)
             k, v = self._keys[layer].narrow(2, 0, span), self._values[layer].narrow(2, 0, span)
@@ -216,7 +191,7 @@ class Decoder:
     def _features(
         self, ids: Int[Tensor, " N"], turns: Tensor | None, attend: Attend
     ) -> Float[Tensor, "N C"]:
-        """Return what the head turns into logits; `turns` (N, D / 2) are those of the positions."""
+        """Return the input of the head; `turns` (N, D / 2) rotate each row to its position."""
         x = F.embedding(ids, self.embeddings)
         for i, layer in enumerate(self.layers):
             first, second = layer.norms
@@ -224,11 +199,11 @@ class Decoder:
                 case "pre":
                     qkv = self._heads(layer, self._norm(x, first), turns)
                     x = torch.addmm(x, attend(i, qkv), layer.output)
-                    x = torch.addmm(x, _inner(layer, self._norm(x, second)), layer.down)
+                    x = torch.addmm(x, _activated(layer, self._norm(x, second)), layer.down)
                 case "post":
                     qkv = self._heads(layer, x, turns)
                     x = self._norm(torch.addmm(x, attend(i, qkv), layer.output), first)
-                    x = self._norm(torch.addmm(x, _inner(layer, x), layer.down), second)
+                    x = self._norm(torch.addmm(x, _activated(layer, x), layer.down), second)
                 case _:
                     assert_never(self.config.norm_position)
         return self._norm(x, self.final_norm)
@@ -236,18 +211,21 @@ class Decoder:
     def _heads(
         self, layer: _Layer, x: Float[Tensor, "N C"], turns: Tensor | None
     ) -> Float[Tensor, "N heads D"]:
-        """Return the heads of q, k and v; those of q and k are normalized and turned."""
+        """Return the heads of q, k and v, with q and k normalized and turned."""
         config = self.config
         qkv = (x @ layer.qkv).view(len(x), -1, config.head_dim)
         qk = qkv[:, : config.num_heads + config.kv_heads]
         if layer.qk_norm is not None:
             qk.copy_(F.rms_norm(qk, (config.head_dim,), eps=config.norm_eps) * layer.qk_norm)
-        if turns is not None:
-            _turn(qk, turns)
+        if turns is not None:  # the pairs (2i, 2i + 1) are complex numbers, a rotation is a product
+            exact = qk.float()  # qk itself if it is float32
+            torch.view_as_complex(exact.view(*qk.shape[:2], -1, 2)).mul_(turns[:, None])
+            if exact is not qk:
+                qk.copy_(exact)
         return qkv
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Return what lm.model.kernels.rms_norm does; a product takes the mean in half the time."""
+        """Return lm.model.kernels.rms_norm; a product takes the mean in half the time."""
         if weight is None:
             return x
         exact = x.float()
@@ -255,19 +233,11 @@ class Decoder:
         return (exact * by_rms).mul_(weight).to(x.dtype)
 
 
-def _inner(layer: _Layer, x: Float[Tensor, "N C"]) -> Float[Tensor, "N F"]:
-    """Return the input to the feed-forward layer's last matrix."""
+def _activated(layer: _Layer, x: Float[Tensor, "N C"]) -> Float[Tensor, "N F"]:
+    """Return the input of the feed-forward layer's last matrix."""
     function, gated, _ = layer.activation
     h = x @ layer.up
     return function(*h.chunk(2, dim=1)) if gated else function(h)
-
-
-def _turn(x: Float[Tensor, "N heads D"], turns: Tensor) -> None:
-    """Rotate in place: the pairs (2i, 2i + 1) are complex numbers, a rotation is a product."""
-    exact = x.float()  # x itself if it is float32
-    torch.view_as_complex(exact.view(*x.shape[:2], -1, 2)).mul_(turns[:, None])
-    if exact is not x:
-        x.copy_(exact)
 
 
 @torch.inference_mode()
@@ -277,7 +247,7 @@ def require_same_logits(
     """Raise InputError unless a Decoder gives the model's logits for the first ids of a text.
 
     Half of the ids are read, the others are steps. This finds a change of the model's code that the
-    decoder lacks. Logits that are not finite pass: the callers report them better.
+    decoder lacks. Logits that are not finite pass: the callers report them in better words.
     """
     n_ids = min(COMPARED, model.config.context_length)
     ids = torch.tensor([int(i) for i in text[:n_ids]], device=model.head.device)

@@ -2,7 +2,6 @@
 
     generate    prompts as ids -> a NewToken for each row and step
     stream      prompts as text -> TextChunk: text that can be shown, without stop texts
-    complete    one prompt -> its text, chunk by chunk;  complete_many: several -> whole texts
 
 A row whose context is full forgets the older half: the newer half is read again from position 0.
 """
@@ -10,7 +9,7 @@ A row whose context is full forgets the older half: the newer half is read again
 import codecs
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
@@ -19,11 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm.base import rng
-from lm.base.errors import EnvironmentFault
 from lm.data.tokenizer import Tokenizer
 from lm.generate.decoder import Decoder, memory_bytes
 from lm.machine.device import Dtype
-from lm.machine.gauges import free_memory_bytes
+from lm.machine.gauges import free_memory_bytes, require_memory
 from lm.model.transformer import TransformerLM
 
 DRAWS = 256  # random numbers that a row draws at a time
@@ -44,7 +42,7 @@ class NewToken(NamedTuple):
 class SamplingOptions(TypedDict, total=False):
     """How the next token is computed and chosen: options of `generate`."""
 
-    temperature: float | Sequence[float]
+    temperature: float
     top_k: int | None
     top_p: float | None
     seed: int
@@ -72,10 +70,9 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    temperature: float | Sequence[float] = 1.0,
+    temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_id: int | None = None,
     end_id: int | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
@@ -83,26 +80,24 @@ def generate(
 ) -> Iterator[list[NewToken | None]]:
     """Continue several prompts together; yield one new token a row at a time.
 
-    A row yields None after `stop_id`. Its tokens depend on the seed and the row's number, not on
-    the other prompts. Temperature 0 takes the most probable token; a list holds one temperature a
-    row. `top_logprobs` adds log-probabilities: the token's, and those of that many most probable
-    ids. A model with intra-document masking needs the `end_id` of its documents.
+    A row yields None after `end_id`, which ends a document. Its tokens depend on the seed and the
+    row's number, not on the other prompts. Temperature 0 takes the most probable token.
+    `top_logprobs` adds log-probabilities: the token's, and those of that many most probable ids.
     Raises ValueError for an empty prompt, EnvironmentFault if the rows do not fit into memory.
     """
     if not all(prompts):
         raise ValueError("an empty prompt; begin with the end token instead")
-    device, length = next(model.parameters()).device, model.config.context_length
-    require_memory(model, len(prompts), max(map(len, prompts), default=0), dtype)
-    temperatures = _per_row(temperature, len(prompts), device)
+    device, length = model.head.device, model.config.context_length
+    require_rows_fit(model, len(prompts), max(map(len, prompts), default=0), dtype)
     histories = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
     decoder = Decoder(model, len(prompts), end_id, getattr(torch, dtype))
     logits = decoder.read(range(len(prompts)), [_window(ids, length) for ids in histories])
     for number, draws in enumerate(islice(_draws(seed, len(prompts)), max_new_tokens), start=1):
-        ids = sample(logits, temperatures, top_k, top_p, draws)
+        ids = sample(logits, temperature, top_k, top_p, draws)
         tokens = _new_tokens(logits, ids, top_logprobs)
         yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
-        ended = [end or token.id == stop_id for token, end in zip(tokens, ended, strict=True)]
+        ended = [end or token.id == end_id for token, end in zip(tokens, ended, strict=True)]
         if all(ended) or number == max_new_tokens:
             return
         for history, token in zip(histories, tokens, strict=True):
@@ -115,36 +110,23 @@ def generate(
             logits = logits.index_copy(0, rows, decoder.read(full, windows))
 
 
-def require_memory(model: TransformerLM, n_rows: int, longest: int, dtype: Dtype) -> None:
+def require_rows_fit(model: TransformerLM, n_rows: int, longest: int, dtype: Dtype) -> None:
     """Raise EnvironmentFault if a Decoder of these rows does not fit; see `memory_bytes`."""
-    length = model.config.context_length
-    needed = memory_bytes(model, n_rows, min(longest, length), getattr(torch, dtype))
-    free = free_memory_bytes(next(model.parameters()).device)
-    if free is not None and needed > free:
-        raise EnvironmentFault(
-            f"{n_rows:,} completions at once need {needed / 1e6:,.0f} MB for what the model "
-            f"remembers of up to {length:,} tokens each; {free / 1e6:,.0f} MB are free: ask for "
-            "fewer at once"
-        )
+    longest = min(longest, model.config.context_length)
+    require_memory(
+        f"{n_rows:,} completions at once need",
+        memory_bytes(model, n_rows, longest, getattr(torch, dtype)),
+        free_memory_bytes(model.head.device),
+        "ask for fewer at once",
+    )
 
 
 def _window(ids: Sequence[int], context_length: int) -> Sequence[int]:
-    """Return the last ids, at most context_length: what is over is cut by halves of it."""
+    """Return the last ids, at most context_length: more are cut by halves of it."""
     if len(ids) <= context_length:
         return ids
     half = max(1, context_length // 2)
     return ids[-(-(len(ids) - context_length) // half) * half :]
-
-
-def _per_row(
-    temperature: float | Sequence[float], n_rows: int, device: torch.device
-) -> Float[Tensor, " B"] | None:
-    """Return each row's temperature on a device that has float64; None if all are 0."""
-    values = [temperature] * n_rows if isinstance(temperature, int | float) else temperature
-    if len(values) != n_rows:
-        raise ValueError(f"{len(values)} temperatures for {n_rows} prompts")
-    where = "cpu" if device.type == "mps" else device
-    return torch.tensor(values, device=where) if any(values) else None
 
 
 def _draws(seed: int, n_rows: int) -> Iterator[Float[Tensor, " B"]]:
@@ -159,7 +141,7 @@ def _draws(seed: int, n_rows: int) -> Iterator[Float[Tensor, " B"]]:
 
 def sample(
     logits: Float[Tensor, "B V"],
-    temperatures: Float[Tensor, " B"] | None,
+    temperature: float,
     top_k: int | None,
     top_p: float | None,
     draws: Float[Tensor, " B"],
@@ -167,18 +149,18 @@ def sample(
     """Return an id per row: the inverse of the cumulative distribution at draws in [0, 1).
 
     Top-k keeps the k most probable ids; top-p the fewest whose probabilities reach p (Holtzman
-    et al. 2020), after top-k. No temperatures, or one of 0: the most probable id.
+    et al. 2020), after top-k. Temperature 0: the most probable id.
     """
-    best = logits.max(dim=-1).indices  # (B,); argmax takes several times as long
-    if temperatures is None:
-        return best
-    logits, draws = (t.to(temperatures.device) for t in (logits, draws))
-    order = None
+    if temperature <= COLD:
+        return logits.max(dim=-1).indices  # argmax takes several times as long
+    device = logits.device
+    where = "cpu" if device.type == "mps" else device  # mps has no float64
+    logits, draws, order = logits.to(where), draws.to(where), None
     if top_k is not None or top_p is not None:  # the most probable first
         k = logits.shape[1] if top_k is None else min(top_k, logits.shape[1])
         logits, order = logits.topk(k)  # (B, k)
-    hot = temperatures > COLD
-    probabilities = torch.softmax(logits.double() / temperatures.where(hot, 1.0)[:, None], dim=-1)
+    divisor = torch.tensor(temperature, dtype=torch.float32)
+    probabilities = torch.softmax(logits.double() / divisor, dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     if top_p is not None:
         before = cumulative - probabilities
@@ -187,7 +169,7 @@ def sample(
     places = torch.searchsorted(cumulative, targets, right=True)  # (B, 1)
     places = places.clamp(max=logits.shape[1] - 1)
     chosen = places if order is None else order.gather(1, places)
-    return torch.where(hot, chosen.squeeze(1), best.to(hot.device)).to(best.device)
+    return chosen.squeeze(1).to(device)
 
 
 def _new_tokens(
@@ -205,23 +187,22 @@ def _new_tokens(
     return list(map(NewToken, ids.tolist(), chosen.tolist(), tops))
 
 
-@dataclass
 class Completion:
     """A row's text while it grows, and the end of it that may not be shown yet."""
 
-    stop: Sequence[str]
-    held: str = ""  # might begin a stop text
-    tokens: list[NewToken] = field(default_factory=list)  # since the last chunk
-    characters: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
-    )  # a token may end inside of a character
+    def __init__(self, stop: Sequence[str]):
+        self.stop = stop
+        self.held = ""  # might begin a stop text
+        self.tokens: list[NewToken] = []  # since the last chunk
+        # a token may end inside of a character
+        self.characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, data: bytes, final: bool) -> tuple[str, bool]:
         """Append bytes; return the text to show now, and whether a stop text has ended it."""
         text = self.held + self.characters.decode(data, final)
         ends = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
         if ends:
-            return text[: min(ends)[1]], True  # of the first that is complete, the longest
+            return text[: min(ends)[1]], True  # the first to be complete, else the longest
         n_held = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
         self.held = text[len(text) - n_held :]
         return text[: len(text) - n_held], False
@@ -251,13 +232,7 @@ def stream(
     ids = [(tokenizer.encode(p) if isinstance(p, str) else p) or [end_id] for p in prompts]
     going = {row: Completion(stop) for row in range(len(prompts))}
     steps = generate(
-        model,
-        ids,
-        max_new_tokens,
-        stop_id=end_id,
-        end_id=end_id,
-        top_logprobs=top_logprobs,
-        **sampling,
+        model, ids, max_new_tokens, end_id=end_id, top_logprobs=top_logprobs, **sampling
     )
     for number, tokens in enumerate(steps, start=1):
         for row, completion in list(going.items()):
@@ -276,33 +251,3 @@ def stream(
                 del going[row]
         if not going:
             return
-
-
-def complete(
-    model: TransformerLM,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    *,
-    stop: Sequence[str] = (),
-    **sampling: Unpack[SamplingOptions],
-) -> Iterator[str]:
-    """Yield the text that follows a prompt, chunk by chunk; see `stream`."""
-    for chunk in stream(model, tokenizer, [prompt], max_new_tokens, stop=stop, **sampling):
-        yield chunk.text
-
-
-def complete_many(
-    model: TransformerLM,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    *,
-    stop: Sequence[str] = (),
-    **sampling: Unpack[SamplingOptions],
-) -> list[str]:
-    """Return the texts that follow several prompts; see `stream`."""
-    texts = [""] * len(prompts)
-    for chunk in stream(model, tokenizer, prompts, max_new_tokens, stop=stop, **sampling):
-        texts[chunk.row] += chunk.text
-    return texts

@@ -1,7 +1,6 @@
-"""What a feed-forward layer computes between its matrices: the values of the setting `model.ffn`.
+"""The activations of the feed-forward layer: the values of the setting `model.ffn`.
 
-An entry is all that a new activation needs: the model, the decoder, the plan and the check of
-settings read it here.
+A new one needs nothing but its entry here: model, decoder, plan and settings read ACTIVATIONS.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from lm.model.kernels import swiglu
 
 
 class Activation(NamedTuple):
-    """The function, and what depends on it."""
+    """A function and its costs."""
 
     function: Callable[..., Tensor]  # of w1 x; gated: of w1 x and w3 x
     gated: bool  # there is a third matrix, w3

@@ -29,11 +29,14 @@ def require_settings(name: str, config: ModelConfig, stored: Mapping[str, Stored
 
     Call it before the model is built: settings may ask for any amount of memory.
     """
+
+    def matrix(key: str) -> tuple[int, ...]:
+        shape = stored[key].shape if key in stored else ()
+        return shape if len(shape) == 2 else (0, 0)
+
     layers = {key.split(".")[1] for key in stored if key.startswith("layers.")}
-    embedding = _shape(stored, "token_embeddings.weight", 2)
-    (d_ff, _) = _shape(stored, "layers.0.ffn.w1.weight", 2)
-    found = {"num_layers": len(layers), "d_ff": d_ff}
-    found |= dict(zip(("vocab_size", "d_model"), embedding, strict=True))
+    found = {"num_layers": len(layers), "d_ff": matrix("layers.0.ffn.w1.weight")[0]}
+    found["vocab_size"], found["d_model"] = matrix("token_embeddings.weight")
     if differing := [
         f"{key} = {getattr(config, key)} in its settings, {number or 'none'} in its weights"
         for key, number in found.items()
@@ -42,28 +45,24 @@ def require_settings(name: str, config: ModelConfig, stored: Mapping[str, Stored
         raise InputError(f"{name}: another model: {', '.join(differing)}")
 
 
-def _shape(stored: Mapping[str, Stored], key: str, dimensions: int) -> tuple[int, ...]:
-    shape = stored[key].shape if key in stored else ()
-    return shape if len(shape) == dimensions else (0,) * dimensions
-
-
 def require_weights(
     name: str,
     own: Mapping[str, Tensor],
     stored: Mapping[str, Stored],
     dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> None:
-    """Raise InputError unless the stored tensors are those of a model, by name, shape and type.
+    """Raise InputError unless names, shapes and types of the stored tensors are the model's.
 
-    A type must be the model's own, or one of `dtypes`.
+    `dtypes` are the types that are allowed; None: the model's own alone.
     """
     for key in sorted(own.keys() | stored.keys()):
         here = tuple(own[key].shape) if key in own else "nothing"
         there = stored[key].shape if key in stored else "nothing"
         if here != there:
             raise InputError(f"{name}: another model: {key} is {there}, expected {here}")
-        if stored[key].dtype not in (dtypes or (own[key].dtype,)):
-            expected = " or ".join(map(word_of, dtypes or (own[key].dtype,)))
+        allowed = dtypes or (own[key].dtype,)
+        if stored[key].dtype not in allowed:
+            expected = " or ".join(map(word_of, allowed))
             raise InputError(f"{name}: {key} is {word_of(stored[key].dtype)}, expected {expected}")
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm.base.errors import InputError
+from lm.base.files import require_file
 from lm.data.tokenizer import Tokenizer, open_tokenizer_json
 from lm.model.fitting import FLOATS, require_finite
 from lm.model.kernels import evens_first
@@ -45,6 +46,8 @@ TYPES = {
     "rope_scaling": dict,
     "rope_parameters": dict,
 }
+COUNTS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",
+          "max_position_embeddings", "vocab_size")  # fmt: skip
 # the keys of a tokenizer.json that decide the ids of a text
 TOKENIZER_KEYS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 
@@ -52,12 +55,10 @@ TOKENIZER_KEYS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 def not_stock(config: ModelConfig) -> str | None:
     """Return, in words, the settings that no stock architecture has; None if one has all."""
     found = [
-        f"model.{key} = {getattr(config, key)} (theirs: {value})"
-        for key, value in STOCK.items()
+        f"model.{key} = {_yaml(getattr(config, key))} (theirs: {_yaml(value)})"
+        for key, value in {**STOCK, "intra_document_masking": False}.items()
         if getattr(config, key) != value
     ]
-    if config.intra_document_masking:
-        found.append("model.intra_document_masking = true (theirs attend across documents)")
     if not found:
         return None
     return f"neither Llama nor Qwen3 of Hugging Face can compute it: {', '.join(found)}"
@@ -91,7 +92,7 @@ def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
 
 
 def stock_weights(model: TransformerLM) -> dict[str, Tensor]:
-    """Return the weights by their names, in their order; most share the model's memory."""
+    """Return the weights by their names, in the model's order; most share its memory."""
     return {
         _their_name(name): evens_first(weight, model.config.head_dim)
         if name.endswith(ROTATED)
@@ -187,6 +188,9 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
     if kind not in ARCHITECTURES or names not in (None, [ARCHITECTURES[kind]]):
         known = ", ".join(ARCHITECTURES.values())
         raise InputError(f"{file}: model_type {kind}, {names}; only {known}")
+    for key in COUNTS:
+        if type(value := theirs.get(key)) is not int or value < 1:
+            raise InputError(f"{file}: {key} = {value}; expected a number of 1 or more")
     _refuse_what_ours_lacks(file, theirs)
     expected = _settings(file, theirs)
     ours = {key: getattr(config, key) for key in expected} | {"num_kv_heads": config.kv_heads}
@@ -199,13 +203,13 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
             f"{file}: another model than params.yaml describes: {'; '.join(differing)}: set "
             "what is expected, or another train.init_from"
         )
-    limit = _positive(file, theirs, "max_position_embeddings")
+    limit = theirs["max_position_embeddings"]
     if config.context_length > limit:
         raise InputError(
             f"{file}: model.context_length = {config.context_length}; it has seen positions up to "
             f"{limit}: lower model.context_length"
         )
-    if config.vocab_size > _positive(file, theirs, "vocab_size"):
+    if config.vocab_size > theirs["vocab_size"]:
         raise InputError(
             f"{file}: vocab_size = {theirs['vocab_size']}, the tokenizer has {config.vocab_size} "
             f"tokens; {_how_to_take_over(file.with_name('tokenizer.json'))}"
@@ -214,7 +218,7 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
 
 def _settings(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of section `model` that the weights fix; defaults as in transformers."""
-    width, heads = (_positive(file, theirs, k) for k in ("hidden_size", "num_attention_heads"))
+    width, heads = theirs["hidden_size"], theirs["num_attention_heads"]
     head_dim = theirs.get("head_dim") or (128 if theirs["model_type"] == "qwen3" else width / heads)
     if head_dim * heads != width:
         raise InputError(
@@ -224,10 +228,10 @@ def _settings(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     rope = theirs.get("rope_parameters") or theirs
     return {
         "d_model": width,
-        "num_layers": _positive(file, theirs, "num_hidden_layers"),
+        "num_layers": theirs["num_hidden_layers"],
         "num_heads": heads,
         "num_kv_heads": theirs.get("num_key_value_heads") or heads,
-        "d_ff": _positive(file, theirs, "intermediate_size"),
+        "d_ff": theirs["intermediate_size"],
         "rope_theta": rope.get("rope_theta", 10000.0),
         "norm_eps": theirs.get("rms_norm_eps", 1e-6),
         "qk_norm": theirs["model_type"] == "qwen3",
@@ -255,16 +259,11 @@ def _refuse_what_ours_lacks(file: Path, theirs: dict[str, Any]) -> None:
 
 def _require_same_tokenizer(file: Path, tokenizer: Tokenizer) -> None:
     """Raise InputError unless a tokenizer.json gives every text the ids that ours gives."""
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; only byte-level tokenizers in it are supported")
-    theirs = open_tokenizer_json(file, tokenizer.end_token)
-    if _tokenizer_settings(theirs) != _tokenizer_settings(tokenizer):
+    require_file(file, "; only byte-level tokenizers in it are supported")
+    both = open_tokenizer_json(file, tokenizer.end_token), tokenizer
+    theirs, ours = (json.loads(one.backend.to_str()) for one in both)
+    if any(theirs[key] != ours[key] for key in TOKENIZER_KEYS):
         raise InputError(f"{file}: another tokenizer than the text's; {_how_to_take_over(file)}")
-
-
-def _tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    settings = json.loads(tokenizer.backend.to_str())
-    return {key: settings[key] for key in TOKENIZER_KEYS}
 
 
 def _how_to_take_over(file: Path) -> str:
@@ -275,10 +274,9 @@ def _how_to_take_over(file: Path) -> str:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
+    require_file(file, "; a folder of Hugging Face's has one")
     try:
         value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; a folder of Hugging Face's has one") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -286,12 +284,5 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _positive(file: Path, theirs: dict[str, Any], key: str) -> int:
-    value = theirs.get(key)
-    if type(value) is not int or value < 1:
-        raise InputError(f"{file}: {key} = {value}; expected a number of 1 or more")
-    return value
-
-
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,18 +1,19 @@
-"""How the model's formulas are computed: the same numbers in less memory, or less time.
+"""Compute the model's formulas in less memory or less time.
 
-Two functions decide by whether torch compiles, so that the model need not:
+Three functions choose by whether torch compiles, so that the model need not:
 
-    project_heads          queries, keys and values: one product of all weights where compiled
-    attention              torch's kernel; compiled on a CPU formulas in blocks of queries
+    project                one product of all weights where compiled
+    project_heads          queries, keys and values by one product where compiled
+    attention              torch's kernel; compiled on a CPU, formulas in blocks of queries
 
 The others have gradients of their own:
 
     rms_norm               keeps its input and a number a row
     causal_attention       keeps a number a row instead of the weights
-    swiglu                 keeps its inputs instead of what it computed on the way
+    swiglu                 keeps its inputs instead of intermediate results
     linear_cross_entropy   makes its gradients with the loss instead of keeping logits
 
-Letters in shapes as in transformer.py, and N = B T rows. Each has its plain formula in the tests.
+Letters in shapes as in transformer.py, and N = B T rows. The tests hold the plain formulas.
 """
 
 import math
@@ -28,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 4  # queries at a time; their number
 LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # in training
 CROSS_ENTROPY_CHUNK = 1 << 26  # logits turned into float32 at once: 256 MiB
+Angles = tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]  # cosines and sines, (T, D / 2)
+Mask = Bool[Tensor, "B 1 T T"]  # true where a query sees a key
 
 
 def project(x: Float[Tensor, "*batch C"], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -46,13 +49,13 @@ def project_heads(
     head_dim: int,
     norms: Sequence[Float[Tensor, " D"]] | None,
     eps: float,
-    angles: tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]] | None,
+    angles: Angles | None,
 ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G T D"], Float[Tensor, "B G T D"]]:
     """Return queries, keys and values: products with the three weights, split into heads.
 
-    Queries and keys are normalized by the weights `norms`, and turned by the cosines and sines
-    `angles`. Compiled, their features come with the even ones of each head before the odd ones:
-    a compiler likes halves, and q . k does not depend on the order.
+    Queries and keys are normalized by the weights `norms` and turned by `angles`. Compiled, each
+    head has its even features before the odd ones: halves compile to faster code, and q . k does
+    not depend on the order.
     """
     halves = torch.compiler.is_compiling() and angles is not None
 
@@ -93,11 +96,16 @@ def rotate(
     return both.to(x.dtype).transpose(1, 2)
 
 
+def document_mask(documents: Int[Tensor, "B T"]) -> Mask:
+    """Return a mask by which queries see keys of their own document, at or before their place."""
+    return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+
+
 def attention(
     q: Float[Tensor, "B H T D"],
     k: Float[Tensor, "B G T D"],
     v: Float[Tensor, "B G T D"],
-    mask: Bool[Tensor, "B 1 T T"] | None = None,
+    mask: Mask | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B H T D"]:
     """Return softmax(q k^T / sqrt(D)) v over the keys that `mask` shows; None: causal.
@@ -149,7 +157,7 @@ def causal_attention(
     q: Float[Tensor, "B H T D"],
     k: Float[Tensor, "B H T D"],
     v: Float[Tensor, "B H T D"],
-    mask: Bool[Tensor, "B 1 T T"] | None = None,
+    mask: Mask | None = None,
 ) -> Float[Tensor, "B H T D"]:
     """Return softmax(q k^T / sqrt(D)) v, a block of queries at a time with the keys it may see.
 

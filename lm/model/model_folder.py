@@ -7,6 +7,8 @@ Files are written whole and checked when they are read. Reading them runs no cod
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,26 +20,14 @@ from torch import Tensor
 
 from lm.base.config import UP_TO_1024, read_section
 from lm.base.errors import InputError
-from lm.base.files import (
-    read_json,
-    require_file,
-    sync_directory,
-    write_json,
-    writing,
-)
+from lm.base.files import read_json, require_file, sync_directory, write_json, writing
 from lm.base.migrations import ADDED, migrated
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.gauges import free_memory_bytes
-from lm.model.fitting import (
-    FLOATS,
-    as_stored,
-    require_finite,
-    require_settings,
-    require_weights,
-)
+from lm.model.fitting import FLOATS, as_stored, require_finite, require_settings, require_weights
 from lm.model.transformer import ModelConfig, TransformerLM
 
-MAX_HEADER_BYTES = 1 << 24  # of safetensors: what it says of 100,000 tensors
+MAX_HEADER_BYTES = 1 << 24  # of a safetensors file with 100,000 tensors
 PROBED = 16  # ids whose logits are computed when a model is opened
 PROVENANCE = ("model", "train", "inputs", "code", "environment")
 
@@ -54,7 +44,7 @@ def open_safetensors(path: Path) -> Any:
 
 
 def require_short_header(name: str, head: bytes) -> None:
-    """Raise InputError if a safetensors file says that its header is longer than any real one."""
+    """Raise InputError if the first bytes of a safetensors file announce a huge header."""
     if (length := int.from_bytes(head[:8], "little")) > MAX_HEADER_BYTES:
         raise InputError(
             f"{name}: not a safetensors file (a header of {length:,} bytes; no model needs more "
@@ -75,38 +65,42 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def write_checkpoint(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Write tensors that share no memory to `path`, atomically.
+@contextmanager
+def replacing(path: Path, size_bytes: int) -> Iterator[Path]:
+    """Yield a scratch file to write, which then replaces `path`; an error leaves `path` as it was.
 
-    Raises EnvironmentFault if they cannot be written, as to a full disk.
+    Raises EnvironmentFault if it cannot be written, as to a full disk.
     """
     scratch = path.with_name(path.name + ".tmp")
-    with writing(path, sum(tensor.nbytes for tensor in tensors.values())):
+    with writing(path, size_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            scratch.touch()
-            mode = scratch.stat().st_mode  # safetensors would make it readable by the owner alone
-            safetensors.torch.save_file(tensors, scratch, metadata)
+            yield scratch
             with open(scratch, "rb") as file:
                 os.fsync(file.fileno())
-            scratch.chmod(mode)
             scratch.replace(path)
-        except BaseException as error:
+        except BaseException:
             scratch.unlink(missing_ok=True)
-            if isinstance(error, SafetensorError):
-                raise _os_error(error) from None
             raise
         sync_directory(path.parent)
 
 
-def _os_error(error: SafetensorError) -> Exception:
-    """Return the OSError that the library gives in words: "I/O error: ... (os error 28)"."""
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
+def write_checkpoint(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Write tensors that share no memory to `path`; see `replacing`."""
+    with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
+        scratch.touch()
+        mode = scratch.stat().st_mode  # safetensors would make it readable by the owner alone
+        try:
+            safetensors.torch.save_file(tensors, scratch, metadata)
+        except SafetensorError as error:  # "I/O error: ... (os error 28)"
+            if not (number := re.search(r"os error (\d+)", str(error))):
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+        scratch.chmod(mode)
 
 
 def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write weights, settings and tokenizer: all that using the model needs."""
+    """Write all that using the model needs: weights, settings and tokenizer."""
     tokenizer.save(folder)
     write_json(folder / "config.json", asdict(model.config))
     weights = unshared(model.state_dict())
@@ -114,22 +108,17 @@ def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return what a model was made of: settings, hashes of inputs and code, environment.
+    """Return the settings, hashes of inputs and code, and environment that made a model.
 
     Raises InputError if the file is missing or was not written by stage train.
     """
-    provenance = read_json(folder / "provenance.json")
-    if not (
-        isinstance(provenance, dict)
-        and all(isinstance(provenance.get(part), dict) for part in PROVENANCE)
-        and _is_threads(provenance["train"].get("num_threads"))
-    ):
-        raise InputError(f"{folder / 'provenance.json'}: not a record of stage train; run it again")
-    return {**provenance, **{part: migrated(part, provenance[part]) for part in ADDED}}
-
-
-def _is_threads(value: Any) -> bool:
-    return value is None or (type(value) is int and UP_TO_1024.holds(value))
+    file = folder / "provenance.json"
+    found = read_json(file)
+    if isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in PROVENANCE):
+        threads = found["train"].get("num_threads")
+        if threads is None or (type(threads) is int and UP_TO_1024.holds(threads)):
+            return {**found, **{part: migrated(part, found[part]) for part in ADDED}}
+    raise InputError(f"{file}: not a record of stage train; run it again")
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Tokenizer]:
@@ -137,17 +126,17 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
 
     Raises InputError if a file is missing, torn or does not fit the others.
     """
-    file = folder / "config.json"
-    settings = migrated("model", read_json(file))
-    config = read_section(ModelConfig, {"model": settings}, "model", str(file))
-    path = folder / "model.safetensors"
-    with open_safetensors(path) as file:
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    settings = migrated("model", read_json(config_file))
+    config = read_section(ModelConfig, {"model": settings}, "model", str(config_file))
+    with open_safetensors(weights_file) as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    require_settings(str(path), config, as_stored(weights))
-    _require_room(folder / "config.json", config)
+    name, stored = str(weights_file), as_stored(weights)
+    require_settings(name, config, stored)
+    _require_room(config_file, config)
     model = TransformerLM(config)
-    require_weights(str(path), model.state_dict(), as_stored(weights), FLOATS)
-    require_finite(str(path), weights, weights)
+    require_weights(name, model.state_dict(), stored, FLOATS)
+    require_finite(name, weights, weights)
     model.load_state_dict(weights)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != config.vocab_size:
@@ -155,7 +144,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[TransformerLM, Token
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
             f"{config.vocab_size}; they do not belong together"
         )
-    _require_finite_logits(str(path), model.eval(), tokenizer.end_id)
+    _require_finite_logits(name, model.eval(), tokenizer.end_id)
     return model.to(device), tokenizer
 
 

@@ -8,7 +8,7 @@ Letters in shapes:
     H heads    G key/value heads       D head dimension (C / H)
 
 The architecture is Llama's (Touvron et al. 2023): pre-norm with RMSNorm, rotary positions,
-SwiGLU, no biases. Every deviation is one setting of ModelConfig.
+SwiGLU, no biases. Every deviation is one setting of ModelConfig. kernels.py computes the formulas.
 """
 
 import math
@@ -16,20 +16,32 @@ from typing import assert_never
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lm.base.errors import InputError
 from lm.base.settings import ModelConfig as ModelConfig
 from lm.model.activations import ACTIVATIONS
-from lm.model.kernels import attention, linear_cross_entropy, project, project_heads, rms_norm
+from lm.model.kernels import (
+    Angles,
+    Mask,
+    attention,
+    document_mask,
+    linear_cross_entropy,
+    project,
+    project_heads,
+    rms_norm,
+)
+
+Ids = Int[Tensor, "B T"]
+Features = Float[Tensor, "B T C"]
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4)."""
 
-    def __init__(self, size: int, eps: float = 1e-5):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
@@ -39,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles position * theta^(-2i / D), by which `rotate` turns pairs of features (RoFormer)."""
+    """Angles position * theta^(-2i / D) that turn pairs of features (Su et al. 2021, RoFormer)."""
 
     cos: Tensor
     sin: Tensor
@@ -51,7 +63,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)  # (T, D / 2)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-    def forward(self, length: int) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
+    def forward(self, length: int) -> Angles:
         """Return the cosines and sines of the first positions."""
         return self.cos[:length], self.sin[:length]
 
@@ -59,7 +71,7 @@ class RotaryEmbedding(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017), grouped (Ainslie et al. 2023).
 
-    output_proj(softmax(q k^T / sqrt(D)) v): kernels.py chooses how to compute q, k, v and the mix.
+    output_proj(softmax(q k^T / sqrt(D)) v); the angles of their positions turn q and k.
     """
 
     def __init__(self, config: ModelConfig):
@@ -74,27 +86,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self,
-        x: Float[Tensor, "B T C"],
-        rope: RotaryEmbedding | None,
-        mask: Bool[Tensor, "B 1 T T"] | None = None,
-    ) -> Float[Tensor, "B T C"]:
+    def forward(self, x: Features, angles: Angles | None, mask: Mask | None) -> Features:
         weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
         norms = [self.q_norm.weight, self.k_norm.weight] if self.q_norm and self.k_norm else None
-        angles = None if rope is None else rope(x.shape[1])
+        # q (B, H, T, D), k and v (B, G, T, D)
         q, k, v = project_heads(x, weights, self.head_dim, norms, self.norm_eps, angles)
         mixed = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.output_proj(mixed.transpose(1, 2).flatten(2))
 
 
-def document_mask(documents: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
-    """Return where queries may look: back, and in their own document."""
-    return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
-
-
 class FeedForward(nn.Module):
-    """w2(f(w1 x)), or gated w2(f(w1 x, w3 x)); activations.py holds the choices of f."""
+    """w2(f(w1 x)), or with a gate w2(f(w1 x, w3 x)); activations.py holds the choices of f."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -109,8 +111,13 @@ class FeedForward(nn.Module):
         """The matrices before the activation, (F, C) each."""
         return [layer.weight for layer in (self.w1, self.w3) if layer is not None]
 
-    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    def forward(self, x: Features) -> Features:
         return self.w2(self.activation.function(*project(x, self.inner)))
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm of a residual branch; an ablation has none."""
+    return {"rmsnorm": RMSNorm(config.d_model, config.norm_eps), "none": nn.Identity()}[config.norm]
 
 
 class Block(nn.Module):
@@ -121,55 +128,20 @@ class Block(nn.Module):
         self.norm_position = config.norm_position
         self.attn = Attention(config)
         self.ffn = FeedForward(config)
-        self.ln1 = _norm(config)
-        self.ln2 = _norm(config)
+        self.ln1 = make_norm(config)
+        self.ln2 = make_norm(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Float[Tensor, "B T C"],
-        rope: RotaryEmbedding | None,
-        mask: Bool[Tensor, "B 1 T T"] | None = None,
-    ) -> Float[Tensor, "B T C"]:
+    def forward(self, x: Features, angles: Angles | None, mask: Mask | None) -> Features:
         match self.norm_position:
             case "pre":
-                x = x + self.drop(self.attn(self.ln1(x), rope, mask))
+                x = x + self.drop(self.attn(self.ln1(x), angles, mask))
                 return x + self.drop(self.ffn(self.ln2(x)))
             case "post":
-                x = self.ln1(x + self.drop(self.attn(x, rope, mask)))
+                x = self.ln1(x + self.drop(self.attn(x, angles, mask)))
                 return self.ln2(x + self.drop(self.ffn(x)))
             case _:
                 assert_never(self.norm_position)
-
-
-def _norm(config: ModelConfig) -> nn.Module:
-    match config.norm:
-        case "rmsnorm":
-            return RMSNorm(config.d_model, config.norm_eps)
-        case "none":
-            return nn.Identity()
-        case _:
-            assert_never(config.norm)
-
-
-def _final_norm(config: ModelConfig) -> nn.Module:
-    match config.norm_position:
-        case "pre":
-            return _norm(config)
-        case "post":  # each block ends with a norm already
-            return nn.Identity()
-        case _:
-            assert_never(config.norm_position)
-
-
-def _rotary_embedding(config: ModelConfig) -> RotaryEmbedding | None:
-    match config.position_embedding:
-        case "rope":
-            return RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta)
-        case "none":
-            return None
-        case _:
-            assert_never(config.position_embedding)
 
 
 class TransformerLM(nn.Module):
@@ -187,10 +159,13 @@ class TransformerLM(nn.Module):
         self.token_embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.drop = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.ln_final = _final_norm(config)
+        # after post-norm blocks, which end with a norm, there is none
+        self.ln_final = {"pre": make_norm(config), "post": nn.Identity()}[config.norm_position]
         tied = config.tie_embeddings
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.rope = _rotary_embedding(config)
+        rotary = {"rope": True, "none": False}[config.position_embedding]
+        angles = config.head_dim, config.context_length, config.rope_theta
+        self.rope = RotaryEmbedding(*angles) if rotary else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -213,30 +188,17 @@ class TransformerLM(nn.Module):
         """The matrix that turns features into logits, (V, C)."""
         return self.lm_head.weight if self.lm_head else self.token_embeddings.weight
 
-    def forward(
-        self,
-        ids: Int[Tensor, "B T"],
-        documents: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "B T V"]:
-        """Return the logits of the token after each position; see `features`."""
+    def forward(self, ids: Ids, documents: Ids | None = None) -> Float[Tensor, "B T V"]:
+        """Return the logits of each next token; see `features`."""
         return F.linear(self.features(ids, documents), self.head)
 
-    def loss(
-        self,
-        ids: Int[Tensor, "B T"],
-        targets: Int[Tensor, "B T"],
-        documents: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, ""]:
+    def loss(self, ids: Ids, targets: Ids, documents: Ids | None = None) -> Float[Tensor, ""]:
         """Return cross_entropy(self(ids), targets) in nats, without holding all the logits."""
         features = self.features(ids, documents)
         return linear_cross_entropy(features.flatten(0, 1), self.head, targets.flatten())
 
-    def features(
-        self,
-        ids: Int[Tensor, "B T"],
-        documents: Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "B T C"]:
-        """Return what the head turns into the logits of the token after each position.
+    def features(self, ids: Ids, documents: Ids | None = None) -> Features:
+        """Return the features that the head turns into the logits of each next token.
 
         Pass the `documents` of all positions if and only if the model has intra-document masking
         (Zhao et al. 2024): it attends within a document alone. Raises ValueError otherwise, and for
@@ -247,16 +209,17 @@ class TransformerLM(nn.Module):
         positions = ids.shape[1]
         if positions > self.config.context_length:
             raise ValueError(f"{positions} positions exceed {self.config.context_length=}")
+        angles = None if self.rope is None else self.rope(positions)
         mask = None if documents is None else document_mask(documents)
         x = self.drop(self.token_embeddings(ids))  # (B, T, C)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, self.rope, mask, use_reentrant=False)
+                x = checkpoint(layer, x, angles, mask, use_reentrant=False)
             else:
-                x = layer(x, self.rope, mask)
+                x = layer(x, angles, mask)
         return self.ln_final(x)
 
-    def documents(self, ids: Int[Tensor, "B T"], end_id: int | None) -> Int[Tensor, "B T"] | None:
+    def documents(self, ids: Ids, end_id: int | None) -> Ids | None:
         """Return the number of each position's document, from 0; None without masking.
 
         An end token belongs to the document that it ends. Raises InputError if the model has
