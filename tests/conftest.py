@@ -45,7 +45,18 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
 
-LONG = ("compare", "pipeline", "experiments", "launch", "kill", "crash", "demo", "remotes", "plots")
+LONG = (
+    "compare",
+    "pipeline",
+    "experiments",
+    "launch",
+    "kill",
+    "crash",
+    "demo",
+    "remotes",
+    "plots",
+    "stages",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -83,9 +83,11 @@ def cloned(project: Project, folder: Path) -> Project:
     return other
 
 
-def run(project: Project, *command: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
+def run(
+    project: Project, *command: str, timeout: float = 3000, warm: bool = True
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, stderr among stdout, as far as possible in warmed processes."""
-    victim = Victim(project, *command, warm=True)
+    victim = Victim(project, *command, warm=warm)
     code = victim.wait(timeout)
     return subprocess.CompletedProcess(command, code, victim.output(), "")
 

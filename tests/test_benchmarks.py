@@ -177,6 +177,7 @@ def test_a_speed_is_compared_with_the_first_row_and_with_another_in_the_same_rou
     ]
 
 
+@pytest.mark.soak  # thirty processes
 def test_two_processes_save_as_much_as_one():
     ways = {"fsdp": Way(2, 1, {"parallel": "fsdp"})}
     size, plain, found = measure_saving(TINY, ways, None, rounds=1)

@@ -91,7 +91,7 @@ def assert_finished(project, outputs):
         pytest.param("train", signal.SIGKILL, 3, 3, marks=pytest.mark.soak),
         pytest.param("train", signal.SIGINT, 3, 4, marks=pytest.mark.soak),
         pytest.param("evaluate", signal.SIGTERM, 1, 4, marks=pytest.mark.soak),
-        ("export", signal.SIGKILL, 3, 11),
+        pytest.param("export", signal.SIGKILL, 3, 11, marks=pytest.mark.soak),
     ],
 )
 def test_struck_before_any_change_of_a_file_it_ends_in_the_same_bytes(

@@ -231,7 +231,7 @@ def test_a_killed_experiment_goes_on_where_it_was(project, undisturbed, where, t
 @pytest.mark.parametrize("who", ["all", pytest.param("worker", marks=pytest.mark.soak)])
 def test_a_queue_whose_worker_was_killed_goes_on(project, undisturbed, who):
     assert run(project, *EXPERIMENT, "--queue").returncode == 0
-    assert run(project, "dvc", "queue", "start").returncode == 0
+    assert run(project, "dvc", "queue", "start", warm=False).returncode == 0
     wait(lambda: MIDDLE in queue_output(project))
     for process in living(project):
         if who == "all" or "queue-worker" in process.cmdline():
@@ -240,7 +240,7 @@ def test_a_queue_whose_worker_was_killed_goes_on(project, undisturbed, who):
     assert "Running" in run(project, "dvc", "queue", "status").stdout  # though nothing runs
     assert "queued again" in heal(project)
     before = last_step(queue_output(project))
-    assert "Started '1'" in run(project, "dvc", "queue", "start").stdout
+    assert "Started '1'" in run(project, "dvc", "queue", "start", warm=False).stdout
     wait(lambda: experiment(project) is not None)
     if who == "all":
         assert before - resumed_at(queue_output(project)) <= UNSAVED

@@ -230,6 +230,7 @@ def test_settings_that_several_processes_cannot_share_are_refused(shared, overri
     assert said in one_line(refused)
 
 
+@pytest.mark.soak
 def test_two_processes_that_diverge_leave_the_curves_of_one(shared):
     project, found = shared[0], []
     for processes in (1, 2):

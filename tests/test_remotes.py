@@ -102,7 +102,7 @@ def test_what_is_pushed_comes_back_in_a_fresh_clone(kind, trained, tmp_path):
     assert ".dvc/config.local" not in git(project, "ls-files")
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("scheme", [pytest.param("http", marks=pytest.mark.soak), "https"])
 def test_the_public_reads_by_http_what_a_maintainer_pushes_to_a_folder(scheme, trained, tmp_path):
     project = copied(trained, tmp_path / "project")
     remote = trained.folder.with_name("remote")

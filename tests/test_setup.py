@@ -32,7 +32,7 @@ def make(folder, target=".venv/.ready", **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("place", [".venv", "../shared"])
+@pytest.mark.parametrize("place", [pytest.param(".venv", marks=pytest.mark.soak), "../shared"])
 def test_an_environment_without_pip_is_used_also_as_a_link(folder, place):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], cwd=folder, check=True)
     if place != ".venv":

@@ -206,8 +206,8 @@ def test_replay_finds_other_weights(project):
     file = project.folder / "tools" / "verify.py"  # not among the code that made the model
     file.write_text(
         file.read_text().replace(
-            "    start = _restore_start(",
-            "    state.model.lm_head.weight.data[0, 0] += 1e-7\n    start = _restore_start(",
+            "        start = _restore_start(",
+            "        state.model.lm_head.weight.data[0, 0] += 1e-7\n        start = _restore_start(",
         )
     )
     _, error = verify(project, "--replay", "8", code=2)
