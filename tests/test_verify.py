@@ -204,12 +204,9 @@ def test_replay_goes_on_from_the_best_checkpoint(project):
 def test_replay_finds_other_weights(project):
     """A kernel that rounds otherwise, as it were: one line of the model's code."""
     file = project.folder / "tools" / "verify.py"  # not among the code that made the model
-    file.write_text(
-        file.read_text().replace(
-            "        start = _restore_start(",
-            "        state.model.lm_head.weight.data[0, 0] += 1e-7\n        start = _restore_start(",
-        )
-    )
+    before = "        start = _restore_start("
+    edit = "        state.model.lm_head.weight.data[0, 0] += 1e-7\n"
+    file.write_text(file.read_text().replace(before, edit + before))
     _, error = verify(project, "--replay", "8", code=2)
     assert "replay from step 0: other weights at step 8" in error
 
