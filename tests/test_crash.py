@@ -79,10 +79,14 @@ def assert_finished(project, outputs):
 @pytest.mark.parametrize(
     ("stage", "number", "first", "stride"),
     [
-        ("tokenizer", signal.SIGKILL, 1, 2),
-        ("tokens", signal.SIGKILL, 1, 2),
-        ("evaluate", signal.SIGKILL, 1, 2),
-        ("train", signal.SIGKILL, 1, 3),
+        ("tokenizer", signal.SIGKILL, 1, 4),
+        pytest.param("tokenizer", signal.SIGKILL, 3, 4, marks=pytest.mark.soak),
+        ("tokens", signal.SIGKILL, 1, 4),
+        ("evaluate", signal.SIGKILL, 1, 4),
+        ("train", signal.SIGKILL, 1, 6),
+        pytest.param("tokens", signal.SIGKILL, 3, 4, marks=pytest.mark.soak),
+        pytest.param("evaluate", signal.SIGKILL, 3, 4, marks=pytest.mark.soak),
+        pytest.param("train", signal.SIGKILL, 4, 6, marks=pytest.mark.soak),
         pytest.param("train", signal.SIGTERM, 1, 4, marks=pytest.mark.soak),
         pytest.param("tokenizer", signal.SIGKILL, 2, 2, marks=pytest.mark.soak),
         pytest.param("tokens", signal.SIGKILL, 2, 2, marks=pytest.mark.soak),

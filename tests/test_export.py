@@ -486,6 +486,7 @@ def test_a_run_starts_from_a_folder_and_a_change_of_it_is_another_run(finished):
     assert "must be a folder's name in models/pretrained/" in one_line(finished.stage("train"))
 
 
+@pytest.mark.soak
 def test_verify_replays_a_run_that_started_from_a_folder(finished):
     shutil.copytree(
         finished.folder / "models" / "huggingface", finished.folder / "models/pretrained/mine"

@@ -156,6 +156,10 @@ def test_an_edit_during_training_is_no_wrong_record_and_loses_nothing(long):
     assert outputs(project) == straight
 
 
+def soak(damage):
+    return pytest.param(damage, marks=pytest.mark.soak)
+
+
 def truncate(file):
     os.truncate(file, 100)
 
@@ -179,7 +183,7 @@ def nonsense(file):
         opened.write(b"\xff" * file.stat().st_size)
 
 
-@pytest.mark.parametrize("damage", [truncate, append, flip, replace_file, nonsense])
+@pytest.mark.parametrize("damage", [truncate, soak(append), soak(flip), replace_file, nonsense])
 def test_tokens_damaged_during_training_stop_it(long, damage):
     """Nothing is published or saved after the damage; with the file restored it goes on."""
     project, straight = long
