@@ -150,7 +150,8 @@ def test_a_lost_rank_is_named_in_bounded_time_by_one_of_the_others(
     told, quiet = (first, last) if isinstance(last, SystemExit) else (last, first)
     assert isinstance(told, EnvironmentFault)
     why = "no answer within runtime.process_timeout_s" if hangs else "it has ended"
-    assert f"lost rank 1 in step 3: {why}; what was saved is intact: run again" in str(told)
+    said = f"lost rank 1 in step 3: {why}; what was saved is intact: run again"
+    assert said in str(told), (first, last)
     assert isinstance(quiet, SystemExit)
     assert quiet.code == EnvironmentFault.exit_code
 

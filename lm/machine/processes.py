@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
+from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
@@ -143,7 +145,7 @@ class Processes:
         end, left = time.monotonic() + GRACE_S, {self.rank}
         try:
             self.store.set(f"leaves/{self.rank}", "")
-            _disconnect()
+            _break_connections()
             while time.monotonic() < end and len(left) < self.size - 1:
                 time.sleep(0.05)
                 left = self._ranks_that("leaves")
@@ -235,6 +237,7 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
             processes.leave_together()
         else:
             processes.will_report()
+            _break_connections()
         _disconnect()
         if of_all and not processes.leads:
             raise SystemExit(getattr(fault, "exit_code", EnvironmentFault.exit_code)) from None
@@ -254,6 +257,22 @@ def _disconnect() -> None:
     if dist.is_initialized() and dist.get_backend() == "gloo":
         with suppress(RuntimeError):  # another may have left before
             dist.destroy_process_group()
+
+
+def _break_connections() -> None:
+    """End the connections between the processes, so that those that wait for this one notice.
+
+    Torch closes them only once nothing refers to their group, but a model does, and the traceback
+    of an error. The connections to the store stay, and those of a GPU are left to NCCL.
+    """
+    if dist.get_backend() != "gloo":
+        return
+    for file in Path("/dev/fd").iterdir():
+        with suppress(OSError), socket(fileno=os.dup(int(file.name))) as connection:
+            if connection.family in (AF_INET, AF_INET6):
+                ports = connection.getsockname()[1], connection.getpeername()[1]
+                if int(os.environ.get("MASTER_PORT", "0")) not in ports:
+                    connection.shutdown(SHUT_RDWR)
 
 
 def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Processes:
