@@ -197,7 +197,9 @@ def replay(steps: int, device: torch.device) -> str:
         start = _restore_start(state, steps, recorded)
         compared = [step for step in sorted(known) if start < step <= start + steps]
         if not compared:
-            following = min(step for step in known if step > start)
+            following = min((step for step in known if step > start), default=None)
+            if following is None:
+                raise InputError(f"--replay: no weights are recorded after step {start}")
             raise InputError(
                 f"--replay {steps}: from step {start} the next recorded weights are of step "
                 f"{following}; use --replay {following - start}"

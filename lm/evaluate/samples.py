@@ -1,16 +1,21 @@
 """Draw samples from a model; write them and the summary of an evaluation as Markdown."""
 
+import sys
+import time
 from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from lm.base.console import say
 from lm.base.settings import EvaluateConfig
 from lm.base.tables import loss_table, plain
 from lm.data.tokenizer import Tokenizer
 from lm.generate.stream import stream
 from lm.model.transformer import TransformerLM
+
+REPORT_SECONDS = 10  # between two lines in a log
 
 
 class Sample(NamedTuple):
@@ -26,7 +31,7 @@ def draw_samples(
 ) -> list[Sample]:
     """Complete every prompt at every temperature, one after the other."""
     samples = []
-    wanted = list(product(config.prompts, config.temperatures))
+    wanted, reported = list(product(config.prompts, config.temperatures)), time.monotonic()
     for prompt, temperature in tqdm(wanted, unit="sample", leave=False, disable=None):
         chunks = stream(
             model,
@@ -39,6 +44,9 @@ def draw_samples(
             seed=config.seed,
         )
         samples.append(Sample(prompt, temperature, "".join(chunk.text for chunk in chunks)))
+        if not sys.stderr.isatty() and time.monotonic() - reported >= REPORT_SECONDS:
+            reported = time.monotonic()
+            say(f"{len(samples):,} of {len(wanted):,} samples")
     return samples
 
 

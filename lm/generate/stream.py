@@ -118,6 +118,7 @@ def require_rows_fit(model: TransformerLM, n_rows: int, longest: int, dtype: Dty
         memory_bytes(model, n_rows, longest, getattr(torch, dtype)),
         free_memory_bytes(model.head.device),
         "ask for fewer at once",
+        times=1.0,  # all of it is allocated
     )
 
 

@@ -88,9 +88,11 @@ def _left_in_cgroups() -> list[int]:
     return left
 
 
-def require_memory(what: str, needed: float, free: float | None, remedy: str) -> None:
-    """Raise EnvironmentFault if `needed` bytes surely exceed the `free` ones; None: not known."""
-    if free is not None and needed > SURELY * free:
+def require_memory(
+    what: str, needed: float, free: float | None, remedy: str, times: float = SURELY
+) -> None:
+    """Raise EnvironmentFault if `needed` bytes exceed `times` the `free` ones; None: not known."""
+    if free is not None and needed > times * free:
         raise EnvironmentFault(
             f"{what} {needed / 1e6:,.0f} MB of memory, {free / 1e6:,.0f} MB are free; {remedy}"
         )

@@ -126,6 +126,7 @@ def _require_separator(found: Sequence[SourceFiles]) -> None:
     ):
         if meant != separator and any(reader.holds(meant) for reader in plain):
             hint = f"{cause}: write {shown(meant.decode())} in params.yaml"
+            break
     raise InputError(
         f"data.separator = {shown(separator.decode())}: stands in no text file; {hint}"
     )

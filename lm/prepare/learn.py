@@ -76,8 +76,10 @@ def _with_long_runs_cut(documents: bytes) -> bytes:
 def _cut_long_runs(document: bytes) -> bytes:
     text = document.decode()
     kinds = _character_kinds()[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
-    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(text)]
-    cuts = [cut for a, b in pairwise(edges) for cut in range(a + LONG_RUN, b, LONG_RUN)]
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(kinds)) + 1, [len(text)]])
+    long = np.flatnonzero(np.diff(edges) > LONG_RUN)  # few, where words are many
+    runs = zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True)
+    cuts = [cut for a, b in runs for cut in range(a + LONG_RUN, b, LONG_RUN)]
     return "\0".join(text[a:b] for a, b in pairwise([0, *cuts, len(text)])).encode()
 
 

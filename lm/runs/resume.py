@@ -157,7 +157,9 @@ def report_others(folder: Path, begins_anew: Identity | None) -> None:
     size, found = 0, []
     for other in others:
         with suppress(InputError, OSError, IndexError):  # its trainer may drop files meanwhile
-            size += sum(file.stat().st_size for file in other.rglob("*") if file.is_file())
+            for file in other.rglob("*"):
+                with suppress(OSError):
+                    size += file.stat().st_size if file.is_file() else 0
             if begins_anew is not None:
                 path = newest_first(other)[0]
                 extra, written = read_run(path), path.stat().st_mtime

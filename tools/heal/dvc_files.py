@@ -135,7 +135,7 @@ def is_held(claim: dict[str, Any], listed_in: Path) -> bool:
         if claim["cmd"] in " ".join(process.cmdline()):
             return True
         program = Path(process.exe()).name  # empty if it is not known
-        may_be_dvc = not program or "python" in program
+        may_be_dvc = not program or "python" in program.lower() or "dvc" in program
         return may_be_dvc and process.create_time() < listed_in.stat().st_mtime + 1
     except psutil.AccessDenied:
         return True

@@ -8,6 +8,7 @@ and keeps what may be the user's own work. A DVC in another container or on anot
 only while it trains: then heal() mends nothing and raises Busy.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -101,9 +102,9 @@ def drop_temporary_files(project: Project) -> Iterator[str]:
     for place in (project.root / ".dvc/cache", project.tmp, *filter(Path.is_dir, shown)):
         if place.is_symlink():  # others may be writing there
             continue
-        for path in place.rglob(".*.tmp"):
-            if DVC_TMP_FILE.fullmatch(path.name):
-                path.unlink()
+        for folder, _, names in os.walk(place):  # passes over what vanishes meanwhile
+            for path in (Path(folder, name) for name in filter(DVC_TMP_FILE.fullmatch, names)):
+                path.unlink(missing_ok=True)
                 yield f"{path.relative_to(project.root)} was left behind: removed"
 
 
