@@ -9,12 +9,14 @@ params.yaml as it is now: run it while params.yaml holds the defaults.
 
 import json
 import re
+import sys
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from lm.base.config import AT_LEAST_ONE, BELOW_2_31, Bound, RuntimeConfig, load_params
+from lm.base.console import changes
 from lm.base.files import atomic_copy, atomic_write
 from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig
 from lm.data.tokenizer import TokenizerConfig
@@ -98,6 +100,9 @@ def _yaml(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    load_params(ROOT / "params.yaml")  # raises an error before anything is written
+    shipped, now = load_params(DEFAULTS), load_params(ROOT / "params.yaml")
+    for section, values in now.items():
+        for key, how in changes(shipped.get(section, {}), values).items():
+            sys.stdout.write(f"{DEFAULTS.name}: {section}.{key} ({how})\n")
     atomic_copy(ROOT / "params.yaml", DEFAULTS)
     atomic_write(PAGE, page().encode())
