@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def as_before():
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
     torch.set_num_threads(1)
 
 

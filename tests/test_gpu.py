@@ -53,7 +53,7 @@ def as_before():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(precision)
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
     torch.set_num_threads(1)
 
 
