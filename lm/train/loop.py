@@ -12,11 +12,11 @@ from lm.base.settings import TrainConfig
 from lm.data.batches import Split, Tokens
 from lm.machine.device import to_device
 from lm.model.loss import evaluate, loss_nats
-from lm.train.parallel import BatchGradients, make_gradients, own_micro_batches
+from lm.train.parallel import BatchGradients, own_micro_batches
 from lm.train.recover import skip_step
 from lm.train.schedule import learning_rate_fraction
 from lm.train.state import Record, TrainState
-from lm.train.step import train_step
+from lm.train.step import make_gradients, train_step
 
 
 @runtime_checkable

@@ -2,9 +2,9 @@
 
     micro-batches of this process -> BatchGradients -> every .grad, summed over the whole batch
 
-    none   one process: loss and gradients are one function, which a compiler sees whole
-    ddp    every process holds the whole model: torch's DistributedDataParallel
-    fsdp   every process keeps some rows of each parameter: torch's fully_shard (FSDP2)
+    none   OneProcess, in step.py
+    ddp    Replicated: every process holds the whole model (torch's DistributedDataParallel)
+    fsdp   Sharded: every process keeps some rows of each parameter (torch's fully_shard, FSDP2)
 
 Every micro-batch weighs its loss by 1 / (micro-batches of the batch), and gradients are summed.
 `reduction: sum` adds them in whatever order is fast. `tree` adds those of micro-batches 2i and
@@ -13,21 +13,18 @@ Every micro-batch weighs its loss by 1 / (micro-batches of the batch), and gradi
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lm.base.settings import TrainConfig
-from lm.machine.device import Stopwatch, autocast, compiled
+from lm.machine.device import Stopwatch
 from lm.machine.processes import Processes
 from lm.machine.sharded_tensors import mesh_of
 from lm.model.transformer import TransformerLM
 
-LossOf = Callable[[TransformerLM, Tensor, Tensor], Tensor]
-# model, x, y, weight of the loss -> loss, gradients of weight x loss by each parameter
-Gradients = Callable[[TransformerLM, Tensor, Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
+LossOf = Callable[[TransformerLM, Tensor, Tensor], Tensor]  # model, x, y -> loss
 
 
 class BatchGradients:
@@ -91,27 +88,6 @@ def own_micro_batches(count: int, processes: Processes, alternating: bool) -> ra
         return range(processes.rank, count, processes.size)
     share = count // processes.size
     return range(processes.rank * share, (processes.rank + 1) * share)
-
-
-class OneProcess(BatchGradients):
-    """The only process: loss and gradients are one function."""
-
-    def __init__(self, model: TransformerLM, gradients_of: Gradients, tree: bool):
-        super().__init__(model, tree)
-        self.gradients_of = gradients_of
-        self.parameters = tuple(model.parameters())
-
-    def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
-        """See BatchGradients."""
-        loss, gradients = self.gradients_of(self.model, x, y, weight)
-        if self.tree:
-            self.sums.add(list(gradients))
-            if not last:
-                return loss
-            gradients = tuple(self.sums.take()[0])
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return loss
 
 
 class _Loss(nn.Module):
@@ -263,37 +239,6 @@ def _taken(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         gradients.append(parameter.grad)
         parameter.grad = None
     return gradients
-
-
-def make_gradients(
-    model: TransformerLM, config: TrainConfig, processes: Processes, end_id: int | None
-) -> BatchGradients:
-    """Return what computes the gradients of a batch, as train.parallel and train.compile say."""
-    device, tree = model.head.device, {"sum": False, "tree": True}[config.reduction]
-
-    def loss_of(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
-        with autocast(device, config.dtype):
-            return model.loss(x, y, model.documents(x, end_id))
-
-    def gradients_of(
-        model: TransformerLM, x: Tensor, y: Tensor, weight: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = loss_of(model, x, y)
-        return loss.detach(), torch.autograd.grad(loss * weight, tuple(model.parameters()))
-
-    match config.parallel:
-        case "none":
-            if config.compile is True and config.gradient_checkpointing:
-                loss_of = compiled(loss_of, device)  # a graph of both would recompute nothing
-            elif config.compile is True:
-                gradients_of = compiled(gradients_of, device)
-            return OneProcess(model, gradients_of, tree)
-        case "ddp":
-            return Replicated(model, loss_of, processes, tree)
-        case "fsdp":
-            return Sharded(model, loss_of, tree)
-        case other:
-            assert_never(other)
 
 
 def shard(model: TransformerLM, device: torch.device) -> None:
