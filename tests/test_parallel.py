@@ -20,7 +20,7 @@ from lm.machine.sharded_tensors import (
     sums_of_squares,
     whole,
 )
-from lm.model.loss import evaluate
+from lm.model.validation import evaluate
 from lm.train.loop import train
 from lm.train.parallel import PairwiseSum, own_micro_batches, pairwise
 from lm.train.state import new_state

@@ -18,7 +18,7 @@ import torch
 from lm.base.settings import ModelConfig, TrainConfig, share_of_batch
 from lm.model.activations import ACTIVATIONS
 from lm.model.kernels import attention_blocks, rows_at_once
-from lm.model.loss import validation_logits
+from lm.model.validation import validation_logits
 from lm.train.optim import OPTIMIZERS
 
 # Fitted to processes on a CPU: `python -m benchmarks.plan` measures each again and prints planned

@@ -11,7 +11,7 @@ from lm.base.errors import Diverged
 from lm.base.settings import TrainConfig
 from lm.data.batches import Split, Tokens
 from lm.machine.device import to_device
-from lm.model.loss import evaluate, loss_nats
+from lm.model.validation import evaluate, loss_nats
 from lm.train.parallel import BatchGradients, own_micro_batches
 from lm.train.recover import skip_step
 from lm.train.schedule import learning_rate_fraction
