@@ -150,6 +150,21 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelMode:
+    """All that depends on the choice of train.parallel, but for its gradients: lm/train/step.py."""
+
+    several: bool  # processes; blocks are compiled one by one
+    sharded: bool  # each process keeps some rows of every parameter, and their optimizer state
+
+
+PARALLEL = {
+    "none": ParallelMode(several=False, sharded=False),
+    "ddp": ParallelMode(several=True, sharded=False),
+    "fsdp": ParallelMode(several=True, sharded=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(ScheduleConfig, OptimizerConfig):
     """The section `train`."""
 
@@ -230,7 +245,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         could not go on with another number of processes in the same environment.
         """
         chosen = self.num_threads is not None or "OMP_NUM_THREADS" in os.environ
-        return self.num_threads if chosen or self.parallel == "none" else 1
+        return self.num_threads if chosen or not PARALLEL[self.parallel].several else 1
 
 
 def share_of_batch(config: TrainConfig, num_processes: int) -> int:
@@ -238,15 +253,16 @@ def share_of_batch(config: TrainConfig, num_processes: int) -> int:
 
     Raises InputError if the settings do not allow this number of processes.
     """
-    batch_size, micro = config.batch_size, config.micro_batch_size
-    if config.parallel == "none" and num_processes > 1:
+    batch_size, micro, mode = config.batch_size, config.micro_batch_size, PARALLEL[config.parallel]
+    if num_processes > 1 and not mode.several:
         raise InputError(
-            f"train.parallel = none, but there are {num_processes} processes; use ddp or fsdp, or "
-            "runtime.num_processes: 1"
+            f"train.parallel = {config.parallel}, but there are {num_processes} processes; use ddp "
+            "or fsdp, or runtime.num_processes: 1"
         )
-    if config.parallel == "fsdp" and config.dtype == "float16":
+    if mode.sharded and config.dtype == "float16":
         raise InputError(
-            "train.parallel = fsdp does not scale the loss of train.dtype = float16; use bfloat16"
+            f"train.parallel = {config.parallel} does not scale the loss of train.dtype = float16; "
+            "use bfloat16"
         )
     if config.reduction == "tree":
         if micro is None:

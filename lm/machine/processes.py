@@ -32,6 +32,7 @@ from lm.base.errors import (
     Interrupted,
     is_out_of_memory,
 )
+from lm.base.settings import PARALLEL
 
 FAULTS = (InputError, EnvironmentFault, Busy, OSError)
 GRACE_S = 20.0  # for the others to notice, too; torch's launcher kills after 30
@@ -215,15 +216,15 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
     not find each other in `timeout_s` seconds. Rank 0 alone reports a fault that all ranks raise.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if parallel == "none" and size == 1:
+    if not PARALLEL[parallel].several:
+        if size > 1 and rank > 0:
+            raise SystemExit(InputError.exit_code)  # rank 0 reports it
+        if size > 1:
+            raise InputError(
+                f"train.parallel = {parallel} is for one process, here are {size}; set ddp or fsdp"
+            )
         yield ALONE
         return
-    if parallel == "none" and rank > 0:
-        raise SystemExit(InputError.exit_code)  # rank 0 reports it
-    if parallel == "none":
-        raise InputError(
-            f"train.parallel = none is for one process, here are {size}; set ddp or fsdp"
-        )
     if device.type not in ("cpu", "cuda"):
         raise EnvironmentFault(f"train.parallel = {parallel}: works on cpu and cuda, not {device}")
     if rank > 0:

@@ -9,7 +9,7 @@ import torch
 
 from lm.base.console import count, say
 from lm.base.errors import Diverged, EnvironmentFault, is_out_of_memory
-from lm.base.settings import TrainConfig
+from lm.base.settings import PARALLEL, TrainConfig
 from lm.train.state import Record, TrainState
 
 Step = Callable[Concatenate[TrainState, TrainConfig, ...], Any]
@@ -38,9 +38,10 @@ def lower_micro_batch_size(state: TrainState, config: TrainConfig) -> None:
     processes compute with it.
     """
     device, before = state.model.head.device, state.micro_batch_size
+    together = PARALLEL[config.parallel].several
     share = config.batch_size // state.processes.size
     fewer = next((n for n in range(before // 2, 0, -1) if share % n == 0), None)
-    if config.micro_batch_size is not None or fewer is None or config.parallel != "none":
+    if config.micro_batch_size is not None or fewer is None or together:
         smaller = f"train.micro_batch_size: {fewer}" if fewer else "a smaller model"
         raise EnvironmentFault(
             f"out of memory on {device} with {count(before, 'window')} at a time; try {smaller} "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lm.base import rng
-from lm.base.settings import TrainConfig
+from lm.base.settings import PARALLEL, TrainConfig
 from lm.machine.device import compiled
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import ModelConfig, TransformerLM
@@ -46,10 +46,11 @@ def new_state(
     model = TransformerLM(model_config, config.gradient_checkpointing)
     if initialise is not None:
         initialise(model)
-    if config.compile is True and config.parallel != "none":
+    mode = PARALLEL[config.parallel]
+    if config.compile is True and mode.several:
         for layer in model.layers:  # one compilation serves them all
             layer.forward = compiled(layer.forward, device)
-    if config.parallel == "fsdp":
+    if mode.sharded:
         shard(model, device)  # moves block by block to the device
     else:
         model.to(device)

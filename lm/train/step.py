@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.base import rng
-from lm.base.settings import Dtype, Sampling
+from lm.base.settings import PARALLEL, Dtype, Sampling
 from lm.base.settings import TrainConfig as TrainConfig
 from lm.data.batches import Split, TokenStream
 from lm.machine.device import autocast, compiled, to_device
@@ -45,7 +45,7 @@ def train_step(
     Raises Diverged, and changes neither parameters nor optimizer, if loss or norm is not finite.
     """
     max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    by_rows = config.parallel == "fsdp" or config.reduction == "tree"
+    by_rows = PARALLEL[config.parallel].sharded or config.reduction == "tree"
     while True:
         own_losses = forward_backward(state, config, x, y, gradients)
         grad_norm = gradient_clipping(state.model.parameters(), max_norm, by_rows).item()
