@@ -203,7 +203,8 @@ def test_a_mode_that_a_place_does_not_know_is_an_error_there(
 ):
     """Never computed as one of those it knows."""
     state = new_state(model_config, train_config, CPU)
-    config = replace(train_config, parallel="pipeline", num_threads=None)
+    config = replace(train_config, num_threads=None)
+    object.__setattr__(config, "parallel", "pipeline")
     monkeypatch.delenv("OMP_NUM_THREADS")
     for place in (
         lambda: config.threads,

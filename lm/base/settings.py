@@ -27,6 +27,23 @@ from lm.base.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampling = Literal["random", "epochs", "documents"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeKind:
+    """All that depends on the choice of a dtype, but for data sheets: lm/machine/gauges.py."""
+
+    size_bytes: int
+    autocast: bool  # products alone are computed in it, all else in float32; a GPU gains by it
+    scaled: bool  # the loss is, since small gradients would become zero
+    cpu_gains: bool  # where it has instructions for 16-bit products
+
+
+DTYPES = {
+    "float32": DtypeKind(size_bytes=4, autocast=False, scaled=False, cpu_gains=False),
+    "bfloat16": DtypeKind(size_bytes=2, autocast=True, scaled=False, cpu_gains=True),
+    "float16": DtypeKind(size_bytes=2, autocast=True, scaled=True, cpu_gains=False),
+}
 MAX_SAMPLES = 1 << 16  # more than anyone reads
 SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")
 
@@ -259,10 +276,10 @@ def share_of_batch(config: TrainConfig, num_processes: int) -> int:
             f"train.parallel = {config.parallel}, but there are {num_processes} processes; use ddp "
             "or fsdp, or runtime.num_processes: 1"
         )
-    if mode.sharded and config.dtype == "float16":
+    if mode.sharded and DTYPES[config.dtype].scaled:
         raise InputError(
-            f"train.parallel = {config.parallel} does not scale the loss of train.dtype = float16; "
-            "use bfloat16"
+            f"train.parallel = {config.parallel} does not scale the loss of "
+            f"train.dtype = {config.dtype}; use bfloat16"
         )
     if config.reduction == "tree":
         if micro is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lm.base.console import count
 from lm.base.errors import EnvironmentFault
-from lm.base.settings import Dtype as Dtype
+from lm.base.settings import DTYPES, Dtype
 
 # variables that make the numeric libraries choose other instructions or cut sums otherwise
 _SWITCHES = (
@@ -111,8 +111,8 @@ def _cpu_extras() -> list[str]:
 def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
     """Return whether products in a 16-bit type are faster here than in float32."""
     if device.type == "cpu":
-        return dtype == "bfloat16" and bool(_cpu_extras())
-    return dtype != "float32"
+        return DTYPES[dtype].cpu_gains and bool(_cpu_extras())
+    return DTYPES[dtype].autocast
 
 
 def field_of(file: str, name: str, separator: str = ":") -> str | None:
@@ -173,7 +173,7 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
 
 def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
     """Compute matrix products in `dtype`; parameters, norms and losses stay float32."""
-    if dtype == "float32":
+    if not DTYPES[dtype].autocast:
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, dtype))
 

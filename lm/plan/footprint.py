@@ -15,7 +15,7 @@ from typing import assert_never
 
 import torch
 
-from lm.base.settings import PARALLEL, ModelConfig, TrainConfig, share_of_batch
+from lm.base.settings import DTYPES, PARALLEL, ModelConfig, TrainConfig, share_of_batch
 from lm.model.activations import ACTIVATIONS
 from lm.model.kernels import attention_blocks, rows_at_once
 from lm.model.validation import validation_logits
@@ -33,7 +33,6 @@ KERNEL_BYTES = 20e6  # of torch's libraries once they have been used
 COMPILER_BYTES = 120e6  # of torch's compiler once it has been used
 IMPORTED_COMPILER_BYTES = 75e6  # the same only imported, as parts of torch do
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NORMS = {  # by norm and norm_position: of each block, behind the last block
     ("rmsnorm", "pre"): (2, 1),
     ("rmsnorm", "post"): (2, 0),
@@ -97,7 +96,7 @@ def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) 
     sides and their product.
     """
     N, C, F = micro_batch_size * model.context_length, model.d_model, model.d_ff
-    a, activation = DTYPE_BYTES[config.dtype], ACTIVATIONS[model.ffn]
+    a, activation = DTYPES[config.dtype].size_bytes, ACTIVATIONS[model.ffn]
     casts = a == 2 and config.compile is not True
     norms, last_norms = NORMS[model.norm, model.norm_position]
     kv_width = model.kv_heads * model.head_dim
@@ -141,7 +140,7 @@ def _head(model: ModelConfig, config: TrainConfig, micro_batch_size: int) -> dic
     the chunk before; the gradients by the features and, of each chunk, by the weights.
     """
     N, C, V = micro_batch_size * model.context_length, model.d_model, model.vocab_size
-    a, rows = DTYPE_BYTES[config.dtype], rows_at_once(N, V)
+    a, rows = DTYPES[config.dtype].size_bytes, rows_at_once(N, V)
     chunks = -(-N // rows)
     if config.compile is True and not PARALLEL[config.parallel].several:  # not blocks alone
         copies = 2 * a  # the pointwise operations are one loop
@@ -205,7 +204,7 @@ def peak_memory(
     memory of its host. Rows that do not divide are not shared evenly: with few rows to a process
     the first ones hold up to a row of each matrix more.
     """
-    N, a = micro_batch_size * model.context_length, DTYPE_BYTES[config.dtype]
+    N, a = micro_batch_size * model.context_length, DTYPES[config.dtype].size_bytes
     on_cpu, fsdp = device.type == "cpu", PARALLEL[config.parallel].sharded
     at_once = share_of_batch(config, num_processes) // micro_batch_size
     shards = num_processes if fsdp else 1
