@@ -163,6 +163,11 @@ def _orthogonalise_shared(updates: list[Tensor], like: Tensor) -> list[Tensor]:
     return directions
 
 
+def is_block_matrix(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter is a matrix in a block, which Muon orthogonalises."""
+    return name.startswith("layers.") and parameter.ndim == 2
+
+
 def parameter_groups(
     model: nn.Module, decay_embeddings: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -177,10 +182,14 @@ def parameter_groups(
     for name, p in model.named_parameters():
         if id(p) in embeddings:
             (decayed if decay_embeddings else undecayed).append(p)
-        elif p.ndim < 2:
+        elif p.ndim < 2:  # a norm
             undecayed.append(p)
+        elif name == "lm_head.weight":
+            decayed.append(p)
+        elif is_block_matrix(name, p):
+            matrices.append(p)
         else:
-            (decayed if name == "lm_head.weight" else matrices).append(p)
+            raise AssertionError(f"{name} {tuple(p.shape)}: of no known kind")
     return matrices, decayed, undecayed
 
 
