@@ -70,9 +70,8 @@ def forward_backward(
 ) -> Tensor:
     """Fill the gradients of the whole batch; return own micro-batches' losses (n,), in nats."""
     state.optimizer.zero_grad(set_to_none=True)
-    size = state.micro_batch_size
-    count = config.batch_size // size  # micro-batches of all processes
-    numbers = own_micro_batches(count, state.processes, gradients.alternating)
+    numbers, size = own_numbers(state, config, gradients), state.micro_batch_size
+    count = len(numbers) * state.processes.size  # micro-batches of the batch
     weight = state.scaler.scale(torch.ones((), device=x.device)) / count
     losses = []
     for number, micro_x, micro_y in zip(numbers, x.split(size), y.split(size), strict=True):
@@ -81,6 +80,12 @@ def forward_backward(
         losses.append(gradients.add(micro_x, micro_y, weight, last=number == numbers[-1]))
     state.scaler.unscale_(state.optimizer)
     return torch.stack(losses)
+
+
+def own_numbers(state: TrainState, config: TrainConfig, gradients: BatchGradients) -> range:
+    """Return the numbers, in the batch, of the micro-batches that this process computes."""
+    count = config.batch_size // state.micro_batch_size
+    return own_micro_batches(count, state.processes, gradients.alternating)
 
 
 def loss_of(
