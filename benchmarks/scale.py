@@ -143,7 +143,7 @@ def main() -> None:
     for name in ("124M", "1.3B", "7B"):
         model, config = shapes[name]
         count = sum(parameters(model).values())
-        tokens = config.batch_size * model.context_length
+        tokens = config.tokens_per_step(model)
         print(f"\n{name}: {count:,} parameters, {tokens:,} tokens an update\n")
         print(HEADER)
         print("|---|--:|---" + "|--:" * 11 + "|")

@@ -254,6 +254,10 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
                 f"train.micro_batch_size = {self.micro_batch_size}"
             )
 
+    def tokens_per_step(self, model: ModelConfig) -> int:
+        """Return the tokens of a batch, B T."""
+        return self.batch_size * model.context_length
+
     @property
     def threads(self) -> int | None:
         """The number of a CPU's threads; None: torch's choice.

@@ -96,7 +96,7 @@ class Logbook:
         state, average, valid_loss = self.state, self.history.average_loss, self.valid_loss
         figures: dict[str, Any] = {
             "step": state.step,
-            "tokens": state.step * self.config.batch_size * state.model.config.context_length,
+            "tokens": state.step * self.config.tokens_per_step(state.model.config),
             "parameters": state.model.num_parameters(),
             "micro_batch_size": state.micro_batch_size,
             "train_loss": average if math.isfinite(average) else None,

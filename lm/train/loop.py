@@ -71,7 +71,7 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
             record = skip_step(state, config, f"{error}; windows at {split.name} tokens {few}")
         yield record | {
             "learning_rate": fraction * config.lr,
-            "tokens": state.step * config.batch_size * context_length,
+            "tokens": state.step * config.tokens_per_step(state.model.config),
             "step_s": time.perf_counter() - start,
             "forward_s": gradients.forward.take(),
         }
