@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lm.base.config import load_params, read_section
-from lm.base.settings import share_of_batch
+from lm.base.settings import TrainConfig, share_of_batch
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.footprint import communication, flops_per_token, parameters, peak_memory
 from lm.plan.plan import MARGIN, largest_micro_batch
-from lm.train.step import TrainConfig
 
 PRESET = Path(__file__).parent.parent / "presets" / "gpt2-124m.yaml"
 CUDA = torch.device("cuda")

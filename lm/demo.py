@@ -30,9 +30,9 @@ from lm.model.transformer import ModelConfig, TransformerLM
 from lm.model.validation import evaluate
 from lm.plan.footprint import parameters
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint
+from lm.train.batch import get_batch
 from lm.train.optim import AdamW, gradient_clipping
 from lm.train.schedule import get_lr_cosine_schedule
-from lm.train.step import get_batch
 
 SEED = 1337
 TEXT_BYTES, HELD_OUT = 400_000, 0.05

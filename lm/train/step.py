@@ -11,7 +11,7 @@ the gradients of all.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.base import rng
-from lm.base.settings import PARALLEL, Dtype, Sampling
-from lm.base.settings import TrainConfig as TrainConfig
-from lm.data.batches import Split, TokenStream
-from lm.machine.device import autocast, compiled, to_device
+from lm.base.settings import PARALLEL, Dtype, TrainConfig
+from lm.machine.device import autocast, compiled
 from lm.machine.processes import Processes
 from lm.model.transformer import TransformerLM
 from lm.train.diagnose import diagnose_nonfinite
@@ -163,24 +161,3 @@ def _mean(losses: NDArray[np.float32]) -> float:
     for loss in losses.ravel():
         total += loss / np.float32(losses.size)
     return float(total)
-
-
-def get_batch(
-    dataset: NDArray[Any] | TokenStream,
-    batch_size: int,
-    context_length: int,
-    device: str | torch.device,
-    *,
-    seed: int | None = None,
-    step: int = 0,
-    sampling: Sampling = "random",
-) -> tuple[Ids, Ids]:
-    """Return windows of a 1-D array of token ids, and the same one token later, on the device.
-
-    With a seed, a pure function of (seed, step); without one, the seed is drawn from torch's
-    global generator. Raises InputError if the dataset is shorter than one window.
-    """
-    if seed is None:
-        seed = int(torch.randint(2**62, ()).item())
-    x, y = Split("dataset", dataset, 0).batch(step, batch_size, context_length, seed, sampling)
-    return to_device(x, torch.device(device)), to_device(y, torch.device(device))
