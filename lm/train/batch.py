@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lm.base.settings import Sampling
 from lm.data.batches import Split, TokenStream
 from lm.machine.device import to_device
+from lm.model.transformer import Ids
 
 
 def get_batch(
@@ -21,7 +20,7 @@ def get_batch(
     seed: int | None = None,
     step: int = 0,
     sampling: Sampling = "random",
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+) -> tuple[Ids, Ids]:
     """Return windows of a 1-D array of token ids, and the same one token later, on the device.
 
     With a seed, a pure function of (seed, step); without one, the seed is drawn from torch's

@@ -15,7 +15,7 @@ from typing import assert_never
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,14 +23,13 @@ from lm.base import rng
 from lm.base.settings import PARALLEL, Dtype, TrainConfig
 from lm.machine.device import autocast, compiled
 from lm.machine.processes import Processes
-from lm.model.transformer import TransformerLM
+from lm.model.transformer import Ids, TransformerLM
 from lm.train.diagnose import diagnose_nonfinite
 from lm.train.optim import gradient_clipping
 from lm.train.parallel import BatchGradients, LossOf, Replicated, Sharded, own_micro_batches
 from lm.train.recover import retry_with_smaller_micro_batches
 from lm.train.state import Record, TrainState
 
-Ids = Int[Tensor, "B T"]
 # model, x, y, weight of the loss -> loss, gradients of weight x loss by each parameter
 Gradients = Callable[[TransformerLM, Tensor, Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 
