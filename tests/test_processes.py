@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from socket import create_connection, create_server
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,23 @@ def test_who_tells_why_it_leaves_is_not_called_lost():
     assert str(told) == "rank 1: out of memory"
     assert isinstance(left, SystemExit)
     assert left.code == EnvironmentFault.exit_code
+
+
+def beside_a_tracker(processes):
+    """What a connection of another library still brings after those of torch have been broken."""
+    with create_server(("localhost", 0)) as server, create_connection(server.getsockname()) as ours:
+        theirs, _ = server.accept()
+        processes.with_own_group()  # made after the connection
+        processes.lost("Connection reset by peer")
+        with pytest.raises(RuntimeError):
+            processes.gather("word")
+        ours.sendall(b"loss 1.5")
+        with theirs:
+            return theirs.recv(8)
+
+
+def test_connections_of_other_libraries_outlive_those_of_the_processes():
+    assert together(2, beside_a_tracker) == [b"loss 1.5"] * 2
 
 
 def comparing(processes, parts):

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
+from stat import S_ISSOCK
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
@@ -53,7 +54,8 @@ class Processes:
         self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
         self.messages = None
         if store is not None:
-            self.messages = dist.new_group(backend="gloo", timeout=timeout)
+            with _recording_sockets():
+                self.messages = dist.new_group(backend="gloo", timeout=timeout)
 
     def with_own_group(self) -> "Processes":
         """Return the same processes in another group, for a thread of each to use."""
@@ -260,6 +262,28 @@ def _disconnect() -> None:
             dist.destroy_process_group()
 
 
+_of_groups: set[int] = set()  # the inodes of the sockets that torch opened for its groups
+
+
+def _sockets() -> dict[int, int]:
+    """Return the file descriptors of all sockets of this process, by inode."""
+    found = {}
+    for file in Path("/dev/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            status = os.fstat(int(file.name))
+            if S_ISSOCK(status.st_mode):
+                found[status.st_ino] = int(file.name)
+    return found
+
+
+@contextmanager
+def _recording_sockets() -> Iterator[None]:
+    """Record the sockets that are opened in this context; those of a tracker, say, are not ours."""
+    before = set(_sockets())
+    yield
+    _of_groups.update(_sockets().keys() - before)
+
+
 def _break_connections() -> None:
     """End the connections between the processes, so that those that wait for this one notice.
 
@@ -268,8 +292,10 @@ def _break_connections() -> None:
     """
     if dist.get_backend() != "gloo":
         return
-    for file in Path("/dev/fd").iterdir():
-        with suppress(OSError), socket(fileno=os.dup(int(file.name))) as connection:
+    for inode, descriptor in _sockets().items():
+        if inode not in _of_groups:
+            continue
+        with suppress(OSError), socket(fileno=os.dup(descriptor)) as connection:
             if connection.family in (AF_INET, AF_INET6):
                 ports = connection.getsockname()[1], connection.getpeername()[1]
                 if int(os.environ.get("MASTER_PORT", "0")) not in ports:
@@ -291,7 +317,10 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         if "RANK" in os.environ:
             store = next(rendezvous("env://", timeout=timeout))[0]
         store = PrefixStore(_agree_on_a_name(store, rank, size, timeout), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        with _recording_sockets():
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
+            )
         return Processes(rank, size, store, timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
