@@ -214,7 +214,7 @@ def exhausted(processes, model_config, config):
 def test_out_of_memory_each_says_what_its_share_can_be_cut_into(model_config, train_config):
     config = replace(train_config, parallel="ddp", batch_size=10)
     for rank, told in enumerate(outcomes(2, exhausted, model_config, config)):
-        assert f"rank {rank}: out of memory on cpu with 5 windows at a time" in str(told)
+        assert f"rank {rank}: out of memory on cpu with micro-batch size 5" in str(told)
         assert "try train.micro_batch_size: 1 or" in str(told)  # 2 does not divide 5
 
 

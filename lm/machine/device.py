@@ -207,7 +207,7 @@ def compiled(function: Function, device: torch.device) -> Function:
         except BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(
-                f"torch.compile: {reason}; mend the compiler {otherwise}"
+                f"torch.compile: {reason}; fix the compiler {otherwise}"
             ) from error
 
     return call  # type: ignore[return-value]
@@ -230,7 +230,7 @@ def no_compiling(device: torch.device) -> str | None:
 def no_loading(device: torch.device) -> str | None:
     """Return why what torch.compile builds cannot be loaded, with a remedy, or None if it can.
 
-    Build a library of one line in torch's folder for such, which takes some tenths of a second.
+    Build a library of one line in torch's cache folder, which takes some tenths of a second.
     """
     if device.type != "cpu":
         return None
@@ -241,7 +241,7 @@ def no_loading(device: torch.device) -> str | None:
     try:
         compiler = get_cpp_compiler()
     except RuntimeError:
-        return "no C++ compiler works; mend the one that CXX names, or g++"
+        return "no C++ compiler works; fix the one that CXX names, or g++"
     try:
         if " " in (folder := cache_dir()):
             return f"its folder must have no space ({folder}); {elsewhere}"
@@ -252,7 +252,7 @@ def no_loading(device: torch.device) -> str | None:
             built = subprocess.run(command, capture_output=True, text=True)
             if built.returncode != 0:
                 said = built.stderr.strip().partition("\n")[0]
-                return f"{compiler} fails ({said}); mend it"
+                return f"{compiler} fails ({said}); fix it"
             ctypes.CDLL(str(library))  # not where the folder is mounted noexec
     except OSError as error:
         said = str(error).partition("\n")[0]

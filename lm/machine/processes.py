@@ -1,10 +1,10 @@
-"""The processes that train one model together: how they meet, exchange and leave.
+"""The processes that train one model together: how they connect, exchange and leave.
 
     torchrun or stages.launch -- RANK, WORLD_SIZE, MASTER_ADDR --> joined --> Processes
 
 Each runs the same program on its share of every batch. They exchange whatever all must act on (a
-signal, a fault, a changed file), so that all leave at the same step. Only rank 0 speaks and writes.
-A rank that dies or hangs is named by those that waited for it.
+signal, a fault, a changed file), so that all leave at the same step. Only rank 0 prints and writes.
+The ranks that wait for one that dies or hangs report it by name.
 """
 
 import os
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """A process among its equals; one that is alone sends nothing and waits for nothing."""
+    """One of the processes of a run; a single one sends nothing and waits for nothing."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that speaks and writes."""
+        """Whether this is the one that prints and writes."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -132,14 +132,14 @@ class Processes:
                 self.store.set("reported", "")
 
     def begin_step(self, step: int) -> None:
-        """Record where this rank is, for the message of those that lose it."""
+        """Record the step of this rank, for the error of those that lose it."""
         if self.size > 1 and self.store is not None:
             self.store.set(f"at/{self.rank}", str(step))
 
     def lost(self, reason: str) -> EnvironmentFault | SystemExit:
         """Return the error to leave with after a connection broke: a fault on one rank alone.
 
-        Every rank that notices says so in the store and disconnects, so that the next one notices.
+        Each rank that notices records it in the store and disconnects, so that the next notices.
         The store is the launcher's; without a launcher it is rank 0's and ends with rank 0.
         """
         assert self.store is not None
@@ -214,8 +214,8 @@ def of_rank(rank: int, fault: Exception) -> Exception:
 def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Processes]:
     """Join the processes that torchrun started; a process without others is alone.
 
-    Raises InputError for several processes with train.parallel = none, EnvironmentFault if they do
-    not find each other in `timeout_s` seconds. Rank 0 alone reports a fault that all ranks raise.
+    Raises InputError for several processes with train.parallel = none, EnvironmentFault if they
+    cannot connect within `timeout_s` seconds. Rank 0 alone reports a fault that all ranks raise.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if not PARALLEL[parallel].several:
@@ -324,7 +324,9 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         return Processes(rank, size, store, timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
-        raise EnvironmentFault(f"rank {rank}: the {size} processes do not meet: {said}") from None
+        raise EnvironmentFault(
+            f"rank {rank}: the {size} processes cannot connect: {said}"
+        ) from None
 
 
 def _agree_on_a_name(store: Store, rank: int, size: int, timeout: timedelta) -> str:
@@ -348,7 +350,7 @@ def _agree_on_a_name(store: Store, rank: int, size: int, timeout: timedelta) -> 
             if me in store.get(f"{name}/list").decode():
                 return name
         time.sleep(0.1)
-    raise RuntimeError("rank 0 does not come")
+    raise RuntimeError("rank 0 did not answer")
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:

@@ -24,7 +24,7 @@ class Sums:
     nats: NDArray[np.float64]  # (T,), by position in the window
     counts: NDArray[np.int64]  # (T,)
     n_bytes: int  # of the targets' text; 0 if not asked for
-    # (3, 15): the most probable tokens by bin of their probability: count, sum, count of right ones
+    # (3, 15): the most probable tokens by bin of their probability: count, sum, count of correct
     first_guesses: NDArray[np.float64]
 
     def __add__(self, other: "Sums") -> "Sums":

@@ -153,7 +153,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def _orthogonalise_shared(updates: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Do the same where each process has rows of each matrix: each process takes a whole one."""
+    """Orthogonalise matrices whose rows are spread over processes: each gathers whole ones."""
     size, directions = group_of(like).size(), []
     for first in range(0, len(updates), size):
         some = updates[first : first + size]

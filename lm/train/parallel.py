@@ -33,8 +33,8 @@ class BatchGradients:
     def __init__(self, model: TransformerLM, tree: bool) -> None:
         self.model, self.tree, self.sums = model, tree, PairwiseSum()
         self.forward = Stopwatch(model.head.device)  # shows which of several processes is slow
-        self.watching, self.spoilt = False, False
-        self.alternating = False  # whether processes take micro-batches in turn
+        self.watching, self.nonfinite = False, False
+        self.alternating = False  # processes take micro-batches in turn
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """Run a micro-batch (B, T) forward and backward; return its loss, in nats.
@@ -46,7 +46,7 @@ class BatchGradients:
     def watch(self, gradients: Tensor) -> None:
         """Record whether this process's own gradients are not finite, before they are summed."""
         if self.watching:
-            self.spoilt |= not bool(gradients.isfinite().all())
+            self.nonfinite |= not bool(gradients.isfinite().all())
 
 
 class PairwiseSum:
@@ -56,7 +56,7 @@ class PairwiseSum:
         self.parts: list[tuple[int, list[Tensor]]] = []  # terms and their sum, the largest first
 
     def add(self, term: list[Tensor]) -> None:
-        """Add the next term, whose memory is used again."""
+        """Add the next term, whose memory is reused."""
         count = 1
         while self.parts and self.parts[-1][0] == count:
             _, before = self.parts.pop()
@@ -115,7 +115,7 @@ class Replicated(BatchGradients):
         self.laid_out = tree or processes.size <= 2  # a + b needs no order
 
     def _lay_out(self, x: Tensor, y: Tensor) -> None:
-        """Run a backward pass that does not count, after which DDP lays its buckets out anew.
+        """Run a backward pass and drop its gradients: DDP rebuilds its buckets after the first one.
 
         A ring adds in an order that depends on a number's place in its bucket: without this, the
         first step of a resumed run would add in another order than an uninterrupted one.

@@ -1,4 +1,4 @@
-"""Go on after a failed step: with smaller micro-batches, or without the step."""
+"""Recover from a failed step: repeat it with smaller micro-batches, or skip it."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Step = Callable[Concatenate[TrainState, TrainConfig, ...], Any]
 
 
 def retry_with_smaller_micro_batches(compute: Step) -> Step:
-    """Make a function start again with a lower micro-batch size when it runs out of memory."""
+    """Make a function repeat itself with a lower micro-batch size when it runs out of memory."""
 
     @wraps(compute)
     def retrying(state: TrainState, config: TrainConfig, *batch: Any) -> Any:
@@ -44,16 +44,16 @@ def lower_micro_batch_size(state: TrainState, config: TrainConfig) -> None:
     if config.micro_batch_size is not None or fewer is None or together:
         smaller = f"train.micro_batch_size: {fewer}" if fewer else "a smaller model"
         raise EnvironmentFault(
-            f"out of memory on {device} with {count(before, 'window')} at a time; try {smaller} "
-            "or train.gradient_checkpointing: true"
+            f"out of memory on {device} with micro-batch size {before}; try {smaller} or "
+            "train.gradient_checkpointing: true"
         )
     state.micro_batch_size = fewer
     state.optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     say(
-        f"Out of memory on {device} with {count(before, 'window')} at a time: step "
-        f"{state.step + 1} again and the rest with {fewer}"
+        f"Out of memory on {device} with micro-batch size {before}: repeating step "
+        f"{state.step + 1}, from now on with {fewer}"
     )
 
 
