@@ -19,7 +19,8 @@ from typing import get_args
 import numpy as np
 import torch
 
-from lm.base.config import load_params, read_section
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.base.settings import Sampling
 from lm.data.batches import Split, open_tokens
 from lm.data.shards import ShardWriter, token_dtype, write_manifest

@@ -11,9 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.base.config import RuntimeConfig, load_params, read_section
 from lm.base.errors import InputError, one_line_errors
-from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig, share_of_batch
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import (
+    CorpusConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RuntimeConfig,
+    TrainConfig,
+    share_of_batch,
+)
 from lm.data.tokenizer import TokenizerConfig
 from lm.export.card import ExportConfig
 from lm.prepare.sources import DataConfig, find_sources

@@ -6,11 +6,10 @@ With corpus.source = grammar also beside the grammar's entropy, the floor for an
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.files import atomic_write, sha256_file, write_json
 from lm.base.runs import remove_finished, run_folder
-from lm.base.settings import CorpusConfig, EvaluateConfig
+from lm.base.settings import CorpusConfig, EvaluateConfig, RuntimeConfig
 from lm.base.shapes import read_result
 from lm.base.tables import remarks_on
 from lm.data.batches import open_tokens

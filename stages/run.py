@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import lm
-from lm.base.config import Config, add_overrides, load_params, read_section
 from lm.base.console import changes, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
+from lm.base.params import add_overrides, load_params
+from lm.base.sections import Config, read_section
 from stages import CODE, EXECUTED, ROOT
 
 PARAMS = Path("params.yaml")
@@ -48,7 +49,7 @@ class Inputs:
         self._last_edits = ""  # and what differed in them
 
     def section(self, kind: type[Config], name: str, **derived: Any) -> Config:
-        """Return a section of params.yaml as its dataclass; see lm.base.config.read_section."""
+        """Return a section of params.yaml as its dataclass; see lm.base.sections.read_section."""
         return read_section(kind, self.params, name, str(PARAMS), **derived)
 
     def watch(self, *paths: Path) -> None:

@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import assert_never
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import say
+from lm.base.settings import RuntimeConfig
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.prepare.documents import split_documents
 from lm.prepare.foreign import foreign_tokenizer, from_tiktoken

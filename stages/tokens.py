@@ -8,9 +8,9 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.files import atomic_write, sha256_json, write_json
+from lm.base.settings import RuntimeConfig
 from lm.base.tables import data_table
 from lm.data.shards import MANIFEST
 from lm.prepare.collect import collect, files_table

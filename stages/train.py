@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.files import sha256_file
-from lm.base.settings import TrainConfig, share_of_batch
+from lm.base.settings import RuntimeConfig, TrainConfig, share_of_batch
 from lm.data.batches import Tokens, open_tokens
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.device import choose_device, describe, environment, prepare

@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from lm.base.config import load_params
 from lm.base.errors import InputError
+from lm.base.params import load_params
 from lm.plan import page
 from stages.check import check
 from tests.kill import ran, run, versioned

@@ -22,9 +22,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lm.base.config import read_section
 from lm.base.errors import InputError
 from lm.base.files import write_json
+from lm.base.sections import read_section
 from lm.data.tokenizer import byte_tokenizer, load_tokenizer
 from lm.evaluate.samples import Sample, samples_as_markdown
 from lm.export.agreement import compared

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lm.base.config import load_params
+from lm.base.params import load_params
 from lm.model.transformer import ModelConfig, TransformerLM
 from tests.project import ROOT, SMOKE
 from tools import settings

@@ -21,10 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scale
-from lm.base.config import read_section
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.runs import run_folder
-from lm.base.settings import EvaluateConfig, share_of_batch
+from lm.base.sections import read_section
 from lm.data.batches import Split
 from lm.evaluate.metrics import require_logits_fit
 from lm.machine.device import autocast
@@ -291,13 +290,14 @@ PEAK = """
 import sys, numpy as np, torch
 from dataclasses import replace
 from pathlib import Path
-from lm.base.config import load_params, read_section
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.machine.device import prepare
 from lm.machine.gauges import peak_memory_bytes
 from lm.model.transformer import ModelConfig
 from lm.plan.plan import make_plan
 from lm.data.batches import Split
-from lm.base.settings import TrainConfig
+from lm.base.settings import EvaluateConfig, TrainConfig, share_of_batch
 from lm.train.loop import train
 from lm.train.state import new_state
 device = torch.device("cpu")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lm import demo
-from lm.base.config import load_params, read_section
 from lm.base.errors import InputError
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.base.settings import EvaluateConfig
 from lm.data.batches import Split
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer

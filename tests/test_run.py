@@ -16,9 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lm.base.config import RuntimeConfig, load_params, read_section
 from lm.base.errors import Diverged, InputError
 from lm.base.migrations import ADDED
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import RuntimeConfig
 from lm.data.batches import Split, Tokens
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.transformer import ModelConfig

@@ -21,11 +21,11 @@ from dvc_data.hashfile.db import HashFileDB
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lm.base.config import read_section
 from lm.base.console import count, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
 from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES
+from lm.base.sections import read_section
 from lm.data.batches import open_tokens
 from lm.data.tokenizer import load_tokenizer
 from lm.machine.device import choose_device, environment, make_deterministic

@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.base.config import Bound
 from lm.base.errors import InputError
 from lm.base.files import read_json, write_json, writing
+from lm.base.sections import Bound
 from lm.base.shapes import COUNT, SOME, TEXT, require_shape
 
 FORMAT = 2

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm.base.config import add_overrides, load_params, read_section
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write, require_file, sha256_file, to_json
+from lm.base.params import add_overrides, load_params
+from lm.base.sections import read_section
 from lm.base.shapes import SHAPES, read_result, require_shape
 from lm.data.tokenizer import Tokenizer
 from lm.export.agreement import compared

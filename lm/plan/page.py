@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm.base.config import RuntimeConfig, add_overrides, load_params, read_section
 from lm.base.console import count, duration, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
-from lm.base.settings import ModelConfig, TrainConfig
+from lm.base.params import add_overrides, load_params
+from lm.base.sections import read_section
+from lm.base.settings import ModelConfig, RuntimeConfig, TrainConfig
 from lm.data.shards import read_manifest
 from lm.data.tokenizer import byte_tokenizer
 from lm.machine.device import choose_device, describe, prepare

@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NamedTuple
 
-from lm.base.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.base.errors import InputError
+from lm.base.sections import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.prepare import listing
 from lm.prepare.records import ReadOptions
 

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lm.base.config import NOT_NEGATIVE, Count, read_section
 from lm.base.errors import InputError
+from lm.base.sections import NOT_NEGATIVE, Count, read_section
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import cut_like, whole
 from lm.model.fitting import Stored, as_stored, finite_keys, require_finite, require_weights

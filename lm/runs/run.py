@@ -17,12 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import Progress, say
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.base.files import atomic_write, sha256_file, write_json
 from lm.base.runs import clock_file, run_folder
-from lm.base.settings import TrainConfig
+from lm.base.settings import RuntimeConfig, TrainConfig
 from lm.base.signals import CatchSignals
 from lm.data.tokenizer import Tokenizer
 from lm.plan.forecast import Forecast

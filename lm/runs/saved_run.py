@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-from lm.base.config import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, Bound, Count, read_section
 from lm.base.errors import InputError
 from lm.base.migrations import ADDED, migrated
+from lm.base.sections import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, Bound, Count, read_section
 from lm.runs.checkpoint import Extra, read_extra
 
 Number = Annotated[int, NOT_NEGATIVE]

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lm.base.config import load_params
 from lm.base.console import count
 from lm.base.errors import InputError, one_line_errors
+from lm.base.params import load_params
 from stages.run import PARAMS
 from tools.experiments.compare import report, write
 from tools.experiments.read import CODE, SEED, TEXT, Experiment
