@@ -174,7 +174,7 @@ def _check_all_settings(params: Params, stage: str) -> None:
 def _check(params: Params, stage: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the stage reports the interruption
     with one_line_errors():
-        importlib.import_module("stages.check").check(params, str(PARAMS), stage)
+        importlib.import_module("lm.check").check(params, str(PARAMS), stage)
 
 
 def _files(path: Path) -> list[Path]:

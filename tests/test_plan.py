@@ -33,6 +33,7 @@ from lm.machine.sharded_tensors import local
 from lm.model.transformer import TransformerLM
 from lm.plan import forecast
 from lm.plan import plan as planning
+from lm.plan.__main__ import main
 from lm.plan.footprint import (
     activations,
     communication,
@@ -41,7 +42,7 @@ from lm.plan.footprint import (
     peak_memory,
 )
 from lm.plan.forecast import calibrate
-from lm.plan.page import main, table
+from lm.plan.page import table
 from lm.plan.plan import (
     Plan,
     compiling,

@@ -17,7 +17,8 @@ from lm.base.settings import EvaluateConfig
 from lm.data.batches import Split
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.plan.page import main, table
+from lm.plan.__main__ import main
+from lm.plan.page import table
 from lm.plan.plan import make_plan
 from lm.prepare.documents import cut_into_shards
 from lm.prepare.sources import DataConfig
