@@ -78,7 +78,7 @@ def test_the_wings_are_those_of_the_page():
 @pytest.mark.parametrize("file", FILES)
 def test_imports_only_go_to_earlier_wings(file):
     above = WINGS.index("stages")
-    order = ["lm/__init__.py", *WINGS[:above], *ABOVE_LM, *WINGS[above:]]
+    order = [WINGS[0], "lm/__init__.py", *WINGS[1:above], *ABOVE_LM, *WINGS[above:]]
     a_command = re.fullmatch(r"lm/\w+/__main__\.py", file)
     from_wing = ABOVE_LM[-1] if a_command else wing(file)
     by_name = re.findall(r'import_module\("(\w[\w.]*)"', (ROOT / file).read_text())
@@ -94,6 +94,13 @@ def test_a_wing_says_its_one_job_in_five_lines(name):
     assert text.count("\n") <= 5
     (begin,) = re.findall(r"Begin with (\w+\.py)", text)
     assert (ROOT / name / begin).is_file()
+
+
+def test_every_page_says_the_same_beginning():
+    files = "lm/train/loop.py, then lm/train/step.py, then lm/model/transformer.py"
+    for page in ("README.md", "docs/ARCHITECTURE.md", "lm/__init__.py"):
+        text = " ".join((ROOT / page).read_text().replace("`", "").split())
+        assert f"Begin with {files}" in text, page
 
 
 def test_readme_names_every_wing():
