@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from lm.base.errors import InputError
 from lm.base.files import read_json, write_json, writing
+from lm.base.result_files import COUNT, SOME, TEXT, require_shape
 from lm.base.sections import Bound
-from lm.base.shapes import COUNT, SOME, TEXT, require_shape
 
 FORMAT = 2
 MANIFEST = "tokens.json"

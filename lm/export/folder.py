@@ -20,8 +20,8 @@ from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write, require_file, sha256_file, to_json
 from lm.base.params import add_overrides, load_params
+from lm.base.result_files import SHAPES, read_result, require_shape
 from lm.base.sections import read_section
-from lm.base.shapes import SHAPES, read_result, require_shape
 from lm.data.tokenizer import Tokenizer
 from lm.export.agreement import compared
 from lm.export.card import MARK, ExportConfig, Results, card
