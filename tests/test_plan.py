@@ -517,7 +517,7 @@ def test_what_ddp_a_tree_and_muon_send_by_hand(model_config, train_config):
     # 12, 6 and 3 matrices of a shape are 3, 2 and 1 rounds, in each of which a process sends four
     # fifths of a matrix, in float32 as rows of all and in bfloat16 of the one that it has had
     numbers = 3 * 64 + 2 * 192 + 1 * 192
-    assert tree["all-to-all of Muon"] == pytest.approx(4 / 5 * (4 + 2) * numbers)
+    assert tree["all-to-all of muon"] == pytest.approx(4 / 5 * (4 + 2) * numbers)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

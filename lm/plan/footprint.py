@@ -201,7 +201,7 @@ def peak_memory(
     written, what its heap cannot use again, `base_bytes` and, if it compiles, the compiler.
 
     Under fsdp each process holds a share of weights and optimizer state, and, one after the other,
-    whole blocks: see _gathered. In the end the first process also puts the state together, in the
+    whole blocks: see _root_and_block. In the end the first process also puts the state together, in the
     memory of its host. Rows that do not divide are not shared evenly: with few rows to a process
     the first ones hold up to a row of each matrix more.
     """
@@ -332,5 +332,5 @@ def communication(
             rows * columns * -(-count // num_processes)
             for (rows, columns), count in _shapes(model).items()
         )
-        sent["all-to-all of Muon"] = others * (4.0 + 2.0) * numbers
+        sent[f"all-to-all of {config.optimizer}"] = others * (4.0 + 2.0) * numbers
     return sent
