@@ -28,6 +28,7 @@ from lm.runs.checkpoint import read_extra
 from lm.runs.pace import Pace
 from lm.runs.publish import publishing
 from lm.runs.run import Run
+from lm.runs.saved_run import Best
 from lm.train.loop import fit, train, validation_loss
 from lm.train.state import new_state
 from lm.train.step import TrainConfig
@@ -221,7 +222,7 @@ def test_a_continued_run_takes_the_best_of_the_run_it_continues_and_no_other(set
         with Run(state, longer, runtime, MADE_OF, tmp_path / "unfinished", last) as run:
             return run.logbook.best, (run.directory.path(6)).read_bytes()
 
-    assert continue_run() == ({"valid_loss": 1.0, "step": 6, "misses": 0}, best)
+    assert continue_run() == (Best(valid_loss=1.0, step=6, misses=0), best)
     for name in (
         "best.safetensors",
         "best.json",

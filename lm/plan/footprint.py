@@ -201,9 +201,9 @@ def peak_memory(
     written, what its heap cannot use again, `base_bytes` and, if it compiles, the compiler.
 
     Under fsdp each process holds a share of weights and optimizer state, and, one after the other,
-    whole blocks: see _root_and_block. In the end the first process also puts the state together, in the
-    memory of its host. Rows that do not divide are not shared evenly: with few rows to a process
-    the first ones hold up to a row of each matrix more.
+    whole blocks: see _root_and_block. In the end the first process also puts the state together, in
+    the memory of its host. Rows that do not divide are not shared evenly: with few rows to a
+    process the first ones hold up to a row of each matrix more.
     """
     N, a = micro_batch_size * model.context_length, DTYPE_BYTES[config.dtype]
     on_cpu, fsdp = device.type == "cpu", config.parallel == "fsdp"

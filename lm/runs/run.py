@@ -30,7 +30,7 @@ from lm.runs.pace import Pace
 from lm.runs.publish import publish, write_metrics
 from lm.runs.resume import continue_from, report_others, require_continuable, resume
 from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints
-from lm.runs.saved_run import Identity, read_run
+from lm.runs.saved_run import Identity, read_saved_run
 from lm.train.loop import due
 from lm.train.state import Record, TrainState
 
@@ -139,7 +139,7 @@ class Run:
         """Whether this step must be saved: at the interval, a new best, the end, or a signal."""
         step = self.state.step
         at_interval = due(step, self.runtime.checkpoint_interval)
-        new_best = self.logbook.best["step"] == step
+        new_best = self.logbook.best.step == step
         return at_interval or new_best or self.finished or self.agreed_signal is not None
 
     def save(self) -> None:
@@ -194,5 +194,5 @@ class Run:
         for path, fault in kept_checkpoints(self.directory.folder):
             with suppress(InputError):
                 if fault is None:
-                    return f"step {read_run(path)['iteration']}"
+                    return f"step {read_saved_run(path).step}"
         return "no checkpoint yet"
