@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.base.errors import InputError
+from lm.base.paths import OWN_TOKENIZERS, PRETRAINED, RAW
 from lm.base.sections import read_section
 from lm.base.settings import (
     CorpusConfig,
@@ -23,8 +24,6 @@ from lm.base.settings import (
 from lm.data.tokenizer import TokenizerConfig
 from lm.export.card import ExportConfig
 from lm.prepare.sources import DataConfig, find_sources
-
-RAW = Path("data/raw")  # the text of stage corpus
 
 
 def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") -> None:
@@ -42,7 +41,7 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
     runtime = read_section(RuntimeConfig, params, "runtime", where)
     share_of_batch(train, runtime.num_processes)
     path = Path(data.path)
-    raw = path.is_relative_to(RAW)
+    raw = path.is_relative_to(RAW)  # the text of stage corpus
     if corpus.source == "grammar" and not (raw and data.split == "hash"):
         raise InputError(
             f"corpus.source = grammar: needs data.path: {RAW} and data.split: hash, found "
@@ -68,13 +67,13 @@ def _dvc_makes(path: Path) -> bool:
 
 
 def _require_tokenizer(config: TokenizerConfig) -> None:
-    file = Path("data/tokenizers", str(config.source))
+    file = OWN_TOKENIZERS / str(config.source)
     if config.kind == "file" and not file.exists():
         raise InputError(f"{file}: no such file; copy it there (tokenizer.source names it)")
 
 
 def _require_weights(config: TrainConfig) -> None:
-    folder = Path("models/pretrained", str(config.init_from))
+    folder = PRETRAINED / str(config.init_from)
     if config.init_from is not None and not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; copy the model's there (train.init_from names it)"

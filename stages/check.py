@@ -2,8 +2,8 @@
 
 from lm.base.errors import one_line_errors
 from lm.base.params import load_params
+from lm.base.paths import PARAMS
 from lm.check import check
-from stages.run import PARAMS
 
 if __name__ == "__main__":
     with one_line_errors():

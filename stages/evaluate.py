@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lm.base.console import say
 from lm.base.files import atomic_write, sha256_file, write_json
+from lm.base.paths import METRICS, MODEL, TOKENS
 from lm.base.result_files import read_result
 from lm.base.runs import remove_finished, run_folder
 from lm.base.settings import CorpusConfig, EvaluateConfig, RuntimeConfig
@@ -37,8 +38,7 @@ PLACES = {
     "Samples": "metrics/samples.md",
     "Report": "metrics/report.html   open it in a browser",
 }
-MODEL, TOKENS, RESULTS = Path("models/model"), Path("data/tokens"), Path("metrics")
-TRAIN = RESULTS / "train.json"  # a model of others comes without
+TRAIN = METRICS / "train.json"  # a model of others comes without
 POSITIONS = ("position", "loss_nats")
 CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
 
@@ -68,14 +68,14 @@ def evaluate_stage(inputs: Inputs) -> None:
     stops_early = provenance["train"].get("early_stopping") is not None
     remarks = remarks_on(metrics, baselines, training, stops_early)
     inputs.check()
-    write_json(RESULTS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
-    write_csv(RESULTS / "loss_by_position.csv", POSITIONS, loss_by_position(sums))
-    write_csv(RESULTS / "calibration.csv", CALIBRATION, calibration(sums))
-    write_json(RESULTS / "samples.json", [sample._asdict() for sample in samples])
-    atomic_write(RESULTS / "samples.md", samples_as_markdown(samples).encode())
-    atomic_write(RESULTS / "held_out.json", excerpt_json(held_out))
+    write_json(METRICS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
+    write_csv(METRICS / "loss_by_position.csv", POSITIONS, loss_by_position(sums))
+    write_csv(METRICS / "calibration.csv", CALIBRATION, calibration(sums))
+    write_json(METRICS / "samples.json", [sample._asdict() for sample in samples])
+    atomic_write(METRICS / "samples.md", samples_as_markdown(samples).encode())
+    atomic_write(METRICS / "held_out.json", excerpt_json(held_out))
     page = summary(metrics, baselines, samples[0], PLACES, remarks)
-    atomic_write(RESULTS / "summary.md", page.encode())
+    atomic_write(METRICS / "summary.md", page.encode())
     say(
         f"Validation loss {metrics['loss_nats']:.4f} nats per token "
         f"(bigram {baselines['bigram']:.4f}), {metrics['bits_per_byte']:.4f} bits per byte"

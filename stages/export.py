@@ -1,7 +1,8 @@
 """Stage export: models/model/ as a folder that Hugging Face opens, with its model card."""
 
+from lm.base.paths import CORPUS, HUGGINGFACE, MODEL
 from lm.export.card import TEMPLATE, ExportConfig
-from lm.export.folder import CORPUS, MEASURED, MODEL, OUT, export, read_results, write
+from lm.export.folder import MEASURED, export, read_results, write
 from stages.run import Inputs, run
 
 
@@ -12,7 +13,7 @@ def export_stage(inputs: Inputs) -> None:
     results = read_results(str(inputs.params["data"]["path"]))
     folder = export(MODEL, config, results)
     inputs.check()
-    write(folder, OUT)
+    write(folder, HUGGINGFACE)
 
 
 if __name__ == "__main__":

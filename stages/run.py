@@ -19,10 +19,10 @@ from lm.base.console import changes, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
 from lm.base.params import add_overrides, load_params
+from lm.base.paths import PARAMS
 from lm.base.sections import Config, read_section
 from stages import CODE, EXECUTED, ROOT
 
-PARAMS = Path("params.yaml")
 # outside of the outputs, which DVC deletes; in a temporary workspace DVC_ROOT is the main project
 SCRATCH = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp")
 UNFINISHED = SCRATCH / "lm-resume"

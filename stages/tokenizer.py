@@ -3,10 +3,10 @@
 from collections import Counter
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import assert_never
 
 from lm.base.console import say
+from lm.base.paths import OWN_TOKENIZERS, TOKENIZER
 from lm.base.settings import RuntimeConfig
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.prepare.documents import split_documents
@@ -17,7 +17,6 @@ from lm.prepare.sources import DataConfig, find_files
 from lm.prepare.workers import number_of_workers
 from stages.run import Inputs, run
 
-TOKENIZER, OWN_TOKENIZERS = Path("data/tokenizer"), Path("data/tokenizers")
 TRIED = 200  # documents on which a tokenizer from elsewhere is tried
 
 

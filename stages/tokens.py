@@ -6,10 +6,10 @@ the shards, then `dvc repro tokens`, or `--merge`, collects them.
 
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 from lm.base.console import say
 from lm.base.files import atomic_write, sha256_json, write_json
+from lm.base.paths import METRICS, TOKENIZER, TOKENS
 from lm.base.settings import RuntimeConfig
 from lm.base.tables import data_table
 from lm.data.shards import MANIFEST
@@ -26,8 +26,6 @@ from lm.prepare.encode_shards import (
 from lm.prepare.sources import DataConfig, find_files, find_sources
 from lm.prepare.workers import number_of_workers
 from stages.run import SCRATCH, Inputs, run
-
-TOKENIZER, TOKENS, RESULTS = Path("data/tokenizer"), Path("data/tokens"), Path("metrics")
 
 
 def tokens(inputs: Inputs) -> None:
@@ -54,9 +52,9 @@ def tokens(inputs: Inputs) -> None:
     job, done = encode_all(job, shards, num_workers)
     inputs.check()
     report = collect(TOKENS, job, tokenizer, shards, done)
-    write_json(RESULTS / "data.json", report)
+    write_json(METRICS / "data.json", report)
     tables = f"{data_table(report)}\n{files_table(shards, left_out)}"
-    atomic_write(RESULTS / "data.md", tables.encode())
+    atomic_write(METRICS / "data.md", tables.encode())
     drop_unused(job.kept, {shard["key"] for shard in done})
     say(tables)
 

@@ -9,6 +9,7 @@ import torch
 
 from lm.base.console import say
 from lm.base.files import sha256_file
+from lm.base.paths import METRICS, MODELS, PRETRAINED, TOKENIZER, TOKENS
 from lm.base.settings import RuntimeConfig, TrainConfig, share_of_batch
 from lm.data.batches import Tokens, open_tokens
 from lm.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,9 +30,6 @@ from lm.train.loop import fit
 from lm.train.state import Record, TrainState, new_state
 from stages.launch import launch, launched
 from stages.run import UNFINISHED, Inputs, run
-
-TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
-MODELS, METRICS, PRETRAINED = Path("models"), Path("metrics"), Path("models/pretrained")
 
 
 def train_stage(inputs: Inputs) -> None:

@@ -88,6 +88,15 @@ def test_imports_only_go_to_earlier_wings(file):
         assert not imported.endswith("/__main__.py")
 
 
+def test_in_lm_only_command_lines_and_checks_of_settings_know_paths():
+    knowing = {f for f in FILES if f[:3] == "lm/" and "lm.base.paths" in imports(ROOT / f)}
+    others = {f for f in knowing if "def main(" not in (ROOT / f).read_text()}
+    assert others == {"lm/check.py", "lm/prepare/sources.py"}
+    places = re.compile(r'Path\(f?"(data|models|metrics|params)\b')
+    files = [f for f in FILES if f[:3] == "lm/" or wing(f) == "stages"]
+    assert [f for f in files if places.search((ROOT / f).read_text())] == ["lm/base/paths.py"]
+
+
 @pytest.mark.parametrize("name", [name for name in WINGS if name.startswith("lm/")])
 def test_a_wing_says_its_one_job_in_five_lines(name):
     text = (ROOT / name / "__init__.py").read_text()

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from lm.base.console import count, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
+from lm.base.paths import BEST, LAST, MODEL, PRETRAINED, TOKENIZER, TOKENS
 from lm.base.sections import read_section
 from lm.data.batches import open_tokens
 from lm.data.tokenizer import load_tokenizer
@@ -44,11 +45,6 @@ from lm.train.step import TrainConfig
 from stages.run import UNFINISHED
 from tools.lock import LOCK, recorded_hashes, stages_of
 from tools.repository import opened
-
-TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
-MODEL, PRETRAINED = Path("models/model"), Path("models/pretrained")
-LAST = Path("models/checkpoints/last.safetensors")
-BEST = Path("models/checkpoints/best.safetensors")
 
 
 def recorded_faults(repo: Repo) -> Iterator[str]:

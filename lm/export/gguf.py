@@ -17,6 +17,7 @@ from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, TokenType, get_tensor_na
 
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
+from lm.base.paths import MODEL
 from lm.data.tokenizer import GPT2_PATTERN, Tokenizer
 from lm.model.huggingface import model_type, not_stock, stock_weights
 from lm.model.model_folder import load_model, replacing
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m lm.export.gguf", description=about)
-    parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
     parser.add_argument("--out", type=Path, default=Path("model.gguf"), help="the file to write")
     options = parser.parse_args(arguments)
     with one_line_errors():

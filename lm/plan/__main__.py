@@ -13,10 +13,11 @@ from typing import Any
 from lm.base.console import say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.params import add_overrides, load_params
+from lm.base.paths import PARAMS, TOKENS
 from lm.base.sections import read_section
 from lm.base.settings import ModelConfig, RuntimeConfig, TrainConfig
 from lm.check import check
-from lm.data.shards import read_manifest
+from lm.data.shards import MANIFEST, read_manifest
 from lm.data.tokenizer import byte_tokenizer
 from lm.machine.device import choose_device, describe, prepare
 from lm.plan.forecast import announce, calibrate
@@ -34,17 +35,17 @@ def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
         return byte_tokenizer().vocab_size
     if tokenizer.get("kind") == "bpe":
         return int(tokenizer["vocab_size"])
-    manifest = Path("data/tokens/tokens.json")
+    manifest = TOKENS / MANIFEST
     if not manifest.is_file():
         raise InputError(f"{manifest}: no such file; the vocabulary is known from the stage tokens")
-    return int(read_manifest(manifest.parent)["vocab_size"])
+    return int(read_manifest(TOKENS)["vocab_size"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m lm.plan", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="a preset")
+    add("--params", type=Path, default=PARAMS, metavar="FILE", help="a preset")
     add_overrides(parser)
     add("--price", type=float, metavar="EUR_PER_HOUR", help="of all machines")
     add("--bandwidth", type=float, metavar="GB_PER_S", help="that each of several processes sends")
