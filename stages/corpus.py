@@ -16,12 +16,12 @@ from lm.base.paths import CORPUS, RAW
 from lm.base.settings import CorpusConfig
 from lm.corpus.grammar import STORIES, stories
 from lm.corpus.packages import python_sources
-from stages.run import Inputs, run
+from stages.run import Inputs, run_stage
 
 STORIES_FILE, STORIES_SEED = "grammar.jsonl", 0
 
 
-def corpus(inputs: Inputs) -> None:
+def corpus_stage(inputs: Inputs) -> None:
     """Write data/raw/*.jsonl and data/corpus.json."""
     config = inputs.section(CorpusConfig, "corpus")
     _refuse_strangers()
@@ -114,4 +114,4 @@ def _refuse_strangers() -> None:
 
 
 if __name__ == "__main__":
-    run(corpus, ["corpus", "data"])
+    run_stage(corpus_stage, ["corpus", "data"])

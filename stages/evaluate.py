@@ -17,18 +17,13 @@ from lm.data.batches import open_tokens
 from lm.evaluate.baselines import baseline_losses_nats
 from lm.evaluate.excerpt import excerpt, excerpt_json
 from lm.evaluate.floor import floor
-from lm.evaluate.metrics import (
-    calibration,
-    finite_metrics,
-    loss_by_position,
-    require_logits_fit,
-)
+from lm.evaluate.metrics import calibration, finite_metrics, loss_by_position, require_logits_fit
 from lm.evaluate.samples import draw_samples, samples_as_markdown, summary
 from lm.generate.decoder import COMPARED, require_same_logits
 from lm.machine.device import choose_device, make_deterministic
 from lm.model.loss import evaluate
 from lm.model.model_folder import load_model, read_provenance
-from stages.run import UNFINISHED, Inputs, run
+from stages.run import UNFINISHED, Inputs, run_stage
 
 PLACES = {
     "Model": "models/model/         python -m lm.generate --prompt 'def '",
@@ -91,4 +86,4 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[int | 
 
 
 if __name__ == "__main__":
-    run(evaluate_stage, ["corpus", "evaluate", "runtime"])
+    run_stage(evaluate_stage, ["corpus", "evaluate", "runtime"])

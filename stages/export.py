@@ -3,7 +3,7 @@
 from lm.base.paths import CORPUS, HUGGINGFACE, MODEL
 from lm.export.card import TEMPLATE, ExportConfig
 from lm.export.folder import MEASURED, export, read_results, write
-from stages.run import Inputs, run
+from stages.run import Inputs, run_stage
 
 
 def export_stage(inputs: Inputs) -> None:
@@ -17,4 +17,4 @@ def export_stage(inputs: Inputs) -> None:
 
 
 if __name__ == "__main__":
-    run(export_stage, ["data", "export"])
+    run_stage(export_stage, ["data", "export"])

@@ -130,7 +130,7 @@ def _changed(what: Path | str) -> InputError:
     )
 
 
-def run(
+def run_stage(
     stage: Callable[[Inputs], None],
     sections: list[str],
     *extra_arguments: tuple[str, dict[str, Any]],

@@ -15,12 +15,12 @@ from lm.prepare.learn import train_bpe_large
 from lm.prepare.learning_sample import learning_sample
 from lm.prepare.sources import DataConfig, find_files
 from lm.prepare.workers import number_of_workers
-from stages.run import Inputs, run
+from stages.run import Inputs, run_stage
 
 TRIED = 200  # documents on which a tokenizer from elsewhere is tried
 
 
-def tokenizer(inputs: Inputs) -> None:
+def tokenizer_stage(inputs: Inputs) -> None:
     """Write data/tokenizer/."""
     config = inputs.section(TokenizerConfig, "tokenizer")
     data = inputs.section(DataConfig, "data")
@@ -51,4 +51,4 @@ def tokenizer(inputs: Inputs) -> None:
 
 
 if __name__ == "__main__":
-    run(tokenizer, ["data", "tokenizer", "runtime"])
+    run_stage(tokenizer_stage, ["data", "tokenizer", "runtime"])

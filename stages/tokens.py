@@ -25,10 +25,10 @@ from lm.prepare.encode_shards import (
 )
 from lm.prepare.sources import DataConfig, find_files, find_sources
 from lm.prepare.workers import number_of_workers
-from stages.run import SCRATCH, Inputs, run
+from stages.run import SCRATCH, Inputs, run_stage
 
 
-def tokens(inputs: Inputs) -> None:
+def tokens_stage(inputs: Inputs) -> None:
     """Write data/tokens/, metrics/data.json and metrics/data.md."""
     data = inputs.section(DataConfig, "data")
     num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
@@ -62,4 +62,4 @@ def tokens(inputs: Inputs) -> None:
 if __name__ == "__main__":
     shard = ("--shard", {"metavar": "I/N", "help": "make the I-th of N parts, publish nothing"})
     merge = ("--merge", {"action": "store_true", "help": "publish, if every part was made"})
-    run(tokens, ["data", "runtime"], shard, merge)
+    run_stage(tokens_stage, ["data", "runtime"], shard, merge)

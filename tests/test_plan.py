@@ -31,8 +31,8 @@ from lm.machine.gauges import free_memory_bytes
 from lm.machine.processes import Processes
 from lm.machine.sharded_tensors import local
 from lm.model.transformer import TransformerLM
-from lm.plan import forecast
 from lm.plan import plan as planning
+from lm.plan import timing
 from lm.plan.__main__ import main
 from lm.plan.footprint import (
     activations,
@@ -41,7 +41,6 @@ from lm.plan.footprint import (
     parameters,
     peak_memory,
 )
-from lm.plan.forecast import calibrate
 from lm.plan.page import table
 from lm.plan.plan import (
     Plan,
@@ -52,6 +51,7 @@ from lm.plan.plan import (
     require_room,
     require_room_for_processes,
 )
+from lm.plan.timing import calibrate
 from lm.train.loop import train
 from lm.train.parallel import Replicated, Sharded
 from lm.train.state import new_state
@@ -590,7 +590,7 @@ def test_a_step_too_large_for_this_machine_is_not_tried(model_config, train_conf
     monkeypatch.setattr(planning, "free_memory_bytes", lambda device, n=1: 1000)
     assert calibrate(plan) is None
     monkeypatch.undo()
-    monkeypatch.setattr(forecast, "LONGEST_WINDOW_S", 0.0)
+    monkeypatch.setattr(timing, "LONGEST_WINDOW_S", 0.0)
     assert calibrate(plan) is None
 
 

@@ -155,14 +155,14 @@ def test_a_preset_is_planned_as_it_stands_whatever_tokens_are_there(tmp_path, mo
 
 def test_a_long_step_is_reckoned_from_a_part_of_its_windows(monkeypatch):
     """A step of so many windows that whole it would take the nominal rates a minute."""
-    from lm.plan import forecast
+    from lm.plan import timing
 
     _, model, config = settings(ROOT / "presets" / "smoke.yaml")
     seconds = {}
     for batch_size in (64, 20_000):
         config = dataclasses.replace(config, batch_size=batch_size, compile=False)
         planned = make_plan(model, config, torch.device("cpu"))
-        monkeypatch.setattr(forecast, "CALIBRATION_S", 0.05)
-        seconds[batch_size] = forecast.calibrate(planned)
+        monkeypatch.setattr(timing, "CALIBRATION_S", 0.05)
+        seconds[batch_size] = timing.calibrate(planned)
     ratio = seconds[20_000] / seconds[64]  # other programs may slow one of them down
     assert 20_000 / 64 / 4 < ratio < 20_000 / 64 * 4  # as measured, not reckoned, some 3

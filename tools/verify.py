@@ -31,9 +31,9 @@ from lm.data.batches import open_tokens
 from lm.data.tokenizer import load_tokenizer
 from lm.machine.device import choose_device, environment, make_deterministic
 from lm.machine.processes import joined
-from lm.model.fitting import require_finite, require_settings
 from lm.model.huggingface import start_from
 from lm.model.model_folder import load_model, read_provenance
+from lm.model.stored import require_finite, require_settings
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.runs.checkpoint import load_checkpoint, stored_weights, weights_sha256
 from lm.runs.manifest import verify

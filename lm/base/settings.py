@@ -27,7 +27,7 @@ from lm.base.sections import (
 )
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Sampling = Literal["random", "epochs", "documents"]
+WindowOrder = Literal["random", "epochs", "documents"]
 MAX_SAMPLES = 1 << 16  # more than anyone reads
 SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")
 
@@ -190,7 +190,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         Count, "in a row, before `skip` stops too; metrics/train.json counts all"
     ]
     sampling: Annotated[
-        Sampling,
+        WindowOrder,
         "windows anywhere; adjoining ones, each exactly once an epoch; the same with every "
         "document cut from its start",
     ]

@@ -20,9 +20,9 @@ from lm.check import check
 from lm.data.shards import MANIFEST, read_manifest
 from lm.data.tokenizer import byte_tokenizer
 from lm.machine.device import choose_device, describe, prepare
-from lm.plan.forecast import announce, calibrate
 from lm.plan.page import table
 from lm.plan.plan import make_plan, require_room
+from lm.plan.timing import announce, calibrate
 
 
 def _vocab_size(params: dict[str, dict[str, Any]]) -> int:

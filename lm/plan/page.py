@@ -4,8 +4,8 @@ import dataclasses
 
 from lm.base.console import count, duration
 from lm.plan.footprint import flops_per_token, parameters
-from lm.plan.forecast import seconds_for
 from lm.plan.plan import Plan
+from lm.plan.timing import seconds_for
 
 
 def table(

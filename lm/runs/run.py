@@ -24,7 +24,7 @@ from lm.base.runs import clock_file, run_folder
 from lm.base.settings import RuntimeConfig, TrainConfig
 from lm.base.signals import CatchSignals
 from lm.data.tokenizer import Tokenizer
-from lm.plan.forecast import Forecast
+from lm.plan.timing import Timing
 from lm.runs.logbook import Logbook
 from lm.runs.pace import Pace
 from lm.runs.publish import publish, write_metrics
@@ -162,11 +162,11 @@ class Run:
         if self.processes.leads:  # the others have nothing to wait for
             publish(self.logbook, self.directory, tokenizer, models, metrics, self.progress)
 
-    def write_performance(self, metrics: Path, forecast: Forecast) -> None:
+    def write_performance(self, metrics: Path, timing: Timing) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
         if self.processes.leads:
             measured = self.pace.measured(self.state, self.config)
-            predicted = forecast.beside_measured(self.state.model.head.device)
+            predicted = timing.beside_measured(self.state.model.head.device)
             write_json(metrics / "performance.json", measured | predicted)
 
     def _write_times(self) -> None:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.base import rng
-from lm.base.settings import Sampling
 from lm.base.settings import TrainConfig as TrainConfig
+from lm.base.settings import WindowOrder
 from lm.data.batches import Split, TokenStream
 from lm.machine.device import to_device
 from lm.train.diagnose import diagnose_nonfinite
@@ -95,7 +95,7 @@ def get_batch(
     *,
     seed: int | None = None,
     step: int = 0,
-    sampling: Sampling = "random",
+    sampling: WindowOrder = "random",
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Return windows of a 1-D array of token ids, and the same one token later, on the device.
 
