@@ -10,7 +10,7 @@ from lm.base.console import say
 from lm.base.files import atomic_write, sha256_file, write_json
 from lm.base.paths import METRICS, MODEL, TOKENS
 from lm.base.result_files import read_result
-from lm.base.runs import remove_finished, run_folder
+from lm.base.run_folders import remove_finished, run_folder
 from lm.base.settings import CorpusConfig, EvaluateConfig, RuntimeConfig
 from lm.base.tables import remarks_on
 from lm.data.batches import open_tokens

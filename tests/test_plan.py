@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scale
 from lm.base.errors import EnvironmentFault, InputError
-from lm.base.runs import run_folder
+from lm.base.run_folders import run_folder
 from lm.base.sections import read_section
 from lm.data.batches import Split
 from lm.evaluate.metrics import require_logits_fit

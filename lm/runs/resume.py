@@ -8,7 +8,7 @@ from typing import Any
 from lm.base.console import changes, count, few, say
 from lm.base.errors import InputError
 from lm.base.files import atomic_copy, require_file
-from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided
+from lm.base.run_folders import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided
 from lm.base.settings import TrainConfig
 from lm.runs.checkpoint import load_checkpoint
 from lm.runs.history import Clock

@@ -20,7 +20,7 @@ from typing import Any
 from lm.base.console import Progress, say
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.base.files import atomic_write, sha256_file, write_json
-from lm.base.runs import clock_file, run_folder
+from lm.base.run_folders import clock_file, run_folder
 from lm.base.settings import RuntimeConfig, TrainConfig
 from lm.base.signals import CatchSignals
 from lm.data.tokenizer import Tokenizer
