@@ -19,8 +19,9 @@ from typing import get_args
 import numpy as np
 import torch
 
-from lm.base.config import load_params, read_section
-from lm.base.settings import Sampling, TrainConfig
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import TrainConfig, WindowOrder
 from lm.data.batches import Split, open_tokens
 from lm.data.shards import ShardWriter, token_dtype, write_manifest
 from lm.model.transformer import ModelConfig
@@ -67,7 +68,7 @@ def as_nanogpt(file: Path) -> None:
 
 
 def batches(
-    split: Split, sampling: Sampling, size: int = BATCH_SIZE, length: int = CONTEXT_LENGTH
+    split: Split, sampling: WindowOrder, size: int = BATCH_SIZE, length: int = CONTEXT_LENGTH
 ) -> Callable[[], object]:
     """A call that makes the next batch, as tensors."""
     steps = count()
@@ -110,7 +111,7 @@ def main() -> None:
         many = write(Path(scratch, "many"), 100, [0.7, 0.2, 0.1])
         plain = Path(scratch, "one", "train", "text-00000.bin")
         contestants: dict[str, Callable[[], object]] = {BASELINE: lambda: as_nanogpt(plain)}
-        for sampling in get_args(Sampling):
+        for sampling in get_args(WindowOrder):
             contestants[f"{sampling}, one shard"] = batches(one, sampling)
             contestants[f"{sampling}, 3 weighted sources of 100 shards"] = batches(many, sampling)
         medians = interleaved(contestants, ROUNDS)
@@ -120,7 +121,7 @@ def main() -> None:
         for name, ms in medians.items():
             print(f"| {name} | {ms:.3f} | {medians[BASELINE] / ms:.1f} |")
         contestants, shape = smoke_step()
-        for sampling in get_args(Sampling):
+        for sampling in get_args(WindowOrder):
             contestants[sampling] = batches(one, sampling, *shape)
         medians = interleaved(contestants, ROUNDS)
         print("\n| presets/smoke.yaml | ms | share of the step |\n|---|---:|---:|")

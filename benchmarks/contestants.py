@@ -312,8 +312,9 @@ def training(
     The settings are those of params.yaml but for these. With parallel = ddp or fsdp the process is
     joined to those that RANK and the like name.
     """
-    from lm.base.config import load_params, read_section
     from lm.base.files import sha256_file
+    from lm.base.params import load_params
+    from lm.base.sections import read_section
     from lm.base.settings import TrainConfig
     from lm.data.batches import Split, TokenStream
     from lm.machine.device import prepare

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lm.base.config import RuntimeConfig, load_params, read_section
-from lm.base.settings import TrainConfig
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import RuntimeConfig, TrainConfig
 from lm.data.batches import Split
 from lm.machine.device import describe, make_deterministic
 from lm.model.transformer import ModelConfig

@@ -15,7 +15,8 @@ from string import ascii_uppercase
 import numpy as np
 
 from lm.base import rng
-from lm.base.config import load_params, read_section
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.base.settings import TrainConfig
 from lm.data.batches import Split
 from lm.machine.device import choose_device, describe, make_deterministic

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lm.base.config import load_params, read_section
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.base.settings import TrainConfig, share_of_batch
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.footprint import communication, flops_per_token, parameters, peak_memory

@@ -1,4 +1,4 @@
-"""The stages of dvc.yaml, one module each: only they know paths and params.yaml.
+"""The stages of dvc.yaml, one module each.
 
 This file runs before their imports, which take seconds.
 """

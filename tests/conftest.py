@@ -31,7 +31,8 @@ import hypothesis
 import pytest
 import torch
 
-from lm.base.config import load_params, read_section
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.base.settings import TrainConfig
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.prepare.sources import DataConfig

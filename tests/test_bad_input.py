@@ -27,8 +27,9 @@ import yaml
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from lm.base.config import load_params, read_section
 from lm.base.files import sha256_file, write_json
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.data.tokenizer import END_TOKEN, load_tokenizer
 from lm.model.model_folder import PROVENANCE, save_model
 from lm.model.transformer import ModelConfig, TransformerLM

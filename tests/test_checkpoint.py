@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lm.base.config import load_params, read_section
 from lm.base.errors import EnvironmentFault, InputError
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.base.settings import TrainConfig
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.kernels import cross_entropy

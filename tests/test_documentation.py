@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lm.base.config import SECTIONS, load_params
+from lm.base.params import SECTIONS, load_params
 from tests.kill import copied
 from tests.project import ROOT
 

@@ -23,9 +23,10 @@ import tokenizers
 import zstandard
 
 import lm.prepare.encode_shards
-from lm.base.config import load_params, read_section
 from lm.base.console import ByteProgress
 from lm.base.errors import InputError
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.base.tables import data_table
 from lm.data.batches import open_tokens
 from lm.data.shards import SPLITS

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lm.base.config import RuntimeConfig, read_section
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
+from lm.base.sections import read_section
+from lm.base.settings import RuntimeConfig
 from lm.machine.sharded_tensors import whole
 from lm.runs.manifest import verify
 from lm.runs.run import Run

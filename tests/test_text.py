@@ -17,8 +17,9 @@ from dvc.repo import Repo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.base.config import load_params, read_section
 from lm.base.errors import EnvironmentFault, InputError
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.corpus.packages import python_sources
 from lm.prepare.documents import (
     assign_splits,

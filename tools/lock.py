@@ -10,9 +10,9 @@ from typing import Any
 
 from dvc.repo import Repo
 
-from lm.base.config import parse_yaml
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
+from lm.base.params import parse_yaml
 from tools.repository import opened
 
 LOCK = Path("dvc.lock")

@@ -1,7 +1,8 @@
-"""The sections `corpus`, `model`, `train` and `evaluate` of params.yaml, and their checks.
+"""The settings: a dataclass for each section of params.yaml, with what its keys must be together.
 
 They stand apart from the code that they configure: that loads torch, and stages that prepare data
-check every setting without it.
+check every setting without it. The sections `data`, `tokenizer` and `export` stand beside their
+code, which loads none: lm/prepare/sources.py, lm/data/tokenizer.py, lm/export/card.py.
 """
 
 import math
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lm.base.config import (
+from lm.base.errors import InputError
+from lm.base.sections import (
     ABOVE_ZERO_UP_TO_ONE,
     BELOW_ONE,
     NOT_EMPTY,
@@ -23,10 +25,9 @@ from lm.base.config import (
     Count,
     key_of,
 )
-from lm.base.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Sampling = Literal["random", "epochs", "documents"]
+WindowOrder = Literal["random", "epochs", "documents"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +222,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         Count, "in a row, before `skip` stops too; metrics/train.json counts all"
     ]
     sampling: Annotated[
-        Sampling,
+        WindowOrder,
         "windows anywhere; adjoining ones, each exactly once an epoch; the same with every "
         "document cut from its start",
     ]
@@ -348,3 +349,26 @@ class EvaluateConfig:
                 f"evaluate.prompts times evaluate.temperatures are {samples:,} samples: must be "
                 f"<= {MAX_SAMPLES:,}"
             )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """The section `runtime`: where and how visibly to run. No DVC stage depends on it."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: CUDA, else MPS, else CPU"]
+    log_interval: Annotated[Count, "steps between two lines on the console"]
+    checkpoint_interval: Annotated[Count, "steps between two checkpoints"]
+    keep_checkpoints: Annotated[
+        int, Bound(lambda x: x >= 2, "must be >= 2"), "of an unfinished run"
+    ]
+    num_workers: Annotated[
+        Annotated[int, UP_TO_1024] | None, "processes that prepare data; null: one a core"
+    ]
+    num_processes: Annotated[
+        int, UP_TO_1024, "processes that train, on this machine; `torchrun` says it instead"
+    ]
+    process_timeout_s: Annotated[
+        Count,
+        "a process that the others have awaited for longer counts as hung; with `num_processes` "
+        "also the time to save after a signal",
+    ]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm.base.errors import InputError
-from lm.base.settings import Sampling
+from lm.base.settings import WindowOrder
 from lm.data.order import DocumentWindows, Numbers, deal, drawn, ordered
 from lm.data.shards import MANIFEST, REMEDY, SPLITS, read_manifest
 from lm.data.tokenizer import Tokenizer
@@ -208,7 +208,7 @@ class Split:
         batch_size: int,
         context_length: int,
         seed: int,
-        sampling: Sampling,
+        sampling: WindowOrder,
         rows: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return batch `step` (from 0): x and the targets y, both (batch_size, context_length).
@@ -219,7 +219,7 @@ class Split:
         return windows(self.tokens, starts if rows is None else starts[rows], context_length)
 
     def starts(
-        self, step: int, batch_size: int, context_length: int, seed: int, sampling: Sampling
+        self, step: int, batch_size: int, context_length: int, seed: int, sampling: WindowOrder
     ) -> NDArray[np.int64]:
         """Return the place of the first token of each window of a batch, (batch_size,).
 
@@ -238,7 +238,7 @@ class Split:
         return ahead[step - first]
 
     def _compute_starts(
-        self, steps: range, batch_size: int, context_length: int, seed: int, sampling: Sampling
+        self, steps: range, batch_size: int, context_length: int, seed: int, sampling: WindowOrder
     ) -> NDArray[np.int64]:
         """Compute `starts` of some steps at once, (len(steps), batch_size)."""
         self.require(context_length)
@@ -257,7 +257,7 @@ class Split:
         return starts.reshape(-1, batch_size)
 
     def _windows_of(
-        self, source: WeightedSource, context_length: int, sampling: Sampling
+        self, source: WeightedSource, context_length: int, sampling: WindowOrder
     ) -> tuple[int, Callable[[Numbers], Numbers]]:
         """Return the number of windows of a source, and a function of their numbers to starts."""
         last = source.stop - source.start - context_length - 1

@@ -17,10 +17,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.base.config import Bound
 from lm.base.errors import InputError
 from lm.base.files import read_json, write_json, writing
-from lm.base.shapes import COUNT, SOME, TEXT, require_shape
+from lm.base.result_files import COUNT, SOME, TEXT, require_shape
+from lm.base.sections import Bound
 
 FORMAT = 2
 MANIFEST = "tokens.json"

@@ -17,9 +17,9 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
-from lm.base.config import AT_LEAST_ONE, NOT_EMPTY, Count
 from lm.base.errors import InputError
 from lm.base.files import atomic_write, read_json, to_json
+from lm.base.sections import AT_LEAST_ONE, NOT_EMPTY, Count
 
 END_TOKEN = "<|endoftext|>"  # noqa: S105 - a separator, not a password
 MAX_VOCAB_SIZE = 1 << 20  # the trainer reserves memory for all at once, and aborts without a word

@@ -17,14 +17,18 @@ from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, TokenType, get_tensor_na
 
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
+from lm.base.paths import MODEL
 from lm.data.tokenizer import GPT2_PATTERN, Tokenizer
-from lm.model.huggingface import not_stock, stock_weights
+from lm.model.huggingface import model_type, not_stock, stock_weights
 from lm.model.model_folder import load_model, replacing
 from lm.model.transformer import ModelConfig, TransformerLM
 
 MAGIC = b"GGUF"
 # llama.cpp wants merges, plain bytes have none: this one is of a byte that UTF-8 never has
 NO_MERGES = ["ÿ ÿ"]
+# by Hugging Face's model_type; rotary positions turn the halves of a head, as transformers does, or
+# pairs of features, as we do
+ARCHITECTURES = {"llama": (MODEL_ARCH.LLAMA, False), "qwen3": (MODEL_ARCH.QWEN3, True)}
 
 
 def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -37,12 +41,13 @@ def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
     config = model.config
     if why_not := not_stock(config):
         raise InputError(why_not)
-    architecture = MODEL_ARCH.QWEN3 if config.qk_norm else MODEL_ARCH.LLAMA
-    writer = GGUFWriter(None, "qwen3" if config.qk_norm else "llama")
+    kind = model_type(config)
+    architecture, turns_halves = ARCHITECTURES[kind]
+    writer = GGUFWriter(None, kind)
     _add_settings(writer, config)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
     weights = stock_weights(model)
-    if not config.qk_norm:  # its qwen3 turns halves, as transformers; its llama pairs, as we do
+    if not turns_halves:
         weights = dict(zip(weights, model.state_dict().values(), strict=True))
     names = get_tensor_name_map(architecture, config.num_layers)
     for name, weight in weights.items():
@@ -131,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m lm.export.gguf", description=about)
-    parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
     parser.add_argument("--out", type=Path, default=Path("model.gguf"), help="the file to write")
     options = parser.parse_args(arguments)
     with one_line_errors():

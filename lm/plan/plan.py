@@ -2,8 +2,8 @@
 
     settings -> parameters, FLOPs per token, memory by moment -> micro-batch size, compile or not
 
-All is arithmetic on the settings (footprint.py); the time is measured (forecast.py). With several
-processes the memory is that of each. `python -m lm.plan` prints a plan (page.py).
+All is arithmetic on the settings (footprint.py); the time is measured (timing.py). With several
+processes the memory is that of each. `python -m lm.plan` (__main__.py) prints a plan.
 """
 
 import dataclasses

@@ -11,13 +11,14 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NamedTuple
 
-from lm.base.config import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.base.errors import InputError
+from lm.base.paths import METRICS, MODELS, TOKENIZER, TOKENS
+from lm.base.sections import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
 from lm.prepare import listing
 from lm.prepare.records import ReadOptions
 
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
-OUTPUTS = ("data/tokenizer", "data/tokens", "metrics", "models")  # of stages that read text
+OUTPUTS = (TOKENIZER, TOKENS, METRICS, MODELS)  # of stages that read text
 SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
 
 
@@ -111,7 +112,7 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
     root = text_root(config)
     is_listed = root != Path(config.path)
     for output in OUTPUTS if root.exists() else ():
-        place, text = Path(output).resolve(), root.resolve()
+        place, text = output.resolve(), root.resolve()
         if place.is_relative_to(text) or text.is_relative_to(place):
             raise InputError(
                 f"data.path = {config.path}: the stages write {output}; put your text into a "

@@ -46,7 +46,9 @@ class Pace:
         """Return speed and memory of a finished run, for metrics/performance.json.
 
         MFU is a share of the peak of all devices, by the data sheet or, where none is known, by a
-        measured product. Memory and the peaks are of one device.
+        measured product. Memory and the peaks are of one device. The forward seconds of a rank are
+        its own work under ddp; under fsdp they include waiting for the others' weights, so a slow
+        rank cannot be read from them.
         """
         model, num_devices = state.model, state.processes.size
         device = model.head.device

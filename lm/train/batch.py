@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from lm.base.settings import Sampling
+from lm.base.settings import WindowOrder
 from lm.data.batches import Split, TokenStream
 from lm.machine.device import to_device
 from lm.model.transformer import Ids
@@ -19,7 +19,7 @@ def get_batch(
     *,
     seed: int | None = None,
     step: int = 0,
-    sampling: Sampling = "random",
+    sampling: WindowOrder = "random",
 ) -> tuple[Ids, Ids]:
     """Return windows of a 1-D array of token ids, and the same one token later, on the device.
 

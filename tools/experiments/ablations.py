@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lm.base.config import load_params
 from lm.base.console import count
 from lm.base.errors import InputError, one_line_errors
-from stages.run import PARAMS
+from lm.base.params import load_params
+from lm.base.paths import PARAMS
 from tools.experiments.compare import report, write
 from tools.experiments.read import CODE, SEED, TEXT, Experiment
 from tools.experiments.sweep import DONE, ENDED, Point, find, require_results, run_all

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm.base.config import parse_yaml
 from lm.base.errors import Diverged, EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_json
+from lm.base.params import parse_yaml
 from stages import CODE as FOLDERS
 from tools.repository import commit_of, opened
 
