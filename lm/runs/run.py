@@ -106,6 +106,11 @@ class Run:
         """Whether the last step is done or validation has stopped improving."""
         return self.logbook.finished
 
+    def pause_due(self, step: int) -> bool:
+        """Whether the caller must be able to save after this step, before the next is launched."""
+        at_interval = due(step, self.runtime.checkpoint_interval)
+        return at_interval or self.signals.caught is not None
+
     def log(self, record: Record) -> None:
         """Take in a finished step, with "valid_loss" if it was validated.
 

@@ -59,6 +59,8 @@ class AdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"fused": fused})
 
+    found_inf: Tensor | None = None  # on the device; 1: `step` leaves everything as it is
+
     def state_names(self, group: dict[str, Any]) -> set[str]:
         """Return the entries of a parameter's state: scalar "step", others shaped like it."""
         return {"step", "exp_avg", "exp_avg_sq"}
@@ -94,6 +96,7 @@ class AdamW(Optimizer):
             lr=group["lr"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            found_inf=self.found_inf,
         )
 
 
@@ -256,6 +259,7 @@ def gradient_clipping(
         norm = sums_of_squares(gradients).sum().sqrt().float()
     else:
         norm = nn.utils.get_total_norm(gradients)
-    if not norm + 1e-6 <= max_l2_norm:  # also nan: it must reach the gradients
+    # on a GPU always, since reading the norm would wait for it; a factor of 1 changes no bit
+    if norm.is_cuda or not norm + 1e-6 <= max_l2_norm:  # also nan: it must reach the gradients
         nn.utils.clip_grads_with_norm_(parameters, max_l2_norm, norm)
     return norm

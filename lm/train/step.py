@@ -41,13 +41,11 @@ def train_step(
 
     Raises Diverged, and changes neither parameters nor optimizer, if loss or norm is not finite.
     """
-    max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    by_rows = PARALLEL[config.parallel].sharded or config.reduction == "tree"
     while True:
         own_losses = forward_backward(state, config, x, y, gradients)
-        grad_norm = gradient_clipping(state.model.parameters(), max_norm, by_rows).item()
+        grad_norm = clipped_norm(state, config).item()
         losses = state.processes.gather_numbers(own_losses.tolist()).astype(np.float32)  # by rank
-        loss = _mean(losses.T if gradients.alternating else losses)
+        loss = mean_loss(losses.T if gradients.alternating else losses)
         overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
         if not (overflow and state.scaler.get_scale() > 1):
             break
@@ -77,6 +75,13 @@ def forward_backward(
         losses.append(gradients.add(micro_x, micro_y, weight, last=number == numbers[-1]))
     state.scaler.unscale_(state.optimizer)
     return torch.stack(losses)
+
+
+def clipped_norm(state: TrainState, config: TrainConfig) -> Tensor:
+    """Clip the gradients of the batch; return their norm before, a scalar on the device."""
+    max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
+    by_rows = PARALLEL[config.parallel].sharded or config.reduction == "tree"
+    return gradient_clipping(state.model.parameters(), max_norm, by_rows)
 
 
 def own_numbers(state: TrainState, config: TrainConfig, gradients: BatchGradients) -> range:
@@ -154,7 +159,7 @@ def make_gradients(
             assert_never(other)
 
 
-def _mean(losses: NDArray[np.float32]) -> float:
+def mean_loss(losses: NDArray[np.float32]) -> float:
     """Return the mean over all micro-batches, added one by one in float32 in their order."""
     total = np.float32(0)
     for loss in losses.ravel():
