@@ -4,8 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lm.machine.device import make_deterministic
 from lm.model import kernels as functional
-from lm.model.kernels import causal_attention, cross_entropy, linear_cross_entropy, rms_norm, swiglu
+from lm.model.kernels import (
+    attention,
+    causal_attention,
+    cross_entropy,
+    document_mask,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+)
 
 
 def assert_same(ours, plain, *inputs, rtol=1e-6):
@@ -188,3 +197,52 @@ def test_linear_cross_entropy_is_finite_for_huge_logits():
     assert loss.item() == pytest.approx(1e4)
     assert features.grad.isfinite().all()
     assert weight.grad.isfinite().all()
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """Torch as `make_deterministic` leaves it, and as it was afterwards."""
+    mode, cudnn = torch.get_deterministic_debug_mode(), torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    make_deterministic(torch.device("cuda"), None)
+    yield
+    torch.set_deterministic_debug_mode(mode)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def test_attention_never_takes_the_kernel_that_has_no_order(deterministic):
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("heads", [8, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_on_cuda_equals_the_formula_and_repeats_its_bits(
+    deterministic, dtype, masked, heads, dropout
+):
+    q, k, v = (torch.randn(4, n, 200, 64, device="cuda", dtype=dtype) for n in (8, heads, heads))
+    leaves, incoming = [t.requires_grad_() for t in (q, k, v)], torch.randn_like(q)
+    documents = torch.arange(200, device="cuda").div(70, rounding_mode="floor").expand(4, -1)
+    mask = document_mask(documents) if masked else None
+
+    def run():
+        torch.manual_seed(0)
+        mixed = attention(q, k, v, mask, dropout)
+        return mixed, *torch.autograd.grad(mixed, leaves, incoming)
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    if not dropout:
+        exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        shared = (exact[0], *(t.repeat_interleave(8 // heads, dim=1) for t in exact[1:]))
+        seen = torch.ones(200, 200, dtype=torch.bool, device="cuda").tril() if mask is None else mask
+        scores = (shared[0] @ shared[1].mT / 8).masked_fill(~seen, float("-inf"))
+        mixed = scores.softmax(dim=-1) @ shared[2]
+        wanted = mixed, *torch.autograd.grad(mixed, exact, incoming.double())
+        tolerance = 1e-4 if dtype == torch.float32 else 0.03
+        for got, true in zip(first, wanted, strict=True):
+            torch.testing.assert_close(got.double(), true, atol=tolerance, rtol=tolerance)

@@ -148,6 +148,8 @@ def prepare(device: torch.device, num_threads: int | None) -> None:
 def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     """Make torch choose kernels that give the same bits every time, and fail where it has none.
 
+    For attention on CUDA that is FlashAttention, the memory-efficient kernel or plain formulas (see
+    `lm.model.kernels.attention`), whose backward passes then add in one order.
     On a CPU the number of threads decides how sums are cut into parts: null leaves it to torch.
     Raises EnvironmentFault if OpenMP gives fewer threads than it promises: oneDNN then leaves
     parts of a product unwritten.
@@ -159,6 +161,9 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matmul
         torch.backends.cudnn.benchmark = False
+        # preferred on an H100 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), but its
+        # backward pass has no order (attention_backward.cu)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         for rows, inner, columns in _CUT_DIFFERENTLY:
             left = torch.ones(rows, inner, dtype=torch.bfloat16)

@@ -4,7 +4,7 @@ Three functions choose by whether torch compiles, so that the model need not:
 
     project                one product of all weights where compiled
     project_heads          queries, keys and values by one product where compiled
-    attention              torch's kernel; compiled on a CPU, formulas in blocks of queries
+    attention              torch's kernels; compiled on a CPU, formulas in blocks of queries
 
 The others have gradients of their own:
 
@@ -110,15 +110,30 @@ def attention(
 ) -> Float[Tensor, "B H T D"]:
     """Return softmax(q k^T / sqrt(D)) v over the keys that `mask` shows; None: causal.
 
-    Where there are fewer heads of keys and values, neighbouring heads of queries share them.
+    Where there are fewer heads of keys and values, neighbouring heads of queries share them. On
+    CUDA torch takes the first of these kernels that can compute it, each with a deterministic
+    backward pass (`make_deterministic` excludes cuDNN's, which has none):
+
+        FlashAttention      bfloat16 or float16 without a mask
+        memory-efficient    float32, or with a mask, which it reads as (B, 1, T, T) numbers
+        plain formulas      what is left: a GPU older than either, heads of odd sizes
     """
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:
+    # FlashAttention alone can share heads: the second kernel cannot before torch 2.15
+    # (pytorch/pytorch#191085), and the formulas would hold all T x T weights instead
+    share = q.is_cuda and q.dtype == torch.bfloat16 and mask is None
+    if groups > 1 and not share:
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))  # (B, H, T, D)
     if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
         return causal_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        enable_gqa=share and groups > 1,
     )
 
 
