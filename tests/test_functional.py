@@ -150,8 +150,12 @@ def test_cross_entropy_in_chunks_equals_the_whole_without_a_float32_copy(monkeyp
 
 
 @pytest.mark.parametrize("logits_at_once", [1 << 24, 2000, 300])  # 1, 3 and 8 chunks
-def test_linear_cross_entropy_has_the_loss_and_gradients_of_the_logits(monkeypatch, logits_at_once):
+@pytest.mark.parametrize("alignment", [1, 64])  # no rows of zeros, and 20
+def test_linear_cross_entropy_has_the_loss_and_gradients_of_the_logits(
+    monkeypatch, logits_at_once, alignment
+):
     monkeypatch.setattr(functional, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setitem(functional.HEAD_ALIGNMENT, "cpu", alignment)
     features, weight = torch.randn(19, 16), torch.randn(300, 16)
     targets = torch.cat([torch.tensor([0, 299, 7, 7, 7]), torch.randint(300, (14,))])
     ours = [t.clone().requires_grad_() for t in (features, weight)]
@@ -186,6 +190,24 @@ def test_linear_cross_entropy_in_bfloat16_is_nearer_to_the_truth_than_the_plain_
         strict=True,
     ):
         assert (got - true).norm() < (other - true).norm() < 0.01 * true.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_fill_up_the_head_take_no_probability(monkeypatch, dtype):
+    """Every logit is negative, so that a logit of 0 would take nearly all of it."""
+    features, weight = torch.rand(19, 16).to(dtype), -torch.rand(300, 16).to(dtype)
+    targets = torch.randint(300, (19,))
+
+    def loss_and_gradients(x, w):
+        loss = linear_cross_entropy(x, w, targets)
+        return loss, *torch.autograd.grad(loss, (x, w))
+
+    leaves = [t.requires_grad_() for t in (features, weight)]
+    expected = loss_and_gradients(*leaves)
+    monkeypatch.setitem(functional.HEAD_ALIGNMENT, "cpu", 64)
+    for got, wanted in zip(loss_and_gradients(*leaves), expected, strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted)
 
 
 def test_linear_cross_entropy_is_finite_for_huge_logits():
@@ -246,3 +268,22 @@ def test_attention_on_cuda_equals_the_formula_and_repeats_its_bits(
         tolerance = 1e-4 if dtype == torch.float32 else 0.03
         for got, true in zip(first, wanted, strict=True):
             torch.testing.assert_close(got.double(), true, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.cuda
+def test_the_head_on_cuda_is_filled_up_and_repeats_its_bits(deterministic):
+    features, weight = torch.randn(190, 64, device="cuda"), torch.randn(5003, 64, device="cuda") / 8
+    targets = torch.randint(5003, (190,), device="cuda")
+    leaves = [t.requires_grad_() for t in (features, weight)]
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = linear_cross_entropy(*leaves, targets)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    first = run()
+    assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    loss = F.cross_entropy(exact[0] @ exact[1].T, targets)
+    for got, true in zip(first, (loss, *torch.autograd.grad(loss, exact)), strict=True):
+        assert (got - true).norm() < 0.01 * true.norm()
