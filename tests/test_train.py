@@ -2,6 +2,7 @@
 
 import io
 import math
+import sysconfig
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from lm.base.errors import Diverged, EnvironmentFault, InputError
 from lm.data.batches import Split
-from lm.machine.device import choose_device, describe, make_deterministic
+from lm.machine.device import choose_device, describe, make_deterministic, no_compiling
 from lm.machine.gauges import free_memory_bytes
 from lm.model.kernels import cross_entropy
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -267,6 +268,20 @@ def test_an_absent_device_is_an_error_and_never_replaced():
             EnvironmentFault, match=r"device cuda: not available \(this torch .* cpu"
         ):
             choose_device("cuda")
+
+
+def test_compiling_for_cuda_needs_the_c_compiler_of_triton(monkeypatch, tmp_path):
+    device, gcc = torch.device("cuda"), tmp_path / "gcc"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert no_compiling(device) == "triton finds no C compiler (gcc or clang); install gcc"
+    gcc.touch(mode=0o755)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert no_compiling(device).startswith("triton finds no Python.h")
+    (tmp_path / "Python.h").touch()
+    assert no_compiling(device) is None
+    monkeypatch.setenv("CC", "icc")  # triton then looks for no other
+    assert no_compiling(device) == "triton finds no C compiler (icc); install gcc"
 
 
 def test_the_number_of_threads_is_the_settings_or_torchs():

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ _SWITCHES = (
 # mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 _COMPILERS = ("c++", "g++", "clang++")
+_C_COMPILERS = ("gcc", "clang")  # triton/runtime/build.py: CC, or else one of these
 # torch.compile: calls without Python between them, and recomputation left where it was put
 _CPU_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp_wrapper": True,
@@ -222,6 +224,12 @@ def no_compiling(device: torch.device) -> str | None:
     """Return why torch.compile cannot work here, with a remedy, or None if it can."""
     if device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
         return "no C++ compiler found; install g++"
+    if device.type == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else _C_COMPILERS
+        if not any(map(shutil.which, names)):
+            return f"triton finds no C compiler ({' or '.join(names)}); install gcc"
+        if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+            return "triton finds no Python.h; install Python's headers (python3-dev)"
     if device.type == "cpu" and " " in torch.__file__:
         # it hands its own path to the linker without quotes
         return (
