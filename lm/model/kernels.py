@@ -99,7 +99,11 @@ def rotate(
 
 
 def document_mask(documents: Int[Tensor, "B T"]) -> Mask:
-    """Return a mask by which queries see keys of their own document, at or before their place."""
+    """Return a mask by which queries see keys of their own document, at or before their place.
+
+    On CUDA too: torch's varlen_attn has the number of documents in its shapes, which a graph cannot
+    know, and flex_attention no dropout, and no backward pass on a CPU by which to test it.
+    """
     return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
 
