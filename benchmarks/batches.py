@@ -20,13 +20,12 @@ import numpy as np
 import torch
 
 from lm.base.config import load_params, read_section
-from lm.base.settings import Sampling
+from lm.base.settings import Sampling, TrainConfig
 from lm.data.batches import Split, open_tokens
 from lm.data.shards import ShardWriter, token_dtype, write_manifest
 from lm.model.transformer import ModelConfig
 from lm.train.loop import train
 from lm.train.state import new_state
-from lm.train.step import TrainConfig
 
 BATCH_SIZE, CONTEXT_LENGTH = 32, 1024
 N_TOKENS, VOCAB_SIZE, END_ID = 50_000_000, 50_257, 50_256

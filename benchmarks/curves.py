@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lm.base.config import RuntimeConfig, load_params, read_section
+from lm.base.settings import TrainConfig
 from lm.data.batches import Split
 from lm.machine.device import describe, make_deterministic
 from lm.model.transformer import ModelConfig
@@ -21,7 +22,6 @@ from lm.runs.history import COLUMNS, MAX_ROWS
 from lm.runs.run import REFRESH_S, Run
 from lm.train.loop import train
 from lm.train.state import new_state
-from lm.train.step import TrainConfig
 
 STEPS = 100
 MADE_OF: dict[str, dict[str, str]] = {"inputs": {}, "code": {}, "environment": {}}

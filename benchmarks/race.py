@@ -67,13 +67,13 @@ def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> An
     import torch
 
     from lm.base.config import load_params, read_section
+    from lm.base.settings import TrainConfig
     from lm.data.batches import Split
     from lm.machine.device import autocast, prepare
     from lm.model.transformer import ModelConfig
     from lm.plan.plan import compiling
     from lm.train.loop import train
     from lm.train.state import new_state
-    from lm.train.step import TrainConfig
 
     params = load_params(Path(preset), overrides)
     config = read_section(TrainConfig, params, "train")

@@ -26,8 +26,8 @@ from lm.evaluate.metrics import (
 from lm.evaluate.samples import draw_samples, samples_as_markdown, summary
 from lm.generate.decoder import COMPARED, require_same_logits
 from lm.machine.device import choose_device, make_deterministic
-from lm.model.loss import evaluate
 from lm.model.model_folder import load_model, read_provenance
+from lm.model.validation import evaluate
 from stages.run import UNFINISHED, Inputs, run
 
 PLACES = {

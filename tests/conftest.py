@@ -32,9 +32,9 @@ import pytest
 import torch
 
 from lm.base.config import load_params, read_section
+from lm.base.settings import TrainConfig
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.prepare.sources import DataConfig
-from lm.train.step import TrainConfig
 from tests.kill import commit, copied, dvc, lent, outputs, versioned
 from tests.project import SMOKE, Project
 from tests.servers import reserved_port

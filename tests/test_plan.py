@@ -224,13 +224,15 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     )
     told = capsys.readouterr().out.splitlines()
     assert told[-2:] == [
-        "Out of memory on cpu with 4 windows at a time: step 1 again and the rest with 2",
-        "Out of memory on cpu with 2 windows at a time: step 1 again and the rest with 1",
+        "Out of memory on cpu with micro-batch size 4: repeating step 1, from now on with 2",
+        "Out of memory on cpu with micro-batch size 2: repeating step 1, from now on with 1",
     ]
-    with pytest.raises(EnvironmentFault, match=r"with 2 windows .* try train.micro_batch_size: 1 "):
+    with pytest.raises(
+        EnvironmentFault, match=r"with micro-batch size 2; try train.micro_batch_size: 1 "
+    ):
         run(model_config, replace(train_config, micro_batch_size=2))
     out_of_memory_above(monkeypatch, 0)
-    with pytest.raises(EnvironmentFault, match="with 1 window at a time; try a smaller model or"):
+    with pytest.raises(EnvironmentFault, match="with micro-batch size 1; try a smaller model or"):
         run(model_config, train_config)
 
 

@@ -12,7 +12,7 @@ import torch
 from lm import demo
 from lm.base.config import load_params, read_section
 from lm.base.errors import InputError
-from lm.base.settings import EvaluateConfig
+from lm.base.settings import EvaluateConfig, TrainConfig
 from lm.data.batches import Split
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.model.transformer import ModelConfig, TransformerLM
@@ -22,7 +22,6 @@ from lm.prepare.documents import cut_into_shards
 from lm.prepare.sources import DataConfig
 from lm.train.loop import train
 from lm.train.state import new_state
-from lm.train.step import TrainConfig
 from tests.project import ROOT
 from tools.preset import main as write_preset
 from tools.preset import whole

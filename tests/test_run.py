@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from lm.base.config import RuntimeConfig, load_params, read_section
 from lm.base.errors import Diverged, InputError
 from lm.base.migrations import ADDED
+from lm.base.settings import TrainConfig
 from lm.data.batches import Split, Tokens
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.transformer import ModelConfig
@@ -28,7 +29,6 @@ from lm.runs.publish import publishing
 from lm.runs.run import Run
 from lm.train.loop import fit, train, validation_loss
 from lm.train.state import new_state
-from lm.train.step import TrainConfig
 from tests.project import SMOKE
 from tests.test_checkpoint import drop, put, rewritten, say, spoilt
 from tests.test_train import poisoned

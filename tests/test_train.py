@@ -4,22 +4,34 @@ import io
 import math
 import sysconfig
 from dataclasses import replace
+from inspect import unwrap
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from lm.base.errors import Diverged, EnvironmentFault, InputError
+from lm.base.settings import DTYPES, Dtype, share_of_batch
 from lm.data.batches import Split
-from lm.machine.device import choose_device, describe, make_deterministic, no_compiling
+from lm.machine.device import (
+    autocast,
+    choose_device,
+    describe,
+    make_deterministic,
+    multiplies_natively,
+    no_compiling,
+)
 from lm.machine.gauges import free_memory_bytes
 from lm.model.kernels import cross_entropy
+from lm.model.validation import validation_logits
+from lm.plan.footprint import peak_memory
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint
+from lm.train.batch import get_batch
 from lm.train.loop import train
 from lm.train.optim import AdamW, gradient_clipping
 from lm.train.schedule import get_lr_cosine_schedule
 from lm.train.state import new_state
-from lm.train.step import get_batch
 
 CPU = torch.device("cpu")
 SPLIT = Split("train", (np.arange(3000) * 7919 % 96).astype(np.uint16), 0, end_id=7)
@@ -124,6 +136,24 @@ def test_reduced_precision_stays_near_float32(model_config, train_config):
     assert losses["float16"] == pytest.approx(losses["float32"], abs=0.03)
     assert losses["bfloat16"] != losses["float32"]
     assert losses["float16"] != losses["float32"]
+
+
+def test_a_dtype_that_a_place_does_not_know_is_an_error_there(model_config, train_config):
+    """Never computed as one of those it knows."""
+    config, sharded = replace(train_config), replace(train_config, parallel="fsdp")
+    for each in (config, sharded):
+        object.__setattr__(each, "dtype", "float64")
+    for place in (
+        lambda: new_state(model_config, config, CPU),
+        lambda: share_of_batch(sharded, 1),
+        lambda: peak_memory(model_config, config, CPU, 1, 0),
+        lambda: unwrap(autocast)(CPU, "float64"),  # without the type checks of tests
+        lambda: unwrap(multiplies_natively)(CPU, "float64"),
+        lambda: unwrap(validation_logits)(model_config, "float64", 1),
+    ):
+        with pytest.raises(KeyError, match="float64"):
+            place()
+    assert get_args(Dtype) == tuple(DTYPES)
 
 
 def test_float16_lowers_its_scale_instead_of_losing_a_step(model_config, train_config):

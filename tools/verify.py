@@ -26,6 +26,7 @@ from lm.base.console import count, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
 from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES
+from lm.base.settings import TrainConfig
 from lm.data.batches import open_tokens
 from lm.data.tokenizer import load_tokenizer
 from lm.machine.device import choose_device, environment, make_deterministic
@@ -40,7 +41,6 @@ from lm.runs.resume_directory import kept_checkpoints
 from lm.runs.saved_run import read_run
 from lm.train.loop import train
 from lm.train.state import TrainState, new_state
-from lm.train.step import TrainConfig
 from stages.run import UNFINISHED
 from tools.lock import LOCK, recorded_hashes, stages_of
 from tools.repository import opened

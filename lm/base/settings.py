@@ -27,6 +27,23 @@ from lm.base.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampling = Literal["random", "epochs", "documents"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeKind:
+    """All that depends on the choice of a dtype, but for data sheets: lm/machine/gauges.py."""
+
+    size_bytes: int
+    autocast: bool  # products alone are computed in it, all else in float32; a GPU gains by it
+    scaled: bool  # the loss is, since small gradients would become zero
+    cpu_gains: bool  # where it has instructions for 16-bit products
+
+
+DTYPES = {
+    "float32": DtypeKind(size_bytes=4, autocast=False, scaled=False, cpu_gains=False),
+    "bfloat16": DtypeKind(size_bytes=2, autocast=True, scaled=False, cpu_gains=True),
+    "float16": DtypeKind(size_bytes=2, autocast=True, scaled=True, cpu_gains=False),
+}
 MAX_SAMPLES = 1 << 16  # more than anyone reads
 SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")
 
@@ -150,6 +167,21 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelMode:
+    """All that depends on the choice of train.parallel, but for its gradients: lm/train/step.py."""
+
+    several: bool  # processes; blocks are compiled one by one
+    sharded: bool  # each process keeps some rows of every parameter, and their optimizer state
+
+
+PARALLEL = {
+    "none": ParallelMode(several=False, sharded=False),
+    "ddp": ParallelMode(several=True, sharded=False),
+    "fsdp": ParallelMode(several=True, sharded=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(ScheduleConfig, OptimizerConfig):
     """The section `train`."""
 
@@ -222,6 +254,10 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
                 f"train.micro_batch_size = {self.micro_batch_size}"
             )
 
+    def tokens_per_step(self, model: ModelConfig) -> int:
+        """Return the tokens of a batch, B T."""
+        return self.batch_size * model.context_length
+
     @property
     def threads(self) -> int | None:
         """The number of a CPU's threads; None: torch's choice.
@@ -230,7 +266,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         could not go on with another number of processes in the same environment.
         """
         chosen = self.num_threads is not None or "OMP_NUM_THREADS" in os.environ
-        return self.num_threads if chosen or self.parallel == "none" else 1
+        return self.num_threads if chosen or not PARALLEL[self.parallel].several else 1
 
 
 def share_of_batch(config: TrainConfig, num_processes: int) -> int:
@@ -238,15 +274,16 @@ def share_of_batch(config: TrainConfig, num_processes: int) -> int:
 
     Raises InputError if the settings do not allow this number of processes.
     """
-    batch_size, micro = config.batch_size, config.micro_batch_size
-    if config.parallel == "none" and num_processes > 1:
+    batch_size, micro, mode = config.batch_size, config.micro_batch_size, PARALLEL[config.parallel]
+    if num_processes > 1 and not mode.several:
         raise InputError(
-            f"train.parallel = none, but there are {num_processes} processes; use ddp or fsdp, or "
-            "runtime.num_processes: 1"
+            f"train.parallel = {config.parallel}, but there are {num_processes} processes; use ddp "
+            "or fsdp, or runtime.num_processes: 1"
         )
-    if config.parallel == "fsdp" and config.dtype == "float16":
+    if mode.sharded and DTYPES[config.dtype].scaled:
         raise InputError(
-            "train.parallel = fsdp does not scale the loss of train.dtype = float16; use bfloat16"
+            f"train.parallel = {config.parallel} does not scale the loss of "
+            f"train.dtype = {config.dtype}; use bfloat16"
         )
     if config.reduction == "tree":
         if micro is None:

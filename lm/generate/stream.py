@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm.base import rng
+from lm.base.settings import Dtype
 from lm.data.tokenizer import Tokenizer
 from lm.generate.decoder import Decoder, memory_bytes
-from lm.machine.device import Dtype
 from lm.machine.gauges import free_memory_bytes, require_memory
 from lm.model.transformer import TransformerLM
 

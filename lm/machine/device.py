@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lm.base.console import count
 from lm.base.errors import EnvironmentFault
-from lm.base.settings import Dtype as Dtype
+from lm.base.settings import DTYPES, Dtype
 
 # variables that make the numeric libraries choose other instructions or cut sums otherwise
 _SWITCHES = (
@@ -113,8 +113,8 @@ def _cpu_extras() -> list[str]:
 def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
     """Return whether products in a 16-bit type are faster here than in float32."""
     if device.type == "cpu":
-        return dtype == "bfloat16" and bool(_cpu_extras())
-    return dtype != "float32"
+        return DTYPES[dtype].cpu_gains and bool(_cpu_extras())
+    return DTYPES[dtype].autocast
 
 
 def field_of(file: str, name: str, separator: str = ":") -> str | None:
@@ -180,7 +180,7 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
 
 def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
     """Compute matrix products in `dtype`; parameters, norms and losses stay float32."""
-    if dtype == "float32":
+    if not DTYPES[dtype].autocast:
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
@@ -214,7 +214,7 @@ def compiled(function: Function, device: torch.device) -> Function:
         except BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(
-                f"torch.compile: {reason}; mend the compiler {otherwise}"
+                f"torch.compile: {reason}; fix the compiler {otherwise}"
             ) from error
 
     return call  # type: ignore[return-value]
@@ -243,7 +243,7 @@ def no_compiling(device: torch.device) -> str | None:
 def no_loading(device: torch.device) -> str | None:
     """Return why what torch.compile builds cannot be loaded, with a remedy, or None if it can.
 
-    Build a library of one line in torch's folder for such, which takes some tenths of a second.
+    Build a library of one line in torch's cache folder, which takes some tenths of a second.
     """
     if device.type != "cpu":
         return None
@@ -254,7 +254,7 @@ def no_loading(device: torch.device) -> str | None:
     try:
         compiler = get_cpp_compiler()
     except RuntimeError:
-        return "no C++ compiler works; mend the one that CXX names, or g++"
+        return "no C++ compiler works; fix the one that CXX names, or g++"
     try:
         if " " in (folder := cache_dir()):
             return f"its folder must have no space ({folder}); {elsewhere}"
@@ -265,7 +265,7 @@ def no_loading(device: torch.device) -> str | None:
             built = subprocess.run(command, capture_output=True, text=True)
             if built.returncode != 0:
                 said = built.stderr.strip().partition("\n")[0]
-                return f"{compiler} fails ({said}); mend it"
+                return f"{compiler} fails ({said}); fix it"
             ctypes.CDLL(str(library))  # not where the folder is mounted noexec
     except OSError as error:
         said = str(error).partition("\n")[0]

@@ -55,7 +55,7 @@ def project_heads(
 ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G T D"], Float[Tensor, "B G T D"]]:
     """Return queries, keys and values: products with the three weights, split into heads.
 
-    Queries and keys are normalized by the weights `norms` and turned by `angles`. Compiled, each
+    Queries and keys are normalized by the weights `norms` and rotated by `angles`. Compiled, each
     head has its even features before the odd ones: halves compile to faster code, and q . k does
     not depend on the order.
     """
@@ -86,15 +86,15 @@ def rotate(
     sin: Float[Tensor, "T half"],
     halves: bool = False,
 ) -> Float[Tensor, "B H T D"]:
-    """Turn each pair of features (2i, 2i + 1) of each position by its angles (RoFormer, eq. 15).
+    """Rotate each pair of features (2i, 2i + 1) of each position by its angles (RoFormer, eq. 15).
 
     With `halves` a pair is (i, i + D / 2) instead: see `evens_first`.
     """
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, D / 2)
     x = x.transpose(1, 2)  # (B, T, H, D), as it lies in memory
     even, odd = x.chunk(2, dim=-1) if halves else (x[..., 0::2], x[..., 1::2])
-    turned = even * cos - odd * sin, even * sin + odd * cos
-    both = torch.cat(turned, dim=-1) if halves else torch.stack(turned, dim=-1).flatten(-2)
+    rotated = even * cos - odd * sin, even * sin + odd * cos
+    both = torch.cat(rotated, dim=-1) if halves else torch.stack(rotated, dim=-1).flatten(-2)
     return both.to(x.dtype).transpose(1, 2)
 
 
@@ -252,7 +252,7 @@ def swiglu(
     gate: Float[Tensor, "*batch F"], up: Float[Tensor, "*batch F"]
 ) -> Float[Tensor, "*batch F"]:
     """Return silu(gate) * up (Shazeer 2020)."""
-    if not torch.is_grad_enabled():  # a small model's decoding would feel the detour
+    if not torch.is_grad_enabled():  # the detour would slow down the decoding of a small model
         return _gated_silu(gate, up)
     product: Tensor = _SwiGLU.apply(gate, up)
     return product

@@ -15,10 +15,10 @@ from typing import assert_never
 
 import torch
 
-from lm.base.settings import ModelConfig, TrainConfig, share_of_batch
+from lm.base.settings import DTYPES, PARALLEL, ModelConfig, TrainConfig, share_of_batch
 from lm.model.activations import ACTIVATIONS
 from lm.model.kernels import attention_blocks, rows_at_once
-from lm.model.loss import validation_logits
+from lm.model.validation import validation_logits
 from lm.train.optim import OPTIMIZERS
 
 # Fitted to processes on a CPU: `python -m benchmarks.plan` measures each again and prints planned
@@ -33,7 +33,6 @@ KERNEL_BYTES = 20e6  # of torch's libraries once they have been used
 COMPILER_BYTES = 120e6  # of torch's compiler once it has been used
 IMPORTED_COMPILER_BYTES = 75e6  # the same only imported, as parts of torch do
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NORMS = {  # by norm and norm_position: of each block, behind the last block
     ("rmsnorm", "pre"): (2, 1),
     ("rmsnorm", "post"): (2, 0),
@@ -97,7 +96,7 @@ def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) 
     sides and their product.
     """
     N, C, F = micro_batch_size * model.context_length, model.d_model, model.d_ff
-    a, activation = DTYPE_BYTES[config.dtype], ACTIVATIONS[model.ffn]
+    a, activation = DTYPES[config.dtype].size_bytes, ACTIVATIONS[model.ffn]
     casts = a == 2 and config.compile is not True
     norms, last_norms = NORMS[model.norm, model.norm_position]
     kv_width = model.kv_heads * model.head_dim
@@ -141,9 +140,9 @@ def _head(model: ModelConfig, config: TrainConfig, micro_batch_size: int) -> dic
     the chunk before; the gradients by the features and, of each chunk, by the weights.
     """
     N, C, V = micro_batch_size * model.context_length, model.d_model, model.vocab_size
-    a, rows = DTYPE_BYTES[config.dtype], rows_at_once(N, V)
+    a, rows = DTYPES[config.dtype].size_bytes, rows_at_once(N, V)
     chunks = -(-N // rows)
-    if config.compile is True and config.parallel == "none":  # else blocks alone are compiled
+    if config.compile is True and not PARALLEL[config.parallel].several:  # not blocks alone
         copies = 2 * a  # the pointwise operations are one loop
     else:
         copies = a + 4 + 4 + a * (chunks > 1) + 4 * (a == 2)
@@ -169,7 +168,7 @@ def _optimizer(model: ModelConfig, config: TrainConfig, shards: int) -> tuple[fl
         return state, 0
     # every matrix's direction; the largest stack of equal ones in float32, and thrice in bfloat16
     scratch = 4.0 * matrices + 10 * max(sizes["attention"], sizes["feed-forward"])
-    if config.parallel == "fsdp":  # one whole matrix at a time, and what is sent and received of it
+    if PARALLEL[config.parallel].sharded:  # a whole matrix at a time, what is sent and received
         largest = max(rows * columns for rows, columns in _shapes(model))
         scratch = 4 * matrices / shards + (10 + 4 + 4) * largest
     return state, scratch
@@ -205,8 +204,8 @@ def peak_memory(
     memory of its host. Rows that do not divide are not shared evenly: with few rows to a process
     the first ones hold up to a row of each matrix more.
     """
-    N, a = micro_batch_size * model.context_length, DTYPE_BYTES[config.dtype]
-    on_cpu, fsdp = device.type == "cpu", config.parallel == "fsdp"
+    N, a = micro_batch_size * model.context_length, DTYPES[config.dtype].size_bytes
+    on_cpu, fsdp = device.type == "cpu", PARALLEL[config.parallel].sharded
     at_once = share_of_batch(config, num_processes) // micro_batch_size
     shards = num_processes if fsdp else 1
     whole = 4.0 * sum(parameters(model).values())
@@ -255,7 +254,7 @@ def peak_memory(
         parts["interpreter and torch"] = base_bytes + KERNEL_BYTES
         if config.compile is True:
             parts["compiler"] = COMPILER_BYTES
-        elif config.gradient_checkpointing or config.parallel != "none":
+        elif config.gradient_checkpointing or PARALLEL[config.parallel].several:
             parts["compiler"] = IMPORTED_COMPILER_BYTES
     return {part: size for part, size in parts.items() if size}
 

@@ -66,7 +66,7 @@ class Plan:
     def flops(self) -> float:
         """Floating-point operations of the whole training, without validations."""
         by_part = flops_per_token(self.model, self.config, self.device)
-        tokens = self.config.max_steps * self.config.batch_size * self.model.context_length
+        tokens = self.config.max_steps * self.config.tokens_per_step(self.model)
         return tokens * sum(map(sum, by_part.values()))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from lm.base.errors import Diverged
 from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES
-from lm.base.settings import TrainConfig
+from lm.base.settings import PARALLEL, TrainConfig
 from lm.base.tables import DIVERGED
 from lm.runs.checkpoint import Extra, weights_sha256
 from lm.runs.history import Clock, History
@@ -32,7 +32,7 @@ class Logbook:
         """Record the present micro-batch size and number of processes, from the next step on."""
         first = str(self.state.step + 1)
         self.changes = {MICRO_BATCH_SIZES: {first: self.state.micro_batch_size}}
-        if self.config.parallel != "none" and self.config.reduction == "sum":
+        if PARALLEL[self.config.parallel].several and self.config.reduction == "sum":
             self.changes[NUM_PROCESSES] = {first: self.state.processes.size}
 
     def add_change(self, part: str, value: int, step: int) -> None:
@@ -96,7 +96,7 @@ class Logbook:
         state, average, valid_loss = self.state, self.history.average_loss, self.valid_loss
         figures: dict[str, Any] = {
             "step": state.step,
-            "tokens": state.step * self.config.batch_size * state.model.config.context_length,
+            "tokens": state.step * self.config.tokens_per_step(state.model.config),
             "parameters": state.model.num_parameters(),
             "micro_batch_size": state.micro_batch_size,
             "train_loss": average if math.isfinite(average) else None,

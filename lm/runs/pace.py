@@ -51,7 +51,7 @@ class Pace:
         model, num_devices = state.model, state.processes.size
         device = model.head.device
         step_s = statistics.median(self.step_seconds) if self.step_seconds else float("nan")
-        tokens_per_second = config.batch_size * model.config.context_length / step_s
+        tokens_per_second = config.tokens_per_step(model.config) / step_s
         flops = model.flops_per_token()
         rate = matmul_flops_per_second(device, config.dtype)
         promised = data_sheet_flops_per_second(device, config.dtype)

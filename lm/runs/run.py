@@ -79,7 +79,7 @@ class Run:
         except BaseException:
             self.directory.unlock()
             raise
-        tokens = config.batch_size * state.model.config.context_length
+        tokens = config.tokens_per_step(state.model.config)
         self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
         self.signals = CatchSignals()
         self.agreed_signal: int | None = None  # caught by one of the processes, and known to all

@@ -11,12 +11,12 @@ from lm.base.errors import Diverged
 from lm.base.settings import TrainConfig
 from lm.data.batches import Split, Tokens
 from lm.machine.device import to_device
-from lm.model.loss import evaluate, loss_nats
-from lm.train.parallel import BatchGradients, make_gradients, own_micro_batches
+from lm.model.validation import evaluate, loss_nats
+from lm.train.parallel import BatchGradients
 from lm.train.recover import skip_step
 from lm.train.schedule import learning_rate_fraction
 from lm.train.state import Record, TrainState
-from lm.train.step import train_step
+from lm.train.step import make_gradients, own_numbers, train_step
 
 
 @runtime_checkable
@@ -71,7 +71,7 @@ def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Reco
             record = skip_step(state, config, f"{error}; windows at {split.name} tokens {few}")
         yield record | {
             "learning_rate": fraction * config.lr,
-            "tokens": state.step * config.batch_size * context_length,
+            "tokens": state.step * config.tokens_per_step(state.model.config),
             "step_s": time.perf_counter() - start,
             "forward_s": gradients.forward.take(),
         }
@@ -81,9 +81,7 @@ def _own_windows(
     state: TrainState, config: TrainConfig, gradients: BatchGradients
 ) -> NDArray[np.int64]:
     """Return the windows of a batch that this process computes, micro-batch by micro-batch."""
-    size = state.micro_batch_size
-    count = config.batch_size // size
-    numbers = np.array(own_micro_batches(count, state.processes, gradients.alternating))
+    numbers, size = np.array(own_numbers(state, config, gradients)), state.micro_batch_size
     return (numbers[:, None] * size + np.arange(size)).ravel()
 
 

@@ -153,7 +153,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def _orthogonalise_shared(updates: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Do the same where each process has rows of each matrix: each process takes a whole one."""
+    """Orthogonalise matrices whose rows are spread over processes: each gathers whole ones."""
     size, directions = group_of(like).size(), []
     for first in range(0, len(updates), size):
         some = updates[first : first + size]
@@ -161,6 +161,11 @@ def _orthogonalise_shared(updates: list[Tensor], like: Tensor) -> list[Tensor]:
         direction = None if matrix is None else orthogonalise(matrix[None])[0]
         directions += hand_out(direction, len(some), torch.bfloat16, like)
     return directions
+
+
+def is_block_matrix(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter is a matrix in a block, which Muon orthogonalises."""
+    return name.startswith("layers.") and parameter.ndim == 2
 
 
 def parameter_groups(
@@ -177,10 +182,14 @@ def parameter_groups(
     for name, p in model.named_parameters():
         if id(p) in embeddings:
             (decayed if decay_embeddings else undecayed).append(p)
-        elif p.ndim < 2:
+        elif p.ndim < 2:  # a norm
             undecayed.append(p)
+        elif name == "lm_head.weight":
+            decayed.append(p)
+        elif is_block_matrix(name, p):
+            matrices.append(p)
         else:
-            (decayed if name == "lm_head.weight" else matrices).append(p)
+            raise AssertionError(f"{name} {tuple(p.shape)}: of no known kind")
     return matrices, decayed, undecayed
 
 
