@@ -41,8 +41,9 @@ _SWITCHES = (
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 _COMPILERS = ("c++", "g++", "clang++")
 _C_COMPILERS = ("gcc", "clang")  # triton/runtime/build.py: CC, or else one of these
+CompilerOptions = dict[str, str | int | bool | Callable[..., Any]]
 # torch.compile: calls without Python between them, and recomputation left where it was put
-_CPU_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {
+_CPU_COMPILER: CompilerOptions = {
     "cpp_wrapper": True,
     "cpp_wrapper_build_separate": True,
     "reorder_for_locality": False,
@@ -193,8 +194,12 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def compiled(function: Function, device: torch.device) -> Function:
-    """Compile a function. Raises EnvironmentFault, now or when it is called, if that fails."""
+def compiled(function: Function, device: torch.device, cuda_graph: bool = False) -> Function:
+    """Compile a function. Raises EnvironmentFault, now or when it is called, if that fails.
+
+    With `cuda_graph`, for CUDA alone, one launch runs all of its kernels, and each call overwrites
+    the tensors that the last one returned.
+    """
     otherwise = "or set train.compile: false"
     if reason := no_compiling(device) or no_loading(device):
         raise EnvironmentFault(f"torch.compile: {reason} {otherwise}")
@@ -204,13 +209,18 @@ def compiled(function: Function, device: torch.device) -> Function:
     config.trace_autograd_ops = True  # the function may take gradients inside
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(True)  # the same, and the compiler knows of it
-    options = _CPU_COMPILER if device.type == "cpu" else None
+    options: CompilerOptions = {"triton.cudagraphs": cuda_graph}
+    if device.type == "cpu":
+        options = _CPU_COMPILER
     fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         try:
             return fast(*arguments)
+        except torch.OutOfMemoryError:
+            torch.compiler.reset()  # torch 2.11 cannot go on after a CUDA graph that did not fit
+            raise
         except BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(
