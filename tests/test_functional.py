@@ -261,7 +261,9 @@ def test_attention_on_cuda_equals_the_formula_and_repeats_its_bits(
     if not dropout:
         exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
         shared = (exact[0], *(t.repeat_interleave(8 // heads, dim=1) for t in exact[1:]))
-        seen = torch.ones(200, 200, dtype=torch.bool, device="cuda").tril() if mask is None else mask
+        seen = (
+            torch.ones(200, 200, dtype=torch.bool, device="cuda").tril() if mask is None else mask
+        )
         scores = (shared[0] @ shared[1].mT / 8).masked_fill(~seen, float("-inf"))
         mixed = scores.softmax(dim=-1) @ shared[2]
         wanted = mixed, *torch.autograd.grad(mixed, exact, incoming.double())
