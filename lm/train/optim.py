@@ -121,13 +121,16 @@ class Muon(AdamW):
             return
         lr, momentum = group["lr"], group["momentum"]
         stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
+        for some in _at_once([p for p in group["params"] if p.grad is not None]):
+            for p in some:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                gradient = local(p.grad)
-                buffer = local(self.state[p]["momentum_buffer"]).lerp_(gradient, 1 - momentum)
-                stacks.setdefault(p.shape, []).append((p, gradient.lerp(buffer, momentum)))
+            gradients = [local(p.grad) for p in some if p.grad is not None]
+            buffers = [local(self.state[p]["momentum_buffer"]) for p in some]
+            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+            mixed = torch._foreach_lerp(gradients, buffers, momentum)
+            for p, update in zip(some, mixed, strict=True):
+                stacks.setdefault(p.shape, []).append((p, update))
         for shape, stack in stacks.items():
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             updates = [u for _, u in stack]
@@ -135,10 +138,18 @@ class Muon(AdamW):
                 directions = _orthogonalise_shared(updates, stack[0][0])
             else:
                 directions = list(orthogonalise(torch.stack(updates)))
-            for (p, _), direction in zip(stack, directions, strict=True):
-                rows = local(p)
-                rows.mul_(1 - lr * group["weight_decay"])
-                rows.add_(direction.to(p.dtype), alpha=-lr * scale)
+            steps = dict(zip((p for p, _ in stack), directions, strict=True))
+            for some in _at_once(list(steps)):
+                rows = [local(p) for p in some]
+                torch._foreach_mul_(rows, 1 - lr * group["weight_decay"])
+                directions = [steps[p].to(p.dtype) for p in some]
+                torch._foreach_add_(rows, directions, alpha=-lr * scale)
+
+
+def _at_once(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Return which are updated together: on CUDA all, by one launch; else each, in the cache."""
+    together = bool(parameters) and parameters[0].is_cuda
+    return [parameters] if together else [[p] for p in parameters]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

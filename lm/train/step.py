@@ -112,14 +112,17 @@ def gradients_of(
 class OneProcess(BatchGradients):
     """The only process: forward and backward pass are one function, which a compiler sees whole."""
 
-    def __init__(self, model: TransformerLM, backward: Gradients, tree: bool):
+    def __init__(self, model: TransformerLM, backward: Gradients, tree: bool, overwrites: bool):
+        """With `overwrites`, each call of `backward` overwrites what the last one returned."""
         super().__init__(model, tree)
-        self.backward = backward
+        self.backward, self.overwrites = backward, overwrites
         self.parameters = tuple(model.parameters())
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """See BatchGradients."""
         loss, gradients = self.backward(self.model, x, y, weight)
+        if self.overwrites and not last:  # nothing reads the last ones after the step
+            loss, gradients = loss.clone(), tuple(gradient.clone() for gradient in gradients)
         if self.tree:
             self.sums.add(list(gradients))
             if not last:
@@ -146,11 +149,14 @@ def make_gradients(
 
     match config.parallel:
         case "none":
+            cuda_graph = False
             if config.compile is True and config.gradient_checkpointing:
-                forward = compiled(forward, device)  # a graph of both would recompute nothing
+                # a graph of both would recompute nothing; launches bind no model of such a size
+                forward = compiled(forward, device)
             elif config.compile is True:
-                backward = compiled(backward, device)
-            return OneProcess(model, backward, tree)
+                cuda_graph = device.type == "cuda"
+                backward = compiled(backward, device, cuda_graph)
+            return OneProcess(model, backward, tree, overwrites=cuda_graph)
         case "ddp":
             return Replicated(model, forward, processes, tree)
         case "fsdp":
