@@ -127,6 +127,11 @@ class Muon(AdamW):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             gradients = [local(p.grad) for p in some if p.grad is not None]
             buffers = [local(self.state[p]["momentum_buffer"]) for p in some]
+            if self.found_inf is not None:  # then stays as it is: m + (1 - momentum) (m - m)
+                nonfinite = self.found_inf.bool()
+                gradients = [
+                    torch.where(nonfinite, *pair) for pair in zip(buffers, gradients, strict=True)
+                ]
             torch._foreach_lerp_(buffers, gradients, 1 - momentum)
             mixed = torch._foreach_lerp(gradients, buffers, momentum)
             for p, update in zip(some, mixed, strict=True):
@@ -141,8 +146,13 @@ class Muon(AdamW):
             steps = dict(zip((p for p, _ in stack), directions, strict=True))
             for some in _at_once(list(steps)):
                 rows = [local(p) for p in some]
-                torch._foreach_mul_(rows, 1 - lr * group["weight_decay"])
+                decay = 1 - lr * group["weight_decay"]
                 directions = [steps[p].to(p.dtype) for p in some]
+                if self.found_inf is not None:  # then 1 theta - 0
+                    nonfinite = self.found_inf.bool()
+                    decay = torch.where(nonfinite, 1.0, decay)
+                    directions = [torch.where(nonfinite, 0.0, d) for d in directions]
+                torch._foreach_mul_(rows, decay)
                 torch._foreach_add_(rows, directions, alpha=-lr * scale)
 
 
