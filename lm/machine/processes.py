@@ -321,7 +321,9 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=timeout
             )
-        return Processes(rank, size, store, timeout)
+        processes = Processes(rank, size, store, timeout)
+        processes.gather(None)  # one that leaves while others still connect would look lost
+        return processes
     except (dist.DistError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise EnvironmentFault(
