@@ -278,7 +278,7 @@ def _sockets() -> dict[int, int]:
 
 @contextmanager
 def _recording_sockets() -> Iterator[None]:
-    """Record the sockets that are opened in this context; those of a tracker, say, are not ours."""
+    """Record the sockets that torch opens in this context: a tracker has others of its own."""
     before = set(_sockets())
     yield
     _of_groups.update(_sockets().keys() - before)
