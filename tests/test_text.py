@@ -60,6 +60,15 @@ def test_a_folder_is_read_in_the_order_of_its_paths(folder):
     assert texts(replace(config, path=str(path / "b.txt"))) == ["b.txt"]
 
 
+@pytest.mark.parametrize("setting", ["encoding_errors", "on_bad_document", "split"])
+def test_a_third_value_is_an_error_and_not_taken_for_the_second(folder, setting):
+    path, config = folder
+    (path / "a.txt").write_text("text")
+    object.__setattr__(config, setting, "third")
+    with pytest.raises((AssertionError, KeyError), match="third"):
+        list(split_documents(config, Counter()))
+
+
 def test_bytes_of_a_text_stay_as_they_are(folder):
     path, config = folder
     data = "a\r\nb\rc\n\u2028é\U0001f600\ufeff end\n".encode()

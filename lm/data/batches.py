@@ -249,10 +249,13 @@ class Split:
         for number, source in enumerate(sources):
             mine, stream = owners == number, [number] if self.weighted else []
             size, start_of = self._windows_of(source, context_length, sampling)
-            if sampling == "random":
-                places = drawn(seed, steps, batch_size, size)[mine]
-            else:
-                places = ordered(seed, numbers[mine], size, *stream)
+            match sampling:
+                case "random":
+                    places = drawn(seed, steps, batch_size, size)[mine]
+                case "epochs" | "documents":
+                    places = ordered(seed, numbers[mine], size, *stream)
+                case _:
+                    assert_never(sampling)
             starts[mine] = source.start + start_of(places)
         return starts.reshape(-1, batch_size)
 

@@ -18,6 +18,7 @@ from lm.prepare.records import ReadOptions
 
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
 OUTPUTS = ("data/tokenizer", "data/tokens", "metrics", "models")  # of stages that read text
+REPLACES = {"strict": False, "replace": True}  # by data.encoding_errors
 SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
 
 
@@ -105,9 +106,8 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
     the first two may never end, and DVC does not watch the files behind the third.
     """
     separator = None if config.separator is None else config.separator.encode()
-    options = ReadOptions(
-        config.text_field, separator, config.encoding_errors == "replace", config.max_expansion
-    )
+    replaces = REPLACES[config.encoding_errors]
+    options = ReadOptions(config.text_field, separator, replaces, config.max_expansion)
     root = text_root(config)
     is_listed = root != Path(config.path)
     for output in OUTPUTS if root.exists() else ():
