@@ -28,7 +28,7 @@ def locked(project, name):
 
 
 def work_off_queue(project, experiments):
-    """Let a worker run so many experiments; what DVC then says of them."""
+    """Let a worker run this number of experiments; return DVC's status of the queue."""
     dvc(project, "queue", "start")
     end = time.monotonic() + 600
     while len(ended(project)) < experiments or "Running" in (

@@ -257,7 +257,7 @@ def test_nothing_is_encoded_twice(desk, capsys):
     capsys.readouterr()
     assert encoded(desk) == 0
     n_shards = len(desk.shards())
-    assert f"{n_shards} of {n_shards} shards were done before" in capsys.readouterr().out
+    assert f"{n_shards} of {n_shards} shards were already done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["-first.txt", "050-middle.txt", "~last.txt"])
@@ -676,8 +676,8 @@ def test_the_stage_says_what_it_read_and_how(project):
         "| text | none | 1 | text |",
         "| text | other | 1 | text |",
         "",
-        "README.md and 2 more read as text beside 40 .json.gz files: leave out by data.glob what "
-        "is no text to learn",
+        "README.md and 2 more read as text beside 40 .json.gz files: exclude by data.glob what "
+        "should not be learned",
         "",
         "Files not read: files of DVC's own: 1",
     ]
@@ -716,12 +716,12 @@ def test_a_run_that_is_struck_goes_on_to_the_same_bytes(large):
 
     done = large.stage("tokens")
     assert done.returncode == 0, done.stderr
-    assert "shards were done before" in done.stdout
+    assert "shards were already done" in done.stdout
     found = tokens_of(large)
     assert len(found) > 90
     large.forget_shards()
     fresh = large.stage("tokens", "runtime.num_workers=1")
-    assert "were done before" not in fresh.stdout
+    assert "were already done" not in fresh.stdout
     assert tokens_of(large) == found
 
 

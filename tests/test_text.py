@@ -112,7 +112,7 @@ def test_a_separator_that_stands_in_one_file_is_enough(folder, monkeypatch, name
     config = replace(config, separator="-<|>-")
     (path / "a.txt").write_text("--<|>\n-")
     (path / "c.jsonl").write_text('{"text": "-<|>-"}\n')
-    with pytest.raises(InputError, match=r'"-<\|>-": stands in no text file'):
+    with pytest.raises(InputError, match=r'"-<\|>-": does not occur in any text file'):
         cut_into_shards(config)
     pack = gzip.compress if name.endswith(".gz") else bytes
     (path / name).write_bytes(pack(b"--<|>-"))

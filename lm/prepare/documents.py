@@ -129,7 +129,7 @@ def _require_separator(found: Sequence[SourceFiles]) -> None:
             hint = f"{cause}: write {shown(meant.decode())} in params.yaml"
             break
     raise InputError(
-        f"data.separator = {shown(separator.decode())}: stands in no text file; {hint}"
+        f"data.separator = {shown(separator.decode())}: does not occur in any text file; {hint}"
     )
 
 
@@ -180,7 +180,7 @@ def documents(
 
 
 def _is_blank(data: bytes) -> bool:
-    """Return whether a text is white space alone; for most the first byte says no."""
+    """Return whether a text is white space alone; for most texts the first byte decides."""
     return not (data and 0x20 < data[0] < 0x80) and not data.decode().strip()
 
 

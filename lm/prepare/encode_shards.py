@@ -116,7 +116,7 @@ def encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> tuple[Job
         return encode_all(replace(job, library="tokenizers"), shards, num_workers)
     reused = sum(done.pop("reused", False) for done in all_done)
     if reused:
-        say(f"{reused:,} of {len(shards):,} shards were done before")
+        say(f"{reused:,} of {len(shards):,} shards were already done")
     return job, all_done
 
 

@@ -125,7 +125,7 @@ class Encoder:
                 raise DocumentRefused(
                     index,
                     f"{RUN_BYTES >> 20} MiB without a place where the tokenizer can cut it; "
-                    "break its lines, or leave it out if it is no text",
+                    "break its lines, or leave it out if it is not text",
                 )
             places.append(place)
         places += [len(document)] if places[-1] < len(document) else []
