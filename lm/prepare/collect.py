@@ -165,9 +165,8 @@ def _summary(collected: Sequence[Collected]) -> dict[str, Any]:
     }
     total = sums(list(splits.values()))
     tally, used = Counter[str](), np.zeros(1, dtype=np.uint8)
-    n_documents = 0
+    n_documents = sum(done[split]["documents"] for done, _ in collected for split in SPLITS)
     for done, _ in collected:
-        n_documents += sum(done[split]["documents"] for split in SPLITS)
         tally.update(done["tally"])
         used = used | np.frombuffer(bytes.fromhex(done["used"]), dtype=np.uint8)
     replaced = tally.pop(REPLACED, 0)
