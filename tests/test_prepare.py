@@ -656,17 +656,17 @@ def test_the_stage_says_what_it_read_and_how(project):
     project.set("tokenizer.kind", "bytes")
     project.set("data.path", "t")
     project.prepare("tokenizer")
-    told = set()
+    tables = set()
     for workers in (1, 3, 3):
         project.set("runtime.num_workers", workers)
         if workers == 1:
             project.forget_shards()
         result = project.stage("tokens")
-        told.add(project.read("metrics/data.md").decode())
+        tables.add(project.read("metrics/data.md").decode())
         assert project.read("metrics/data.md").decode() in result.stdout
-    [told] = told
-    assert told.splitlines()[2].startswith("| text | 124 |")
-    assert told.splitlines()[4:] == [
+    (table,) = tables
+    assert table.splitlines()[2].startswith("| text | 124 |")
+    assert table.splitlines()[4:] == [
         "| source | suffix | files | read as |",
         "|--------|--------|------:|---------|",
         "| text | .json.gz | 40 | JSON lines, field text |",
