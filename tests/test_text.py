@@ -61,6 +61,15 @@ def test_a_folder_is_read_in_the_order_of_its_paths(folder):
     assert texts(replace(config, path=str(path / "b.txt"))) == ["b.txt"]
 
 
+@pytest.mark.parametrize("setting", ["encoding_errors", "on_bad_document", "split"])
+def test_a_third_value_is_an_error_and_not_taken_for_the_second(folder, setting):
+    path, config = folder
+    (path / "a.txt").write_text("text")
+    object.__setattr__(config, setting, "third")
+    with pytest.raises((AssertionError, KeyError), match="third"):
+        list(split_documents(config, Counter()))
+
+
 def test_bytes_of_a_text_stay_as_they_are(folder):
     path, config = folder
     data = "a\r\nb\rc\n\u2028é\U0001f600\ufeff end\n".encode()
@@ -104,7 +113,7 @@ def test_a_separator_that_stands_in_one_file_is_enough(folder, monkeypatch, name
     config = replace(config, separator="-<|>-")
     (path / "a.txt").write_text("--<|>\n-")
     (path / "c.jsonl").write_text('{"text": "-<|>-"}\n')
-    with pytest.raises(InputError, match=r'"-<\|>-": stands in no text file'):
+    with pytest.raises(InputError, match=r'"-<\|>-": does not occur in any text file'):
         cut_into_shards(config)
     pack = gzip.compress if name.endswith(".gz") else bytes
     (path / name).write_bytes(pack(b"--<|>-"))

@@ -100,7 +100,7 @@ def foreign_tokenizer(file: Path, texts: Iterable[str], end_token: str = END_TOK
     if trial.returncode != 0:
         *_, last = trial.stderr.decode("utf-8", "replace").strip().split("\n")
         if not last.startswith("error: "):
-            raise InputError(f"{file}: ended its trial by a crash {last}".rstrip())
+            raise InputError(f"{file}: crashed when it was tried {last}".rstrip())
         raise InputError(last.removeprefix("error: "))
     return open_tokenizer_json(file, end_token)
 

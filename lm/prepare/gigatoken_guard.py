@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -109,8 +109,13 @@ class Gigatoken:
         """
         if psutil.Process().memory_info().rss > self._resident_bytes + CACHE_BYTES:
             self._open()
-        if has_newer_characters(b"".join(texts)):  # hardly ever: so all of them
-            return by_tokenizers(self.tokenizer, texts)
+        if has_newer_characters(b"".join(texts)):  # hardly ever
+            parts = [
+                by_tokenizers(self.tokenizer, list(run)) if is_newer else self.encode(list(run))
+                for is_newer, run in groupby(texts, has_newer_characters)
+            ]
+            ids, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            return ids, lengths
         self._n_encoded += len(texts)
         if self._n_encoded < SHORT_RUN:
             encoded = [self._library.encode(text) for text in texts]

@@ -50,7 +50,7 @@ def listed_folder(file: Path) -> Path:
                 f"{file}: not a listing; make one by python -m lm.prepare.listing FOLDER {file}"
             )
     if not root.is_dir():
-        raise InputError(f"{file}: lists {root}, which is no folder here; make it again")
+        raise InputError(f"{file}: lists {root}, which is not a folder here; make it again")
     found, again = _found(root), f"make it again: python -m lm.prepare.listing {root} {file}"
     for name in sorted(found.keys() | listed.keys()):
         before, now = listed.get(name), found.get(name)
