@@ -1,6 +1,7 @@
 """What torch.distributed names differently from version to version, found by feature."""
 
 import inspect
+from typing import Any
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -12,4 +13,4 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
 _SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
 # of DistributedDataParallel: buffers are constants, so no forward pass needs to send them
-BUFFERS_STAY = {_SYNC: False}
+BUFFERS_STAY: dict[str, Any] = {_SYNC: False}

@@ -173,7 +173,7 @@ def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
 def _is_of_another(line: str, first: tuple[str, ...]) -> bool:
     """Return whether a line such as /lm/**/x is of another folder than the `first` on our way."""
     named = re.match(r"/([\w-]+)/", line)
-    return bool(named and first) and first[0] != named[1]
+    return named is not None and first not in ((), (named[1],))
 
 
 if __name__ == "__main__":
