@@ -34,6 +34,7 @@ from lm.base.errors import (
     is_out_of_memory,
 )
 from lm.base.settings import PARALLEL
+from lm.machine.collectives import all_gather_single
 
 FAULTS = (InputError, EnvironmentFault, Busy, OSError)
 GRACE_S = 20.0  # for the others to notice, too; torch's launcher kills after 30
@@ -80,7 +81,7 @@ class Processes:
         if self.size == 1:
             return mine[None].numpy()
         everyones = torch.empty(self.size * len(mine), dtype=torch.float64)
-        dist.all_gather_single(everyones, mine, group=self.messages)
+        all_gather_single(everyones, mine, group=self.messages)
         return everyones.view(self.size, -1).numpy()
 
     def together(self, action: Callable[[], Result]) -> Result:

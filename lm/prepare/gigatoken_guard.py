@@ -20,7 +20,6 @@ from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
-import orjson
 import psutil
 import tokenizers
 from numpy.typing import NDArray
@@ -78,14 +77,16 @@ class Gigatoken:
         """Raise Unusable if gigatoken is missing, refuses this tokenizer or fails the trial."""
         self.tokenizer = tokenizer
         self._n_encoded = 0  # texts
-        settings = orjson.loads(tokenizer.backend.to_str())
-        added = settings["added_tokens"]
-        settings["added_tokens"] = [token for token in added if not token["special"]]
-        self._json = orjson.dumps(settings)
         try:
+            import orjson
+
+            settings = orjson.loads(tokenizer.backend.to_str())
+            added = settings["added_tokens"]
+            settings["added_tokens"] = [token for token in added if not token["special"]]
+            self._json = orjson.dumps(settings)
             self._open()
-        except ImportError:
-            raise Unusable("gigatoken is not installed") from None
+        except ImportError as error:
+            raise Unusable(f"{error.name} is not installed") from None
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0][:200]
             raise Unusable(f"gigatoken refuses this tokenizer: {reason}") from None

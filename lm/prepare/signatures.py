@@ -3,8 +3,6 @@
 import re
 from collections.abc import Container
 
-import orjson
-
 from lm.prepare.records import WHOLE, Bad
 
 LEAVE_OUT = "or leave it out (data.glob, data.on_bad_document: skip)"
@@ -58,6 +56,8 @@ def _json_kind(head: bytes) -> str | None:
         return "array"
     if not text.startswith(b"{"):
         return None
+    import orjson
+
     line, line_break, _ = text.partition(b"\n")
     try:
         return "lines" if isinstance(orjson.loads(line), dict) and line.strip() != b"{}" else None
