@@ -371,10 +371,14 @@ def test_gradients_outlive_the_tensors_that_a_cuda_graph_overwrites(
 
 
 @pytest.mark.cuda
-def test_cuda_resumes_bit_for_bit(model_config, train_config):
+@pytest.mark.parametrize("compiles", [False, True])
+def test_cuda_resumes_bit_for_bit(model_config, train_config, compiles):
+    """Compiled, a resumed run launches kernels one by one where the other replays a graph."""
     device = torch.device("cuda")
     make_deterministic(device, None)
-    config = replace(train_config, dtype="bfloat16", max_steps=9)
+    model_config = replace(model_config, dropout=0.1)
+    config = replace(train_config, dtype="bfloat16", max_steps=9, compile=compiles)
+    config = replace(config, micro_batch_size=config.batch_size // 4)
 
     def go(state, steps):
         for count, _ in enumerate(train(state, SPLIT, config), start=1):
