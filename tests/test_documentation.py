@@ -21,7 +21,13 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 HISTORY = {"CHANGELOG.md", "docs/LOG.md"}  # tell of what was there
 CURRENT = {name: text for name, text in PAGES.items() if name not in HISTORY}
 # processes that others start, which nobody types
-INTERNAL = {"lm.prepare.foreign", "benchmarks.saver", "benchmarks.worker"}
+INTERNAL = {
+    "benchmarks.gpu.equality",
+    "benchmarks.gpu.parts",
+    "benchmarks.saver",
+    "benchmarks.worker",
+    "lm.prepare.foreign",
+}
 # not run here: what has tests of its own, takes experiments to work on, or goes on for ever
 ELSEWHERE = {
     "lm.demo",

@@ -370,34 +370,6 @@ def test_gradients_outlive_the_tensors_that_a_cuda_graph_overwrites(
     assert torch.equal(overwritten[-1], expected[-1]) == (count == 1)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("compiles", [False, True])
-def test_cuda_resumes_bit_for_bit(model_config, train_config, compiles):
-    """Compiled, a resumed run launches kernels one by one where the other replays a graph."""
-    device = torch.device("cuda")
-    make_deterministic(device, None)
-    model_config = replace(model_config, dropout=0.1)
-    config = replace(train_config, dtype="bfloat16", max_steps=9, compile=compiles)
-    config = replace(config, micro_batch_size=config.batch_size // 4)
-
-    def go(state, steps):
-        for count, _ in enumerate(train(state, SPLIT, config), start=1):
-            if count == steps:
-                break
-        return state
-
-    straight = go(new_state(model_config, config, device), 9)
-    first = go(new_state(model_config, config, device), 4)
-    file = io.BytesIO()
-    save_checkpoint(first.model, first.optimizer, first.step, file)
-    file.seek(0)
-    second = new_state(model_config, config, device)
-    second.step = load_checkpoint(file, second.model, second.optimizer)
-    go(second, 5)
-    for key, tensor in weights(straight).items():
-        assert torch.equal(tensor, second.model.state_dict()[key]), key
-
-
 def test_an_overflowing_gradient_stops_before_the_parameters_change(model_config, train_config):
     state, _ = run(model_config, train_config, steps=2)
     state.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))

@@ -25,9 +25,9 @@ from lm.model.transformer import ModelConfig, TransformerLM
 MAGIC = b"GGUF"
 # llama.cpp wants merges, plain bytes have none: this one is of a byte that UTF-8 never has
 NO_MERGES = ["ÿ ÿ"]
-# by Hugging Face's model_type; rotary positions turn the halves of a head, as transformers does, or
-# pairs of features, as we do
-ARCHITECTURES = {"llama": (MODEL_ARCH.LLAMA, False), "qwen3": (MODEL_ARCH.QWEN3, True)}
+# by Hugging Face's model_type: llama.cpp's name; whether rotary positions turn the halves of a
+# head, as transformers does, or pairs of features, as we do
+ARCHITECTURES = {"llama": ("LLAMA", False), "qwen3": ("QWEN3", True)}
 
 
 def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -36,7 +36,7 @@ def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
     Raises InputError if llama.cpp has no such model or tokenizer or `out` is some other file, and
     EnvironmentFault if it cannot be written.
     """
-    from gguf import GGUFWriter, get_tensor_name_map
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
     require_gguf(out)
     config = model.config
@@ -50,7 +50,7 @@ def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
     weights = stock_weights(model)
     if not turns_halves:
         weights = dict(zip(weights, model.state_dict().values(), strict=True))
-    names = get_tensor_name_map(architecture, config.num_layers)
+    names = get_tensor_name_map(MODEL_ARCH[architecture], config.num_layers)
     for name, weight in weights.items():
         theirs = names.get_name(name, (".weight",))
         assert theirs, name

@@ -170,8 +170,8 @@ class Run:
     def write_performance(self, metrics: Path, timing: Timing) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
         if self.processes.leads:
-            measured = self.pace.measured(self.state, self.config)
             predicted = timing.beside_measured(self.state.model.head.device)
+            measured = self.pace.measured(self.state, self.config)  # takes memory to measure rates
             write_json(metrics / "performance.json", measured | predicted)
 
     def _write_times(self) -> None:
