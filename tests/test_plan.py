@@ -24,6 +24,7 @@ from benchmarks import scale
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.run_folders import run_folder
 from lm.base.sections import read_section
+from lm.base.settings import EvaluateConfig, share_of_batch
 from lm.data.batches import Split
 from lm.evaluate.metrics import require_logits_fit
 from lm.machine.device import autocast
@@ -300,7 +301,7 @@ from lm.machine.gauges import peak_memory_bytes
 from lm.model.transformer import ModelConfig
 from lm.plan.plan import make_plan
 from lm.data.batches import Split
-from lm.base.settings import EvaluateConfig, TrainConfig, share_of_batch
+from lm.base.settings import TrainConfig
 from lm.train.loop import train
 from lm.train.state import new_state
 device = torch.device("cpu")
