@@ -37,15 +37,17 @@ class Run(Protocol):
 def fit(state: TrainState, tokens: Tokens, config: TrainConfig, run: Run) -> None:
     """Train to the end of a run; after each step validate, log and save what is due."""
 
+    def validation_due(step: int) -> bool:
+        return due(step, config.eval_interval) or step == config.max_steps
+
     def pause(step: int) -> bool:
-        validated = due(step, config.eval_interval) or step == config.max_steps
-        return validated or run.pause_due(step)
+        return validation_due(step) or run.pause_due(step)
 
     steps, paused = train(state, tokens.train, config, pause), True
     while not (paused and run.finished):
         record = next(steps)
         paused = state.step == record["step"]  # a GPU may be some steps ahead
-        if paused and (due(state.step, config.eval_interval) or state.step == config.max_steps):
+        if paused and validation_due(state.step):
             record["valid_loss"] = validation_loss(state, tokens.valid, config)
         run.log(record)
         if paused and run.save_due:
