@@ -19,14 +19,14 @@ from typing import get_args
 import numpy as np
 import torch
 
-from lm.base.config import load_params, read_section
-from lm.base.settings import Sampling
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import TrainConfig, WindowOrder
 from lm.data.batches import Split, open_tokens
 from lm.data.shards import ShardWriter, token_dtype, write_manifest
 from lm.model.transformer import ModelConfig
 from lm.train.loop import train
 from lm.train.state import new_state
-from lm.train.step import TrainConfig
 
 BATCH_SIZE, CONTEXT_LENGTH = 32, 1024
 N_TOKENS, VOCAB_SIZE, END_ID = 50_000_000, 50_257, 50_256
@@ -68,7 +68,7 @@ def as_nanogpt(file: Path) -> None:
 
 
 def batches(
-    split: Split, sampling: Sampling, size: int = BATCH_SIZE, length: int = CONTEXT_LENGTH
+    split: Split, sampling: WindowOrder, size: int = BATCH_SIZE, length: int = CONTEXT_LENGTH
 ) -> Callable[[], object]:
     """A call that makes the next batch, as tensors."""
     steps = count()
@@ -111,7 +111,7 @@ def main() -> None:
         many = write(Path(scratch, "many"), 100, [0.7, 0.2, 0.1])
         plain = Path(scratch, "one", "train", "text-00000.bin")
         contestants: dict[str, Callable[[], object]] = {BASELINE: lambda: as_nanogpt(plain)}
-        for sampling in get_args(Sampling):
+        for sampling in get_args(WindowOrder):
             contestants[f"{sampling}, one shard"] = batches(one, sampling)
             contestants[f"{sampling}, 3 weighted sources of 100 shards"] = batches(many, sampling)
         medians = interleaved(contestants, ROUNDS)
@@ -121,7 +121,7 @@ def main() -> None:
         for name, ms in medians.items():
             print(f"| {name} | {ms:.3f} | {medians[BASELINE] / ms:.1f} |")
         contestants, shape = smoke_step()
-        for sampling in get_args(Sampling):
+        for sampling in get_args(WindowOrder):
             contestants[sampling] = batches(one, sampling, *shape)
         medians = interleaved(contestants, ROUNDS)
         print("\n| presets/smoke.yaml | ms | share of the step |\n|---|---:|---:|")

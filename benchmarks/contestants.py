@@ -324,15 +324,16 @@ def training(
     The settings are those of params.yaml but for these. With parallel = ddp or fsdp the process is
     joined to those that RANK and the like name.
     """
-    from lm.base.config import load_params, read_section
     from lm.base.files import sha256_file
+    from lm.base.params import load_params
+    from lm.base.sections import read_section
+    from lm.base.settings import TrainConfig
     from lm.data.batches import Split, TokenStream
     from lm.machine.device import prepare
     from lm.machine.processes import joined
     from lm.model.transformer import ModelConfig
     from lm.train.loop import train
     from lm.train.state import new_state
-    from lm.train.step import TrainConfig
 
     model = dict(zip(Shape._fields[1:-1], shape[1:-1], strict=True))
     settings = train_settings | {"batch_size": shape.batch_size, "max_steps": 10**9}
@@ -354,7 +355,7 @@ def training(
 
     def records() -> Iterator[dict[str, Any]]:
         with membership:
-            yield from train(state, split, config)
+            yield from train(state, split, config, pause=lambda step: False)
 
     return state, records()
 

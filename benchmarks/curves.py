@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lm.base.config import RuntimeConfig, load_params, read_section
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import RuntimeConfig, TrainConfig
 from lm.data.batches import Split
 from lm.machine.device import describe, make_deterministic
 from lm.model.transformer import ModelConfig
@@ -21,7 +23,6 @@ from lm.runs.history import COLUMNS, MAX_ROWS
 from lm.runs.run import REFRESH_S, Run
 from lm.train.loop import train
 from lm.train.state import new_state
-from lm.train.step import TrainConfig
 
 STEPS = 100
 MADE_OF: dict[str, dict[str, str]] = {"inputs": {}, "code": {}, "environment": {}}

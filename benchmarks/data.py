@@ -94,7 +94,8 @@ def nanogpt(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
 def learn_by_tokenizers(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
     """The vocabulary by Hugging Face tokenizers, from the training split that ours learns from."""
     os.environ["RAYON_NUM_THREADS"] = str(cores)
-    from lm.base.config import load_params, read_section
+    from lm.base.params import load_params
+    from lm.base.sections import read_section
     from lm.data.tokenizer import load_tokenizer
     from lm.prepare.documents import split_documents
     from lm.prepare.learn import train_bpe

@@ -15,14 +15,15 @@ from string import ascii_uppercase
 import numpy as np
 
 from lm.base import rng
-from lm.base.config import load_params, read_section
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import TrainConfig
 from lm.data.batches import Split
 from lm.machine.device import choose_device, describe, make_deterministic
 from lm.model.transformer import ModelConfig
 from lm.runs.checkpoint import weights_sha256
 from lm.train.loop import train
 from lm.train.state import new_state
-from lm.train.step import TrainConfig
 
 STEPS, VOCABULARY = 20, 2048
 ONE_CORE = ("taskset", "-c", "0")

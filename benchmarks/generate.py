@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lm.base.config import load_params, read_section
 from lm.base.errors import one_line_errors
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.generate.stream import generate
 from lm.machine.device import describe
 from lm.model.huggingface import stock_config, stock_weights

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import atomic_write, read_json, sha256_file
+from lm.base.paths import METRICS, MODEL, TOKENS
 from lm.data.batches import open_tokens
 from lm.evaluate.floor import documents
 from lm.model.model_folder import load_model
 from lm.model.transformer import TransformerLM
-from stages.evaluate import MODEL, RESULTS, TOKENS
 
 EXPORTED, TASKS = Path("models/huggingface"), Path("benchmarks/tasks")
 PROGRAM = Path(".venv-lm-eval/bin/lm_eval")
@@ -49,7 +49,7 @@ def main() -> None:
         rows = {
             f"lm_eval, {EXPORTED}": theirs,
             f"the same windows, {MODEL}": nats / (math.log(2) * n_bytes),
-            "stage evaluate": read_json(RESULTS / "eval.json")["bits_per_byte"],
+            "stage evaluate": read_json(METRICS / "eval.json")["bits_per_byte"],
         }
     print(f"{len(texts)} documents, {n_bytes:,} bytes\n\n|   | bits per byte |\n|---|---:|")
     for name, value in rows.items():

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lm.base.config import load_params, read_section
 from lm.base.errors import one_line_errors
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.base.settings import ModelConfig, TrainConfig
 from lm.data.batches import Split
 from lm.machine.device import describe, prepare

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.worker import Child, Failed, Tell, begin
-from lm.base.config import add_overrides
 from lm.base.errors import InputError, one_line_errors
+from lm.base.params import add_overrides
 from lm.base.signals import sigterm_raises
 
 SIZES = (128, 4, 4, 344, 64, 12)  # d_model, layers, heads, (d_ff), context, batch of nanoGPT's side
@@ -66,14 +66,15 @@ def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> An
     """The same of lm.train.loop.train with the settings of a params file."""
     import torch
 
-    from lm.base.config import load_params, read_section
+    from lm.base.params import load_params
+    from lm.base.sections import read_section
+    from lm.base.settings import TrainConfig
     from lm.data.batches import Split
     from lm.machine.device import autocast, prepare
     from lm.model.transformer import ModelConfig
     from lm.plan.plan import compiling
     from lm.train.loop import train
     from lm.train.state import new_state
-    from lm.train.step import TrainConfig
 
     params = load_params(Path(preset), overrides)
     config = read_section(TrainConfig, params, "train")

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lm.base.config import load_params, read_section
-from lm.base.settings import share_of_batch
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import TrainConfig, share_of_batch
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.footprint import communication, flops_per_token, parameters, peak_memory
 from lm.plan.plan import MARGIN, largest_micro_batch
-from lm.train.step import TrainConfig
 
 PRESET = Path(__file__).parent.parent / "presets" / "gpt2-124m.yaml"
 CUDA = torch.device("cuda")
@@ -143,7 +143,7 @@ def main() -> None:
     for name in ("124M", "1.3B", "7B"):
         model, config = shapes[name]
         count = sum(parameters(model).values())
-        tokens = config.batch_size * model.context_length
+        tokens = config.tokens_per_step(model)
         print(f"\n{name}: {count:,} parameters, {tokens:,} tokens an update\n")
         print(HEADER)
         print("|---|--:|---" + "|--:" * 11 + "|")

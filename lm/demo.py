@@ -26,13 +26,13 @@ from lm.evaluate.baselines import Bigram, uniform_loss_nats
 from lm.evaluate.metrics import METRICS
 from lm.generate.stream import generate
 from lm.model.kernels import cross_entropy
-from lm.model.loss import evaluate
 from lm.model.transformer import ModelConfig, TransformerLM
+from lm.model.validation import evaluate
 from lm.plan.footprint import parameters
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint
+from lm.train.batch import get_batch
 from lm.train.optim import AdamW, gradient_clipping
 from lm.train.schedule import get_lr_cosine_schedule
-from lm.train.step import get_batch
 
 SEED = 1337
 TEXT_BYTES, HELD_OUT = 400_000, 0.05
@@ -188,7 +188,7 @@ def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
     unigram, bigram = Bigram(training, MODEL.vocab_size).losses_nats(ids)
     floor = sum(map(STORIES.bits, held_out)) * math.log(2) / len(ids)
     explain(
-        "Metrics (lm/model/loss.py, lm/evaluate/baselines.py)",
+        "Metrics (lm/model/validation.py, lm/evaluate/baselines.py)",
         f"On {len(ids):,} held-out bytes, each but the first predicted once: nats per token, "
         "perplexity e^nats, and bits per byte, which compares models with different tokenizers.",
         "The stories come from a grammar that knows the probability of each: the last row is its "

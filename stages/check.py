@@ -1,79 +1,9 @@
-"""Check every setting, alone and together, before anything runs.
+"""Check every setting: `python -m stages.check`, the first step of `make repro`."""
 
-    python -m stages.check    the first step of `make repro`; silent if all is well
-
-Each stage begins with it as well, by name and in a process of its own. No stage depends on this
-code, since it decides no byte of an output. It does not load torch, so it is quick.
-"""
-
-import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from lm.base.config import RuntimeConfig, load_params, read_section
-from lm.base.errors import InputError, one_line_errors
-from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig, share_of_batch
-from lm.data.tokenizer import TokenizerConfig
-from lm.export.card import ExportConfig
-from lm.prepare.sources import DataConfig, find_sources
-
-PARAMS, RAW = Path("params.yaml"), Path("data/raw")  # the text of stage corpus
-
-
-def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") -> None:
-    """Raise InputError for a wrong setting, and for a missing file that a setting names.
-
-    A stage looks only for files that later stages read. Their readers check the content.
-    """
-    corpus = read_section(CorpusConfig, params, "corpus", where)
-    data = read_section(DataConfig, params, "data", where)
-    tokenizer = read_section(TokenizerConfig, params, "tokenizer", where)
-    read_section(ModelConfig, params, "model", where, vocab_size=1)  # the tokens decide it
-    train = read_section(TrainConfig, params, "train", where)
-    read_section(EvaluateConfig, params, "evaluate", where)
-    read_section(ExportConfig, params, "export", where)
-    runtime = read_section(RuntimeConfig, params, "runtime", where)
-    share_of_batch(train, runtime.num_processes)
-    path = Path(data.path)
-    raw = path.is_relative_to(RAW)
-    if corpus.source == "grammar" and not (raw and data.split == "hash"):
-        raise InputError(
-            f"corpus.source = grammar: needs data.path: {RAW} and data.split: hash, found "
-            f"{data.path} and {data.split}; for text of your own set corpus.source: packages"
-        )
-    if stage in ("", "corpus"):
-        if not raw and (path.exists() or not _dvc_makes(path)):
-            find_sources(data)
-        _require_tokenizer(tokenizer)
-    if stage in ("", "corpus", "tokenizer", "tokens"):
-        _require_weights(train)
-
-
-def _dvc_makes(path: Path) -> bool:
-    """Return whether DVC brings or makes a missing path: by a .dvc file, or a stage of dvc.yaml."""
-    pipeline = Path("dvc.yaml")
-    text = pipeline.read_text(encoding="utf-8") if pipeline.is_file() else ""
-    return any(
-        Path(f"{part}.dvc").exists()
-        or re.search(rf"^ *- ['\"]?{re.escape(str(part))}['\"]?/?:? *$", text, re.MULTILINE)
-        for part in (path, *path.parents)
-    )
-
-
-def _require_tokenizer(config: TokenizerConfig) -> None:
-    file = Path("data/tokenizers", str(config.source))
-    if config.kind == "file" and not file.exists():
-        raise InputError(f"{file}: no such file; copy it there (tokenizer.source names it)")
-
-
-def _require_weights(config: TrainConfig) -> None:
-    folder = Path("models/pretrained", str(config.init_from))
-    if config.init_from is not None and not folder.is_dir():
-        raise InputError(
-            f"{folder}: no such folder; copy the model's there (train.init_from names it)"
-        )
-
+from lm.base.errors import one_line_errors
+from lm.base.params import load_params
+from lm.base.paths import PARAMS
+from lm.check import check
 
 if __name__ == "__main__":
     with one_line_errors():

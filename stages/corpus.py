@@ -7,25 +7,24 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, assert_never
 
 from lm.base.console import ByteProgress, count, say
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.files import atomic_write, read_json, write_json
+from lm.base.paths import CORPUS, RAW
 from lm.base.settings import CorpusConfig
 from lm.corpus.grammar import STORIES, stories
 from lm.corpus.packages import python_sources
-from stages.run import Inputs, run
+from stages.run import Inputs, run_stage
 
-RAW, MANIFEST = Path("data/raw"), Path("data/corpus.json")
 STORIES_FILE, STORIES_SEED = "grammar.jsonl", 0
 
 
-def corpus(inputs: Inputs) -> None:
+def corpus_stage(inputs: Inputs) -> None:
     """Write data/raw/*.jsonl and data/corpus.json."""
     config = inputs.section(CorpusConfig, "corpus")
-    _refuse_strangers()
+    _refuse_other_files()
     match config.source:
         case "grammar":
             manifest = [_write_stories(config.grammar_bytes)]
@@ -34,7 +33,7 @@ def corpus(inputs: Inputs) -> None:
         case other:
             assert_never(other)
     inputs.check()
-    write_json(MANIFEST, manifest)
+    write_json(CORPUS, manifest)
     RAW.mkdir(parents=True, exist_ok=True)
     for stale in {f.name for f in RAW.iterdir()} - {_file_name(entry) for entry in manifest}:
         (RAW / stale).unlink()
@@ -98,13 +97,13 @@ def _file_name(entry: Any) -> str:
             return STORIES_FILE
         case _:
             raise InputError(
-                f"{MANIFEST}: not a list of packages; delete it and {RAW}, and run again"
+                f"{CORPUS}: not a list of packages; delete it and {RAW}, and run again"
             )
 
 
-def _refuse_strangers() -> None:
+def _refuse_other_files() -> None:
     """Raise InputError if data/raw holds a file that an earlier run of this stage did not write."""
-    entries = read_json(MANIFEST) if MANIFEST.exists() else []
+    entries = read_json(CORPUS) if CORPUS.exists() else []
     written = {_file_name(entry) for entry in (entries if isinstance(entries, list) else [None])}
     for file in sorted(RAW.glob("*")):
         if file.name not in written and not file.name.endswith(".tmp"):
@@ -115,4 +114,4 @@ def _refuse_strangers() -> None:
 
 
 if __name__ == "__main__":
-    run(corpus, ["corpus", "data"])
+    run_stage(corpus_stage, ["corpus", "data"])

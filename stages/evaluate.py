@@ -6,29 +6,24 @@ With corpus.source = grammar also beside the grammar's entropy, the floor for an
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.files import atomic_write, sha256_file, write_json
-from lm.base.runs import remove_finished, run_folder
-from lm.base.settings import CorpusConfig, EvaluateConfig
-from lm.base.shapes import read_result
+from lm.base.paths import METRICS, MODEL, TOKENS
+from lm.base.result_files import read_result
+from lm.base.run_folders import remove_finished, run_folder
+from lm.base.settings import CorpusConfig, EvaluateConfig, RuntimeConfig
 from lm.base.tables import remarks_on
 from lm.data.batches import open_tokens
 from lm.evaluate.baselines import baseline_losses_nats
 from lm.evaluate.excerpt import excerpt, excerpt_json
 from lm.evaluate.floor import floor
-from lm.evaluate.metrics import (
-    calibration,
-    finite_metrics,
-    loss_by_position,
-    require_logits_fit,
-)
+from lm.evaluate.metrics import calibration, finite_metrics, loss_by_position, require_logits_fit
 from lm.evaluate.samples import draw_samples, samples_as_markdown, summary
 from lm.generate.decoder import COMPARED, require_same_logits
 from lm.machine.device import choose_device, make_deterministic
-from lm.model.loss import evaluate
 from lm.model.model_folder import load_model, read_provenance
-from stages.run import UNFINISHED, Inputs, run
+from lm.model.validation import evaluate
+from stages.run import UNFINISHED, Inputs, run_stage
 
 PLACES = {
     "Model": "models/model/         python -m lm.generate --prompt 'def '",
@@ -38,8 +33,7 @@ PLACES = {
     "Samples": "metrics/samples.md",
     "Report": "metrics/report.html   open it in a browser",
 }
-MODEL, TOKENS, RESULTS = Path("models/model"), Path("data/tokens"), Path("metrics")
-TRAIN = RESULTS / "train.json"  # a model of others comes without
+TRAIN = METRICS / "train.json"  # a model of others comes without
 POSITIONS = ("position", "loss_nats")
 CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
 
@@ -69,14 +63,14 @@ def evaluate_stage(inputs: Inputs) -> None:
     stops_early = provenance["train"].get("early_stopping") is not None
     remarks = remarks_on(metrics, baselines, training, stops_early)
     inputs.check()
-    write_json(RESULTS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
-    write_csv(RESULTS / "loss_by_position.csv", POSITIONS, loss_by_position(sums))
-    write_csv(RESULTS / "calibration.csv", CALIBRATION, calibration(sums))
-    write_json(RESULTS / "samples.json", [sample._asdict() for sample in samples])
-    atomic_write(RESULTS / "samples.md", samples_as_markdown(samples).encode())
-    atomic_write(RESULTS / "held_out.json", excerpt_json(held_out))
+    write_json(METRICS / "eval.json", {**metrics, "baseline_loss_nats": baselines})
+    write_csv(METRICS / "loss_by_position.csv", POSITIONS, loss_by_position(sums))
+    write_csv(METRICS / "calibration.csv", CALIBRATION, calibration(sums))
+    write_json(METRICS / "samples.json", [sample._asdict() for sample in samples])
+    atomic_write(METRICS / "samples.md", samples_as_markdown(samples).encode())
+    atomic_write(METRICS / "held_out.json", excerpt_json(held_out))
     page = summary(metrics, baselines, samples[0], PLACES, remarks)
-    atomic_write(RESULTS / "summary.md", page.encode())
+    atomic_write(METRICS / "summary.md", page.encode())
     say(
         f"Validation loss {metrics['loss_nats']:.4f} nats per token "
         f"(bigram {baselines['bigram']:.4f}), {metrics['bits_per_byte']:.4f} bits per byte"
@@ -92,4 +86,4 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[int | 
 
 
 if __name__ == "__main__":
-    run(evaluate_stage, ["corpus", "evaluate", "runtime"])
+    run_stage(evaluate_stage, ["corpus", "evaluate", "runtime"])

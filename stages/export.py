@@ -1,8 +1,9 @@
 """Stage export: models/model/ as a folder that Hugging Face opens, with its model card."""
 
+from lm.base.paths import CORPUS, HUGGINGFACE, MODEL
 from lm.export.card import TEMPLATE, ExportConfig
-from lm.export.folder import CORPUS, MEASURED, MODEL, OUT, export, read_results, write
-from stages.run import Inputs, run
+from lm.export.folder import MEASURED, export, read_results, write
+from stages.run import Inputs, run_stage
 
 
 def export_stage(inputs: Inputs) -> None:
@@ -12,8 +13,8 @@ def export_stage(inputs: Inputs) -> None:
     results = read_results(str(inputs.params["data"]["path"]))
     folder = export(MODEL, config, results)
     inputs.check()
-    write(folder, OUT)
+    write(folder, HUGGINGFACE)
 
 
 if __name__ == "__main__":
-    run(export_stage, ["data", "export"])
+    run_stage(export_stage, ["data", "export"])

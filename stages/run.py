@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import lm
-from lm.base.config import Config, add_overrides, load_params, read_section
 from lm.base.console import changes, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
+from lm.base.params import add_overrides, load_params
+from lm.base.paths import PARAMS
+from lm.base.sections import Config, read_section
 from stages import CODE, EXECUTED, ROOT
 
-PARAMS = Path("params.yaml")
 # outside of the outputs, which DVC deletes; in a temporary workspace DVC_ROOT is the main project
 SCRATCH = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp")
 UNFINISHED = SCRATCH / "lm-resume"
@@ -48,7 +49,7 @@ class Inputs:
         self._last_edits = ""  # and what differed in them
 
     def section(self, kind: type[Config], name: str, **derived: Any) -> Config:
-        """Return a section of params.yaml as its dataclass; see lm.base.config.read_section."""
+        """Return a section of params.yaml as its dataclass; see lm.base.sections.read_section."""
         return read_section(kind, self.params, name, str(PARAMS), **derived)
 
     def watch(self, *paths: Path) -> None:
@@ -129,7 +130,7 @@ def _changed(what: Path | str) -> InputError:
     )
 
 
-def run(
+def run_stage(
     stage: Callable[[Inputs], None],
     sections: list[str],
     *extra_arguments: tuple[str, dict[str, Any]],
@@ -173,7 +174,7 @@ def _check_all_settings(params: Params, stage: str) -> None:
 def _check(params: Params, stage: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the stage reports the interruption
     with one_line_errors():
-        importlib.import_module("stages.check").check(params, str(PARAMS), stage)
+        importlib.import_module("lm.check").check(params, str(PARAMS), stage)
 
 
 def _files(path: Path) -> list[Path]:

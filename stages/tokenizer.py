@@ -3,11 +3,11 @@
 from collections import Counter
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import assert_never
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import say
+from lm.base.paths import OWN_TOKENIZERS, TOKENIZER
+from lm.base.settings import RuntimeConfig
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.prepare.documents import split_documents
 from lm.prepare.foreign import foreign_tokenizer, from_tiktoken
@@ -15,13 +15,12 @@ from lm.prepare.learn import train_bpe_large
 from lm.prepare.learning_sample import learning_sample
 from lm.prepare.sources import DataConfig, find_files
 from lm.prepare.workers import number_of_workers
-from stages.run import Inputs, run
+from stages.run import Inputs, run_stage
 
-TOKENIZER, OWN_TOKENIZERS = Path("data/tokenizer"), Path("data/tokenizers")
 TRIED = 200  # documents on which a tokenizer from elsewhere is tried
 
 
-def tokenizer(inputs: Inputs) -> None:
+def tokenizer_stage(inputs: Inputs) -> None:
     """Write data/tokenizer/."""
     config = inputs.section(TokenizerConfig, "tokenizer")
     data = inputs.section(DataConfig, "data")
@@ -52,4 +51,4 @@ def tokenizer(inputs: Inputs) -> None:
 
 
 if __name__ == "__main__":
-    run(tokenizer, ["data", "tokenizer", "runtime"])
+    run_stage(tokenizer_stage, ["data", "tokenizer", "runtime"])

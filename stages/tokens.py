@@ -6,11 +6,11 @@ the shards, then `dvc repro tokens`, or `--merge`, collects them.
 
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.files import atomic_write, sha256_json, write_json
+from lm.base.paths import METRICS, TOKENIZER, TOKENS
+from lm.base.settings import RuntimeConfig
 from lm.base.tables import data_table
 from lm.data.shards import MANIFEST
 from lm.prepare.collect import collect, files_table
@@ -25,12 +25,10 @@ from lm.prepare.encode_shards import (
 )
 from lm.prepare.sources import DataConfig, find_files, find_sources
 from lm.prepare.workers import number_of_workers
-from stages.run import SCRATCH, Inputs, run
-
-TOKENIZER, TOKENS, RESULTS = Path("data/tokenizer"), Path("data/tokens"), Path("metrics")
+from stages.run import SCRATCH, Inputs, run_stage
 
 
-def tokens(inputs: Inputs) -> None:
+def tokens_stage(inputs: Inputs) -> None:
     """Write data/tokens/, metrics/data.json and metrics/data.md."""
     data = inputs.section(DataConfig, "data")
     num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
@@ -54,9 +52,9 @@ def tokens(inputs: Inputs) -> None:
     job, done = encode_all(job, shards, num_workers)
     inputs.check()
     report = collect(TOKENS, job, tokenizer, shards, done)
-    write_json(RESULTS / "data.json", report)
+    write_json(METRICS / "data.json", report)
     tables = f"{data_table(report)}\n{files_table(shards, left_out)}"
-    atomic_write(RESULTS / "data.md", tables.encode())
+    atomic_write(METRICS / "data.md", tables.encode())
     drop_unused(job.kept, {shard["key"] for shard in done})
     say(tables)
 
@@ -64,4 +62,4 @@ def tokens(inputs: Inputs) -> None:
 if __name__ == "__main__":
     shard = ("--shard", {"metavar": "I/N", "help": "make the I-th of N parts, publish nothing"})
     merge = ("--merge", {"action": "store_true", "help": "publish, if every part was made"})
-    run(tokens, ["data", "runtime"], shard, merge)
+    run_stage(tokens_stage, ["data", "runtime"], shard, merge)

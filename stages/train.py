@@ -7,17 +7,16 @@ from pathlib import Path
 
 import torch
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import say
 from lm.base.files import sha256_file
-from lm.base.settings import TrainConfig, share_of_batch
+from lm.base.paths import METRICS, MODELS, PRETRAINED, TOKENIZER, TOKENS
+from lm.base.settings import RuntimeConfig, TrainConfig, share_of_batch
 from lm.data.batches import Tokens, open_tokens
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.device import choose_device, describe, environment, prepare
 from lm.machine.processes import Processes, joined
 from lm.model.huggingface import start_from
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.plan.forecast import Forecast, announce
 from lm.plan.plan import (
     Plan,
     explain_out_of_memory,
@@ -25,14 +24,12 @@ from lm.plan.plan import (
     require_room,
     require_room_for_processes,
 )
+from lm.plan.timing import Timing, announce
 from lm.runs.run import Run
 from lm.train.loop import fit
 from lm.train.state import Record, TrainState, new_state
 from stages.launch import launch, launched
-from stages.run import UNFINISHED, Inputs, run
-
-TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
-MODELS, METRICS, PRETRAINED = Path("models"), Path("metrics"), Path("models/pretrained")
+from stages.run import UNFINISHED, Inputs, run_stage
 
 
 def train_stage(inputs: Inputs) -> None:
@@ -68,7 +65,7 @@ def train_stage(inputs: Inputs) -> None:
         live = METRICS if "DVC_ROOT" in os.environ else None  # DVC has deleted the old metrics
         run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
         with explain_out_of_memory(plan), run_ as this_run:
-            watched = _Watched(this_run, inputs, Forecast(plan, state.step))
+            watched = _Watched(this_run, inputs, Timing(plan, state.step))
             fit(state, tokens, plan.config, watched)
             processes.together(inputs.check)
             this_run.publish(tokenizer, MODELS, METRICS)
@@ -115,11 +112,11 @@ def _begin(
 
 @dataclass
 class _Watched:
-    """A run for fit() that also forecasts its time and checks that its inputs are unchanged."""
+    """A run for fit() that also times the training and checks that its inputs are unchanged."""
 
     run: Run
     inputs: Inputs
-    forecast: Forecast
+    timing: Timing
 
     @property
     def finished(self) -> bool:
@@ -131,14 +128,18 @@ class _Watched:
         """See Run."""
         return self.run.save_due
 
+    def pause_due(self, step: int) -> bool:
+        """See Run."""
+        return self.run.pause_due(step)
+
     def log(self, record: Record) -> None:
         """Record a finished step; after the first few print the time to the end."""
-        self.run.log(self.forecast.observe(record))
+        self.run.log(self.timing.observe(record))
 
     def save(self) -> None:
         """Write a checkpoint if the inputs are unchanged."""
         if self.run.finished:  # before the last save, or a kill could leave it half written
-            self.run.write_performance(METRICS, self.forecast)
+            self.run.write_performance(METRICS, self.timing)
         self.run.processes.together(self.inputs.check_files)
         self.inputs.warn_of_edits()
         self.run.save()
@@ -149,4 +150,4 @@ if __name__ == "__main__":
         "go on from this checkpoint (models/checkpoints/last.safetensors) to train.max_steps"
     )
     resume_from = ("--resume-from", {"type": Path, "metavar": "PATH", "help": continued})
-    run(train_stage, ["model", "train", "runtime"], resume_from)
+    run_stage(train_stage, ["model", "train", "runtime"], resume_from)

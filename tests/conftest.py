@@ -16,11 +16,14 @@ if "LM_WARM" not in os.environ:  # the workers' processes have it from the first
     os.environ["LM_WARM"] = tempfile.mkdtemp(prefix="warm-")
     atexit.register(shutil.rmtree, os.environ["LM_WARM"])
 
+from importlib.util import find_spec
+
 from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: F401 - the hook finds it by name
+if find_spec("beartype"):  # requirements-train.txt does without
+    import tests.typecheck  # noqa: F401 - the hook finds it by name
 
-install_import_hook("lm", "tests.typecheck.checked")
+    install_import_hook("lm", "tests.typecheck.checked")
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,10 +34,11 @@ import hypothesis
 import pytest
 import torch
 
-from lm.base.config import load_params, read_section
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import TrainConfig
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.prepare.sources import DataConfig
-from lm.train.step import TrainConfig
 from tests.kill import commit, copied, dvc, lent, outputs, versioned
 from tests.project import SMOKE, Project
 from tests.servers import reserved_port

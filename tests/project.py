@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lm.base.config import load_params
+from lm.base.params import load_params
 from lm.data.shards import SPLITS, ShardWriter, token_dtype, write_manifest
 from lm.data.tokenizer import Tokenizer
 from tests.warm import address, lifeline, run_warm

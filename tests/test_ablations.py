@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from lm.base.config import load_params, read_section
 from lm.base.errors import InputError
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.model.transformer import ModelConfig, TransformerLM
 from tests.kill import commit, run, survivors, versioned
 from tests.project import ROOT

@@ -27,8 +27,9 @@ import yaml
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from lm.base.config import load_params, read_section
 from lm.base.files import sha256_file, write_json
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.data.tokenizer import END_TOKEN, load_tokenizer
 from lm.model.model_folder import PROVENANCE, save_model
 from lm.model.transformer import ModelConfig, TransformerLM
@@ -536,10 +537,10 @@ ROWS = [
     Row("data", "tokens", [file("given/.hidden", b"x"), "data.path=given"], 2, "data.path = given: no file matches data.glob = **/*; not read: names that begin with a dot: 1"),
     Row("data", "tokens", ["data.glob=../**/*"], 2, "data.path = text: no file matches data.glob = ../**/*"),
     folder(file(f"given/{'a/' * 30}a.txt", b"text"), f"data.path = given: no file matches data.glob = {'**/' * 12}b", f"data.glob='{'**/' * 12}b'"),
-    Row("data", "tokens", ["data.glob=/etc/*"], 2, "data.glob = /etc/*: no pattern of paths in the folder, as **/*.txt is one"),
-    Row("data", "tokens", ["data.glob='**.txt'"], 2, "data.glob = **.txt: no pattern of paths in the folder, as **/*.txt is one"),
-    Row("data", "tokens", ["data.glob='*.{txt,md}'"], 2, "data.path = text: no file matches data.glob = *.{txt,md}; braces have no meaning, use data.sources"),
-    Row("data", "tokens", ["data.path=~/text"], 2, "data.path = ~/text: no such file or folder; ~ is known to shells alone, write the path in full"),
+    Row("data", "tokens", ["data.glob=/etc/*"], 2, "data.glob = /etc/*: not a pattern of paths in the folder, such as **/*.txt"),
+    Row("data", "tokens", ["data.glob='**.txt'"], 2, "data.glob = **.txt: not a pattern of paths in the folder, such as **/*.txt"),
+    Row("data", "tokens", ["data.glob='*.{txt,md}'"], 2, "data.path = text: no file matches data.glob = *.{txt,md}; braces are not supported, use data.sources"),
+    Row("data", "tokens", ["data.path=~/text"], 2, "data.path = ~/text: no such file or folder; only a shell expands ~, write the full path"),
     Row("data", "tokens", ["data.path=owner/some-text"], 2,
         "data.path = owner/some-text: no such file or folder; a data set of Hugging Face is not downloaded: hf download owner/some-text --repo-type dataset --local-dir FOLDER"),
     *(Row("data", stage, [f"data.path={name}"], 2, f"data.path = {name}: the stages write …; put your text into a folder of its own and name that")
@@ -559,14 +560,14 @@ ROWS = [
       for content in (b'["a"]', b"{}", b'[{"web": "a"}]')),
     Row("data", "corpus", ["corpus.packages=[networkx]"], 2, "corpus.packages: networkx pins no version; write name==version"),
     Row("data", "corpus", ["corpus.packages=[no-such==1]"], 3, "corpus.packages: no-such is not installed; run …"),
-    Row("data", "tokens", ["data.glob=''"], 2, "data.glob = : no pattern of paths in the folder, as **/*.txt is one"),
+    Row("data", "tokens", ["data.glob=''"], 2, "data.glob = : not a pattern of paths in the folder, such as **/*.txt"),
     data("a.txt", b"", "data.path = given: no text"),
     data("a.txt", b" \n\n ", "data.path = given: no text"),
     data("a.txt", "café".encode("latin-1"), f"given/a.txt: byte 0xe9 at offset 3 is not UTF-8; {CONVERT}"),
     data("a.txt", "text".encode("utf-16"), f"given/a.txt: byte 0xff at offset 0 is not UTF-8; {CONVERT}"),
     data("a.txt", "text".encode("utf-16-le"), f"given/a.txt: byte 0x00 at offset 1 is not text; {CONVERT}"),
     data("a.txt", b"\x7fELF\x02\x01\x01\x00\xc8", f"given/a.txt: byte 0xc8 at offset 8 is not UTF-8; {CONVERT}"),
-    data("a.txt", b"\x89PNG\r\n\x1a\n", f"given/a.txt: a picture, not text; take it away {LEAVE_OUT}", "data.encoding_errors=replace"),
+    data("a.txt", b"\x89PNG\r\n\x1a\n", f"given/a.txt: an image, not text; remove it {LEAVE_OUT}", "data.encoding_errors=replace"),
     data("a.txt", b"%PDF-1.7\n", f"given/a.txt: a PDF, not text; convert it {LEAVE_OUT}"),
     data("a.txt", b"SQLite format 3\0", f"given/a.txt: an SQLite database, not text; export its text {LEAVE_OUT}"),
     data("a.arrow", b"ARROW1\0\0", f"given/a.arrow: an Arrow table, not text; save it as .parquet {LEAVE_OUT}"),
@@ -599,11 +600,11 @@ ROWS = [
     data("a.csv", b"id,text\n1,a\xff\n", f"given/a.csv:2: byte 0xff at offset 1 of its text is not UTF-8; {CONVERT}"),
     folder(special("given/a.csv", lambda path: path.write_bytes(b"text\n" + b'"\n",' * 25_000_000)), "given/a.csv:2: not a row of a table (a row longer than 64 MiB)"),
     data("a.tsv.gz", gzip.compress(b"id\ttext\n1\n"), "given/a.tsv.gz:2: a row of length 1, the first has length 2"),
-    data("a.txt", b"a\n\nb", r'data.separator = "\\n\\n": stands in no text file; it is a backslash and an n, the text has line breaks: write "\n\n" in params.yaml', r"data.separator=\n\n"),
-    data("a.txt", b"a\r\n\r\nb", r'data.separator = "\n\n": stands in no text file; the text has Windows line ends: write "\r\n\r\n" in params.yaml', in_params(data={"separator": "\n\n"})),
-    data("a.txt", b"a\r\n\r\nb", r'data.separator = "\\n\\n": stands in no text file; the text has Windows line ends: write "\r\n\r\n" in params.yaml', r"data.separator=\n\n"),
+    data("a.txt", b"a\n\nb", r'data.separator = "\\n\\n": does not occur in any text file; it is a backslash and an n, the text has line breaks: write "\n\n" in params.yaml', r"data.separator=\n\n"),
+    data("a.txt", b"a\r\n\r\nb", r'data.separator = "\n\n": does not occur in any text file; the text has Windows line ends: write "\r\n\r\n" in params.yaml', in_params(data={"separator": "\n\n"})),
+    data("a.txt", b"a\r\n\r\nb", r'data.separator = "\\n\\n": does not occur in any text file; the text has Windows line ends: write "\r\n\r\n" in params.yaml', r"data.separator=\n\n"),
     Row("data", "tokenizer", [file("given/a.txt", b"a\n\nb"), "data.path=given", "data.separator=--"], 2,
-        'data.separator = "--": stands in no text file; set it to what stands between two documents, or to null'),
+        'data.separator = "--": does not occur in any text file; set it to what stands between two documents, or to null'),
     data("a.gz", gzip.compress(bytes(100 << 20)), f"given/a.gz: …{EXPANDS}"),
     data("a.jsonl.zst", zstandard.compress(b" " * (100 << 20)), f"given/a.jsonl.zst: …{EXPANDS}"),
     data("a.parquet.gz", gzip.compress(bytes(100 << 20)), f"given/a.parquet.gz: …{EXPANDS}"),
@@ -666,7 +667,7 @@ ROWS = [
     folder(long_file("given/a.csv", 2 << 30, b'text\n"a\n'), "given/a.csv:2: not a row of a table (…)"),
     folder(long_file("given/a.jsonl", 2 << 30), "data.path = given: no text", "data.on_bad_document=skip"),
     folder(long_file("given/a.parquet", 2 << 30), "given/a.parquet: damaged or no parquet table (…)"),
-    folder(special("given/pipe", os.mkfifo), "given/pipe: a pipe, a device, a broken link or a link to a folder; take it away or leave it out by data.glob"),
+    folder(special("given/pipe", os.mkfifo), "given/pipe: a pipe, a device, a broken link or a link to a folder; remove it or leave it out by data.glob"),
     folder(special("given/zero", lambda path: path.symlink_to("/dev/zero")), "given/zero: a pipe, a device, …"),
     folder(special("given/link", lambda path: path.symlink_to("nowhere")), "given/link: a pipe, a device, …"),
     folder(special("given/link", lambda path: path.symlink_to("link")), "given/link: a pipe, a device, …"),
@@ -729,9 +730,9 @@ ROWS = [
     tokenizer(added_token("low"), f"{GIVEN}: no special token 'low'; set …", "low"),
     tokenizer(lambda json: json["added_tokens"][0].update(content="e" * 5000), f"{GIVEN}: no special token '<|endoftext|>'; set tokenizer.end_token to one that it has: {'e' * 400}"),
     Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer_config.json", b'{"eos_token": 3}')], 2,
-        "data/tokenizer/tokenizer_config.json: names no text as eos_token"),
+        "data/tokenizer/tokenizer_config.json: eos_token is missing or not text"),
     Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer_config.json", b"[]")], 2,
-        "data/tokenizer/tokenizer_config.json: names no text as eos_token"),
+        "data/tokenizer/tokenizer_config.json: eos_token is missing or not text"),
     Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer_config.json", b"{")], 2,
         "data/tokenizer/tokenizer_config.json: not valid JSON (…); run `dvc repro` again"),
     Row("tokenizer", "tokens", [file("data/tokenizer/tokenizer.json", b"{")], 2, "data/tokenizer/tokenizer.json: not a tokenizer.json (…)"),

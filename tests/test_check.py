@@ -4,10 +4,10 @@ import subprocess
 
 import pytest
 
-from lm.base.config import load_params
 from lm.base.errors import InputError
-from lm.plan import page
-from stages.check import check
+from lm.base.params import load_params
+from lm.check import check
+from lm.plan.__main__ import main
 from tests.kill import ran, run, versioned
 from tests.project import ROOT, SMOKE
 
@@ -25,10 +25,10 @@ def test_a_preset_is_right_once_its_text_is_there(file, tmp_path, monkeypatch):
 
 
 def test_the_plan_checks_without_planning(capsys):
-    page.main(["--check", "--params", str(SMOKE)])
+    main(["--check", "--params", str(SMOKE)])
     assert capsys.readouterr().out == f"{SMOKE}: ok\n"
     with pytest.raises(SystemExit, match="2"):
-        page.main(["--check", "--params", str(SMOKE), "-S", "evaluate.top_p=2"])
+        main(["--check", "--params", str(SMOKE), "-S", "evaluate.top_p=2"])
     assert capsys.readouterr().err == f"error: {SMOKE}: evaluate.top_p = 2.0: must be in (0, 1]\n"
 
 

@@ -17,8 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lm.base.config import load_params, read_section
 from lm.base.errors import EnvironmentFault, InputError
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import TrainConfig
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.kernels import cross_entropy
 from lm.model.model_folder import load_model, save_model
@@ -26,7 +28,6 @@ from lm.model.transformer import ModelConfig, TransformerLM
 from lm.runs.checkpoint import load_checkpoint, read_extra, save_checkpoint
 from lm.runs.manifest import commit, verify
 from lm.train.optim import OPTIMIZERS, AdamW
-from lm.train.step import TrainConfig
 from tests.project import SMOKE, change
 
 

@@ -10,11 +10,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from ruamel.yaml import YAMLError
 
-from lm.base.config import load_params, parse_yaml, read_section
 from lm.base.errors import InputError
+from lm.base.params import load_params, parse_yaml
+from lm.base.sections import read_section
+from lm.base.settings import TrainConfig
 from lm.model.transformer import ModelConfig
 from lm.prepare.sources import DataConfig, SourceConfig
-from lm.train.step import TrainConfig
 from tests.project import ROOT, SMOKE
 from tools.settings import KINDS
 

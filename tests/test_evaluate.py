@@ -10,8 +10,8 @@ import torch
 from lm.base.errors import InputError
 from lm.data.batches import Split
 from lm.evaluate.metrics import METRICS, bits_per_byte, calibration, loss_by_position
-from lm.model.loss import evaluate
 from lm.model.transformer import TransformerLM
+from lm.model.validation import evaluate
 
 TOKENS = np.random.default_rng(1).integers(0, 96, 203)
 SPLIT = Split("valid", TOKENS.astype(np.uint16), 0)

@@ -22,9 +22,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lm.base.config import read_section
 from lm.base.errors import InputError
 from lm.base.files import write_json
+from lm.base.sections import read_section
 from lm.data.tokenizer import byte_tokenizer, load_tokenizer
 from lm.evaluate.samples import Sample, samples_as_markdown
 from lm.export.agreement import compared
@@ -32,6 +32,7 @@ from lm.export.card import MARK, ExportConfig, aligned
 from lm.export.curve import loss_curve
 from lm.export.folder import export, main, write
 from lm.generate.stream import generate
+from lm.model import huggingface
 from lm.model.huggingface import start_from, stock_config, stock_weights
 from lm.model.model_folder import load_model, save_model, write_checkpoint
 from lm.model.transformer import TransformerLM
@@ -305,6 +306,13 @@ def test_rows_that_no_token_has_are_left_out(fitting, tokenizer, tmp_path):
     start_from(store(theirs, tokenizer, tmp_path / "theirs"), ours, tokenizer)
     ids = torch.randint(300, (2, 16))
     torch.testing.assert_close(ours(ids), theirs(ids).logits[:, :, :300], atol=1e-4, rtol=0)
+
+
+def test_an_architecture_that_no_setting_tells_from_another_is_an_error(fitting, monkeypatch):
+    third = huggingface.Architecture("ThirdForCausalLM", qk_norm=False, head_dim=None)
+    monkeypatch.setitem(huggingface.ARCHITECTURES, "third", third)
+    with pytest.raises(ValueError, match="too many values"):
+        stock_config(replace(fitting, qk_norm=False), 0)
 
 
 @pytest.fixture(scope="module")

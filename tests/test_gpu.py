@@ -30,10 +30,10 @@ from lm.model.kernels import linear_cross_entropy
 from lm.model.transformer import TransformerLM
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from lm.runs.resume_directory import ResumeDirectory
+from lm.train.batch import get_batch
 from lm.train.loop import train
 from lm.train.optim import gradient_clipping
 from lm.train.state import new_state
-from lm.train.step import get_batch
 
 DEVICE, CPU = torch.device(os.environ.get("LM_TEST_DEVICE", "cuda")), torch.device("cpu")
 TINY = DEVICE == CPU

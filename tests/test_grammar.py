@@ -12,8 +12,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from lm.base.config import load_params, read_section
 from lm.base.files import sha256_file
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.corpus.grammar import STORIES, Grammar, stories, story
 from lm.data.tokenizer import load_tokenizer
 from lm.evaluate.baselines import Bigram

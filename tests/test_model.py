@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm.base.config import load_params, read_section
 from lm.base.errors import InputError
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.model.kernels import cross_entropy, rotate
 from lm.model.transformer import (
     ModelConfig,

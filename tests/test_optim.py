@@ -119,6 +119,15 @@ def test_muon_takes_the_matrices_inside_the_blocks_alone(model_config):
     assert names == {n for n, p in model.named_parameters() if "layers" in n and p.ndim == 2}
 
 
+@pytest.mark.parametrize("where", ["layers.0.attn", ""])
+def test_a_parameter_of_no_known_kind_is_an_error(model_config, where):
+    model = TransformerLM(model_config)
+    shape = (3, 8, 8) if where else (8, 8)  # a stack of matrices; a matrix outside of the blocks
+    model.get_submodule(where).extra = torch.nn.Parameter(torch.zeros(shape))
+    with pytest.raises(AssertionError, match="extra .* of no known kind"):
+        parameter_groups(model, decay_embeddings=False)
+
+
 def test_clipping_scales_the_joint_norm_and_skips_missing_gradients():
     a, b, c = (torch.zeros(n, requires_grad=True) for n in (2, 1, 4))
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])

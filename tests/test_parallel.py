@@ -1,6 +1,7 @@
 """Gradients of several processes: those of one process, to the byte where that is promised."""
 
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor
 
-from lm.machine.processes import ALONE, Processes
+from lm.base.settings import PARALLEL, TrainConfig, share_of_batch
+from lm.machine import collectives
+from lm.machine.processes import ALONE, Processes, joined
 from lm.machine.sharded_tensors import (
     collect,
     cut_like,
@@ -20,10 +23,15 @@ from lm.machine.sharded_tensors import (
     sums_of_squares,
     whole,
 )
-from lm.model.loss import evaluate
+from lm.model.validation import evaluate
+from lm.plan.footprint import communication, peak_memory
+from lm.runs.logbook import Logbook
+from lm.runs.saved_run import Identity
 from lm.train.loop import train
 from lm.train.parallel import PairwiseSum, own_micro_batches, pairwise
+from lm.train.recover import lower_micro_batch_size
 from lm.train.state import new_state
+from lm.train.step import make_gradients
 from tests.ranks import together
 from tests.test_train import CPU, SPLIT
 
@@ -191,13 +199,39 @@ def test_every_micro_batch_is_computed_by_one_process(share, size, alternating):
         assert [n for numbers in taken for n in numbers] == list(range(share * size))
 
 
-class Calls:
-    """Counts the calls of functions of torch.distributed, and lets them through."""
+def test_a_mode_that_a_place_does_not_know_is_an_error_there(
+    model_config, train_config, monkeypatch
+):
+    """Never computed as one of those it knows."""
+    state = new_state(model_config, train_config, CPU)
+    config = replace(train_config, num_threads=None)
+    object.__setattr__(config, "parallel", "pipeline")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for place in (
+        lambda: config.threads,
+        lambda: share_of_batch(config, 1),
+        lambda: joined("pipeline", CPU, 1).__enter__(),
+        lambda: new_state(model_config, config, CPU),
+        lambda: make_gradients(state.model, config, ALONE, None),
+        lambda: lower_micro_batch_size(state, config),
+        lambda: Logbook(state, config, Identity({}, {}, {}, {}, {}, None)),
+        lambda: peak_memory(model_config, config, CPU, 1, 0),
+        lambda: communication(model_config, config, 2, 1),
+    ):
+        with pytest.raises((KeyError, AssertionError), match="pipeline"):
+            place()
+    assert get_args(get_type_hints(TrainConfig)["parallel"]) == tuple(PARALLEL)
 
-    def __init__(self, *names):
-        self.counts = dict.fromkeys(names, 0)
-        for name in names:
-            setattr(dist, name, self._counted(name, getattr(dist, name)))
+
+class Calls:
+    """Counts the calls of collectives, and lets them through."""
+
+    def __init__(self):
+        of_dist = ("all_reduce", "all_to_all_single")
+        self.counts = dict.fromkeys((*of_dist, "reduce_scatter_single"), 0)
+        for name in self.counts:
+            module = dist if name in of_dist else collectives
+            setattr(module, name, self._counted(name, getattr(module, name)))
 
     def _counted(self, name, function):
         def call(*arguments, **options):
@@ -209,7 +243,7 @@ class Calls:
 
 def counted(processes, model_config, config):
     state = new_state(model_config, config, CPU, processes)
-    calls = Calls("all_reduce", "reduce_scatter_single", "all_to_all_single")
+    calls = Calls()
     assert len(list(train(state, SPLIT, config))) == config.max_steps
     return calls.counts
 

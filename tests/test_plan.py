@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scale
-from lm.base.config import read_section
 from lm.base.errors import EnvironmentFault, InputError
-from lm.base.runs import run_folder
+from lm.base.run_folders import run_folder
+from lm.base.sections import read_section
 from lm.base.settings import EvaluateConfig, share_of_batch
 from lm.data.batches import Split
 from lm.evaluate.metrics import require_logits_fit
@@ -32,8 +32,9 @@ from lm.machine.gauges import free_memory_bytes
 from lm.machine.processes import Processes
 from lm.machine.sharded_tensors import local
 from lm.model.transformer import TransformerLM
-from lm.plan import forecast
 from lm.plan import plan as planning
+from lm.plan import timing
+from lm.plan.__main__ import main
 from lm.plan.footprint import (
     activations,
     communication,
@@ -41,8 +42,7 @@ from lm.plan.footprint import (
     parameters,
     peak_memory,
 )
-from lm.plan.forecast import calibrate
-from lm.plan.page import main, table
+from lm.plan.page import table
 from lm.plan.plan import (
     Plan,
     compiling,
@@ -52,6 +52,7 @@ from lm.plan.plan import (
     require_room,
     require_room_for_processes,
 )
+from lm.plan.timing import calibrate
 from lm.train.loop import train
 from lm.train.parallel import Replicated, Sharded
 from lm.train.state import new_state
@@ -224,13 +225,15 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     )
     told = capsys.readouterr().out.splitlines()
     assert told[-2:] == [
-        "Out of memory on cpu with 4 windows at a time: step 1 again and the rest with 2",
-        "Out of memory on cpu with 2 windows at a time: step 1 again and the rest with 1",
+        "Out of memory on cpu with micro-batch size 4: repeating step 1, from now on with 2",
+        "Out of memory on cpu with micro-batch size 2: repeating step 1, from now on with 1",
     ]
-    with pytest.raises(EnvironmentFault, match=r"with 2 windows .* try train.micro_batch_size: 1 "):
+    with pytest.raises(
+        EnvironmentFault, match=r"with micro-batch size 2; try train.micro_batch_size: 1 "
+    ):
         run(model_config, replace(train_config, micro_batch_size=2))
     out_of_memory_above(monkeypatch, 0)
-    with pytest.raises(EnvironmentFault, match="with 1 window at a time; try a smaller model or"):
+    with pytest.raises(EnvironmentFault, match="with micro-batch size 1; try a smaller model or"):
         run(model_config, train_config)
 
 
@@ -291,7 +294,8 @@ PEAK = """
 import sys, numpy as np, torch
 from dataclasses import replace
 from pathlib import Path
-from lm.base.config import load_params, read_section
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.machine.device import prepare
 from lm.machine.gauges import peak_memory_bytes
 from lm.model.transformer import ModelConfig
@@ -516,7 +520,7 @@ def test_what_ddp_a_tree_and_muon_send_by_hand(model_config, train_config):
     # 12, 6 and 3 matrices of a shape are 3, 2 and 1 rounds, in each of which a process sends four
     # fifths of a matrix, in float32 as rows of all and in bfloat16 of the one that it has had
     numbers = 3 * 64 + 2 * 192 + 1 * 192
-    assert tree["all-to-all of Muon"] == pytest.approx(4 / 5 * (4 + 2) * numbers)
+    assert tree["all-to-all of muon"] == pytest.approx(4 / 5 * (4 + 2) * numbers)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -589,7 +593,7 @@ def test_a_step_too_large_for_this_machine_is_not_tried(model_config, train_conf
     monkeypatch.setattr(planning, "free_memory_bytes", lambda device, n=1: 1000)
     assert calibrate(plan) is None
     monkeypatch.undo()
-    monkeypatch.setattr(forecast, "LONGEST_WINDOW_S", 0.0)
+    monkeypatch.setattr(timing, "LONGEST_WINDOW_S", 0.0)
     assert calibrate(plan) is None
 
 

@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from lm import demo
-from lm.base.config import load_params, read_section
 from lm.base.errors import InputError
-from lm.base.settings import EvaluateConfig
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import EvaluateConfig, TrainConfig
 from lm.data.batches import Split
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.model.transformer import ModelConfig, TransformerLM
-from lm.plan.page import main, table
+from lm.plan.__main__ import main
+from lm.plan.page import table
 from lm.plan.plan import make_plan
 from lm.prepare.documents import cut_into_shards
 from lm.prepare.sources import DataConfig
 from lm.train.loop import train
 from lm.train.state import new_state
-from lm.train.step import TrainConfig
 from tests.project import ROOT
 from tools.preset import main as write_preset
 from tools.preset import whole
@@ -152,15 +153,15 @@ def test_a_preset_is_planned_as_it_stands_whatever_tokens_are_there(tmp_path, mo
 
 
 def test_a_long_step_is_reckoned_from_a_part_of_its_windows(monkeypatch):
-    """A step of so many windows that whole it would take the nominal rates a minute."""
-    from lm.plan import forecast
+    """A step whose windows would take a minute at the nominal rates."""
+    from lm.plan import timing
 
     _, model, config = settings(ROOT / "presets" / "smoke.yaml")
     seconds = {}
     for batch_size in (64, 20_000):
         config = dataclasses.replace(config, batch_size=batch_size, compile=False)
         planned = make_plan(model, config, torch.device("cpu"))
-        monkeypatch.setattr(forecast, "CALIBRATION_S", 0.05)
-        seconds[batch_size] = forecast.calibrate(planned)
+        monkeypatch.setattr(timing, "CALIBRATION_S", 0.05)
+        seconds[batch_size] = timing.calibrate(planned)
     ratio = seconds[20_000] / seconds[64]  # other programs may slow one of them down
     assert 20_000 / 64 / 4 < ratio < 20_000 / 64 * 4  # as measured, not reckoned, some 3

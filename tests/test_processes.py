@@ -4,12 +4,14 @@ import os
 import signal
 import time
 from dataclasses import replace
+from socket import create_connection, create_server
 from types import SimpleNamespace
 
 import pytest
 
-from lm.base.config import RuntimeConfig, read_section
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
+from lm.base.sections import read_section
+from lm.base.settings import RuntimeConfig
 from lm.machine.sharded_tensors import whole
 from lm.runs.manifest import verify
 from lm.runs.run import Run
@@ -73,6 +75,23 @@ def test_who_tells_why_it_leaves_is_not_called_lost():
     assert str(told) == "rank 1: out of memory"
     assert isinstance(left, SystemExit)
     assert left.code == EnvironmentFault.exit_code
+
+
+def beside_a_tracker(processes):
+    """What a connection of another library still brings after those of torch have been broken."""
+    with create_server(("localhost", 0)) as server, create_connection(server.getsockname()) as ours:
+        theirs, _ = server.accept()
+        processes.with_own_group()  # made after the connection
+        processes.lost("Connection reset by peer")
+        with pytest.raises(RuntimeError):
+            processes.gather("word")
+        ours.sendall(b"loss 1.5")
+        with theirs:
+            return theirs.recv(8)
+
+
+def test_connections_of_other_libraries_outlive_those_of_the_processes():
+    assert together(2, beside_a_tracker) == [b"loss 1.5"] * 2
 
 
 def comparing(processes, parts):
@@ -196,7 +215,7 @@ def exhausted(processes, model_config, config):
 def test_out_of_memory_each_says_what_its_share_can_be_cut_into(model_config, train_config):
     config = replace(train_config, parallel="ddp", batch_size=10)
     for rank, told in enumerate(outcomes(2, exhausted, model_config, config)):
-        assert f"rank {rank}: out of memory on cpu with 5 windows at a time" in str(told)
+        assert f"rank {rank}: out of memory on cpu with micro-batch size 5" in str(told)
         assert "try train.micro_batch_size: 1 or" in str(told)  # 2 does not divide 5
 
 

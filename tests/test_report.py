@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from lm.base.errors import InputError
-from lm.base.shapes import SHAPES, require_shape
+from lm.base.result_files import SHAPES, require_shape
 from lm.export.card import Results, card
 from tests.browser import BROWSER, needs_browser
 from tests.kill import run

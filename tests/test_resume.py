@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lm.base.errors import Busy, EnvironmentFault, InputError
-from lm.base.runs import remove_finished
+from lm.base.run_folders import remove_finished
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint
 from lm.runs.manifest import verify
 from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints

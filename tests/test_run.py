@@ -16,9 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lm.base.config import RuntimeConfig, load_params, read_section
 from lm.base.errors import Diverged, InputError
 from lm.base.migrations import ADDED
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import RuntimeConfig, TrainConfig
 from lm.data.batches import Split, Tokens
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.transformer import ModelConfig
@@ -26,9 +28,9 @@ from lm.runs.checkpoint import read_extra
 from lm.runs.pace import Pace
 from lm.runs.publish import publishing
 from lm.runs.run import Run
+from lm.runs.saved_run import Best
 from lm.train.loop import fit, train, validation_loss
 from lm.train.state import new_state
-from lm.train.step import TrainConfig
 from tests.project import SMOKE
 from tests.test_checkpoint import drop, put, rewritten, say, spoilt
 from tests.test_train import poisoned
@@ -219,7 +221,7 @@ def test_a_continued_run_takes_the_best_of_the_run_it_continues_and_no_other(set
         with Run(state, longer, runtime, MADE_OF, tmp_path / "unfinished", last) as run:
             return run.logbook.best, (run.directory.path(6)).read_bytes()
 
-    assert continue_run() == ({"valid_loss": 1.0, "step": 6, "misses": 0}, best)
+    assert continue_run() == (Best(valid_loss=1.0, step=6, misses=0), best)
     for name in (
         "best.safetensors",
         "best.json",

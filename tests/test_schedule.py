@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from lm.base.config import read_section
 from lm.base.errors import InputError
+from lm.base.sections import read_section
 from lm.base.settings import TrainConfig
 from lm.train.schedule import (
     SCHEDULES,

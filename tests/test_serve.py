@@ -22,8 +22,9 @@ import pytest
 import torch
 from playwright.sync_api import sync_playwright
 
-from lm.base.config import load_params, read_section
 from lm.base.errors import EnvironmentFault
+from lm.base.params import load_params
+from lm.base.sections import read_section
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.model_folder import save_model
 from lm.model.transformer import ModelConfig, TransformerLM

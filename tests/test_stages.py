@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lm.base.config import read_section
+from lm.base.sections import read_section
 from lm.prepare.documents import split_documents
 from lm.prepare.learn import train_bpe
 from lm.prepare.sources import DataConfig

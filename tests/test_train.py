@@ -2,23 +2,38 @@
 
 import io
 import math
+import sysconfig
 from dataclasses import replace
+from functools import partial
+from inspect import unwrap
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from lm.base.errors import Diverged, EnvironmentFault, InputError
+from lm.base.settings import DTYPES, Dtype, share_of_batch
 from lm.data.batches import Split
-from lm.machine.device import choose_device, describe, make_deterministic
+from lm.machine.device import (
+    autocast,
+    choose_device,
+    describe,
+    make_deterministic,
+    multiplies_natively,
+    no_compiling,
+)
 from lm.machine.gauges import free_memory_bytes
 from lm.model.kernels import cross_entropy
+from lm.model.validation import validation_logits
+from lm.plan.footprint import peak_memory
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint
+from lm.train.batch import get_batch
 from lm.train.loop import train
 from lm.train.optim import AdamW, gradient_clipping
 from lm.train.schedule import get_lr_cosine_schedule
 from lm.train.state import new_state
-from lm.train.step import get_batch
+from lm.train.step import OneProcess, forward_backward, gradients_of, loss_of
 
 CPU = torch.device("cpu")
 SPLIT = Split("train", (np.arange(3000) * 7919 % 96).astype(np.uint16), 0, end_id=7)
@@ -123,6 +138,24 @@ def test_reduced_precision_stays_near_float32(model_config, train_config):
     assert losses["float16"] == pytest.approx(losses["float32"], abs=0.03)
     assert losses["bfloat16"] != losses["float32"]
     assert losses["float16"] != losses["float32"]
+
+
+def test_a_dtype_that_a_place_does_not_know_is_an_error_there(model_config, train_config):
+    """Never computed as one of those it knows."""
+    config, sharded = replace(train_config), replace(train_config, parallel="fsdp")
+    for each in (config, sharded):
+        object.__setattr__(each, "dtype", "float64")
+    for place in (
+        lambda: new_state(model_config, config, CPU),
+        lambda: share_of_batch(sharded, 1),
+        lambda: peak_memory(model_config, config, CPU, 1, 0),
+        lambda: unwrap(autocast)(CPU, "float64"),  # without the type checks of tests
+        lambda: unwrap(multiplies_natively)(CPU, "float64"),
+        lambda: unwrap(validation_logits)(model_config, "float64", 1),
+    ):
+        with pytest.raises(KeyError, match="float64"):
+            place()
+    assert get_args(Dtype) == tuple(DTYPES)
 
 
 def test_float16_lowers_its_scale_instead_of_losing_a_step(model_config, train_config):
@@ -269,6 +302,20 @@ def test_an_absent_device_is_an_error_and_never_replaced():
             choose_device("cuda")
 
 
+def test_compiling_for_cuda_needs_the_c_compiler_of_triton(monkeypatch, tmp_path):
+    device, gcc = torch.device("cuda"), tmp_path / "gcc"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert no_compiling(device) == "triton finds no C compiler (gcc or clang); install gcc"
+    gcc.touch(mode=0o755)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert no_compiling(device).startswith("triton finds no Python.h")
+    (tmp_path / "Python.h").touch()
+    assert no_compiling(device) is None
+    monkeypatch.setenv("CC", "icc")  # triton then looks for no other
+    assert no_compiling(device) == "triton finds no C compiler (icc); install gcc"
+
+
 def test_the_number_of_threads_is_the_settings_or_torchs():
     threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory
@@ -287,6 +334,40 @@ def test_the_number_of_threads_is_the_settings_or_torchs():
 def test_processes_share_the_free_memory():
     alone, shared = free_memory_bytes(CPU), free_memory_bytes(CPU, 4)
     assert 4 * shared == pytest.approx(alone, rel=0.3)  # others take and free some meanwhile
+
+
+@pytest.mark.parametrize(("reduction", "count"), [("sum", 3), ("tree", 4), ("sum", 1)])
+def test_gradients_outlive_the_tensors_that_a_cuda_graph_overwrites(
+    model_config, train_config, reduction, count
+):
+    """Each call of the stand-in writes into the tensors that its first call returned."""
+    config = replace(train_config, batch_size=2 * count, reduction=reduction)
+    state, written = new_state(model_config, config, CPU), []
+    state.micro_batch_size = 2
+    forward = partial(loss_of, dtype="float32", end_id=None)
+
+    def plain(*arguments):
+        return gradients_of(forward, *arguments)
+
+    def graph(*arguments):
+        loss, gradients = plain(*arguments)
+        written[:] = written or [torch.empty_like(t) for t in (loss, *gradients)]
+        for tensor, new in zip(written, (loss, *gradients), strict=True):
+            tensor.copy_(new)
+        return written[0], tuple(written[1:])
+
+    def gradients(backward, overwrites, seed):
+        x, y = get_batch(SPLIT.tokens, config.batch_size, 16, CPU, seed=seed)
+        one = OneProcess(state.model, backward, reduction == "tree", overwrites)
+        losses = forward_backward(state, config, x, y, one)
+        return [losses, *(p.grad.clone() for p in state.model.parameters())]
+
+    for seed in range(3):
+        expected = gradients(plain, False, seed)
+        got = gradients(graph, True, seed)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    overwritten = gradients(graph, False, seed)  # the control
+    assert torch.equal(overwritten[-1], expected[-1]) == (count == 1)
 
 
 def test_an_overflowing_gradient_stops_before_the_parameters_change(model_config, train_config):

@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lm.base.config import load_params, parse_yaml
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write
+from lm.base.params import load_params, parse_yaml
+from lm.base.paths import PARAMS
 
-PARAMS, PRESETS = Path("params.yaml"), Path("presets")
+PRESETS = Path("presets")
 # a section's own line, or a key with the lines of its value; and the blank line before a section
 PART = re.compile(r"^\n?(\w+):\n|^  (\w+):.*\n(?:  [- ].*\n)*", re.M)
 

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from lm.base.config import AT_LEAST_ONE, BELOW_2_31, Bound, RuntimeConfig, load_params
 from lm.base.console import changes
 from lm.base.files import atomic_copy, atomic_write
-from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig
+from lm.base.params import load_params
+from lm.base.sections import AT_LEAST_ONE, BELOW_2_31, Bound
+from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, RuntimeConfig, TrainConfig
 from lm.data.tokenizer import TokenizerConfig
 from lm.export.card import ExportConfig
 from lm.prepare.sources import DataConfig

@@ -9,6 +9,7 @@ With --replay N it trains N steps again and compares the weights.
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,29 @@ from dvc_data.hashfile.db import HashFileDB
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lm.base.config import read_section
 from lm.base.console import count, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
-from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES
+from lm.base.paths import BEST, LAST, MODEL, PRETRAINED, TOKENIZER, TOKENS
+from lm.base.sections import read_section
+from lm.base.settings import TrainConfig
 from lm.data.batches import open_tokens
 from lm.data.tokenizer import load_tokenizer
 from lm.machine.device import choose_device, environment, make_deterministic
 from lm.machine.processes import joined
-from lm.model.fitting import require_finite, require_settings
 from lm.model.huggingface import start_from
 from lm.model.model_folder import load_model, read_provenance
+from lm.model.stored import require_finite, require_settings
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.runs.checkpoint import load_checkpoint, stored_weights, weights_sha256
 from lm.runs.manifest import verify
 from lm.runs.resume_directory import kept_checkpoints
-from lm.runs.saved_run import read_run
+from lm.runs.saved_run import SavedIdentity, SavedRun, read_saved_run
 from lm.train.loop import train
 from lm.train.state import TrainState, new_state
-from lm.train.step import TrainConfig
 from stages.run import UNFINISHED
 from tools.lock import LOCK, recorded_hashes, stages_of
 from tools.repository import opened
-
-TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
-MODEL, PRETRAINED = Path("models/model"), Path("models/pretrained")
-LAST = Path("models/checkpoints/last.safetensors")
-BEST = Path("models/checkpoints/best.safetensors")
 
 
 def recorded_faults(repo: Repo) -> Iterator[str]:
@@ -124,14 +120,14 @@ def checkpoint_faults() -> Iterator[str]:
     """Yield the published checkpoints that are damaged or not of the model's training."""
     for path in (LAST, BEST):
         verify(path)
-    last, best, provenance = read_run(LAST), read_run(BEST), read_provenance(MODEL)
-    if last["identity"] != provenance:
+    last, best = read_saved_run(LAST), read_saved_run(BEST)
+    if last.identity.parts() != read_provenance(MODEL):
         yield f"{LAST}: of another run than {MODEL / 'provenance.json'} says"
-    step = last["best"]["step"]
-    weights, named = best["weights"].get(str(step)), last["weights"].get(str(step))
-    if best["iteration"] != step or weights != named:
+    step = last.best.step
+    weights, named = best.weights.get(str(step)), last.weights.get(str(step))
+    if best.step != step or weights != named:
         yield f"{BEST}: not the best checkpoint that {LAST} names"
-    source = LAST if last["identity"]["train"].get("early_stopping") is None else BEST
+    source = LAST if last.identity.train.get("early_stopping") is None else BEST
     tensors, published = load_file(source), load_file(MODEL / "model.safetensors")
     for file, found in ((source, tensors), (MODEL / "model.safetensors", published)):
         yield from _raised(partial(require_finite, str(file), found, found))
@@ -178,10 +174,10 @@ def replay(steps: int, device: torch.device) -> str:
     EnvironmentFault if this machine computes otherwise than the one that trained.
     """
     verify(LAST)
-    recorded = read_run(LAST)
-    identity = recorded["identity"]
-    config = read_section(TrainConfig, identity, "train", str(LAST))
-    model_config = read_section(ModelConfig, identity, "model", str(LAST))
+    recorded = read_saved_run(LAST)
+    identity = recorded.identity
+    config = read_section(TrainConfig, identity.parts(), "train", str(LAST))
+    model_config = read_section(ModelConfig, identity.parts(), "model", str(LAST))
     make_deterministic(device, config.threads)
     _require_same_bits(identity, environment(device, config.compile is True))
     require_settings(str(LAST), model_config, stored_weights(LAST))
@@ -190,8 +186,8 @@ def replay(steps: int, device: torch.device) -> str:
         if config.init_from is not None:
             start_from(PRETRAINED / config.init_from, model, load_tokenizer(TOKENIZER))
 
-    known = {int(step): sha256 for step, sha256 in recorded["weights"].items()}
-    sizes = {int(step): size for step, size in identity[MICRO_BATCH_SIZES].items()}
+    known = {int(step): sha256 for step, sha256 in recorded.weights.items()}
+    sizes = {int(step): size for step, size in identity.micro_batch_sizes.items()}
     with joined(config.parallel, device, timeout_s=60) as processes:  # one: this
         state = new_state(model_config, config, device, processes, initialise)
         start = _restore_start(state, steps, recorded)
@@ -216,9 +212,9 @@ def replay(steps: int, device: torch.device) -> str:
     return f"replayed steps {start + 1} to {last}: the weights at {shown} are the same, bit for bit"
 
 
-def _require_same_bits(identity: dict[str, Any], here: dict[str, Any]) -> None:
+def _require_same_bits(identity: SavedIdentity, here: dict[str, Any]) -> None:
     """Raise EnvironmentFault or InputError unless a replay here must give the same bits."""
-    there = identity["environment"]
+    there = identity.environment
 
     def words(values: dict[str, Any]) -> str:
         names = sorted(k for k in here.keys() | there if here.get(k) != there.get(k))
@@ -226,26 +222,24 @@ def _require_same_bits(identity: dict[str, Any], here: dict[str, Any]) -> None:
 
     if here != there:
         raise EnvironmentFault(
-            f"{LAST}: trained where {words(there)}; here {words(here)}: other bits are to be "
-            "expected"
+            f"{LAST}: trained where {words(there)}; here {words(here)}: expect different bits"
         )
-    if any(size > 1 for size in identity.get(NUM_PROCESSES, {}).values()):
+    if any(size > 1 for size in (identity.num_processes or {}).values()):
         raise InputError(
             f"{LAST}: gradients of several processes were summed in any order, which one process "
             "does not repeat; train.reduction: tree can be replayed"
         )
 
 
-def _restore_start(state: TrainState, steps: int, recorded: dict[str, Any]) -> int:
+def _restore_start(state: TrainState, steps: int, recorded: SavedRun) -> int:
     """Bring `state` to the newest point at least `steps` steps before the end; return its step."""
     verify(BEST)
-    best = read_run(BEST)
-    last_step: int = recorded["iteration"]
-    if best["iteration"] + steps <= last_step and best["identity"] == recorded["identity"]:
+    best, last_step = read_saved_run(BEST), recorded.step
+    if best.step + steps <= last_step and best.identity == recorded.identity:
         state.step = load_checkpoint(BEST, state.model, state.optimizer)
-        if best["scaler"]:
-            state.scaler.load_state_dict(best["scaler"])
-    elif "resume_from" in recorded["identity"]:
+        if best.scaler is not None:
+            state.scaler.load_state_dict(asdict(best.scaler))
+    elif recorded.identity.resume_from is not None:
         raise InputError(f"{LAST}: continues another run, whose beginning is not kept")
     elif steps > last_step:
         raise InputError(f"--replay {steps}: the run had {count(last_step, 'step')}")

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lm.base.config import RuntimeConfig, load_params, read_section
 from lm.base.errors import Interrupted
-from lm.base.settings import TrainConfig
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import RuntimeConfig, TrainConfig
 from lm.data.batches import Split, Tokens
 from lm.machine.device import environment
 from lm.machine.processes import ALONE, Processes
@@ -43,7 +44,7 @@ def small(changes: dict[str, Any], tiny: bool, steps: int) -> Settings:
     sizes = {"d_model": 256, "d_ff": 688, "context_length": 256}
     if tiny:
         sizes = {"d_model": 32, "d_ff": 64, "context_length": 16, "num_layers": 2}
-    train = {"batch_size": 16, "max_steps": steps, "warmup_steps": 2}
+    train: dict[str, Any] = {"batch_size": 16, "max_steps": steps, "warmup_steps": 2}
     train |= {"num_threads": 1, "compile": False, "dtype": "bfloat16", "eval_interval": steps}
     given = {f"model.{key}": value for key, value in sizes.items()}
     given |= {f"train.{key}": value for key, value in train.items()}

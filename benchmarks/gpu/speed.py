@@ -25,8 +25,8 @@ from lm.machine.gauges import (
     matmul_flops_per_second,
     peak_memory_bytes,
 )
-from lm.model.loss import evaluate
 from lm.model.transformer import TransformerLM
+from lm.model.validation import evaluate
 
 STORIES = SHAPES["L"]._replace(batch_size=64)  # presets/tinystories-17m.yaml
 STORY_TOKENS = 327_680_000

@@ -57,7 +57,7 @@ def writing(path: Path, size_bytes: int | None = None) -> Iterator[None]:
         space = _space(path.parent, size_bytes) if error.errno in _TOO_LITTLE_SPACE else ""
         raise EnvironmentFault(
             f"{path}: {error.strerror or error}{space}; what was finished before is intact: "
-            "mend it and run again"
+            "fix it and run again"
         ) from None
 
 

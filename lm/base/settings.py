@@ -1,7 +1,8 @@
-"""The sections `corpus`, `model`, `train` and `evaluate` of params.yaml, and their checks.
+"""The settings: a dataclass for each section of params.yaml, with what its keys must be together.
 
 They stand apart from the code that they configure: that loads torch, and stages that prepare data
-check every setting without it.
+check every setting without it. The sections `data`, `tokenizer` and `export` stand beside their
+code, which loads none: lm/prepare/sources.py, lm/data/tokenizer.py, lm/export/card.py.
 """
 
 import math
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lm.base.config import (
+from lm.base.errors import InputError
+from lm.base.sections import (
     ABOVE_ZERO_UP_TO_ONE,
     BELOW_ONE,
     NOT_EMPTY,
@@ -23,10 +25,26 @@ from lm.base.config import (
     Count,
     key_of,
 )
-from lm.base.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Sampling = Literal["random", "epochs", "documents"]
+WindowOrder = Literal["random", "epochs", "documents"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeKind:
+    """All that depends on the choice of a dtype, but for data sheets: lm/machine/gauges.py."""
+
+    size_bytes: int
+    autocast: bool  # products alone are computed in it, all else in float32; a GPU gains by it
+    scaled: bool  # the loss is, since small gradients would become zero
+    cpu_gains: bool  # where it has instructions for 16-bit products
+
+
+DTYPES = {
+    "float32": DtypeKind(size_bytes=4, autocast=False, scaled=False, cpu_gains=False),
+    "bfloat16": DtypeKind(size_bytes=2, autocast=True, scaled=False, cpu_gains=True),
+    "float16": DtypeKind(size_bytes=2, autocast=True, scaled=True, cpu_gains=False),
+}
 MAX_SAMPLES = 1 << 16  # more than anyone reads
 SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")
 
@@ -150,6 +168,21 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelMode:
+    """All that depends on the choice of train.parallel, but for its gradients: lm/train/step.py."""
+
+    several: bool  # processes; blocks are compiled one by one
+    sharded: bool  # each process keeps some rows of every parameter, and their optimizer state
+
+
+PARALLEL = {
+    "none": ParallelMode(several=False, sharded=False),
+    "ddp": ParallelMode(several=True, sharded=False),
+    "fsdp": ParallelMode(several=True, sharded=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(ScheduleConfig, OptimizerConfig):
     """The section `train`."""
 
@@ -189,7 +222,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         Count, "in a row, before `skip` stops too; metrics/train.json counts all"
     ]
     sampling: Annotated[
-        Sampling,
+        WindowOrder,
         "windows anywhere; adjoining ones, each exactly once an epoch; the same with every "
         "document cut from its start",
     ]
@@ -222,6 +255,10 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
                 f"train.micro_batch_size = {self.micro_batch_size}"
             )
 
+    def tokens_per_step(self, model: ModelConfig) -> int:
+        """Return the tokens of a batch, B T."""
+        return self.batch_size * model.context_length
+
     @property
     def threads(self) -> int | None:
         """The number of a CPU's threads; None: torch's choice.
@@ -230,7 +267,7 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         could not go on with another number of processes in the same environment.
         """
         chosen = self.num_threads is not None or "OMP_NUM_THREADS" in os.environ
-        return self.num_threads if chosen or self.parallel == "none" else 1
+        return self.num_threads if chosen or not PARALLEL[self.parallel].several else 1
 
 
 def share_of_batch(config: TrainConfig, num_processes: int) -> int:
@@ -238,15 +275,16 @@ def share_of_batch(config: TrainConfig, num_processes: int) -> int:
 
     Raises InputError if the settings do not allow this number of processes.
     """
-    batch_size, micro = config.batch_size, config.micro_batch_size
-    if config.parallel == "none" and num_processes > 1:
+    batch_size, micro, mode = config.batch_size, config.micro_batch_size, PARALLEL[config.parallel]
+    if num_processes > 1 and not mode.several:
         raise InputError(
-            f"train.parallel = none, but there are {num_processes} processes; use ddp or fsdp, or "
-            "runtime.num_processes: 1"
+            f"train.parallel = {config.parallel}, but there are {num_processes} processes; use ddp "
+            "or fsdp, or runtime.num_processes: 1"
         )
-    if config.parallel == "fsdp" and config.dtype == "float16":
+    if mode.sharded and DTYPES[config.dtype].scaled:
         raise InputError(
-            "train.parallel = fsdp does not scale the loss of train.dtype = float16; use bfloat16"
+            f"train.parallel = {config.parallel} does not scale the loss of "
+            f"train.dtype = {config.dtype}; use bfloat16"
         )
     if config.reduction == "tree":
         if micro is None:
@@ -311,3 +349,26 @@ class EvaluateConfig:
                 f"evaluate.prompts times evaluate.temperatures are {samples:,} samples: must be "
                 f"<= {MAX_SAMPLES:,}"
             )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """The section `runtime`: where and how visibly to run. No DVC stage depends on it."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: CUDA, else MPS, else CPU"]
+    log_interval: Annotated[Count, "steps between two lines on the console"]
+    checkpoint_interval: Annotated[Count, "steps between two checkpoints"]
+    keep_checkpoints: Annotated[
+        int, Bound(lambda x: x >= 2, "must be >= 2"), "of an unfinished run"
+    ]
+    num_workers: Annotated[
+        Annotated[int, UP_TO_1024] | None, "processes that prepare data; null: one a core"
+    ]
+    num_processes: Annotated[
+        int, UP_TO_1024, "processes that train, on this machine; `torchrun` says it instead"
+    ]
+    process_timeout_s: Annotated[
+        Count,
+        "a process that the others have awaited for longer counts as hung; with `num_processes` "
+        "also the time to save after a signal",
+    ]

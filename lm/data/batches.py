@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm.base.errors import InputError
-from lm.base.settings import Sampling
+from lm.base.settings import WindowOrder
 from lm.data.order import DocumentWindows, Numbers, deal, drawn, ordered
 from lm.data.shards import MANIFEST, REMEDY, SPLITS, read_manifest
 from lm.data.tokenizer import Tokenizer
@@ -208,18 +208,18 @@ class Split:
         batch_size: int,
         context_length: int,
         seed: int,
-        sampling: Sampling,
+        sampling: WindowOrder,
         rows: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return batch `step` (from 0): x and the targets y, both (batch_size, context_length).
 
-        Pass `rows` to get some of its windows only.
+        Pass `rows` to get only some of its windows.
         """
         starts = self.starts(step, batch_size, context_length, seed, sampling)
         return windows(self.tokens, starts if rows is None else starts[rows], context_length)
 
     def starts(
-        self, step: int, batch_size: int, context_length: int, seed: int, sampling: Sampling
+        self, step: int, batch_size: int, context_length: int, seed: int, sampling: WindowOrder
     ) -> NDArray[np.int64]:
         """Return the place of the first token of each window of a batch, (batch_size,).
 
@@ -238,7 +238,7 @@ class Split:
         return ahead[step - first]
 
     def _compute_starts(
-        self, steps: range, batch_size: int, context_length: int, seed: int, sampling: Sampling
+        self, steps: range, batch_size: int, context_length: int, seed: int, sampling: WindowOrder
     ) -> NDArray[np.int64]:
         """Compute `starts` of some steps at once, (len(steps), batch_size)."""
         self.require(context_length)
@@ -249,15 +249,18 @@ class Split:
         for number, source in enumerate(sources):
             mine, stream = owners == number, [number] if self.weighted else []
             size, start_of = self._windows_of(source, context_length, sampling)
-            if sampling == "random":
-                places = drawn(seed, steps, batch_size, size)[mine]
-            else:
-                places = ordered(seed, numbers[mine], size, *stream)
+            match sampling:
+                case "random":
+                    places = drawn(seed, steps, batch_size, size)[mine]
+                case "epochs" | "documents":
+                    places = ordered(seed, numbers[mine], size, *stream)
+                case _:
+                    assert_never(sampling)
             starts[mine] = source.start + start_of(places)
         return starts.reshape(-1, batch_size)
 
     def _windows_of(
-        self, source: WeightedSource, context_length: int, sampling: Sampling
+        self, source: WeightedSource, context_length: int, sampling: WindowOrder
     ) -> tuple[int, Callable[[Numbers], Numbers]]:
         """Return the number of windows of a source, and a function of their numbers to starts."""
         last = source.stop - source.start - context_length - 1
@@ -276,7 +279,7 @@ class Split:
         key = source.start, context_length
         if key not in self._documents:
             if self.end_id is None:
-                raise InputError("sampling = documents: nobody has said which id ends a document")
+                raise InputError("sampling = documents: the id that ends a document is not known")
             starts = range(source.start, source.stop, SCANNED_TOKENS)
             chunks = (self.tokens[i : min(i + SCANNED_TOKENS, source.stop)] for i in starts)
             self._documents[key] = DocumentWindows(chunks, self.end_id, context_length)

@@ -17,10 +17,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.base.config import Bound
 from lm.base.errors import InputError
 from lm.base.files import read_json, write_json, writing
-from lm.base.shapes import COUNT, SOME, TEXT, require_shape
+from lm.base.result_files import COUNT, SOME, TEXT, require_shape
+from lm.base.sections import Bound
 
 FORMAT = 2
 MANIFEST = "tokens.json"
@@ -161,7 +161,7 @@ def _check(manifest: Any, path: Path) -> None:
                 raise InputError(f"{path}: not a token manifest; {REMEDY}")
             if not re.fullmatch(rf"{split}/[^/\\\x00-\x1f]+\.bin", entry["file"]):
                 raise InputError(
-                    f"{path}: {entry['file']!r} is no file of its folder {split}; {REMEDY}"
+                    f"{path}: {entry['file']!r} is not a file in its folder {split}; {REMEDY}"
                 )
         for name, total in sums(entries).items():
             if manifest[split][name] != total:

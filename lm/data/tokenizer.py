@@ -17,9 +17,9 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
-from lm.base.config import AT_LEAST_ONE, NOT_EMPTY, Count
 from lm.base.errors import InputError
 from lm.base.files import atomic_write, read_json, to_json
+from lm.base.sections import AT_LEAST_ONE, NOT_EMPTY, Count
 
 END_TOKEN = "<|endoftext|>"  # noqa: S105 - a separator, not a password
 MAX_VOCAB_SIZE = 1 << 20  # the trainer reserves memory for all at once, and aborts without a word
@@ -180,7 +180,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     settings = read_json(folder / "tokenizer_config.json")
     end_token = settings.get("eos_token") if isinstance(settings, dict) else None
     if not isinstance(end_token, str):
-        raise InputError(f"{folder / 'tokenizer_config.json'}: names no text as eos_token")
+        raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token is missing or not text")
     return open_tokenizer_json(folder / "tokenizer.json", end_token)
 
 

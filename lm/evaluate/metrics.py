@@ -1,4 +1,4 @@
-"""The metrics of a model on a split: numbers and tables made of the Sums of lm.model.loss.evaluate.
+"""The metrics of a model on a split: numbers and tables made of the Sums of lm.model.validation.
 
 A new metric is a function here and its entry in METRICS: stage evaluate writes them all into
 metrics/eval.json.
@@ -15,8 +15,8 @@ from lm.base.errors import InputError
 from lm.base.settings import EvaluateConfig
 from lm.data.batches import Split
 from lm.machine.gauges import free_memory_bytes, require_memory
-from lm.model.loss import CONFIDENCE_EDGES, Sums, loss_nats, validation_logits
 from lm.model.transformer import TransformerLM
+from lm.model.validation import CONFIDENCE_EDGES, Sums, loss_nats, validation_logits
 
 
 def bits_per_byte(sums: Sums) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from unicodedata import bidirectional
 
-from lm.base.config import Bound
+from lm.base.sections import Bound
 from lm.base.tables import data_table, loss_table
 
 TEMPLATE = Path(__file__).with_name("card.md")

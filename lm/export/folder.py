@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm.base.config import add_overrides, load_params, read_section
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write, require_file, sha256_file, to_json
-from lm.base.shapes import SHAPES, read_result, require_shape
+from lm.base.params import add_overrides, load_params
+from lm.base.paths import CORPUS, HUGGINGFACE, METRICS, MODEL, PARAMS, RAW
+from lm.base.result_files import SHAPES, read_result, require_shape
+from lm.base.sections import read_section
 from lm.data.tokenizer import Tokenizer
 from lm.export.agreement import compared
 from lm.export.card import MARK, ExportConfig, Results, card
@@ -29,8 +31,6 @@ from lm.generate.decoder import require_same_logits
 from lm.model.huggingface import not_stock, stock_config, stock_weights
 from lm.model.model_folder import load_model, read_provenance, write_checkpoint
 
-MODEL, OUT = Path("models/model"), Path("models/huggingface")
-METRICS, RAW, CORPUS = Path("metrics"), "data/raw", Path("data/corpus.json")
 NAMES = ("data.json", "train.json", "eval.json", "samples.md", "curves.csv")
 MEASURED = [METRICS / name for name in NAMES]
 WEIGHTS = "model.safetensors"
@@ -47,7 +47,7 @@ def read_results(data_path: str) -> Results:
         samples, curves = (file.read_text(encoding="utf-8") for file in MEASURED[3:])
     except UnicodeDecodeError as error:
         raise InputError(f"{MEASURED[3]} or {MEASURED[4]}: {error}; run `dvc repro`") from None
-    corpus = read_result(CORPUS) if data_path == RAW else None
+    corpus = read_result(CORPUS) if data_path == str(RAW) else None
     return Results(data, train, evaluation, samples, curves, corpus)
 
 
@@ -138,10 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lm.export", description=__doc__.split("\n")[0])
     add_overrides(parser)
     parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder to write")
+    parser.add_argument("--out", type=Path, default=HUGGINGFACE, help="the folder to write")
     options = parser.parse_args(arguments)
     with one_line_errors():
-        params = load_params(Path("params.yaml"), options.overrides)
+        params = load_params(PARAMS, options.overrides)
         config = read_section(ExportConfig, params, "export")
         # metrics/ says nothing of another model than the pipeline's
         data_path = str(params.get("data", {}).get("path"))

@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, TokenType, get_tensor_name_map
 
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
+from lm.base.paths import MODEL
 from lm.data.tokenizer import GPT2_PATTERN, Tokenizer
-from lm.model.huggingface import not_stock, stock_weights
+from lm.model.huggingface import model_type, not_stock, stock_weights
 from lm.model.model_folder import load_model, replacing
 from lm.model.transformer import ModelConfig, TransformerLM
 
 MAGIC = b"GGUF"
 # llama.cpp wants merges, plain bytes have none: this one is of a byte that UTF-8 never has
 NO_MERGES = ["ÿ ÿ"]
+# by Hugging Face's model_type: llama.cpp's name; whether rotary positions turn the halves of a
+# head, as transformers does, or pairs of features, as we do
+ARCHITECTURES = {"llama": ("LLAMA", False), "qwen3": ("QWEN3", True)}
 
 
 def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -33,18 +36,21 @@ def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
     Raises InputError if llama.cpp has no such model or tokenizer or `out` is some other file, and
     EnvironmentFault if it cannot be written.
     """
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+
     require_gguf(out)
     config = model.config
     if why_not := not_stock(config):
         raise InputError(why_not)
-    architecture = MODEL_ARCH.QWEN3 if config.qk_norm else MODEL_ARCH.LLAMA
-    writer = GGUFWriter(None, "qwen3" if config.qk_norm else "llama")
+    kind = model_type(config)
+    architecture, turns_halves = ARCHITECTURES[kind]
+    writer = GGUFWriter(None, kind)
     _add_settings(writer, config)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
     weights = stock_weights(model)
-    if not config.qk_norm:  # its qwen3 turns halves, as transformers; its llama pairs, as we do
+    if not turns_halves:
         weights = dict(zip(weights, model.state_dict().values(), strict=True))
-    names = get_tensor_name_map(architecture, config.num_layers)
+    names = get_tensor_name_map(MODEL_ARCH[architecture], config.num_layers)
     for name, weight in weights.items():
         theirs = names.get_name(name, (".weight",))
         assert theirs, name
@@ -66,7 +72,9 @@ def require_gguf(out: Path) -> None:
         raise InputError(f"{out}: exists and is no GGUF file; name another, or move this one")
 
 
-def _add_settings(writer: GGUFWriter, config: ModelConfig) -> None:
+def _add_settings(writer: Any, config: ModelConfig) -> None:
+    from gguf import LlamaFileType
+
     writer.add_file_type(LlamaFileType.ALL_F32)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context_length)
@@ -82,11 +90,13 @@ def _add_settings(writer: GGUFWriter, config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
-def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Add tokens by id, and merges. Ids of the model without a token become padding.
 
     Raises InputError if it is not byte-level BPE over the words of GPT-2's pattern.
     """
+    from gguf import TokenType
+
     settings = json.loads(tokenizer.backend.to_str())
     bpe = settings["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in bpe.get("merges", [])]
@@ -131,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m lm.export.gguf", description=about)
-    parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
     parser.add_argument("--out", type=Path, default=Path("model.gguf"), help="the file to write")
     options = parser.parse_args(arguments)
     with one_line_errors():

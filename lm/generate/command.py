@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lm.base.errors import InputError, one_line_errors
+from lm.base.paths import MODEL
 from lm.generate.stream import SamplingOptions, require_rows_fit, stream
 from lm.machine.device import choose_device
 from lm.model.model_folder import load_model
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, help="keep the k most probable tokens")
     parser.add_argument("--top-p", type=float, help="keep the tokens that make up this probability")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     return parser

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm.base import rng
+from lm.base.settings import Dtype
 from lm.data.tokenizer import Tokenizer
 from lm.generate.decoder import Decoder, memory_bytes
-from lm.machine.device import Dtype
 from lm.machine.gauges import free_memory_bytes, require_memory
 from lm.model.transformer import TransformerLM
 
@@ -92,7 +92,7 @@ def generate(
     histories = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
     decoder = Decoder(model, len(prompts), end_id, getattr(torch, dtype))
-    logits = decoder.read(range(len(prompts)), [_window(ids, length) for ids in histories])
+    logits = decoder.read(range(len(prompts)), [_last_ids(ids, length) for ids in histories])
     for number, draws in enumerate(islice(_draws(seed, len(prompts)), max_new_tokens), start=1):
         ids = sample(logits, temperature, top_k, top_p, draws)
         tokens = _new_tokens(logits, ids, top_logprobs)
@@ -105,9 +105,9 @@ def generate(
         full = [row for row, taken in enumerate(decoder.lengths) if taken == length]
         logits = decoder.step(ids)
         if full:
-            windows = [_window(histories[row], length) for row in full]
+            latest = [_last_ids(histories[row], length) for row in full]
             rows = torch.tensor(full, device=device)
-            logits = logits.index_copy(0, rows, decoder.read(full, windows))
+            logits = logits.index_copy(0, rows, decoder.read(full, latest))
 
 
 def require_rows_fit(model: TransformerLM, n_rows: int, longest: int, dtype: Dtype) -> None:
@@ -122,7 +122,7 @@ def require_rows_fit(model: TransformerLM, n_rows: int, longest: int, dtype: Dty
     )
 
 
-def _window(ids: Sequence[int], context_length: int) -> Sequence[int]:
+def _last_ids(ids: Sequence[int], context_length: int) -> Sequence[int]:
     """Return the last ids, at most context_length: more are cut by halves of it."""
     if len(ids) <= context_length:
         return ids

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lm.base.console import count
 from lm.base.errors import EnvironmentFault
-from lm.base.settings import Dtype as Dtype
+from lm.base.settings import DTYPES, Dtype
 
 # variables that make the numeric libraries choose other instructions or cut sums otherwise
 _SWITCHES = (
@@ -39,8 +40,10 @@ _SWITCHES = (
 # mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 _COMPILERS = ("c++", "g++", "clang++")
+_C_COMPILERS = ("gcc", "clang")  # triton/runtime/build.py: CC, or else one of these
+CompilerOptions = dict[str, str | int | bool | Callable[..., Any]]
 # torch.compile: calls without Python between them, and recomputation left where it was put
-_CPU_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {
+_CPU_COMPILER: CompilerOptions = {
     "cpp_wrapper": True,
     "cpp_wrapper_build_separate": True,
     "reorder_for_locality": False,
@@ -111,8 +114,8 @@ def _cpu_extras() -> list[str]:
 def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
     """Return whether products in a 16-bit type are faster here than in float32."""
     if device.type == "cpu":
-        return dtype == "bfloat16" and bool(_cpu_extras())
-    return dtype != "float32"
+        return DTYPES[dtype].cpu_gains and bool(_cpu_extras())
+    return DTYPES[dtype].autocast
 
 
 def field_of(file: str, name: str, separator: str = ":") -> str | None:
@@ -148,6 +151,8 @@ def prepare(device: torch.device, num_threads: int | None) -> None:
 def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     """Make torch choose kernels that give the same bits every time, and fail where it has none.
 
+    For attention on CUDA that is FlashAttention, the memory-efficient kernel or plain formulas (see
+    `lm.model.kernels.attention`), whose backward passes then add in one order.
     On a CPU the number of threads decides how sums are cut into parts: null leaves it to torch.
     Raises EnvironmentFault if OpenMP gives fewer threads than it promises: oneDNN then leaves
     parts of a product unwritten.
@@ -159,6 +164,9 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matmul
         torch.backends.cudnn.benchmark = False
+        # preferred on an H100 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), but its
+        # backward pass has no order (attention_backward.cu)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         for rows, inner, columns in _CUT_DIFFERENTLY:
             left = torch.ones(rows, inner, dtype=torch.bfloat16)
@@ -173,7 +181,7 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
 
 def autocast(device: torch.device, dtype: Dtype) -> AbstractContextManager[Any]:
     """Compute matrix products in `dtype`; parameters, norms and losses stay float32."""
-    if dtype == "float32":
+    if not DTYPES[dtype].autocast:
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
@@ -186,8 +194,12 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def compiled(function: Function, device: torch.device) -> Function:
-    """Compile a function. Raises EnvironmentFault, now or when it is called, if that fails."""
+def compiled(function: Function, device: torch.device, cuda_graph: bool = False) -> Function:
+    """Compile a function. Raises EnvironmentFault, now or when it is called, if that fails.
+
+    With `cuda_graph`, for CUDA alone, one launch runs all of its kernels, and each call overwrites
+    the tensors that the last one returned.
+    """
     otherwise = "or set train.compile: false"
     if reason := no_compiling(device) or no_loading(device):
         raise EnvironmentFault(f"torch.compile: {reason} {otherwise}")
@@ -197,17 +209,22 @@ def compiled(function: Function, device: torch.device) -> Function:
     config.trace_autograd_ops = True  # the function may take gradients inside
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(True)  # the same, and the compiler knows of it
-    options = _CPU_COMPILER if device.type == "cpu" else None
+    options: CompilerOptions = {"triton.cudagraphs": cuda_graph}
+    if device.type == "cpu":
+        options = _CPU_COMPILER
     fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         try:
             return fast(*arguments)
+        except torch.OutOfMemoryError:
+            torch.compiler.reset()  # torch 2.11 cannot go on after a CUDA graph that did not fit
+            raise
         except BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(
-                f"torch.compile: {reason}; mend the compiler {otherwise}"
+                f"torch.compile: {reason}; fix the compiler {otherwise}"
             ) from error
 
     return call  # type: ignore[return-value]
@@ -217,6 +234,12 @@ def no_compiling(device: torch.device) -> str | None:
     """Return why torch.compile cannot work here, with a remedy, or None if it can."""
     if device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
         return "no C++ compiler found; install g++"
+    if device.type == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else _C_COMPILERS
+        if not any(map(shutil.which, names)):
+            return f"triton finds no C compiler ({' or '.join(names)}); install gcc"
+        if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+            return "triton finds no Python.h; install Python's headers (python3-dev)"
     if device.type == "cpu" and " " in torch.__file__:
         # it hands its own path to the linker without quotes
         return (
@@ -230,7 +253,7 @@ def no_compiling(device: torch.device) -> str | None:
 def no_loading(device: torch.device) -> str | None:
     """Return why what torch.compile builds cannot be loaded, with a remedy, or None if it can.
 
-    Build a library of one line in torch's folder for such, which takes some tenths of a second.
+    Build a library of one line in torch's cache folder, which takes some tenths of a second.
     """
     if device.type != "cpu":
         return None
@@ -241,7 +264,7 @@ def no_loading(device: torch.device) -> str | None:
     try:
         compiler = get_cpp_compiler()
     except RuntimeError:
-        return "no C++ compiler works; mend the one that CXX names, or g++"
+        return "no C++ compiler works; fix the one that CXX names, or g++"
     try:
         if " " in (folder := cache_dir()):
             return f"its folder must have no space ({folder}); {elsewhere}"
@@ -252,7 +275,7 @@ def no_loading(device: torch.device) -> str | None:
             built = subprocess.run(command, capture_output=True, text=True)
             if built.returncode != 0:
                 said = built.stderr.strip().partition("\n")[0]
-                return f"{compiler} fails ({said}); mend it"
+                return f"{compiler} fails ({said}); fix it"
             ctypes.CDLL(str(library))  # not where the folder is mounted noexec
     except OSError as error:
         said = str(error).partition("\n")[0]

@@ -7,11 +7,12 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import assert_never
 
 import torch
 
 from lm.base.errors import EnvironmentFault
-from lm.base.settings import Dtype as Dtype
+from lm.base.settings import Dtype
 from lm.machine.device import field_of
 
 SURELY = 1.2  # times what is free: a plan is within a tenth or two
@@ -118,7 +119,11 @@ def data_sheet_flops_per_second(device: torch.device, dtype: Dtype) -> float | N
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for known, (half, tf32, float32) in _DATA_SHEETS.items():
         if known in name:
-            if dtype != "float32":
-                return half
-            return tf32 if torch.get_float32_matmul_precision() != "highest" else float32
+            match dtype:
+                case "bfloat16" | "float16":
+                    return half
+                case "float32":
+                    return tf32 if torch.get_float32_matmul_precision() != "highest" else float32
+                case _:
+                    assert_never(dtype)
     return None

@@ -1,10 +1,10 @@
-"""The processes that train one model together: how they meet, exchange and leave.
+"""The processes that train one model together: how they connect, exchange and leave.
 
     torchrun or stages.launch -- RANK, WORLD_SIZE, MASTER_ADDR --> joined --> Processes
 
 Each runs the same program on its share of every batch. They exchange whatever all must act on (a
-signal, a fault, a changed file), so that all leave at the same step. Only rank 0 speaks and writes.
-A rank that dies or hangs is named by those that waited for it.
+signal, a fault, a changed file), so that all leave at the same step. Only rank 0 prints and writes.
+The ranks that wait for one that dies or hangs report it by name.
 """
 
 import os
@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
+from stat import S_ISSOCK
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
@@ -32,6 +33,8 @@ from lm.base.errors import (
     Interrupted,
     is_out_of_memory,
 )
+from lm.base.settings import PARALLEL
+from lm.machine.collectives import all_gather_single
 
 FAULTS = (InputError, EnvironmentFault, Busy, OSError)
 GRACE_S = 20.0  # for the others to notice, too; torch's launcher kills after 30
@@ -39,7 +42,7 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """A process among its equals; one that is alone sends nothing and waits for nothing."""
+    """One of the processes of a run; a single one sends nothing and waits for nothing."""
 
     def __init__(
         self,
@@ -52,7 +55,8 @@ class Processes:
         self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
         self.messages = None
         if store is not None:
-            self.messages = dist.new_group(backend="gloo", timeout=timeout)
+            with _recording_sockets():
+                self.messages = dist.new_group(backend="gloo", timeout=timeout)
 
     def with_own_group(self) -> "Processes":
         """Return the same processes in another group, for a thread of each to use."""
@@ -60,7 +64,7 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that speaks and writes."""
+        """Whether this is the one that prints and writes."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -77,7 +81,7 @@ class Processes:
         if self.size == 1:
             return mine[None].numpy()
         everyones = torch.empty(self.size * len(mine), dtype=torch.float64)
-        dist.all_gather_single(everyones, mine, group=self.messages)
+        all_gather_single(everyones, mine, group=self.messages)
         return everyones.view(self.size, -1).numpy()
 
     def together(self, action: Callable[[], Result]) -> Result:
@@ -129,14 +133,14 @@ class Processes:
                 self.store.set("reported", "")
 
     def begin_step(self, step: int) -> None:
-        """Record where this rank is, for the message of those that lose it."""
+        """Record the step of this rank, for the error of those that lose it."""
         if self.size > 1 and self.store is not None:
             self.store.set(f"at/{self.rank}", str(step))
 
     def lost(self, reason: str) -> EnvironmentFault | SystemExit:
         """Return the error to leave with after a connection broke: a fault on one rank alone.
 
-        Every rank that notices says so in the store and disconnects, so that the next one notices.
+        Each rank that notices records it in the store and disconnects, so that the next notices.
         The store is the launcher's; without a launcher it is rank 0's and ends with rank 0.
         """
         assert self.store is not None
@@ -211,19 +215,19 @@ def of_rank(rank: int, fault: Exception) -> Exception:
 def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Processes]:
     """Join the processes that torchrun started; a process without others is alone.
 
-    Raises InputError for several processes with train.parallel = none, EnvironmentFault if they do
-    not find each other in `timeout_s` seconds. Rank 0 alone reports a fault that all ranks raise.
+    Raises InputError for several processes with train.parallel = none, EnvironmentFault if they
+    cannot connect within `timeout_s` seconds. Rank 0 alone reports a fault that all ranks raise.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if parallel == "none" and size == 1:
+    if not PARALLEL[parallel].several:
+        if size > 1 and rank > 0:
+            raise SystemExit(InputError.exit_code)  # rank 0 reports it
+        if size > 1:
+            raise InputError(
+                f"train.parallel = {parallel} is for one process, here are {size}; set ddp or fsdp"
+            )
         yield ALONE
         return
-    if parallel == "none" and rank > 0:
-        raise SystemExit(InputError.exit_code)  # rank 0 reports it
-    if parallel == "none":
-        raise InputError(
-            f"train.parallel = none is for one process, here are {size}; set ddp or fsdp"
-        )
     if device.type not in ("cpu", "cuda"):
         raise EnvironmentFault(f"train.parallel = {parallel}: works on cpu and cuda, not {device}")
     if rank > 0:
@@ -259,6 +263,28 @@ def _disconnect() -> None:
             dist.destroy_process_group()
 
 
+_of_groups: set[int] = set()  # the inodes of the sockets that torch opened for its groups
+
+
+def _sockets() -> dict[int, int]:
+    """Return the file descriptors of all sockets of this process, by inode."""
+    found = {}
+    for file in Path("/dev/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            status = os.fstat(int(file.name))
+            if S_ISSOCK(status.st_mode):
+                found[status.st_ino] = int(file.name)
+    return found
+
+
+@contextmanager
+def _recording_sockets() -> Iterator[None]:
+    """Record the sockets that torch opens in this context: a tracker has others of its own."""
+    before = set(_sockets())
+    yield
+    _of_groups.update(_sockets().keys() - before)
+
+
 def _break_connections() -> None:
     """End the connections between the processes, so that those that wait for this one notice.
 
@@ -267,8 +293,10 @@ def _break_connections() -> None:
     """
     if dist.get_backend() != "gloo":
         return
-    for file in Path("/dev/fd").iterdir():
-        with suppress(OSError), socket(fileno=os.dup(int(file.name))) as connection:
+    for inode, descriptor in _sockets().items():
+        if inode not in _of_groups:
+            continue
+        with suppress(OSError), socket(fileno=os.dup(descriptor)) as connection:
             if connection.family in (AF_INET, AF_INET6):
                 ports = connection.getsockname()[1], connection.getpeername()[1]
                 if int(os.environ.get("MASTER_PORT", "0")) not in ports:
@@ -290,11 +318,18 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         if "RANK" in os.environ:
             store = next(rendezvous("env://", timeout=timeout))[0]
         store = PrefixStore(_agree_on_a_name(store, rank, size, timeout), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        return Processes(rank, size, store, timeout)
+        with _recording_sockets():
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
+            )
+        processes = Processes(rank, size, store, timeout)
+        processes.gather(None)  # one that leaves while others still connect would look lost
+        return processes
     except (dist.DistError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
-        raise EnvironmentFault(f"rank {rank}: the {size} processes do not meet: {said}") from None
+        raise EnvironmentFault(
+            f"rank {rank}: the {size} processes cannot connect: {said}"
+        ) from None
 
 
 def _agree_on_a_name(store: Store, rank: int, size: int, timeout: timedelta) -> str:
@@ -318,7 +353,7 @@ def _agree_on_a_name(store: Store, rank: int, size: int, timeout: timedelta) -> 
             if me in store.get(f"{name}/list").decode():
                 return name
         time.sleep(0.1)
-    raise RuntimeError("rank 0 does not come")
+    raise RuntimeError("rank 0 did not answer")
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:

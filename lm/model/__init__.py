@@ -1,4 +1,4 @@
-"""The Transformer, its kernels, its loss, its files, its names in Hugging Face.
+"""The Transformer, its kernels, its validation, its files, its names in Hugging Face.
 
 Begin with transformer.py.
 """

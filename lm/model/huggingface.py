@@ -8,6 +8,7 @@ Names differ, and the order of features within a head: our rotary positions rota
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,25 @@ from torch import Tensor
 from lm.base.errors import InputError
 from lm.base.files import require_file
 from lm.data.tokenizer import Tokenizer, open_tokenizer_json
-from lm.model.fitting import FLOATS, require_finite
 from lm.model.kernels import evens_first
 from lm.model.model_folder import open_safetensors
+from lm.model.stored import FLOATS, require_finite
 from lm.model.transformer import ModelConfig, TransformerLM
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that depends on the choice of a stock architecture."""
+
+    name: str  # of its class in transformers
+    qk_norm: bool
+    head_dim: int | None  # where config.json says none; None: hidden_size / num_attention_heads
+
+
+ARCHITECTURES = {  # by model_type
+    "llama": Architecture("LlamaForCausalLM", qk_norm=False, head_dim=None),
+    "qwen3": Architecture("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
+}
 OUTER = {"token_embeddings": "model.embed_tokens", "ln_final": "model.norm", "lm_head": "lm_head"}
 INNER = {
     "ln1": "input_layernorm",
@@ -64,12 +78,18 @@ def not_stock(config: ModelConfig) -> str | None:
     return f"neither Llama nor Qwen3 of Hugging Face can compute it: {', '.join(found)}"
 
 
+def model_type(config: ModelConfig) -> str:
+    """Return the stock architecture of a model of which `not_stock` is None."""
+    (found,) = (key for key, kind in ARCHITECTURES.items() if kind.qk_norm == config.qk_norm)
+    return found
+
+
 def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
     """Return their config.json, for a model of which `not_stock` is None."""
-    model_type = "qwen3" if config.qk_norm else "llama"
+    kind = model_type(config)
     return {
-        "architectures": [ARCHITECTURES[model_type]],
-        "model_type": model_type,
+        "architectures": [ARCHITECTURES[kind].name],
+        "model_type": kind,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "hidden_size": config.d_model,
@@ -185,8 +205,8 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
         if theirs.get(key) is not None and type(theirs[key]) is not wanted:
             raise InputError(f"{file}: {key} = {str(theirs[key])[:40]}, expected {wanted.__name__}")
     kind, names = theirs.get("model_type"), theirs.get("architectures")
-    if kind not in ARCHITECTURES or names not in (None, [ARCHITECTURES[kind]]):
-        known = ", ".join(ARCHITECTURES.values())
+    if kind not in ARCHITECTURES or names not in (None, [ARCHITECTURES[kind].name]):
+        known = ", ".join(architecture.name for architecture in ARCHITECTURES.values())
         raise InputError(f"{file}: model_type {kind}, {names}; only {known}")
     for key in COUNTS:
         if type(value := theirs.get(key)) is not int or value < 1:
@@ -219,7 +239,8 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
 def _settings(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of section `model` that the weights fix; defaults as in transformers."""
     width, heads = theirs["hidden_size"], theirs["num_attention_heads"]
-    head_dim = theirs.get("head_dim") or (128 if theirs["model_type"] == "qwen3" else width / heads)
+    architecture = ARCHITECTURES[theirs["model_type"]]
+    head_dim = theirs.get("head_dim") or architecture.head_dim or width / heads
     if head_dim * heads != width:
         raise InputError(
             f"{file}: head_dim = {head_dim}: only hidden_size / num_attention_heads = "
@@ -234,7 +255,7 @@ def _settings(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
         "d_ff": theirs["intermediate_size"],
         "rope_theta": rope.get("rope_theta", 10000.0),
         "norm_eps": theirs.get("rms_norm_eps", 1e-6),
-        "qk_norm": theirs["model_type"] == "qwen3",
+        "qk_norm": architecture.qk_norm,
         "tie_embeddings": theirs.get("tie_word_embeddings", False),
         **STOCK,
     }

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lm.base.config import UP_TO_1024, read_section
 from lm.base.errors import InputError
 from lm.base.files import read_json, require_file, sync_directory, write_json, writing
 from lm.base.migrations import ADDED, migrated
+from lm.base.sections import UP_TO_1024, read_section
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.gauges import free_memory_bytes
-from lm.model.fitting import FLOATS, as_stored, require_finite, require_settings, require_weights
+from lm.model.stored import FLOATS, as_stored, require_finite, require_settings, require_weights
 from lm.model.transformer import ModelConfig, TransformerLM
 
 MAX_HEADER_BYTES = 1 << 24  # of a safetensors file with 100,000 tensors

@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles position * theta^(-2i / D) that turn pairs of features (Su et al. 2021, RoFormer)."""
+    """Angles position * theta^(-2i / D) that rotate pairs (Su et al. 2021, RoFormer)."""
 
     cos: Tensor
     sin: Tensor
@@ -71,7 +71,7 @@ class RotaryEmbedding(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017), grouped (Ainslie et al. 2023).
 
-    output_proj(softmax(q k^T / sqrt(D)) v); the angles of their positions turn q and k.
+    output_proj(softmax(q k^T / sqrt(D)) v); the angles of their positions rotate q and k.
     """
 
     def __init__(self, config: ModelConfig):

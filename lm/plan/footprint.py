@@ -15,10 +15,10 @@ from typing import assert_never
 
 import torch
 
-from lm.base.settings import ModelConfig, TrainConfig, share_of_batch
+from lm.base.settings import DTYPES, PARALLEL, ModelConfig, TrainConfig, share_of_batch
 from lm.model.activations import ACTIVATIONS
 from lm.model.kernels import attention_blocks, rows_at_once
-from lm.model.loss import validation_logits
+from lm.model.validation import validation_logits
 from lm.train.optim import OPTIMIZERS
 
 # Fitted to processes on a CPU: `python -m benchmarks.plan` measures each again and prints planned
@@ -33,7 +33,6 @@ KERNEL_BYTES = 20e6  # of torch's libraries once they have been used
 COMPILER_BYTES = 120e6  # of torch's compiler once it has been used
 IMPORTED_COMPILER_BYTES = 75e6  # the same only imported, as parts of torch do
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NORMS = {  # by norm and norm_position: of each block, behind the last block
     ("rmsnorm", "pre"): (2, 1),
     ("rmsnorm", "post"): (2, 0),
@@ -97,7 +96,7 @@ def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) 
     sides and their product.
     """
     N, C, F = micro_batch_size * model.context_length, model.d_model, model.d_ff
-    a, activation = DTYPE_BYTES[config.dtype], ACTIVATIONS[model.ffn]
+    a, activation = DTYPES[config.dtype].size_bytes, ACTIVATIONS[model.ffn]
     casts = a == 2 and config.compile is not True
     norms, last_norms = NORMS[model.norm, model.norm_position]
     kv_width = model.kv_heads * model.head_dim
@@ -141,9 +140,9 @@ def _head(model: ModelConfig, config: TrainConfig, micro_batch_size: int) -> dic
     the chunk before; the gradients by the features and, of each chunk, by the weights.
     """
     N, C, V = micro_batch_size * model.context_length, model.d_model, model.vocab_size
-    a, rows = DTYPE_BYTES[config.dtype], rows_at_once(N, V)
+    a, rows = DTYPES[config.dtype].size_bytes, rows_at_once(N, V)
     chunks = -(-N // rows)
-    if config.compile is True and config.parallel == "none":  # else blocks alone are compiled
+    if config.compile is True and not PARALLEL[config.parallel].several:  # not blocks alone
         copies = 2 * a  # the pointwise operations are one loop
     else:
         copies = a + 4 + 4 + a * (chunks > 1) + 4 * (a == 2)
@@ -159,19 +158,19 @@ def batch_bytes(model: ModelConfig, config: TrainConfig, share: int) -> float:
     return 16.0 * share * model.context_length + 50.0 * config.batch_size
 
 
-def _optimizer(model: ModelConfig, config: TrainConfig, shards: int) -> tuple[float, float]:
-    """Return the bytes of (state, scratch of an update) in each of `shards` that share them."""
+def _optimizer(model: ModelConfig, config: TrainConfig, shares: int) -> tuple[float, float]:
+    """Return the bytes of (state, scratch of an update) of one of `shares`."""
     sizes, optimizer = parameters(model), OPTIMIZERS[config.optimizer]
     matrices = sizes["attention"] + sizes["feed-forward"]
     others = sum(sizes.values()) - matrices
-    state = 4 * (optimizer.matrix_numbers * matrices + optimizer.other_numbers * others) / shards
+    state = 4 * (optimizer.matrix_numbers * matrices + optimizer.other_numbers * others) / shares
     if not optimizer.whole_matrices:
         return state, 0
     # every matrix's direction; the largest stack of equal ones in float32, and thrice in bfloat16
     scratch = 4.0 * matrices + 10 * max(sizes["attention"], sizes["feed-forward"])
-    if config.parallel == "fsdp":  # one whole matrix at a time, and what is sent and received of it
+    if PARALLEL[config.parallel].sharded:  # a whole matrix at a time, what is sent and received
         largest = max(rows * columns for rows, columns in _shapes(model))
-        scratch = 4 * matrices / shards + (10 + 4 + 4) * largest
+        scratch = 4 * matrices / shares + (10 + 4 + 4) * largest
     return state, scratch
 
 
@@ -201,23 +200,23 @@ def peak_memory(
     written, what its heap cannot use again, `base_bytes` and, if it compiles, the compiler.
 
     Under fsdp each process holds a share of weights and optimizer state, and, one after the other,
-    whole blocks: see _gathered. In the end the first process also puts the state together, in the
-    memory of its host. Rows that do not divide are not shared evenly: with few rows to a process
-    the first ones hold up to a row of each matrix more.
+    whole blocks: see _root_and_block. In the end the first process also puts the state together, in
+    the memory of its host. Rows that do not divide are not shared evenly: with few rows to a
+    process the first ones hold up to a row of each matrix more.
     """
-    N, a = micro_batch_size * model.context_length, DTYPE_BYTES[config.dtype]
-    on_cpu, fsdp = device.type == "cpu", config.parallel == "fsdp"
+    N, a = micro_batch_size * model.context_length, DTYPES[config.dtype].size_bytes
+    on_cpu, fsdp = device.type == "cpu", PARALLEL[config.parallel].sharded
     at_once = share_of_batch(config, num_processes) // micro_batch_size
-    shards = num_processes if fsdp else 1
+    shares = num_processes if fsdp else 1
     whole = 4.0 * sum(parameters(model).values())
-    weights = whole / shards
-    state, scratch = _optimizer(model, config, shards)
+    weights = whole / shares
+    state, scratch = _optimizer(model, config, shares)
     root, block = _root_and_block(model)
     # whole weights: the root's throughout, a block's while it computes and the next one's; whole
     # gradients: a block's, and the copy of it that is being sent
     gathered, sent = (root + 2 * block, 2 * block) if fsdp else (0.0, 0.0)
     lost = GATHERED_HOLES * model.num_layers * block * (fsdp and on_cpu)
-    before, after, reduced = _gradients(model, config, shards, at_once)
+    before, after, reduced = _gradients(model, config, shares, at_once)
     kept = activations(model, config, micro_batch_size)
     again = kept.pop("one block again", 0.0)
     through_a_block = N * (8.0 * model.d_model + ACTIVATIONS[model.ffn].matrices * model.d_ff * a)
@@ -245,7 +244,7 @@ def peak_memory(
         },
     ]
     if fsdp and on_cpu:
-        moments.append({"state put together": whole + state * shards})
+        moments.append({"state put together": whole + state * shares})
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     parts = {"weights": weights, "optimizer state": state} | fullest
     if on_cpu:
@@ -255,7 +254,7 @@ def peak_memory(
         parts["interpreter and torch"] = base_bytes + KERNEL_BYTES
         if config.compile is True:
             parts["compiler"] = COMPILER_BYTES
-        elif config.gradient_checkpointing or config.parallel != "none":
+        elif config.gradient_checkpointing or PARALLEL[config.parallel].several:
             parts["compiler"] = IMPORTED_COMPILER_BYTES
     return {part: size for part, size in parts.items() if size}
 
@@ -269,7 +268,7 @@ def _root_and_block(model: ModelConfig) -> tuple[float, float]:
 
 
 def _gradients(
-    model: ModelConfig, config: TrainConfig, shards: int, micro_batches: int
+    model: ModelConfig, config: TrainConfig, shares: int, micro_batches: int
 ) -> tuple[float, float, float]:
     """Return the bytes of gradients before and after the last micro-batch, and in the update.
 
@@ -287,7 +286,7 @@ def _gradients(
             in_buckets = whole * (1 + levels * by_tree)
             return in_buckets, in_buckets, whole
         case "fsdp":
-            share, (root, _) = whole / shards, _root_and_block(model)
+            share, (root, _) = whole / shares, _root_and_block(model)
             after = (1 + levels * by_tree) * share + 2 * root  # the root's are sent last
             return before * (share if by_tree else whole), after, share
         case _:
@@ -332,5 +331,5 @@ def communication(
             rows * columns * -(-count // num_processes)
             for (rows, columns), count in _shapes(model).items()
         )
-        sent["all-to-all of Muon"] = others * (4.0 + 2.0) * numbers
+        sent[f"all-to-all of {config.optimizer}"] = others * (4.0 + 2.0) * numbers
     return sent

@@ -2,8 +2,8 @@
 
     settings -> parameters, FLOPs per token, memory by moment -> micro-batch size, compile or not
 
-All is arithmetic on the settings (footprint.py); the time is measured (forecast.py). With several
-processes the memory is that of each. `python -m lm.plan` prints a plan (page.py).
+All is arithmetic on the settings (footprint.py); the time is measured (timing.py). With several
+processes the memory is that of each. `python -m lm.plan` (__main__.py) prints a plan.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Plan:
     def flops(self) -> float:
         """Floating-point operations of the whole training, without validations."""
         by_part = flops_per_token(self.model, self.config, self.device)
-        tokens = self.config.max_steps * self.config.batch_size * self.model.context_length
+        tokens = self.config.max_steps * self.config.tokens_per_step(self.model)
         return tokens * sum(map(sum, by_part.values()))
 
 

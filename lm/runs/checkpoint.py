@@ -22,17 +22,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lm.base.config import NOT_NEGATIVE, Count, read_section
 from lm.base.errors import InputError
+from lm.base.sections import NOT_NEGATIVE, Count, read_section
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import cut_like, whole
-from lm.model.fitting import Stored, as_stored, finite_keys, require_finite, require_weights
-from lm.model.model_folder import (
-    open_safetensors,
-    require_short_header,
-    unshared,
-    write_checkpoint,
-)
+from lm.model.model_folder import open_safetensors, require_short_header, unshared, write_checkpoint
+from lm.model.stored import Stored, as_stored, finite_keys, require_finite, require_weights
 from lm.runs import sharded_checkpoint as sharded
 from lm.runs.optimizer_state import State, fitting_groups, parameters_of, place, require_state
 

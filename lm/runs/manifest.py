@@ -16,10 +16,10 @@ from lm.machine.processes import ALONE, Processes
 
 def commit(path: Path) -> None:
     """Write the manifest of a checkpoint that is on disk: from now on it counts."""
-    write_json(path.with_suffix(".json"), describe(path))
+    write_json(path.with_suffix(".json"), size_and_hash(path))
 
 
-def describe(file: Path, sync: bool = False) -> dict[str, Any]:
+def size_and_hash(file: Path, sync: bool = False) -> dict[str, Any]:
     """Return the size and the hash of a file, for a manifest; `sync` puts it on disk before."""
     if sync:
         with open(file, "rb") as stream:

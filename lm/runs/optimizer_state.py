@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.base.errors import InputError
-from lm.model.fitting import Stored, word_of
+from lm.model.stored import Stored, word_of
 from lm.model.transformer import TransformerLM
 
 # entries of torch's optimizers that have the shape of their parameter

@@ -46,12 +46,14 @@ class Pace:
         """Return speed and memory of a finished run, for metrics/performance.json.
 
         MFU is a share of the peak of all devices, by the data sheet or, where none is known, by a
-        measured product. Memory and the peaks are of one device.
+        measured product. Memory and the peaks are of one device. The forward seconds of a rank are
+        its own work under ddp; under fsdp they include waiting for the others' weights, so a slow
+        rank cannot be read from them.
         """
         model, num_devices = state.model, state.processes.size
         device = model.head.device
         step_s = statistics.median(self.step_seconds) if self.step_seconds else float("nan")
-        tokens_per_second = config.batch_size * model.config.context_length / step_s
+        tokens_per_second = config.tokens_per_step(model.config) / step_s
         flops = model.flops_per_token()
         peak_bytes = peak_memory_bytes(device)  # before the products of matmul_flops_per_second
         rate = matmul_flops_per_second(device, config.dtype)

@@ -31,7 +31,7 @@ def publish(
     models/model holds the last weights, or with early stopping the best.
     """
     state, checkpoints = logbook.state, models / "checkpoints"
-    best_step, early_stopping = logbook.best["step"], logbook.config.early_stopping is not None
+    best_step, early_stopping = logbook.best.step, logbook.config.early_stopping is not None
     assert best_step is not None  # the last step is always validated
     last, best = directory.path(state.step), directory.path(best_step)
     with publishing(directory.folder.parent):

@@ -1,20 +1,21 @@
 """Where a run begins: at its own newest checkpoint, at another run's, or at the first step."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lm.base.console import changes, count, few, say
 from lm.base.errors import InputError
 from lm.base.files import atomic_copy, require_file
-from lm.base.runs import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided
+from lm.base.run_folders import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided
 from lm.base.settings import TrainConfig
-from lm.runs.checkpoint import Extra, load_checkpoint
+from lm.runs.checkpoint import load_checkpoint
 from lm.runs.history import Clock
 from lm.runs.logbook import Logbook
 from lm.runs.manifest import commit, verify
 from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints, newest_first
-from lm.runs.saved_run import Identity, read_run
+from lm.runs.saved_run import Identity, SavedRun, read_saved_run
 
 MOST_NAMED = 4  # differences of two runs in a line
 
@@ -26,27 +27,27 @@ def resume(logbook: Logbook, directory: ResumeDirectory) -> bool:
         try:
             if fault is not None:
                 raise InputError(fault)
-            extra = read_run(path)
-            _require_own(logbook, directory, path, extra)
-            _restore(logbook, directory, path, extra)
+            saved = read_saved_run(path)
+            _require_own(logbook, directory, path, saved)
+            _restore(logbook, directory, path, saved)
         except InputError as error:
             say(f"warning: {error}; passed over")
             continue
-        _keep_micro_batch_size(logbook, extra["identity"][MICRO_BATCH_SIZES])
-        if NUM_PROCESSES in extra["identity"]:
-            logbook.changes[NUM_PROCESSES] = dict(extra["identity"][NUM_PROCESSES])
+        _keep_micro_batch_size(logbook, saved.identity.micro_batch_sizes)
+        if saved.identity.num_processes is not None:
+            logbook.changes[NUM_PROCESSES] = dict(saved.identity.num_processes)
         finished = f"; it is finished: delete {path.parent} to train anew"
         say(f"Resumed at step {state.step}{finished if logbook.finished else ''}")
         return True
     return False
 
 
-def _require_own(logbook: Logbook, directory: ResumeDirectory, path: Path, extra: Extra) -> None:
+def _require_own(logbook: Logbook, directory: ResumeDirectory, path: Path, saved: SavedRun) -> None:
     """Raise InputError unless a sound checkpoint is of this run and its best one is sound too."""
-    theirs, ours = decided(extra["identity"]), logbook.identity.parts()
+    theirs, ours = decided(saved.identity.parts()), logbook.identity.parts()
     if theirs != ours:
         raise InputError(f"{path}: of another run: {few(_differences(theirs, ours), MOST_NAMED)}")
-    step, best_step = extra["iteration"], extra["best"]["step"]
+    step, best_step = saved.step, saved.best.step
     if path.stem != directory.path(step).stem or step > logbook.config.max_steps:
         raise InputError(
             f"{path}: is at step {step}: not that of its name, or beyond train.max_steps"
@@ -56,12 +57,12 @@ def _require_own(logbook: Logbook, directory: ResumeDirectory, path: Path, extra
         processes.together(lambda: verify(best, processes))
 
 
-def _restore(logbook: Logbook, directory: ResumeDirectory, path: Path, extra: Extra) -> None:
-    """Bring everything to where a checkpoint was; `extra` was saved beside the state."""
+def _restore(logbook: Logbook, directory: ResumeDirectory, path: Path, saved: SavedRun) -> None:
+    """Bring everything to where a checkpoint was; `saved` was saved beside the state."""
     state = logbook.state
     state.step = load_checkpoint(path, state.model, state.optimizer, state.processes)
-    logbook.restore(extra)
-    times = clock_file(directory.folder.parent, extra["identity"])
+    logbook.restore(saved)
+    times = clock_file(directory.folder.parent, saved.identity.parts())
     text = times.read_bytes() if times.is_file() else b""
     logbook.clock = Clock.from_csv(text, resumed_at=state.step)
 
@@ -90,36 +91,36 @@ def require_continuable(path: Path, identity: Identity, config: TrainConfig) -> 
     """Raise InputError unless a checkpoint is a file, whole, of the same model and data."""
     require_file(path)
     verify(path)
-    extra = read_run(path)
-    for part, ours in (("model", identity.model), ("inputs", identity.inputs)):
-        theirs = extra["identity"].get(part, {})
+    saved = read_saved_run(path)
+    for part in ("model", "inputs"):
+        ours, theirs = getattr(identity, part), getattr(saved.identity, part)
         keys = sorted(key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key))
         if keys:
             found = (f"{part}.{k} = {theirs.get(k)} there, {ours.get(k)} here" for k in keys)
             raise InputError(f"{path}: made with another {', '.join(found)}")
-    if extra["best"]["step"] is not None:
-        _best_beside(path, extra)
-    if extra["iteration"] >= config.max_steps:
+    if saved.best.step is not None:
+        _best_beside(path, saved)
+    if saved.step >= config.max_steps:
         raise InputError(
-            f"{path}: is at step {extra['iteration']}, train.max_steps = "
+            f"{path}: is at step {saved.step}, train.max_steps = "
             f"{config.max_steps}; nothing is left to do, raise train.max_steps"
         )
 
 
 def continue_from(path: Path, logbook: Logbook, directory: ResumeDirectory) -> None:
     """Start from another run's checkpoint, with the settings of this one."""
-    state, extra = logbook.state, read_run(path)
+    state, saved = logbook.state, read_saved_run(path)
     groups = state.optimizer.param_groups
     settings = [{k: value for k, value in group.items() if k != "params"} for group in groups]
-    _restore(logbook, directory, path, extra)
+    _restore(logbook, directory, path, saved)
     for group, ours in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(ours)
-    logbook.best["misses"] = 0
-    if (step := logbook.best["step"]) is not None:
+    logbook.best = replace(logbook.best, misses=0)
+    if (step := logbook.best.step) is not None:
         kept = directory.folder / f"step-{step:08d}.safetensors"
 
         def adopt_best() -> None:
-            atomic_copy(_best_beside(path, extra), kept)
+            atomic_copy(_best_beside(path, saved), kept)
             commit(kept)
 
         state.processes.lead(adopt_best)
@@ -127,18 +128,18 @@ def continue_from(path: Path, logbook: Logbook, directory: ResumeDirectory) -> N
     say(f"Continuing {path} from step {state.step}")
 
 
-def _best_beside(path: Path, extra: Extra) -> Path:
+def _best_beside(path: Path, saved: SavedRun) -> Path:
     """Return the best checkpoint of the run that `path` is of: itself or a file beside it.
 
     Raises InputError if none has the weights that `path` names: it decides what is published.
     """
-    step = extra["best"]["step"]
+    step = saved.best.step
     names = (path.name, "best.safetensors", f"step-{step:08d}.safetensors")
     for best in map(path.with_name, names):
         if best.is_file():
-            theirs = read_run(best)
-            same = theirs["weights"].get(str(step)) == extra["weights"][str(step)]
-            if theirs["iteration"] == step and same:
+            theirs = read_saved_run(best)
+            same = theirs.weights.get(str(step)) == saved.weights[str(step)]
+            if theirs.step == step and same:
                 verify(best)
                 return best
     raise InputError(
@@ -162,9 +163,9 @@ def report_others(folder: Path, begins_anew: Identity | None) -> None:
                     size += file.stat().st_size if file.is_file() else 0
             if begins_anew is not None:
                 path = newest_first(other)[0]
-                extra, written = read_run(path), path.stat().st_mtime
-                why = _differences(decided(extra["identity"]), begins_anew.parts())
-                found.append((len(why), -written, extra["iteration"], few(why, MOST_NAMED)))
+                saved, written = read_saved_run(path), path.stat().st_mtime
+                why = _differences(decided(saved.identity.parts()), begins_anew.parts())
+                found.append((len(why), -written, saved.step, few(why, MOST_NAMED)))
     keep, which = ("keeps", "that") if len(others) == 1 else ("keep", "the nearest")
     line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {folder.parent}"
     if found:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.files import writing
-from lm.base.runs import locked
+from lm.base.run_folders import locked
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import local, staged
 from lm.model.model_folder import write_checkpoint

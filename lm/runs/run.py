@@ -17,21 +17,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lm.base.config import RuntimeConfig
 from lm.base.console import Progress, say
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.base.files import atomic_write, sha256_file, write_json
-from lm.base.runs import clock_file, run_folder
-from lm.base.settings import TrainConfig
+from lm.base.run_folders import clock_file, run_folder
+from lm.base.settings import RuntimeConfig, TrainConfig
 from lm.base.signals import CatchSignals
 from lm.data.tokenizer import Tokenizer
-from lm.plan.forecast import Forecast
+from lm.plan.timing import Timing
 from lm.runs.logbook import Logbook
 from lm.runs.pace import Pace
 from lm.runs.publish import publish, write_metrics
 from lm.runs.resume import continue_from, report_others, require_continuable, resume
 from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints
-from lm.runs.saved_run import Identity, read_run
+from lm.runs.saved_run import Identity, read_saved_run
 from lm.train.loop import due
 from lm.train.state import Record, TrainState
 
@@ -79,7 +78,7 @@ class Run:
         except BaseException:
             self.directory.unlock()
             raise
-        tokens = config.batch_size * state.model.config.context_length
+        tokens = config.tokens_per_step(state.model.config)
         self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
         self.signals = CatchSignals()
         self.agreed_signal: int | None = None  # caught by one of the processes, and known to all
@@ -106,6 +105,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the last step is done or validation has stopped improving."""
         return self.logbook.finished
+
+    def pause_due(self, step: int) -> bool:
+        """Whether the caller must be able to save after this step, before the next is launched."""
+        at_interval = due(step, self.runtime.checkpoint_interval)
+        return at_interval or self.signals.caught is not None
 
     def log(self, record: Record) -> None:
         """Take in a finished step, with "valid_loss" if it was validated.
@@ -140,7 +144,7 @@ class Run:
         """Whether this step must be saved: at the interval, a new best, the end, or a signal."""
         step = self.state.step
         at_interval = due(step, self.runtime.checkpoint_interval)
-        new_best = self.logbook.best["step"] == step
+        new_best = self.logbook.best.step == step
         return at_interval or new_best or self.finished or self.agreed_signal is not None
 
     def save(self) -> None:
@@ -163,10 +167,10 @@ class Run:
         if self.processes.leads:  # the others have nothing to wait for
             publish(self.logbook, self.directory, tokenizer, models, metrics, self.progress)
 
-    def write_performance(self, metrics: Path, forecast: Forecast) -> None:
+    def write_performance(self, metrics: Path, timing: Timing) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
         if self.processes.leads:
-            predicted = forecast.beside_measured(self.state.model.head.device)
+            predicted = timing.beside_measured(self.state.model.head.device)
             measured = self.pace.measured(self.state, self.config)  # takes memory to measure rates
             write_json(metrics / "performance.json", measured | predicted)
 
@@ -195,5 +199,5 @@ class Run:
         for path, fault in kept_checkpoints(self.directory.folder):
             with suppress(InputError):
                 if fault is None:
-                    return f"step {read_run(path)['iteration']}"
+                    return f"step {read_saved_run(path).step}"
         return "no checkpoint yet"

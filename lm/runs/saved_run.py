@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-from lm.base.config import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, Bound, Count, read_section
 from lm.base.errors import InputError
 from lm.base.migrations import ADDED, migrated
+from lm.base.sections import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, Bound, Count, read_section
 from lm.runs.checkpoint import Extra, read_extra
 
 Number = Annotated[int, NOT_NEGATIVE]
@@ -36,7 +36,9 @@ class _History:
 
 
 @dataclass(frozen=True)
-class _Best:
+class Best:
+    """The best validation up to a step, and how many have missed it since."""
+
     valid_loss: float | None
     step: Count | None
     misses: Number
@@ -72,7 +74,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class _SavedIdentity(Identity):
+class SavedIdentity(Identity):
     """An identity and the changes of a run: see lm.runs.logbook."""
 
     micro_batch_sizes: Annotated[dict[str, Count], NOT_EMPTY, BY_STEP]
@@ -80,46 +82,48 @@ class _SavedIdentity(Identity):
 
 
 @dataclass(frozen=True)
-class _SavedRun:
-    """What stage train saves beside model and optimizer: see lm.runs.logbook."""
+class SavedRun:
+    """What stage train saves beside model and optimizer, and their step: see lm.runs.logbook."""
 
-    identity: _SavedIdentity
+    step: Number
+    identity: SavedIdentity
     scaler: _Scaler | None
     history: _History
-    best: _Best
+    best: Best
     valid_loss: float | None
     weights: Annotated[dict[str, str], BY_STEP]
     skipped: Annotated[list[Number], TWO]
 
 
-def read_run(path: Path) -> Extra:
-    """Return what stage train saved beside the state; see read_extra.
+def read_saved_run(path: Path) -> SavedRun:
+    """Return what stage train saved beside the state; read no tensor.
 
     Settings that an earlier version did not have are added. Raises InputError for what no training
     saves.
     """
     extra = read_extra(path)
-    iteration, identity = extra["iteration"], extra.get("identity")
+    identity = extra.get("identity")
     if not isinstance(identity, dict):
         raise InputError(
             f"{path}: not saved by stage train; use lm.runs.checkpoint.load_checkpoint"
         )
     identity |= {part: migrated(part, identity[part]) for part in ADDED if part in identity}
-    known = {key.name: extra[key.name] for key in fields(_SavedRun) if key.name in extra}
+    known = {key.name: extra[key.name] for key in fields(SavedRun) if key.name in extra}
+    known["step"] = step = extra["iteration"]
     known["identity"] = {"num_processes": None, "resume_from": None} | identity
     known["scaler"] = extra.get("scaler") or None
-    run = read_section(_SavedRun, {"extra": known}, "extra", str(path))
+    run = read_section(SavedRun, {"extra": known}, "extra", str(path))
     history, best = run.history, run.best
     merged = len(history.rows) * history.interval
     steps = [*range(history.interval, merged + 1, history.interval)]
-    steps += range(merged + 1, iteration + 1)
-    if merged > iteration or [row.step for row in (*history.rows, *history.pending)] != steps:
-        raise InputError(f"{path}: its history is not of {iteration} steps")
+    steps += range(merged + 1, step + 1)
+    if merged > step or [row.step for row in (*history.rows, *history.pending)] != steps:
+        raise InputError(f"{path}: its history is not of {step} steps")
     if (best.step is None) != (best.valid_loss is None) or (
-        best.step is not None and not (best.step <= iteration and str(best.step) in run.weights)
+        best.step is not None and not (best.step <= step and str(best.step) in run.weights)
     ):
-        raise InputError(f"{path}: extra.best = {extra['best']}: of no step of its {iteration}")
+        raise InputError(f"{path}: extra.best = {extra['best']}: of no step of its {step}")
     skipped, in_a_row = run.skipped
-    if not in_a_row <= skipped <= iteration:
-        raise InputError(f"{path}: extra.skipped = {run.skipped}: more than its {iteration} steps")
-    return extra
+    if not in_a_row <= skipped <= step:
+        raise InputError(f"{path}: extra.skipped = {run.skipped}: more than its {step} steps")
+    return run

@@ -22,9 +22,9 @@ from torch import Tensor
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.files import atomic_write, sync_directory, write_json, writing
 from lm.machine.processes import Processes, common, of_rank
-from lm.model.fitting import Stored
 from lm.model.model_folder import write_checkpoint
-from lm.runs.manifest import describe, discard
+from lm.model.stored import Stored
+from lm.runs.manifest import discard, size_and_hash
 
 HEADER = "header.json"
 
@@ -49,13 +49,13 @@ def write_folder(
             scratch.mkdir(parents=True)
             atomic_write(scratch / HEADER, metadata["checkpoint"].encode())
 
-    def described() -> dict[str, Any]:
+    def own_files() -> dict[str, Any]:
         own = scratch.glob(f"shard-{writers.rank + 1:05d}-*.safetensors")
-        return {file.name: describe(file, sync=True) for file in own}
+        return {file.name: size_and_hash(file, sync=True) for file in own}
 
     def finish() -> None:
         with writing(folder):
-            files[HEADER] = describe(scratch / HEADER)
+            files[HEADER] = size_and_hash(scratch / HEADER)
             sync_directory(scratch)
             discard(folder)  # a damaged one, which was passed over
             scratch.replace(folder)
@@ -67,7 +67,7 @@ def write_folder(
         storage = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
         with _errors_in_one_line(scratch, by_all=True):
             save(tensors, storage_writer=storage, process_group=writers.messages)
-        parts = writers.gather(writers.together(described))
+        parts = writers.gather(writers.together(own_files))
         files = {name: entry for part in parts for name, entry in part.items()}
         writers.lead(finish)
     finally:

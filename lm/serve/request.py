@@ -3,8 +3,8 @@
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, NamedTuple
 
-from lm.base.config import ABOVE_ZERO_UP_TO_ONE, NOT_EMPTY, SEED, Bound, Count, read_section
 from lm.base.errors import InputError
+from lm.base.sections import ABOVE_ZERO_UP_TO_ONE, NOT_EMPTY, SEED, Bound, Count, read_section
 from lm.data.tokenizer import Tokenizer
 
 PATH = "/v1/completions"

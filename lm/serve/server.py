@@ -23,6 +23,7 @@ from cheroot.wsgi import Gateway_10, Server
 
 from lm.base.console import say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
+from lm.base.paths import MODEL
 from lm.base.signals import CatchSignals
 from lm.machine.device import choose_device
 from lm.model.model_folder import load_model
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m lm.serve", description="A playground and an OpenAI-compatible API."
     )
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--model", type=Path, default=Path("models/model"), help="its folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     options = parser.parse_args(arguments)
     with one_line_errors():

@@ -1,4 +1,4 @@
-"""Say where a step went wrong whose loss or gradient norm is not finite."""
+"""Name the cause of a loss or gradient norm that is not finite."""
 
 import math
 from collections.abc import Callable
@@ -21,12 +21,12 @@ def diagnose_nonfinite(
     gradients: BatchGradients,
     forward_backward: Callable[[], object],
 ) -> Diverged:
-    """Compute the gradients again, which clipping has spoilt; return an error that names the cause.
+    """Compute the gradients again, since clipping has changed them; return an error with the cause.
 
     `losses` (N, n) are of the n micro-batches of each of the N processes.
     """
     state.scaler.update()
-    gradients.watching, gradients.spoilt = True, False
+    gradients.watching, gradients.nonfinite = True, False
     forward_backward()
     gradients.watching = False
     state.scaler.update()
@@ -41,8 +41,8 @@ def _first_ranks(state: TrainState, losses: NDArray[np.float32], gradients: Batc
     """Name the ranks, if there are several, whose own losses or gradients were not finite."""
     if state.processes.size == 1:
         return ""
-    spoilt = np.array(state.processes.gather(gradients.spoilt))
-    ranks = np.flatnonzero(spoilt | ~np.isfinite(losses).all(axis=1))
+    nonfinite = np.array(state.processes.gather(gradients.nonfinite))
+    ranks = np.flatnonzero(nonfinite | ~np.isfinite(losses).all(axis=1))
     return f", first on rank {', '.join(map(str, ranks))}" if len(ranks) else ""
 
 

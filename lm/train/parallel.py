@@ -2,9 +2,9 @@
 
     micro-batches of this process -> BatchGradients -> every .grad, summed over the whole batch
 
-    none   one process: loss and gradients are one function, which a compiler sees whole
-    ddp    every process holds the whole model: torch's DistributedDataParallel
-    fsdp   every process keeps some rows of each parameter: torch's fully_shard (FSDP2)
+    none   OneProcess, in step.py
+    ddp    Replicated: every process holds the whole model (torch's DistributedDataParallel)
+    fsdp   Sharded: every process keeps some rows of each parameter (torch's fully_shard, FSDP2)
 
 Every micro-batch weighs its loss by 1 / (micro-batches of the batch), and gradients are summed.
 `reduction: sum` adds them in whatever order is fast. `tree` adds those of micro-batches 2i and
@@ -13,21 +13,19 @@ Every micro-batch weighs its loss by 1 / (micro-batches of the batch), and gradi
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lm.base.settings import TrainConfig
-from lm.machine.device import Stopwatch, autocast, compiled
+from lm.machine import collectives
+from lm.machine.device import Stopwatch
 from lm.machine.processes import Processes
 from lm.machine.sharded_tensors import mesh_of
 from lm.model.transformer import TransformerLM
 
-LossOf = Callable[[TransformerLM, Tensor, Tensor], Tensor]
-# model, x, y, weight of the loss -> loss, gradients of weight x loss by each parameter
-Gradients = Callable[[TransformerLM, Tensor, Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
+LossOf = Callable[[TransformerLM, Tensor, Tensor], Tensor]  # model, x, y -> loss
 
 
 class BatchGradients:
@@ -36,8 +34,8 @@ class BatchGradients:
     def __init__(self, model: TransformerLM, tree: bool) -> None:
         self.model, self.tree, self.sums = model, tree, PairwiseSum()
         self.forward = Stopwatch(model.head.device)  # shows which of several processes is slow
-        self.watching, self.spoilt = False, False
-        self.alternating = False  # whether processes take micro-batches in turn
+        self.watching, self.nonfinite = False, False
+        self.alternating = False  # processes take micro-batches in turn
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """Run a micro-batch (B, T) forward and backward; return its loss, in nats.
@@ -49,7 +47,7 @@ class BatchGradients:
     def watch(self, gradients: Tensor) -> None:
         """Record whether this process's own gradients are not finite, before they are summed."""
         if self.watching:
-            self.spoilt |= not bool(gradients.isfinite().all())
+            self.nonfinite |= not bool(gradients.isfinite().all())
 
 
 class PairwiseSum:
@@ -59,7 +57,7 @@ class PairwiseSum:
         self.parts: list[tuple[int, list[Tensor]]] = []  # terms and their sum, the largest first
 
     def add(self, term: list[Tensor]) -> None:
-        """Add the next term, whose memory is used again."""
+        """Add the next term, whose memory is reused."""
         count = 1
         while self.parts and self.parts[-1][0] == count:
             _, before = self.parts.pop()
@@ -93,27 +91,6 @@ def own_micro_batches(count: int, processes: Processes, alternating: bool) -> ra
     return range(processes.rank * share, (processes.rank + 1) * share)
 
 
-class OneProcess(BatchGradients):
-    """The only process: loss and gradients are one function."""
-
-    def __init__(self, model: TransformerLM, gradients_of: Gradients, tree: bool):
-        super().__init__(model, tree)
-        self.gradients_of = gradients_of
-        self.parameters = tuple(model.parameters())
-
-    def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
-        """See BatchGradients."""
-        loss, gradients = self.gradients_of(self.model, x, y, weight)
-        if self.tree:
-            self.sums.add(list(gradients))
-            if not last:
-                return loss
-            gradients = tuple(self.sums.take()[0])
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return loss
-
-
 class _Loss(nn.Module):
     """A module whose forward pass returns the loss, as DistributedDataParallel wants it."""
 
@@ -133,13 +110,13 @@ class Replicated(BatchGradients):
         self.parameters, self.processes = tuple(model.parameters()), processes
         self.before: list[dict[Tensor, Tensor]] = []  # sums that the last gradients are added to
         self.ddp = nn.parallel.DistributedDataParallel(
-            _Loss(model, loss_of), gradient_as_bucket_view=True, forward_sync_buffers=False
+            _Loss(model, loss_of), gradient_as_bucket_view=True, **collectives.BUFFERS_STAY
         )
         self.ddp.register_comm_hook(None, self._reduced)
         self.laid_out = tree or processes.size <= 2  # a + b needs no order
 
     def _lay_out(self, x: Tensor, y: Tensor) -> None:
-        """Run a backward pass that does not count, after which DDP lays its buckets out anew.
+        """Run a backward pass and drop its gradients: DDP rebuilds its buckets after the first one.
 
         A ring adds in an order that depends on a number's place in its bucket: without this, the
         first step of a resumed run would add in another order than an uninterrupted one.
@@ -183,7 +160,7 @@ class Replicated(BatchGradients):
         parts = flat.new_zeros(size, -(-len(flat) // size))
         parts.view(-1)[: len(flat)] = flat
         sums_of_all = torch.empty_like(parts)
-        dist.all_gather_single(sums_of_all.view(-1), _reduce_scattered(parts))
+        collectives.all_gather_single(sums_of_all.view(-1), _reduce_scattered(parts))
         flat.copy_(sums_of_all.view(-1)[: len(flat)])
         devices = [flat.device] if flat.is_cuda else None
         done: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
@@ -240,7 +217,7 @@ class _ReduceScatter:
     ) -> Any:
         self.gradients.watch(input_tensor)
         if not self.gradients.tree:
-            return dist.reduce_scatter_single(
+            return collectives.reduce_scatter_single(
                 output_tensor, input_tensor, op=op, group=group, async_op=async_op
             )
         parts = input_tensor.view(group.size(), -1)
@@ -263,37 +240,6 @@ def _taken(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         gradients.append(parameter.grad)
         parameter.grad = None
     return gradients
-
-
-def make_gradients(
-    model: TransformerLM, config: TrainConfig, processes: Processes, end_id: int | None
-) -> BatchGradients:
-    """Return what computes the gradients of a batch, as train.parallel and train.compile say."""
-    device, tree = model.head.device, {"sum": False, "tree": True}[config.reduction]
-
-    def loss_of(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
-        with autocast(device, config.dtype):
-            return model.loss(x, y, model.documents(x, end_id))
-
-    def gradients_of(
-        model: TransformerLM, x: Tensor, y: Tensor, weight: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = loss_of(model, x, y)
-        return loss.detach(), torch.autograd.grad(loss * weight, tuple(model.parameters()))
-
-    match config.parallel:
-        case "none":
-            if config.compile is True and config.gradient_checkpointing:
-                loss_of = compiled(loss_of, device)  # a graph of both would recompute nothing
-            elif config.compile is True:
-                gradients_of = compiled(gradients_of, device)
-            return OneProcess(model, gradients_of, tree)
-        case "ddp":
-            return Replicated(model, loss_of, processes, tree)
-        case "fsdp":
-            return Sharded(model, loss_of, tree)
-        case other:
-            assert_never(other)
 
 
 def shard(model: TransformerLM, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Go on after a failed step: with smaller micro-batches, or without the step."""
+"""Recover from a failed step: repeat it with smaller micro-batches, or skip it."""
 
 import math
 from collections.abc import Callable
@@ -9,14 +9,14 @@ import torch
 
 from lm.base.console import count, say
 from lm.base.errors import Diverged, EnvironmentFault, is_out_of_memory
-from lm.base.settings import TrainConfig
+from lm.base.settings import PARALLEL, TrainConfig
 from lm.train.state import Record, TrainState
 
 Step = Callable[Concatenate[TrainState, TrainConfig, ...], Any]
 
 
 def retry_with_smaller_micro_batches(compute: Step) -> Step:
-    """Make a function start again with a lower micro-batch size when it runs out of memory."""
+    """Make a function repeat itself with a lower micro-batch size when it runs out of memory."""
 
     @wraps(compute)
     def retrying(state: TrainState, config: TrainConfig, *batch: Any) -> Any:
@@ -38,21 +38,22 @@ def lower_micro_batch_size(state: TrainState, config: TrainConfig) -> None:
     processes compute with it.
     """
     device, before = state.model.head.device, state.micro_batch_size
+    together = PARALLEL[config.parallel].several
     share = config.batch_size // state.processes.size
     fewer = next((n for n in range(before // 2, 0, -1) if share % n == 0), None)
-    if config.micro_batch_size is not None or fewer is None or config.parallel != "none":
+    if config.micro_batch_size is not None or fewer is None or together:
         smaller = f"train.micro_batch_size: {fewer}" if fewer else "a smaller model"
         raise EnvironmentFault(
-            f"out of memory on {device} with {count(before, 'window')} at a time; try {smaller} "
-            "or train.gradient_checkpointing: true"
+            f"out of memory on {device} with micro-batch size {before}; try {smaller} or "
+            "train.gradient_checkpointing: true"
         )
     state.micro_batch_size = fewer
     state.optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     say(
-        f"Out of memory on {device} with {count(before, 'window')} at a time: step "
-        f"{state.step + 1} again and the rest with {fewer}"
+        f"Out of memory on {device} with micro-batch size {before}: repeating step "
+        f"{state.step + 1}, from now on with {fewer}"
     )
 
 

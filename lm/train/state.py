@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lm.base import rng
-from lm.base.settings import TrainConfig
+from lm.base.settings import DTYPES, PARALLEL, TrainConfig
 from lm.machine.device import compiled
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import ModelConfig, TransformerLM
@@ -23,9 +23,10 @@ class TrainState:
 
     model: TransformerLM
     optimizer: AdamW
-    scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
+    scaler: torch.amp.GradScaler  # does nothing for a dtype that needs none
     micro_batch_size: int  # windows per backward pass; fewer after running out of memory
     processes: Processes = ALONE  # training this model together
+    runs_ahead: bool = False  # steps may be launched before the last ones are read: ahead.py
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -46,14 +47,17 @@ def new_state(
     model = TransformerLM(model_config, config.gradient_checkpointing)
     if initialise is not None:
         initialise(model)
-    if config.compile is True and config.parallel != "none":
+    mode = PARALLEL[config.parallel]
+    if config.compile is True and mode.several:
         for layer in model.layers:  # one compilation serves them all
             layer.forward = compiled(layer.forward, device)
-    if config.parallel == "fsdp":
+    if mode.sharded:
         shard(model, device)  # moves block by block to the device
     else:
         model.to(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    scaled = DTYPES[config.dtype].scaled  # by a factor that the host lowers: it must read each step
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     optimizer = OPTIMIZERS[config.optimizer].make(model, config)
     micro_batch_size = config.micro_batch_size or config.batch_size // processes.size
-    return TrainState(model, optimizer, scaler, micro_batch_size, processes)
+    runs_ahead = device.type == "cuda" and not (mode.several or scaled)
+    return TrainState(model, optimizer, scaler, micro_batch_size, processes, runs_ahead)

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lm.base.config import load_params
 from lm.base.console import count
 from lm.base.errors import InputError, one_line_errors
-from stages.run import PARAMS
+from lm.base.params import load_params
+from lm.base.paths import PARAMS
 from tools.experiments.compare import report, write
 from tools.experiments.read import CODE, SEED, TEXT, Experiment
 from tools.experiments.sweep import DONE, ENDED, Point, find, require_results, run_all
@@ -28,7 +28,7 @@ def variants(model: Mapping[str, Any]) -> dict[str, Point]:
     """Return the settings of each variant by its name, at about the default's number of parameters.
 
     SiLU has two matrices where SwiGLU has three, so they are 3/2 as wide (Shazeer 2020, sec. 2).
-    Raises InputError if that is no whole number.
+    Raises InputError if that is not a whole number.
     """
     if model["d_ff"] % 2:
         raise InputError(f"model.d_ff = {model['d_ff']}: must be even, SiLU takes 3/2 of it")

@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from lm.base.config import load_params
 from lm.base.console import duration, say
 from lm.base.errors import EnvironmentFault, InputError, Interrupted, one_line_errors
+from lm.base.params import load_params
+from lm.base.paths import PARAMS
 from stages import CODE as FOLDERS
-from stages.run import PARAMS
 from tools.experiments.compare import report, write
 from tools.experiments.read import (
     CODE,

@@ -22,7 +22,7 @@ from dvc_render import VegaRenderer, render_html
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write
-from lm.base.runs import clock_file
+from lm.base.run_folders import clock_file
 from lm.runs.history import Clock
 from stages.run import UNFINISHED
 from tools.report.vega import VEGA_LITE, script

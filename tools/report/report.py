@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lm.base.config import parse_yaml
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write, require_file, sha256_file
-from lm.base.shapes import COUNT, MAYBE, SHAPES, SOME, require_shape
+from lm.base.params import parse_yaml
+from lm.base.result_files import COUNT, MAYBE, SHAPES, SOME, require_shape
 from lm.base.tables import DIVERGED
 from lm.runs.history import COLUMNS
 from tools.report.page import Rows, RunResults, page

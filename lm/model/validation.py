@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from lm.base.settings import Dtype, ModelConfig
+from lm.base.settings import DTYPES, Dtype, ModelConfig
 from lm.data.batches import Split, windows
 from lm.machine.device import autocast, to_device
 from lm.machine.processes import ALONE, Processes
@@ -24,7 +24,7 @@ class Sums:
     nats: NDArray[np.float64]  # (T,), by position in the window
     counts: NDArray[np.int64]  # (T,)
     n_bytes: int  # of the targets' text; 0 if not asked for
-    # (3, 15): the most probable tokens by bin of their probability: count, sum, count of right ones
+    # (3, 15): the most probable tokens by bin of their probability: count, sum, count of correct
     first_guesses: NDArray[np.float64]
 
     def __add__(self, other: "Sums") -> "Sums":
@@ -124,5 +124,6 @@ def loss_nats(sums: Sums) -> float:
 
 def validation_logits(model: ModelConfig, dtype: Dtype, windows: int) -> float:
     """Return the bytes of a batch's logits in `evaluate`: in `dtype`, in float32, log-softmax."""
-    per_logit = 4 + 4 if dtype == "float32" else 2 + 4 + 4
+    kind = DTYPES[dtype]
+    per_logit = kind.size_bytes + 4 * kind.autocast + 4
     return float(windows * model.context_length * model.vocab_size * per_logit)

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lm.base.config import Bound
 from lm.base.errors import InputError
 from lm.base.files import read_json
+from lm.base.sections import Bound
 
 
 def _is_number(value: Any) -> bool:

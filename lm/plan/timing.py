@@ -1,4 +1,4 @@
-"""Forecast the time of a training: by a calibration before it, and by its own first steps."""
+"""Time a training: by a calibration before it, and by its own first steps."""
 
 import dataclasses
 import statistics
@@ -17,7 +17,7 @@ from lm.plan.plan import Plan, compiling, free_memory_of_one, needed_memory, nom
 from lm.train.loop import train
 from lm.train.state import Record, new_state
 
-FORECAST_STEPS = 3  # the first one warms up and does not count
+TIMED_STEPS = 3  # the first one warms up and does not count
 CALIBRATION_S = 10.0  # the longest step to measure, by the nominal rates
 LONGEST_WINDOW_S = 300.0  # a window that takes longer, by the nominal rates, is not measured
 
@@ -41,7 +41,7 @@ def announce(plan: Plan, asked: TrainConfig) -> None:
         )
 
 
-class Forecast:
+class Timing:
     """The time that a training will take, printed after its first steps, and the time it took."""
 
     def __init__(self, plan: Plan, step: int):
@@ -54,9 +54,9 @@ class Forecast:
         """Return the record of a finished step; after the first few print the time to the end."""
         if self.predicted_s is None:
             self.step_seconds.append(record["step_s"])
-        if self.predicted_s is None and len(self.step_seconds) == FORECAST_STEPS:
+        if self.predicted_s is None and len(self.step_seconds) == TIMED_STEPS:
             step_s = statistics.median(self.step_seconds[1:])
-            rest_s = seconds_for(self.plan, self.left - FORECAST_STEPS, step_s)
+            rest_s = seconds_for(self.plan, self.left - TIMED_STEPS, step_s)
             self.predicted_s = time.perf_counter() - self.start + rest_s
             if rest_s >= 1:
                 say(f"Plan: {duration(self.predicted_s)} by the pace of the first steps")
@@ -98,7 +98,7 @@ def calibrate(plan: Plan) -> float | None:
         micro_batch_size=None,
         parallel="none",
         reduction="sum",
-        max_steps=FORECAST_STEPS,
+        max_steps=TIMED_STEPS,
         warmup_steps=0,
         schedule="constant",
         on_nonfinite="skip",
