@@ -490,7 +490,9 @@ def test_planned_memory_of_fsdp_is_what_torch_holds_at_once(
 
     update()  # makes the optimizer's state
     state.optimizer.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         update()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     changes_of_size = [event.nbytes() for event in events if event.name() == "[memory]"]
