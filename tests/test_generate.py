@@ -325,7 +325,7 @@ def test_what_a_row_remembers_is_what_it_is_said_to_take(model):
         return sum(tensor.nbytes for tensor in (*decoder.memory, decoder.mask))
 
     config = model.config
-    logits, read = config.vocab_size * 28, 4 * 3 * config.d_model + 4 * 2 * config.d_ff
+    logits, read = config.vocab_size * 32, 4 * 3 * config.d_model + 4 * 2 * config.d_ff
     two_more = memory_bytes(model, 3, 5, torch.float32) - memory_bytes(model, 1, 5, torch.float32)
     assert two_more == held(three) - held(one) + 2 * (5 * read + logits)
 
