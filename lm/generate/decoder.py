@@ -234,6 +234,7 @@ class Decoder:
         turns = None if self.turns is None else self.turns[positions]
         x = self._features(ids, turns, attend)
         if config.intra_document_masking:
+            assert self.end_id is not None  # else `read` fails
             self.mask.masked_fill_((ids == self.end_id)[:, None], -torch.inf)
         self.positions.add_(1)
         return x @ self.head
