@@ -8,9 +8,12 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm.base.errors import InputError
-from lm.generate.decoder import SPAN, Decoder
+from lm.generate.decoder import GRAPH_SPAN, SPAN, Decoder
+from lm.generate.stream import generate, sample
+from lm.machine.device import make_deterministic
 from tests.project import ROOT
 from tests.test_model import END, PACKED, VARIANTS, as_llama, variant_model, with_third_choice
 
@@ -84,11 +87,70 @@ def test_a_row_begins_anew_while_the_others_go_on(model):
 def test_a_step_makes_nothing_that_grows(model):
     decoder = Decoder(model, 2)
     decoder.read([0, 1], [[1], [2]])
-    kept = [tensor.data_ptr() for tensor in (*decoder.memory, decoder.mask)]
+    tensors = *decoder.memory, decoder.mask, decoder.positions
+    kept = [tensor.data_ptr() for tensor in tensors]
     for _ in range(40):  # beyond the context, too: a row that has ended goes on
         logits = decoder.step(torch.tensor([3, 4]))
-    assert kept == [tensor.data_ptr() for tensor in (*decoder.memory, decoder.mask)]
+    tensors = *decoder.memory, decoder.mask, decoder.positions
+    assert kept == [tensor.data_ptr() for tensor in tensors]
     assert torch.isfinite(logits).all()
+
+
+class Recorder(TorchDispatchMode):
+    """Operations with the tensors that they had, to be done again: what a CUDA graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        self.operations.append((function, arguments, options or {}, result))
+        return result
+
+    def repeat(self):
+        for function, arguments, options, result in self.operations:
+            places = {t.untyped_storage().data_ptr() for t in tensors_of((arguments, options))}
+            again = function(*arguments, **options)
+            for before, now in zip(tensors_of(result), tensors_of(again), strict=True):
+                if before.untyped_storage().data_ptr() not in places:  # no view, nothing in place
+                    before.copy_(now)
+
+
+def tensors_of(tree):
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(leaf)]
+
+
+@pytest.mark.parametrize("masking", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_repeating_a_steps_operations_is_the_next_step(model_config, changes, masking):
+    model = variant_model(model_config, {**changes, "intra_document_masking": masking})
+    ids, prompts = torch.randint(95, (6, 3)), [PROMPTS[0], PROMPTS[1], [5, END]]
+    ids[1, 0] = ids[3, 1] = END
+    repeated, called = (Decoder(model, 3, END) for _ in range(2))
+    for decoder in repeated, called:
+        decoder.read(range(3), prompts)
+    repeated.ids.copy_(ids[0])
+    with torch.inference_mode(), Recorder() as recorder:
+        logits = repeated._step(repeated.ids, 16)
+    torch.testing.assert_close(logits, called._step(ids[0], 16), rtol=0, atol=0)
+    with torch.inference_mode():
+        for row in ids[1:]:
+            repeated.ids.copy_(row)
+            recorder.repeat()
+            torch.testing.assert_close(logits, called._step(row, 16), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs can be captured")
+def test_where_no_graph_can_be_captured_steps_are_plain_calls(model):
+    ids, (replaying, plain) = torch.randint(96, (5, 3)), (Decoder(model, 3) for _ in range(2))
+    for decoder in replaying, plain:
+        decoder.read(range(3), PROMPTS)
+    with pytest.warns(RuntimeWarning, match="decoding without CUDA graphs") as warned:
+        got = [replaying._replay(row, SPAN) for row in ids]
+    assert len(warned) == 1
+    for logits, row in zip(got, ids, strict=True):
+        assert torch.equal(logits, plain.step(row))
 
 
 def test_bfloat16_is_close_to_float32(model_config):
@@ -111,7 +173,6 @@ import torch
 from lm.base.settings import ModelConfig
 from lm.generate.decoder import require_same_logits
 from lm.generate.stream import generate
-from lm.model.transformer import TransformerLM
 
 torch.manual_seed(0)
 model = TransformerLM(ModelConfig(**%r)).eval()
@@ -169,3 +230,49 @@ def test_a_third_choice_is_never_decoded_as_another(model, key):
     model.config = with_third_choice(model.config, key)
     with pytest.raises(AssertionError, match="third"):
         Decoder(model, 1).read([0], [[1]])
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    make_deterministic(torch.device("cuda"), None)
+    yield torch.device("cuda")
+    torch.cuda.set_sync_debug_mode("default")
+    torch.set_deterministic_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_replayed_steps_are_those_of_calls_and_wait_for_nothing(model_config, cuda, changes, dtype):
+    changes = {**changes, "context_length": 2 * GRAPH_SPAN, "intra_document_masking": True}
+    model = variant_model(model_config, changes).to(cuda)
+    replayed, called = (Decoder(model, 3, END, dtype) for _ in range(2))
+    called.capturing = False
+    for decoder in replayed, called:
+        decoder.read(range(3), [[1] * (GRAPH_SPAN - 5), [5, END], [7, 8, 9]])
+    ids, draws = torch.randint(95, (12, 3)), torch.rand(3, dtype=torch.float64, device=cuda)
+    ids[1, 0] = ids[3, 1] = ids[8, 2] = END
+    for number, row in enumerate(ids.to(cuda)):
+        if number not in (0, 1, 5, 6):  # the first two of a span load kernels and capture
+            torch.cuda.set_sync_debug_mode("error")
+        logits = replayed.step(row)
+        sample(logits, 0.8, 20, 0.9, draws)
+        torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(logits, called.step(row), atol=1e-5, rtol=1e-5)
+    assert set(replayed.graphs) == {GRAPH_SPAN, 2 * GRAPH_SPAN}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 50}, {"top_p": 0.9}], ids=str)
+def test_text_drawn_on_a_gpu_is_that_of_a_cpu(model, cuda, options):
+    prompts = [[3, 1, 4], [1] * 14, [5] * 30]  # beyond the context
+    options |= {"seed": 2, "top_logprobs": 3, "end_id": END}
+    expected = list(generate(model, prompts, 60, **options))
+    got = list(generate(model.to(cuda), prompts, 60, **options))
+    assert len(got) == len(expected)
+    for step in zip(got, expected, strict=True):
+        for ours, theirs in zip(*step, strict=True):
+            assert (ours and ours.id) == (theirs and theirs.id)
+            assert (ours and ours.logprob) == pytest.approx(theirs and theirs.logprob, abs=1e-4)

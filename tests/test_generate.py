@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from lm.data.tokenizer import byte_tokenizer
 from lm.evaluate.samples import draw_samples
 from lm.generate.command import main
 from lm.generate.decoder import Decoder, memory_bytes
-from lm.generate.stream import Completion, generate, sample, stream
+from lm.generate.stream import Completion, drawn, generate, one_ahead, sample, stream
 from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import TransformerLM
 from tests.test_model import as_llama, variant_model
@@ -88,6 +88,23 @@ def test_a_row_ends_at_the_stop_token(model):
     stopped = rows(generate(model, [[7], [9]], 40, seed=3, end_id=stop))
     assert stopped[0] == free[0][: free[0].index(stop) + 1]
     assert stopped[1] == free[1][: [*free[1], stop].index(stop) + 1]
+
+
+def test_tokens_that_are_read_a_step_later_are_the_same(model):
+    """As on a GPU; rows begin anew while their last token is unread."""
+    prompts, asked = [[3, 1, 4], [1] * 14], []
+
+    def choose(logits, draws):
+        asked.append(len(draws))
+        return sample(logits, 0.9, 20, 0.95, draws)
+
+    steps = [drawn(Decoder(model, 2), prompts, 5, choose, top_logprobs=3) for _ in range(2)]
+    at_once = [tokens() for tokens in islice(steps[0], 40)]
+    later = [(tokens(), len(asked)) for tokens in one_ahead(islice(steps[1], 40))]
+    assert later == [(tokens, min(42 + n, 80)) for n, tokens in enumerate(at_once)]
+    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 5, "top_logprobs": 3}
+    assert at_once == list(generate(model, prompts, 40, **options))
+    assert list(one_ahead(iter([]))) == []
 
 
 def test_log_probabilities_are_of_the_models_own_distribution(model):
@@ -325,7 +342,7 @@ def test_what_a_row_remembers_is_what_it_is_said_to_take(model):
         return sum(tensor.nbytes for tensor in (*decoder.memory, decoder.mask))
 
     config = model.config
-    logits, read = config.vocab_size * 28, 4 * 3 * config.d_model + 4 * 2 * config.d_ff
+    logits, read = config.vocab_size * 32, 4 * 3 * config.d_model + 4 * 2 * config.d_ff
     two_more = memory_bytes(model, 3, 5, torch.float32) - memory_bytes(model, 1, 5, torch.float32)
     assert two_more == held(three) - held(one) + 2 * (5 * read + logits)
 

@@ -5,14 +5,18 @@
 
 It computes the logits of TransformerLM, for inference alone. The time of a small model's step is
 the number of its operations, whatever their size. So weights that multiply the same input are
-joined in a copy, and a residual branch ends in one addmm. The activation and the attention over a
-prompt are the model's own; norms, rotary positions and the order of a block are repeated here.
-`require_same_logits` compares both on real ids: stage evaluate and lm.export call it.
+joined in a copy, and a residual branch ends in one addmm; on a GPU a step is replayed as a CUDA
+graph. The activation and the attention over a prompt are the model's own; norms, rotary positions
+and the order of a block are repeated here. `require_same_logits` compares both on real ids: stage
+evaluate and lm.export call it.
 
 Letters in shapes as in lm.model.transformer; N = B T rows of x, S = context_length places to keep.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, assert_never
 
 import torch
@@ -27,6 +31,7 @@ from lm.model.kernels import attention, document_mask
 from lm.model.transformer import RMSNorm, TransformerLM
 
 SPAN = 16  # a step attends to a multiple of this many places: not to all of S, and in few shapes
+GRAPH_SPAN = 256  # the same on a GPU, where each such number of places needs a graph
 COMPARED, TOLERANCE = 32, 1e-3  # ids; how far logits may be off, as a share of the largest
 
 # (number of a layer, its heads of q, k and v for each row of x) -> the values, mixed
@@ -70,12 +75,12 @@ def memory_bytes(model: TransformerLM, n_rows: int, longest: int, dtype: torch.d
 
     It holds the copied weights and, for each row, S places: keys and values of each layer, and the
     mask. `read` needs most in a feed-forward layer: x, its norm and both sides, for each id.
-    Sampling adds each row's logits and their copies in float64.
+    Sampling adds each row's logits, which a CUDA graph keeps too, and their copies in float64.
     """
     config, size = model.config, dtype.itemsize
     places = 2 * config.num_layers * config.kv_heads * config.head_dim + 1
     read = 4 * 3 * config.d_model + size * 2 * config.d_ff
-    logits = config.vocab_size * (size + 3 * 8)
+    logits = config.vocab_size * (2 * size + 3 * 8)
     a_row = config.context_length * places * size + longest * read + logits
     return model.num_parameters() * size + n_rows * a_row
 
@@ -111,7 +116,11 @@ class Decoder:
         self._values = [layer[:, 1] for layer in self.memory]
         self.mask = like.new_full((n_rows, length), -torch.inf)  # 0 where a row looks
         self.lengths = [0] * n_rows  # how many places are taken
-        self.positions = torch.zeros(n_rows, dtype=torch.long, device=device)  # the same
+        self.positions = torch.zeros(n_rows, dtype=torch.long, device=device)  # at least as many
+        self.ids = torch.zeros_like(self.positions)  # what a graph appends
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # of each span
+        self.warm: set[int] = set()  # spans that a step has had
+        self.capturing = True  # until a capture fails
         self._first_places = length * torch.arange(n_rows, device=device)  # in mask
         heads = length * torch.arange(n_rows * 2 * config.kv_heads, device=device)
         self._first_slots = heads.view(n_rows, -1)  # in a layer's memory
@@ -164,12 +173,53 @@ class Decoder:
 
         A row that was full gives useless logits: read it again.
         """
-        config, n_rows = self.config, len(self.lengths)
+        length, on_gpu = self.config.context_length, self.ids.is_cuda
+        self.lengths = [min(taken + 1, length) for taken in self.lengths]
+        unit = GRAPH_SPAN if on_gpu else SPAN
+        span = min(length, -(-max(self.lengths) // unit) * unit)
+        return self._replay(ids, span) if on_gpu else self._step(ids, span)
+
+    def _replay(self, ids: Int[Tensor, " B"], span: int) -> Float[Tensor, "B V"]:
+        """Return `_step(ids, span)` by a CUDA graph: one launch instead of some 25 a layer.
+
+        The first step of a span loads kernels and libraries, which no capture may do; the second is
+        captured. If that fails, all steps are plain calls.
+        """
+        self.ids.copy_(ids)
+        if self.capturing and span in self.warm and span not in self.graphs:
+            try:
+                self.graphs[span] = self._capture(span)
+            except RuntimeError as error:
+                self.capturing = False
+                warnings.warn(f"decoding without CUDA graphs: {error}", RuntimeWarning, 2)
+        if span in self.graphs:
+            graph, logits = self.graphs[span]
+            graph.replay()
+            return logits.clone()  # the next replay overwrites them
+        self.warm.add(span)
+        with _one_kernel_to_copy():
+            return self._step(self.ids, span)
+
+    def _capture(self, span: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Record a step, which computes nothing; return the graph and the logits it will write."""
+        graph, device = torch.cuda.CUDAGraph(), self.ids.device
+        pool = next((kept.pool() for kept, _ in self.graphs.values()), None)
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),  # back to it, whatever happens
+            torch.cuda.graph(graph, pool, _capture_stream(device), "thread_local"),
+            _one_kernel_to_copy(),
+        ):
+            return graph, self._step(self.ids, span)
+
+    def _step(self, ids: Int[Tensor, " B"], span: int) -> Float[Tensor, "B V"]:
+        """Append a token to each row; attend to the first `span` places.
+
+        A CUDA graph repeats this: tensors are changed in place, and the host reads no value.
+        """
+        config, n_rows = self.config, len(ids)
         positions = self.positions.clamp(max=config.context_length - 1)
         self.mask.view(-1).index_fill_(0, self._first_places + positions, 0.0)
         slots = (self._first_slots + positions[:, None]).view(-1)
-        self.lengths = [min(length + 1, config.context_length) for length in self.lengths]
-        span = min(config.context_length, -(-max(self.lengths) // SPAN) * SPAN)
         mask = self.mask[:, None, None, :span]
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
@@ -184,8 +234,9 @@ class Decoder:
         turns = None if self.turns is None else self.turns[positions]
         x = self._features(ids, turns, attend)
         if config.intra_document_masking:
-            self.mask[ids == self.end_id] = -torch.inf
-        self.positions = positions + 1
+            assert self.end_id is not None  # else `read` fails
+            self.mask.masked_fill_((ids == self.end_id)[:, None], -torch.inf)
+        self.positions.add_(1)
         return x @ self.head
 
     def _features(
@@ -238,6 +289,26 @@ def _activated(layer: _Layer, x: Float[Tensor, "N C"]) -> Float[Tensor, "N F"]:
     function, gated, _ = layer.activation
     h = x @ layer.up
     return function(*h.chunk(2, dim=1)) if gated else function(h)
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for all captures: for each stream cuBLAS keeps memory of its own."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _one_kernel_to_copy() -> Iterator[None]:
+    """Leave deterministic mode, in which index_copy_ sorts the places on a GPU, and may wait.
+
+    No two places are the same, so the result does not depend on the order.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 @torch.inference_mode()

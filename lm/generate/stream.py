@@ -7,12 +7,14 @@ A row whose context is full forgets the older half: the newer half is read again
 """
 
 import codecs
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,6 +23,7 @@ from lm.base import rng
 from lm.base.settings import Dtype
 from lm.data.tokenizer import Tokenizer
 from lm.generate.decoder import Decoder, memory_bytes
+from lm.machine.device import to_device
 from lm.machine.gauges import free_memory_bytes, require_memory
 from lm.model.transformer import TransformerLM
 
@@ -37,6 +40,9 @@ class NewToken(NamedTuple):
     id: int
     logprob: float = math.nan
     top: tuple[tuple[int, float], ...] = ()  # the most probable ids, in order
+
+
+Tokens = Callable[[], list[NewToken]]  # those of a step, one a row; the call waits for them
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -87,27 +93,58 @@ def generate(
     """
     if not all(prompts):
         raise ValueError("an empty prompt; begin with the end token instead")
-    device, length = model.head.device, model.config.context_length
     require_rows_fit(model, len(prompts), max(map(len, prompts), default=0), dtype)
-    histories = [list(prompt) for prompt in prompts]
-    ended = [False] * len(prompts)
     decoder = Decoder(model, len(prompts), end_id, getattr(torch, dtype))
-    logits = decoder.read(range(len(prompts)), [_last_ids(ids, length) for ids in histories])
-    for number, draws in enumerate(islice(_draws(seed, len(prompts)), max_new_tokens), start=1):
-        ids = sample(logits, temperature, top_k, top_p, draws)
-        tokens = _new_tokens(logits, ids, top_logprobs)
-        yield [None if end else token for token, end in zip(tokens, ended, strict=True)]
-        ended = [end or token.id == end_id for token, end in zip(tokens, ended, strict=True)]
-        if all(ended) or number == max_new_tokens:
+
+    def choose(logits: Tensor, draws: Tensor) -> Tensor:
+        return sample(logits, temperature, top_k, top_p, draws)
+
+    steps = islice(drawn(decoder, prompts, seed, choose, top_logprobs), max_new_tokens)
+    ended = [False] * len(prompts)
+    for tokens in one_ahead(steps) if model.head.is_cuda else steps:
+        new = tokens()
+        yield [None if end else token for token, end in zip(new, ended, strict=True)]
+        ended = [end or token.id == end_id for token, end in zip(new, ended, strict=True)]
+        if all(ended):
             return
-        for history, token in zip(histories, tokens, strict=True):
-            history.append(token.id)
+
+
+def drawn(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    seed: int,
+    choose: Callable[[Tensor, Tensor], Tensor],
+    top_logprobs: int | None = None,
+) -> Iterator[Tokens]:
+    """Append a token to each prompt again and again; `choose` takes logits and random numbers.
+
+    A GPU is not waited for, but where a row's context is full.
+    """
+    device, length = decoder.positions.device, decoder.config.context_length
+    histories, unread = [list(prompt) for prompt in prompts], list[Tokens]()
+    logits = decoder.read(range(len(prompts)), [_last_ids(ids, length) for ids in histories])
+    for draws in _draws(seed, len(prompts), device):
+        ids = choose(logits, draws)
+        unread.append(_new_tokens(logits, ids, top_logprobs))
+        yield unread[-1]
         full = [row for row, taken in enumerate(decoder.lengths) if taken == length]
         logits = decoder.step(ids)
+        while len(unread) > (0 if full else 1):  # the last may be under way still
+            for history, token in zip(histories, unread.pop(0)(), strict=True):
+                history.append(token.id)
         if full:
             latest = [_last_ids(histories[row], length) for row in full]
             rows = torch.tensor(full, device=device)
             logits = logits.index_copy(0, rows, decoder.read(full, latest))
+
+
+def one_ahead(steps: Iterator[Tokens]) -> Iterator[Tokens]:
+    """Yield each step when the next is under way, so that a GPU works while its tokens are read."""
+    before = next(steps, None)
+    while before is not None:
+        after = next(steps, None)
+        yield before
+        before = after
 
 
 def require_rows_fit(model: TransformerLM, n_rows: int, longest: int, dtype: Dtype) -> None:
@@ -130,14 +167,17 @@ def _last_ids(ids: Sequence[int], context_length: int) -> Sequence[int]:
     return ids[-(-(len(ids) - context_length) // half) * half :]
 
 
-def _draws(seed: int, n_rows: int) -> Iterator[Float[Tensor, " B"]]:
+def _draws(seed: int, n_rows: int, device: torch.device) -> Iterator[Float[Tensor, " B"]]:
     """Yield a number in [0, 1) for each row, without end: a function of (seed, row, step)."""
-    block = 0
-    while True:
+    for block in count():
         rows = [rng.seed(seed, "generate", row, block) for row in range(n_rows)]
-        numbers = [torch.from_numpy(rng.random_uniforms(key, DRAWS)) for key in rows]
-        yield from torch.stack(numbers, dim=1)
-        block += 1
+        numbers = np.stack([rng.random_uniforms(key, DRAWS) for key in rows], axis=1)
+        yield from to_device(numbers, _with_float64(device))
+
+
+def _with_float64(device: torch.device) -> torch.device:
+    """Return the device that draws: mps has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def sample(
@@ -154,19 +194,22 @@ def sample(
     """
     if temperature <= COLD:
         return logits.max(dim=-1).indices  # argmax takes several times as long
-    device = logits.device
-    where = "cpu" if device.type == "mps" else device  # mps has no float64
-    logits, draws, order = logits.to(where), draws.to(where), None
+    device, where, order = logits.device, _with_float64(logits.device), None
+    logits, draws = logits.to(where), draws.to(where)
     if top_k is not None or top_p is not None:  # the most probable first
         k = logits.shape[1] if top_k is None else min(top_k, logits.shape[1])
         logits, order = logits.topk(k)  # (B, k)
     divisor = torch.tensor(temperature, dtype=torch.float32)
     probabilities = torch.softmax(logits.double() / divisor, dim=-1)
+    one = 1.0
+    if logits.is_cuda:  # in whole numbers, since a GPU adds in any order
+        one = 2.0**52
+        probabilities = (probabilities * one).long()
     cumulative = probabilities.cumsum(dim=-1)
     if top_p is not None:
         before = cumulative - probabilities
-        cumulative = probabilities.masked_fill(before >= top_p, 0.0).cumsum(dim=-1)
-    targets = draws.double()[:, None] * cumulative[:, -1:]
+        cumulative = probabilities.masked_fill(before >= top_p * one, 0).cumsum(dim=-1)
+    targets = (draws.double()[:, None] * cumulative[:, -1:]).to(cumulative.dtype)
     places = torch.searchsorted(cumulative, targets, right=True)  # (B, 1)
     places = places.clamp(max=logits.shape[1] - 1)
     chosen = places if order is None else order.gather(1, places)
@@ -175,17 +218,33 @@ def sample(
 
 def _new_tokens(
     logits: Float[Tensor, "B V"], ids: Int[Tensor, " B"], top_logprobs: int | None
-) -> list[NewToken]:
-    """Return the new tokens of a step, with log-probabilities unless `top_logprobs` is None."""
-    if top_logprobs is None:
-        return [NewToken(i) for i in ids.tolist()]
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    values, places = logprobs.topk(min(top_logprobs, logits.shape[1]))  # (B, n)
-    tops = [
-        tuple(zip(*row, strict=True)) for row in zip(places.tolist(), values.tolist(), strict=True)
-    ]
-    chosen = logprobs.gather(1, ids[:, None]).squeeze(1)
-    return list(map(NewToken, ids.tolist(), chosen.tolist(), tops))
+) -> Tokens:
+    """Copy a step's tokens to the host, with log-probabilities unless `top_logprobs` is None.
+
+    Return a function that waits for them. A copy that does not wait goes to pinned memory.
+    """
+    wanted = [ids]
+    if top_logprobs is not None:
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        wanted += [
+            logprobs.gather(1, ids[:, None]).squeeze(1),
+            *logprobs.topk(min(top_logprobs, logits.shape[1])),  # values and places (B, n)
+        ]
+    copies = [tensor.to("cpu", non_blocking=ids.is_cuda) for tensor in wanted]
+    done = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
+
+    @functools.cache
+    def tokens() -> list[NewToken]:
+        if done is not None:
+            done.synchronize()
+        new, *known = (copy.tolist() for copy in copies)
+        if not known:
+            return [NewToken(i) for i in new]
+        chosen, values, places = known
+        tops = [tuple(zip(*row, strict=True)) for row in zip(places, values, strict=True)]
+        return list(map(NewToken, new, chosen, tops))
+
+    return tokens
 
 
 class Completion:
