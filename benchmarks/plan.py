@@ -67,6 +67,7 @@ def measure(case: Case) -> tuple[Plan, int]:
     """Train in this process; its plan and its peak in bytes."""
     params = load_params(ROOT / "presets" / "default.yaml")
     short = {"max_steps": 3, "warmup_steps": 0, "compile": False, "num_threads": 1}
+    short["dtype"] = "float32"
     params["model"] |= case.model
     params["train"] |= short | case.train
     config = read_section(TrainConfig, params, "train")

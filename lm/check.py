@@ -18,7 +18,7 @@ from lm.base.settings import (
     EvaluateConfig,
     ModelConfig,
     RuntimeConfig,
-    TrainConfig,
+    TrainSection,
     share_of_batch,
 )
 from lm.data.tokenizer import TokenizerConfig
@@ -35,7 +35,7 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
     data = read_section(DataConfig, params, "data", where)
     tokenizer = read_section(TokenizerConfig, params, "tokenizer", where)
     read_section(ModelConfig, params, "model", where, vocab_size=1)  # the tokens decide it
-    train = read_section(TrainConfig, params, "train", where)
+    train = read_section(TrainSection, params, "train", where)
     read_section(EvaluateConfig, params, "evaluate", where)
     read_section(ExportConfig, params, "export", where)
     runtime = read_section(RuntimeConfig, params, "runtime", where)
@@ -72,7 +72,7 @@ def _require_tokenizer(config: TokenizerConfig) -> None:
         raise InputError(f"{file}: no such file; copy it there (tokenizer.source names it)")
 
 
-def _require_weights(config: TrainConfig) -> None:
+def _require_weights(config: TrainSection) -> None:
     folder = PRETRAINED / str(config.init_from)
     if config.init_from is not None and not folder.is_dir():
         raise InputError(

@@ -10,7 +10,7 @@ import torch
 from lm.base.console import say
 from lm.base.files import sha256_file
 from lm.base.paths import METRICS, MODELS, PRETRAINED, TOKENIZER, TOKENS
-from lm.base.settings import RuntimeConfig, TrainConfig, share_of_batch
+from lm.base.settings import RuntimeConfig, TrainSection, share_of_batch
 from lm.data.batches import Tokens, open_tokens
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.device import choose_device, describe, environment, prepare
@@ -34,7 +34,7 @@ from stages.run import UNFINISHED, Inputs, run_stage
 
 def train_stage(inputs: Inputs) -> None:
     """Write models/model, models/checkpoints and metrics/; in several processes, if set so."""
-    asked = inputs.section(TrainConfig, "train")
+    asked = inputs.section(TrainSection, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
     if runtime.num_processes > 1 and not launched():
         share_of_batch(asked, runtime.num_processes)
@@ -72,7 +72,7 @@ def train_stage(inputs: Inputs) -> None:
 
 
 def _read(
-    inputs: Inputs, asked: TrainConfig, device: torch.device, processes: Processes
+    inputs: Inputs, asked: TrainSection, device: torch.device, processes: Processes
 ) -> tuple[Plan, Tokens, Tokenizer]:
     """Open and verify the stage's inputs; return the plan, the tokens and their tokenizer."""
     inputs.watch(TOKENIZER, TOKENS)
@@ -90,7 +90,7 @@ def _read(
 
 
 def _begin(
-    plan: Plan, asked: TrainConfig, tokenizer: Tokenizer, processes: Processes
+    plan: Plan, asked: TrainSection, tokenizer: Tokenizer, processes: Processes
 ) -> TrainState:
     """Return the state before the first step, with the weights that train.init_from names.
 

@@ -446,7 +446,7 @@ ROWS = [
     setting("train.num_threads", 0, "params.yaml: train.num_threads = 0: must be in [1, 1024]"),
     setting("train.on_nonfinite", "ignore", "params.yaml: train.on_nonfinite = ignore: must be one of stop, skip"),
     setting("train.max_skipped_steps", 0, "params.yaml: train.max_skipped_steps = 0: must be >= 1"),
-    setting("train.dtype", "float8", "params.yaml: train.dtype = float8: must be one of float32, bfloat16, float16"),
+    setting("train.dtype", "float8", "params.yaml: train.dtype = float8: must be one of auto, float32, bfloat16, float16"),
     setting("train.seed", "-1", "params.yaml: train.seed = -1: must be in [0, 2**63)"),
     setting("train.seed", str(2**70), f"params.yaml: train.seed = {2**70}: must be in [0, 2**63)"),
     setting("train.optimizer", "sgd", "params.yaml: train.optimizer = sgd: must be one of adamw, muon"),

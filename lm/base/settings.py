@@ -35,15 +35,20 @@ class DtypeKind:
     """All that depends on the choice of a dtype, but for data sheets: lm/machine/gauges.py."""
 
     size_bytes: int
-    autocast: bool  # products alone are computed in it, all else in float32; a GPU gains by it
+    autocast: bool  # products alone are computed in it, all else in float32
     scaled: bool  # the loss is, since small gradients would become zero
     cpu_gains: bool  # where it has instructions for 16-bit products
 
+    cuda_gains: float  # from this compute capability on a GPU multiplies it natively
 
-DTYPES = {
-    "float32": DtypeKind(size_bytes=4, autocast=False, scaled=False, cpu_gains=False),
-    "bfloat16": DtypeKind(size_bytes=2, autocast=True, scaled=False, cpu_gains=True),
-    "float16": DtypeKind(size_bytes=2, autocast=True, scaled=True, cpu_gains=False),
+DTYPES: dict[Dtype, DtypeKind] = {
+    "float32": DtypeKind(
+        size_bytes=4, autocast=False, scaled=False, cpu_gains=False, cuda_gains=math.inf
+    ),
+    "bfloat16": DtypeKind(
+        size_bytes=2, autocast=True, scaled=False, cpu_gains=True, cuda_gains=8.0
+    ),
+    "float16": DtypeKind(size_bytes=2, autocast=True, scaled=True, cpu_gains=False, cuda_gains=7.0),
 }
 MAX_SAMPLES = 1 << 16  # more than anyone reads
 SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")
@@ -183,8 +188,8 @@ PARALLEL = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ScheduleConfig, OptimizerConfig):
-    """The section `train`."""
+class TrainSection(ScheduleConfig, OptimizerConfig):
+    """The section `train` as it is written: dtype and compile may be left to the plan."""
 
     init_from: Annotated[
         str | None,
@@ -226,7 +231,12 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         "windows anywhere; adjoining ones, each exactly once an epoch; the same with every "
         "document cut from its start",
     ]
-    dtype: Annotated[Dtype, "of matrix products; float16 with loss scaling"]
+    dtype: Annotated[
+        Literal["auto", Dtype],
+        "of matrix products; auto: bfloat16 where the device multiplies it natively (a GPU from "
+        "compute capability 8 on, a CPU with AMX or avx512_bf16), else float32, on a GPU without "
+        "TF32; float16 with loss scaling",
+    ]
     compile: Annotated[
         Literal["auto", True, False],
         "`torch.compile`, which on a CPU needs a C++ compiler; auto: where the length of the run "
@@ -270,7 +280,14 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         return self.num_threads if chosen or not PARALLEL[self.parallel].several else 1
 
 
-def share_of_batch(config: TrainConfig, num_processes: int) -> int:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainSection):
+    """The section `train` with its dtype decided: see `make_plan` in lm/plan/plan.py."""
+
+    dtype: Annotated[Dtype, "of matrix products"]
+
+
+def share_of_batch(config: TrainSection, num_processes: int) -> int:
     """Return the windows of an update that each process computes: batch_size / num_processes.
 
     Raises InputError if the settings do not allow this number of processes.
@@ -281,7 +298,7 @@ def share_of_batch(config: TrainConfig, num_processes: int) -> int:
             f"train.parallel = {config.parallel}, but there are {num_processes} processes; use ddp "
             "or fsdp, or runtime.num_processes: 1"
         )
-    if mode.sharded and DTYPES[config.dtype].scaled:
+    if mode.sharded and config.dtype != "auto" and DTYPES[config.dtype].scaled:
         raise InputError(
             f"train.parallel = {config.parallel} does not scale the loss of "
             f"train.dtype = {config.dtype}; use bfloat16"

@@ -169,7 +169,15 @@ def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
     """Return whether products in a 16-bit type are faster here than in float32."""
     if device.type == "cpu":
         return DTYPES[dtype].cpu_gains and bool(_cpu_extras())
-    return DTYPES[dtype].autocast
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return major + minor / 10 >= DTYPES[dtype].cuda_gains
+    return False  # on MPS nobody has measured it
+
+
+def native_dtype(device: torch.device) -> Dtype:
+    """Return the dtype in which the device multiplies fastest without losing range."""
+    return "bfloat16" if multiplies_natively(device, "bfloat16") else "float32"
 
 
 def field_of(file: str, name: str, separator: str = ":") -> str | None:
