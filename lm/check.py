@@ -39,7 +39,8 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
     read_section(EvaluateConfig, params, "evaluate", where)
     read_section(ExportConfig, params, "export", where)
     runtime = read_section(RuntimeConfig, params, "runtime", where)
-    share_of_batch(train, runtime.num_processes)
+    # auto: as many as GPUs, which torch would have to count
+    share_of_batch(train, 1 if runtime.num_processes == "auto" else runtime.num_processes)
     path = Path(data.path)
     raw = path.is_relative_to(RAW)  # the text of stage corpus
     if corpus.source == "grammar" and not (raw and data.split == "hash"):

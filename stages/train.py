@@ -10,11 +10,11 @@ import torch
 from lm.base.console import say
 from lm.base.files import sha256_file
 from lm.base.paths import METRICS, MODELS, PRETRAINED, TOKENIZER, TOKENS
-from lm.base.settings import RuntimeConfig, TrainSection, share_of_batch
+from lm.base.settings import PARALLEL, RuntimeConfig, TrainSection, share_of_batch
 from lm.data.batches import Tokens, open_tokens
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.device import choose_device, describe, environment, prepare
-from lm.machine.processes import Processes, joined
+from lm.machine.processes import Processes, joined, number_of_processes
 from lm.model.huggingface import start_from
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.plan import (
@@ -36,12 +36,15 @@ def train_stage(inputs: Inputs) -> None:
     """Write models/model, models/checkpoints and metrics/; in several processes, if set so."""
     asked = inputs.section(TrainSection, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
-    if runtime.num_processes > 1 and not launched():
-        share_of_batch(asked, runtime.num_processes)
-        require_room_for_processes(runtime.num_processes)
-        launch("stages.train", runtime.num_processes, runtime.process_timeout_s)
-        return
     device = choose_device(runtime.device)
+    num_processes = number_of_processes(runtime, asked.parallel, device)
+    if runtime.num_processes == "auto" and PARALLEL[asked.parallel].several and not launched():
+        say(f"Processes: {num_processes} (runtime.num_processes is auto: one for each GPU)")
+    if num_processes > 1 and not launched():
+        share_of_batch(asked, num_processes)
+        require_room_for_processes(num_processes)
+        launch("stages.train", num_processes, runtime.process_timeout_s)
+        return
     with joined(asked.parallel, device, runtime.process_timeout_s) as processes:
         prepare(device, asked.threads)
         say(f"Device: {describe(device)}{f', {processes.size} processes' * (processes.size > 1)}")

@@ -79,8 +79,9 @@ def allowed(hint: Any) -> str:
             words, bounds = "count", bounds[2:]
         return words + "".join(map(_condition, bounds))
     if origin in (Union, UnionType):
-        inner = [allowed(argument) for argument in arguments if argument is not NoneType]
-        return ", ".join([*inner, "null"])
+        return ", ".join(map(allowed, arguments))
+    if hint is NoneType:
+        return "null"
     if origin is Literal:
         return ", ".join(map(_yaml, arguments))
     if origin is list:

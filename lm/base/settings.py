@@ -7,6 +7,7 @@ code, which loads none: lm/prepare/sources.py, lm/data/tokenizer.py, lm/export/c
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,8 +39,8 @@ class DtypeKind:
     autocast: bool  # products alone are computed in it, all else in float32
     scaled: bool  # the loss is, since small gradients would become zero
     cpu_gains: bool  # where it has instructions for 16-bit products
-
     cuda_gains: float  # from this compute capability on a GPU multiplies it natively
+
 
 DTYPES: dict[Dtype, DtypeKind] = {
     "float32": DtypeKind(
@@ -51,6 +52,10 @@ DTYPES: dict[Dtype, DtypeKind] = {
     "float16": DtypeKind(size_bytes=2, autocast=True, scaled=True, cpu_gains=False, cuda_gains=7.0),
 }
 MAX_SAMPLES = 1 << 16  # more than anyone reads
+DEVICE = Bound(
+    lambda x: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", x) is not None,
+    "must be one of auto, cpu, cuda, cuda:0, cuda:1, ..., mps",
+)
 SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")
 
 
@@ -372,7 +377,9 @@ class EvaluateConfig:
 class RuntimeConfig:
     """The section `runtime`: where and how visibly to run. No DVC stage depends on it."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: CUDA, else MPS, else CPU"]
+    device: Annotated[
+        str, DEVICE, "auto: CUDA, else MPS, else CPU; a GPU by its number: for one process"
+    ]
     log_interval: Annotated[Count, "steps between two lines on the console"]
     checkpoint_interval: Annotated[Count, "steps between two checkpoints"]
     keep_checkpoints: Annotated[
@@ -382,10 +389,19 @@ class RuntimeConfig:
         Annotated[int, UP_TO_1024] | None, "processes that prepare data; null: one a core"
     ]
     num_processes: Annotated[
-        int, UP_TO_1024, "processes that train, on this machine; `torchrun` says it instead"
+        Annotated[int, UP_TO_1024] | Literal["auto"],
+        "processes that train, on this machine; auto: with ddp and fsdp one for each GPU, else "
+        "one; `torchrun` says it instead",
     ]
     process_timeout_s: Annotated[
         Count,
         "a process that the others have awaited for longer counts as hung; with `num_processes` "
         "also the time to save after a signal",
     ]
+
+    def __post_init__(self) -> None:
+        if ":" in self.device and self.num_processes not in ("auto", 1):
+            raise InputError(
+                f"runtime.device = {self.device} is for one process, but runtime.num_processes = "
+                f"{self.num_processes}; use cuda, each process takes a GPU of its own"
+            )

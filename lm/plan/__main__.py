@@ -20,6 +20,7 @@ from lm.check import check
 from lm.data.shards import MANIFEST, read_manifest
 from lm.data.tokenizer import byte_tokenizer
 from lm.machine.device import choose_device, describe, prepare
+from lm.machine.processes import number_of_processes
 from lm.plan.page import table
 from lm.plan.plan import make_plan, require_room
 from lm.plan.timing import announce, calibrate
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device = choose_device(runtime.device)
         prepare(device, asked.threads)
         say(f"Device: {describe(device)}")
-        plan = make_plan(model, asked, device, runtime.num_processes)
+        num_processes = number_of_processes(runtime, asked.parallel, device)
+        plan = make_plan(model, asked, device, num_processes)
         announce(plan, asked)
         try:
             require_room(plan)
