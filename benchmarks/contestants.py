@@ -77,6 +77,7 @@ class NanoGPTSettings:
     min_lr: float = 1e-4
     warmup_iters: int = 100
     lr_decay_iters: int = 2000
+    log_interval: int = 10  # as in config/train_gpt2.py
     beta2: float = 0.99
     weight_decay: float = 0.1
     grad_clip: float = 1.0
@@ -85,12 +86,17 @@ class NanoGPTSettings:
     seed: int = 1337
 
 
-def nanogpt_module() -> ModuleType:
-    """Its model.py, from the folder that the variable NANOGPT names."""
+def nanogpt_file() -> Path:
+    """Its model.py, in the folder that the variable NANOGPT names. Raises Missing."""
     file = Path(os.environ.get("NANOGPT", "nanoGPT"), "model.py")
     if not file.is_file():
         raise Missing(f"{file} is missing; set NANOGPT to a clone of nanoGPT")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", file)
+    return file
+
+
+def nanogpt_module() -> ModuleType:
+    """That file, imported."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt_file())
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
@@ -130,7 +136,7 @@ def nanogpt_steps(
     half = torch.amp.autocast(device.type, dtype=torch.bfloat16)
     context = nullcontext() if settings.dtype == "float32" else half
     X, Y = nanogpt_batch(file, shape, device)
-    step = 0
+    step, logged = 0, math.nan
     while True:
         for group in optimizer.param_groups:
             group["lr"] = nanogpt_lr(step, settings)
@@ -143,7 +149,9 @@ def nanogpt_steps(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        yield loss.item()
+        if step % settings.log_interval == 0:
+            logged = loss.item()  # waits for a GPU
+        yield logged
         step += 1
 
 
@@ -305,9 +313,13 @@ def ours(shape: Shape, file: Path, device: torch.device, **train_settings: Any) 
 
 
 def training(
-    shape: Shape, file: Path, device: torch.device, **train_settings: Any
+    shape: Shape,
+    file: Path,
+    device: torch.device,
+    deterministic: bool = True,
+    **train_settings: Any,
 ) -> tuple[Any, Iterator[dict[str, Any]]]:
-    """The TrainState and lm.train.loop.train as stage train has them.
+    """The TrainState and lm.train.loop.train as stage train has them, if deterministic.
 
     The settings are those of params.yaml but for these. With parallel = ddp or fsdp the process is
     joined to those that RANK and the like name.
@@ -330,6 +342,8 @@ def training(
     params = load_params(ROOT / "params.yaml", overrides)
     config = read_section(TrainConfig, params, "train")
     prepare(device, config.num_threads)
+    if not deterministic:
+        torch.use_deterministic_algorithms(False)
     size = file.stat().st_size // 2
     entry = {"file": file.name, "tokens": size, "sha256": sha256_file(file)}
     tokens = TokenStream([file], [entry], np.dtype("<u2"), shape.vocab_size)
@@ -341,7 +355,7 @@ def training(
 
     def records() -> Iterator[dict[str, Any]]:
         with membership:
-            yield from train(state, split, config)
+            yield from train(state, split, config, pause=lambda step: False)
 
     return state, records()
 
@@ -359,6 +373,7 @@ CHECKPOINTING = ", checkpointing"  # behind a name of ours
 PARALLEL = "ddp", "fsdp"  # likewise: of one process, if no launcher says more
 CONTESTANTS: dict[str, Callable[..., Contest]] = {
     "nanoGPT": nanogpt,
+    "nanoGPT, bfloat16": partial(nanogpt, dtype="bfloat16"),
     "nanoGPT, compiled": partial(nanogpt, compile=True),
     "nanoGPT, bfloat16, compiled": partial(nanogpt, dtype="bfloat16", compile=True),
     "Hugging Face Llama": llama,

@@ -81,6 +81,11 @@ class Child:
     def _errors(self) -> Path:
         return Path(self.folder.name, "stderr")
 
+    @property
+    def log(self) -> str:
+        """All that it has printed."""
+        return self._errors.read_text()
+
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answer to a line of JSON. Raises Failed if there is none."""
         self.request(**question)
@@ -100,7 +105,7 @@ class Child:
         if line := self.process.stdout.readline():
             return json.loads(line)
         status = self.process.wait()
-        lines = [line for line in self._errors.read_text().splitlines() if line.strip()]
+        lines = [line for line in self.log.splitlines() if line.strip()]
         raise Failed(lines[-1] if lines else f"ended with status {status}")
 
     def __exit__(
@@ -138,6 +143,11 @@ class Worker(Child):
     def run(self, steps: int) -> list[float]:
         """The seconds of each of some steps; one before them is not counted."""
         return self.ask(steps=steps)["seconds"]
+
+    def slice(self, seconds: float) -> tuple[int, float]:
+        """As many steps as take so long, and the seconds until the device was done with them."""
+        said = self.ask(seconds=seconds)
+        return said["steps"], said["seconds"]
 
     def memory(self) -> dict[str, float]:
         """The peak so far, in bytes; and without what importing torch had taken."""
@@ -183,6 +193,21 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
+def steps_within(seconds: float, steps: Iterator[float], device: Any) -> dict[str, float]:
+    """Take steps for so long; a step's own time means nothing where none waits for the device."""
+    import torch
+
+    synchronise = torch.get_device_module(device).synchronize
+    next(steps)
+    synchronise()
+    start, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - start < seconds:
+        next(steps)
+        count += 1
+    synchronise()
+    return {"steps": count, "seconds": time.perf_counter() - start}
+
+
 def main() -> None:
     """Build, take a step, then answer questions until nobody asks any more."""
     (name, sizes, file, device_name, settings), tell = begin()
@@ -209,6 +234,12 @@ def main() -> None:
                 next(contest.steps)
                 seconds.append(time.perf_counter() - start)
             tell(seconds=seconds)
+        elif "seconds" in question:
+            tell(**steps_within(question["seconds"], contest.steps, device))
+        elif "profile" in question:
+            from benchmarks.gpu.speed import profiled
+
+            tell(**profiled(contest.steps, device, question["profile"]))
         elif device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
             tell(peak_bytes=peak, own_bytes=peak)

@@ -38,8 +38,8 @@ def _finder(folder: str) -> FileFinder:
 
 sys.path_hooks.insert(0, _finder)
 
-needed = ["torch", "numpy", "yaml", "safetensors", "tokenizers", "tiktoken", "orjson", "pyarrow"]
-absent = [name for name in (*needed, "tqdm") if find_spec(name) is None]
+needed = ("torch", "numpy", "yaml", "safetensors", "tokenizers", "jaxtyping", "tqdm")
+absent = [name for name in needed if find_spec(name) is None]
 if absent or sys.version_info < (3, 11):
     lack = f"has no {absent[0]}" if absent else "is older than Python 3.11"
     sys.stderr.write(

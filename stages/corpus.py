@@ -24,7 +24,7 @@ STORIES_FILE, STORIES_SEED = "grammar.jsonl", 0
 def corpus_stage(inputs: Inputs) -> None:
     """Write data/raw/*.jsonl and data/corpus.json."""
     config = inputs.section(CorpusConfig, "corpus")
-    _refuse_strangers()
+    _refuse_other_files()
     match config.source:
         case "grammar":
             manifest = [_write_stories(config.grammar_bytes)]
@@ -101,7 +101,7 @@ def _file_name(entry: Any) -> str:
             )
 
 
-def _refuse_strangers() -> None:
+def _refuse_other_files() -> None:
     """Raise InputError if data/raw holds a file that an earlier run of this stage did not write."""
     entries = read_json(CORPUS) if CORPUS.exists() else []
     written = {_file_name(entry) for entry in (entries if isinstance(entries, list) else [None])}

@@ -131,6 +131,10 @@ class _Watched:
         """See Run."""
         return self.run.save_due
 
+    def pause_due(self, step: int) -> bool:
+        """See Run."""
+        return self.run.pause_due(step)
+
     def log(self, record: Record) -> None:
         """Record a finished step; after the first few print the time to the end."""
         self.run.log(self.timing.observe(record))

@@ -16,11 +16,14 @@ if "LM_WARM" not in os.environ:  # the workers' processes have it from the first
     os.environ["LM_WARM"] = tempfile.mkdtemp(prefix="warm-")
     atexit.register(shutil.rmtree, os.environ["LM_WARM"])
 
+from importlib.util import find_spec
+
 from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: F401 - the hook finds it by name
+if find_spec("beartype"):  # requirements-train.txt does without
+    import tests.typecheck  # noqa: F401 - the hook finds it by name
 
-install_import_hook("lm", "tests.typecheck.checked")
+    install_import_hook("lm", "tests.typecheck.checked")
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -64,10 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first: else one worker ends with a long one while the others wait."""
     order = [f"test_{name}.py" for name in LONG]
     items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else 99)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and "LM_TEST_DEVICE" not in os.environ:
         for item in items:
             if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+                reason = "no CUDA device; LM_TEST_DEVICE=cpu runs the test on a CPU"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

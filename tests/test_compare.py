@@ -334,7 +334,8 @@ def test_a_metric_is_found_by_each_of_its_names_or_refused():
         ([{"train.warmup_steps": n} for n in (10, 20)], "linear"),
         ([{"train.optimizer": name} for name in ("adamw", "muon")], None),
         ([{"train.lr": lr} for lr in (1, 2)], "log"),
-        ([{"train.lr": lr, "model.norm": n} for lr in (1, 2) for n in ("rmsnorm", "none")], None),
+        ([{"train.lr": lr, "model.norm": n} for lr in (1, 2) for n in ("rmsnorm", "none")], "log"),
+        ([{"train.batch_size": n} for n in (8, 128)], "log"),
     ],
 )
 def test_the_plot_has_every_seed_at_its_setting(made_by, scale):

@@ -6,7 +6,7 @@ import yaml
 
 from tests.kill import cloned, commit, dvc, ran, versioned
 from tests.servers import http
-from tests.test_remotes import told
+from tests.test_remotes import says
 
 TEXT, PIN = "data/tale.txt", "data/tale.txt.dvc"
 
@@ -35,7 +35,7 @@ def test_an_imported_text_is_pinned_used_updated_and_shared(tmp_path):
         commit(project)
         dvc(project, "push")
 
-    told(dvc(project, "update", PIN, code=1), "does not exist")
+    says(dvc(project, "update", PIN, code=1), "does not exist")
     assert not (project.folder / TEXT).exists()
     dvc(project, "checkout", PIN)
     clone = cloned(project, tmp_path / "clone")

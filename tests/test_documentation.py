@@ -21,7 +21,13 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 HISTORY = {"CHANGELOG.md", "docs/LOG.md"}  # tell of what was there
 CURRENT = {name: text for name, text in PAGES.items() if name not in HISTORY}
 # processes that others start, which nobody types
-INTERNAL = {"lm.prepare.foreign", "benchmarks.saver", "benchmarks.worker"}
+INTERNAL = {
+    "benchmarks.gpu.equality",
+    "benchmarks.gpu.parts",
+    "benchmarks.saver",
+    "benchmarks.worker",
+    "lm.prepare.foreign",
+}
 # not run here: what has tests of its own, takes experiments to work on, or goes on for ever
 ELSEWHERE = {
     "lm.demo",
@@ -106,8 +112,8 @@ def test_a_documented_command_exists_and_knows_its_options(module, monkeypatch):
     known = options_of(module, monkeypatch)
     for where, name, arguments in commands():
         if name == module:
-            told = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*|-[A-Z])(?![\w-])", arguments))
-            assert told <= known, (where, arguments)
+            given = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*|-[A-Z])(?![\w-])", arguments))
+            assert given <= known, (where, arguments)
 
 
 def test_every_command_line_is_documented():
@@ -121,16 +127,16 @@ def test_every_make_target_is_documented_and_every_documented_one_exists():
     targets = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.M))
     variables = set(re.findall(r"\b([A-Z]+) \?=|\$\(([A-Z]+)\)", MAKEFILE))
     variables = {name for pair in variables for name in pair if name}
-    told = set()
+    named = set()
     for where, text in [*CURRENT.items(), ("Makefile", MAKEFILE.replace("#", "    "))]:
         for line in re.findall(r"(?:`|^ {4,}(?:\$ )?|: )(make [a-z][^`\n#]*)", code(text), re.M):
             target, *given = line.split()[1:]
             if where != "Makefile" or target in targets:  # its comments are prose as well
                 assert target in targets, (where, line)
-            told.add(target)
+            named.add(target)
             names = {word.partition("=")[0] for word in given if re.match(r"[A-Z]+=", word)}
             assert names <= variables, (where, line)
-    assert targets <= told, targets - told
+    assert targets <= named, targets - named
 
 
 def test_every_setting_that_is_given_a_value_exists():
@@ -247,11 +253,11 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 @pytest.mark.parametrize("number", range(len(snippets())))
 def test_a_snippet_of_the_tour_prints_what_the_tour_says(number, capsys):
     """Word for word; decimals to a unit of their last place, since CPUs round differently."""
-    program, told = snippets()[number]
+    program, expected = snippets()[number]
     exec(program, {})
     printed = capsys.readouterr().out
-    assert NUMBER.sub("#", printed) == NUMBER.sub("#", told)
-    for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(told), strict=True):
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", expected)
+    for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(expected), strict=True):
         unit = 10.0 ** -len(theirs.partition(".")[2])
         assert float(ours) == pytest.approx(float(theirs), abs=1.01 * unit)
 

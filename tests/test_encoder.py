@@ -374,6 +374,13 @@ def test_every_character_is_classed_alike_or_known_not_to_be(pattern):
     assert split(*encoder.encode(documents[-1:])) == expected[-1:]
 
 
+def test_only_the_texts_with_newer_characters_go_to_the_slow_library(encoder, bpe):
+    texts = ["one", "\ua7ce two", "three 東京", "four", "\ua7ce", "\ua7cf five"]
+    before = encoder._gigatoken._n_encoded
+    assert split(*encoder.encode([text.encode() for text in texts])) == bpe.encode_batch(texts)
+    assert encoder._gigatoken._n_encoded == before + 3
+
+
 @pytest.mark.parametrize("library", ["gigatoken", "tokenizers"])
 def test_it_works_in_forked_workers_in_silence(library):
     done = subprocess.run(

@@ -6,6 +6,7 @@ All with the real dvc, as README and docs/EXPERIMENTS.md say it.
 import hashlib
 import json
 import shutil
+import threading
 import time
 import venv
 
@@ -13,8 +14,9 @@ import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
-from tests.kill import commit, dvc, git, heal, outputs, ran, run
+from tests.kill import commit, dvc, git, heal, outputs, ran, run, versioned
 from tests.project import ROOT, Project
+from tools.experiments.read import read_experiments
 from tools.preset import whole
 
 
@@ -26,7 +28,7 @@ def locked(project, name):
 
 
 def work_off_queue(project, experiments):
-    """Let a worker run so many experiments; what DVC then says of them."""
+    """Let a worker run this number of experiments; return DVC's status of the queue."""
     dvc(project, "queue", "start")
     end = time.monotonic() + 600
     while len(ended(project)) < experiments or "Running" in (
@@ -208,3 +210,36 @@ def test_without_a_commit_experiments_say_so_and_repro_works(tmp_path):
     done = run(project, "dvc", "exp", "run", "-S", "train.lr=1e-3")
     assert (done.returncode, "Empty git repo" in done.stdout) == (255, True)
     assert "Running stage 'corpus'" in dvc(project, "repro", "corpus")
+
+
+def test_experiments_are_read_while_a_worker_sets_one_up(tmp_path, monkeypatch):
+    """Its note is empty for an instant, its folder for a while a repository without a commit."""
+    project = versioned(tmp_path / "project")
+    dvc(project, "exp", "run", "--queue", "-n", "new", "-S", "train.lr=1e-3")
+    broker = project.folder / ".dvc/tmp/exps/celery/broker"
+    (message,) = (broker / "in").glob("*.msg")
+    message.rename(broker / "processed" / message.name)  # as a worker does first
+    task, folder = git(project, "rev-parse", "refs/exps/celery/stash"), tmp_path / "task"
+    shutil.copytree(project.folder / ".dvc", folder / ".dvc", ignore=lambda *_: ["tmp", "cache"])
+    run_folder = project.folder / ".dvc/tmp/exps/run" / task
+    run_folder.mkdir(parents=True)
+    head = git(project, "rev-parse", "HEAD")
+    info = {"git_url": str(folder), "root_dir": str(folder), "dvc_dir": ".dvc", "status": 1}
+    info |= {"baseline_rev": head, "location": "dvc-task", "name": "new"}
+    note = run_folder / f"{task}.run"
+    note.touch()
+    git(project, "init", "-q", str(folder))
+
+    def set_up():
+        time.sleep(1)
+        note.write_text(json.dumps(info))
+        time.sleep(2)
+        git(project, "-C", str(folder), "fetch", "-q", str(project.folder), "HEAD")
+        git(project, "-C", str(folder), "checkout", "-qf", "--detach", "FETCH_HEAD")
+
+    monkeypatch.chdir(project.folder)
+    worker = threading.Thread(target=set_up)
+    worker.start()
+    found = read_experiments([])
+    worker.join()
+    assert [(one.name, one.state) for one in found[1:]] == [("new", "running")]

@@ -41,7 +41,7 @@ def parted(separator):
 
 @contextmanager
 def in_pieces(**sizes):
-    """Read so many bytes at a time: CHUNK_BYTES, SEARCH_BYTES, MAX_DOCUMENT_BYTES."""
+    """Read this number of bytes at a time: CHUNK_BYTES, SEARCH_BYTES, MAX_DOCUMENT_BYTES."""
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
             patch.setattr(f"lm.prepare.limits.{name}", size)

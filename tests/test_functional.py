@@ -4,8 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lm.machine.device import make_deterministic
 from lm.model import kernels as functional
-from lm.model.kernels import causal_attention, cross_entropy, linear_cross_entropy, rms_norm, swiglu
+from lm.model.kernels import (
+    attention,
+    causal_attention,
+    cross_entropy,
+    document_mask,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+)
 
 
 def assert_same(ours, plain, *inputs, rtol=1e-6):
@@ -141,8 +150,12 @@ def test_cross_entropy_in_chunks_equals_the_whole_without_a_float32_copy(monkeyp
 
 
 @pytest.mark.parametrize("logits_at_once", [1 << 24, 2000, 300])  # 1, 3 and 8 chunks
-def test_linear_cross_entropy_has_the_loss_and_gradients_of_the_logits(monkeypatch, logits_at_once):
+@pytest.mark.parametrize("alignment", [1, 64])  # no rows of zeros, and 20
+def test_linear_cross_entropy_has_the_loss_and_gradients_of_the_logits(
+    monkeypatch, logits_at_once, alignment
+):
     monkeypatch.setattr(functional, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setitem(functional.HEAD_ALIGNMENT, "cpu", alignment)
     features, weight = torch.randn(19, 16), torch.randn(300, 16)
     targets = torch.cat([torch.tensor([0, 299, 7, 7, 7]), torch.randint(300, (14,))])
     ours = [t.clone().requires_grad_() for t in (features, weight)]
@@ -179,6 +192,24 @@ def test_linear_cross_entropy_in_bfloat16_is_nearer_to_the_truth_than_the_plain_
         assert (got - true).norm() < (other - true).norm() < 0.01 * true.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_fill_up_the_head_take_no_probability(monkeypatch, dtype):
+    """Every logit is negative, so that a logit of 0 would take nearly all of it."""
+    features, weight = torch.rand(19, 16).to(dtype), -torch.rand(300, 16).to(dtype)
+    targets = torch.randint(300, (19,))
+
+    def loss_and_gradients(x, w):
+        loss = linear_cross_entropy(x, w, targets)
+        return loss, *torch.autograd.grad(loss, (x, w))
+
+    leaves = [t.requires_grad_() for t in (features, weight)]
+    expected = loss_and_gradients(*leaves)
+    monkeypatch.setitem(functional.HEAD_ALIGNMENT, "cpu", 64)
+    for got, wanted in zip(loss_and_gradients(*leaves), expected, strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted)
+
+
 def test_linear_cross_entropy_is_finite_for_huge_logits():
     features, weight = torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0], [0.0]])
     loss = linear_cross_entropy(
@@ -188,3 +219,73 @@ def test_linear_cross_entropy_is_finite_for_huge_logits():
     assert loss.item() == pytest.approx(1e4)
     assert features.grad.isfinite().all()
     assert weight.grad.isfinite().all()
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """Torch as `make_deterministic` leaves it, and as it was afterwards."""
+    mode, cudnn = torch.get_deterministic_debug_mode(), torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    make_deterministic(torch.device("cuda"), None)
+    yield
+    torch.set_deterministic_debug_mode(mode)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def test_attention_never_takes_the_kernel_that_has_no_order(deterministic):
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("heads", [8, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_on_cuda_equals_the_formula_and_repeats_its_bits(
+    deterministic, dtype, masked, heads, dropout
+):
+    q, k, v = (torch.randn(4, n, 200, 64, device="cuda", dtype=dtype) for n in (8, heads, heads))
+    leaves, incoming = [t.requires_grad_() for t in (q, k, v)], torch.randn_like(q)
+    documents = torch.arange(200, device="cuda").div(70, rounding_mode="floor").expand(4, -1)
+    mask = document_mask(documents) if masked else None
+
+    def run():
+        torch.manual_seed(0)
+        mixed = attention(q, k, v, mask, dropout)
+        return mixed, *torch.autograd.grad(mixed, leaves, incoming)
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    if not dropout:
+        exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        shared = (exact[0], *(t.repeat_interleave(8 // heads, dim=1) for t in exact[1:]))
+        seen = (
+            torch.ones(200, 200, dtype=torch.bool, device="cuda").tril() if mask is None else mask
+        )
+        scores = (shared[0] @ shared[1].mT / 8).masked_fill(~seen, float("-inf"))
+        mixed = scores.softmax(dim=-1) @ shared[2]
+        wanted = mixed, *torch.autograd.grad(mixed, exact, incoming.double())
+        tolerance = 1e-4 if dtype == torch.float32 else 0.03
+        for got, true in zip(first, wanted, strict=True):
+            torch.testing.assert_close(got.double(), true, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.cuda
+def test_the_head_on_cuda_is_filled_up_and_repeats_its_bits(deterministic):
+    features, weight = torch.randn(190, 64, device="cuda"), torch.randn(5003, 64, device="cuda") / 8
+    targets = torch.randint(5003, (190,), device="cuda")
+    leaves = [t.requires_grad_() for t in (features, weight)]
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = linear_cross_entropy(*leaves, targets)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    first = run()
+    assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    loss = F.cross_entropy(exact[0] @ exact[1].T, targets)
+    for got, true in zip(first, (loss, *torch.autograd.grad(loss, exact)), strict=True):
+        assert (got - true).norm() < 0.01 * true.norm()

@@ -104,11 +104,11 @@ def go_on(project, *command):
             target,
             number,
             id=f"{target}-{number.name}",
-            marks=[] if told else pytest.mark.soak,
+            marks=[] if first else pytest.mark.soak,
         )
         for target in TARGETS
         for number in SIGNALS
-        for told in [(target, number) in {("stage", TERM), ("dvc", KILL), ("group", INT)}]
+        for first in [(target, number) in {("stage", TERM), ("dvc", KILL), ("group", INT)}]
     ],
 )
 def test_a_killed_repro_goes_on_where_it_was(project, undisturbed, target, number):
@@ -204,13 +204,13 @@ CASES = [
         target,
         number,
         id=f"{where}-{target}-{number.name}",
-        marks=[] if told else pytest.mark.soak,
+        marks=[] if first else pytest.mark.soak,
     )
     for target in TARGETS
     for number in SIGNALS
     if (target, number) != ("dvc", INT)
     for where in ("workspace", "temp")
-    for told in [(where, target, number) in {("workspace", "group", KILL), ("temp", "dvc", TERM)}]
+    for first in [(where, target, number) in {("workspace", "group", KILL), ("temp", "dvc", TERM)}]
 ]
 
 

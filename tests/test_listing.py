@@ -73,7 +73,7 @@ def test_what_cannot_be_listed_or_is_no_listing_is_told(tmp_path):
         with pytest.raises(InputError, match=r"x.listing: not a listing"):
             listed_folder(tmp_path / "x.listing")
     (tmp_path / "x.listing").write_text('{"format": 1, "root": "/gone", "files": {}}')
-    with pytest.raises(InputError, match=r"x.listing: lists /gone, which is no folder here"):
+    with pytest.raises(InputError, match=r"x.listing: lists /gone, which is not a folder here"):
         listed_folder(tmp_path / "x.listing")
     command = [sys.executable, "-m", "lm.prepare.listing", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -2,12 +2,17 @@
 
 import pytest
 
-from tests.kill import cloned, run
+from lm.base.errors import InputError
+from tests.kill import cloned, git, run
+from tools.lock import LOCK, recorded_hashes
 
 NEW_STAGE = """  new:
     cmd: echo > new
     outs:
       - new
+"""
+OLD_STAGE = """  old:
+    cmd: echo > old
 """
 
 
@@ -38,6 +43,7 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
          "stage train: lm/train is only in one of dvc.yaml and dvc.lock"),
         ("dvc.yaml", files["dvc.yaml"].replace("stages:\n", f"stages:\n{NEW_STAGE}"),
          "stage new: never ran"),
+        ("dvc.lock", f"{lock}{OLD_STAGE}", "stage old: is only in dvc.lock"),
         ("dvc.lock", lock.replace(model, "0" * 32, 1),
          "; ".join(f"stage {stage}: recorded with another models/model than was made"
                    for stage in ("evaluate", "export"))),
@@ -56,13 +62,43 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
     assert "params.yaml: train: modified" in check(clone)[1]
 
 
-@pytest.mark.parametrize("torn", ["", "[]", "stages: [", "schema: '2.0'\nstages: {train: 1}\n"])
-def test_a_torn_lock_is_one_line(clone, torn):
-    (clone.folder / "dvc.lock").write_text(torn)
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "not of DVC's form"),
+        (b"[]", "not of DVC's form"),
+        (b"\xff", "not of DVC's form"),
+        (b"schema: '2.0'\nstages:\n", "not of DVC's form"),
+        (b"schema: '2.0'\nstages: [train]\n", "not of DVC's form"),
+        (b"schema: '2.0'\nstages: {train: 1}\n", "stage train: not of DVC's form"),
+        (b"schema: '2.0'\nstages: {train: {outs: [a]}}\n", "stage train: not of DVC's form"),
+        (b"stages: [", "not valid YAML: while parsing a flow node"),
+    ],
+)
+def test_a_lock_of_another_form_is_named(tmp_path, monkeypatch, content, fault):
+    monkeypatch.chdir(tmp_path)
+    LOCK.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        recorded_hashes()
+    assert str(error.value).startswith(f"dvc.lock: {fault}")
+    assert str(error.value).endswith("; `git checkout dvc.lock` brings back the committed one")
+
+
+@pytest.mark.parametrize("content", [b"", b"schema: '2.0'\nstages: [train]\n"])
+def test_a_lock_of_another_form_is_one_line_and_brought_back(clone, content):
+    (clone.folder / "dvc.lock").write_bytes(content)
+    code, message = check(clone)
+    assert (code, message.count("\n")) == (2, 0)
+    assert message.startswith("error: dvc.lock: not of DVC's form; `git checkout dvc.lock`")
+    git(clone, "checkout", "dvc.lock")
+    assert check(clone)[0] == 0
+
+
+def test_a_lock_without_stages_says_that_none_ran(clone):
+    (clone.folder / "dvc.lock").write_text("schema: '2.0'\n")
     code, message = check(clone)
     assert code == 2
-    assert message.startswith("error: ")
-    assert message.count("\n") == 0
+    assert message.startswith("error: dvc.lock is stale: stage corpus: never ran; stage tokenizer:")
 
 
 def test_without_a_lock_there_is_nothing_to_compare(clone):

@@ -13,6 +13,7 @@ from hypothesis import given
 from torch import Tensor
 
 from lm.base.settings import PARALLEL, TrainConfig, share_of_batch
+from lm.machine import collectives
 from lm.machine.processes import ALONE, Processes, joined
 from lm.machine.sharded_tensors import (
     collect,
@@ -223,12 +224,14 @@ def test_a_mode_that_a_place_does_not_know_is_an_error_there(
 
 
 class Calls:
-    """Counts the calls of functions of torch.distributed, and lets them through."""
+    """Counts the calls of collectives, and lets them through."""
 
-    def __init__(self, *names):
-        self.counts = dict.fromkeys(names, 0)
-        for name in names:
-            setattr(dist, name, self._counted(name, getattr(dist, name)))
+    def __init__(self):
+        of_dist = ("all_reduce", "all_to_all_single")
+        self.counts = dict.fromkeys((*of_dist, "reduce_scatter_single"), 0)
+        for name in self.counts:
+            module = dist if name in of_dist else collectives
+            setattr(module, name, self._counted(name, getattr(module, name)))
 
     def _counted(self, name, function):
         def call(*arguments, **options):
@@ -240,7 +243,7 @@ class Calls:
 
 def counted(processes, model_config, config):
     state = new_state(model_config, config, CPU, processes)
-    calls = Calls("all_reduce", "reduce_scatter_single", "all_to_all_single")
+    calls = Calls()
     assert len(list(train(state, SPLIT, config))) == config.max_steps
     return calls.counts
 

@@ -25,7 +25,7 @@ from benchmarks import scale
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.run_folders import run_folder
 from lm.base.sections import read_section
-from lm.base.settings import Dtype, TrainConfig, TrainSection
+from lm.base.settings import Dtype, EvaluateConfig, TrainConfig, TrainSection, share_of_batch
 from lm.data.batches import Split
 from lm.evaluate.metrics import require_logits_fit
 from lm.machine.device import autocast

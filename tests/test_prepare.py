@@ -258,7 +258,7 @@ def test_nothing_is_encoded_twice(desk, capsys):
     capsys.readouterr()
     assert encoded(desk) == 0
     n_shards = len(desk.shards())
-    assert f"{n_shards} of {n_shards} shards were done before" in capsys.readouterr().out
+    assert f"{n_shards} of {n_shards} shards were already done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["-first.txt", "050-middle.txt", "~last.txt"])
@@ -657,17 +657,17 @@ def test_the_stage_says_what_it_read_and_how(project):
     project.set("tokenizer.kind", "bytes")
     project.set("data.path", "t")
     project.prepare("tokenizer")
-    told = set()
+    tables = set()
     for workers in (1, 3, 3):
         project.set("runtime.num_workers", workers)
         if workers == 1:
             project.forget_shards()
         result = project.stage("tokens")
-        told.add(project.read("metrics/data.md").decode())
+        tables.add(project.read("metrics/data.md").decode())
         assert project.read("metrics/data.md").decode() in result.stdout
-    [told] = told
-    assert told.splitlines()[2].startswith("| text | 124 |")
-    assert told.splitlines()[4:] == [
+    (table,) = tables
+    assert table.splitlines()[2].startswith("| text | 124 |")
+    assert table.splitlines()[4:] == [
         "| source | suffix | files | read as |",
         "|--------|--------|------:|---------|",
         "| text | .json.gz | 40 | JSON lines, field text |",
@@ -677,8 +677,8 @@ def test_the_stage_says_what_it_read_and_how(project):
         "| text | none | 1 | text |",
         "| text | other | 1 | text |",
         "",
-        "README.md and 2 more read as text beside 40 .json.gz files: leave out by data.glob what "
-        "is no text to learn",
+        "README.md and 2 more read as text beside 40 .json.gz files: exclude by data.glob what "
+        "should not be learned",
         "",
         "Files not read: files of DVC's own: 1",
     ]
@@ -717,12 +717,12 @@ def test_a_run_that_is_struck_goes_on_to_the_same_bytes(large):
 
     done = large.stage("tokens")
     assert done.returncode == 0, done.stderr
-    assert "shards were done before" in done.stdout
+    assert "shards were already done" in done.stdout
     found = tokens_of(large)
     assert len(found) > 90
     large.forget_shards()
     fresh = large.stage("tokens", "runtime.num_workers=1")
-    assert "were done before" not in fresh.stdout
+    assert "were already done" not in fresh.stdout
     assert tokens_of(large) == found
 
 

@@ -153,7 +153,7 @@ def test_a_preset_is_planned_as_it_stands_whatever_tokens_are_there(tmp_path, mo
 
 
 def test_a_long_step_is_reckoned_from_a_part_of_its_windows(monkeypatch):
-    """A step of so many windows that whole it would take the nominal rates a minute."""
+    """A step whose windows would take a minute at the nominal rates."""
     from lm.plan import timing
 
     _, model, config = settings(ROOT / "presets" / "smoke.yaml")

@@ -47,7 +47,7 @@ def configure(project, **options):
     (project.folder / ".dvc" / "config.local").write_text("\n".join(lines) + "\n")
 
 
-def told(output, *messages):
+def says(output, *messages):
     """Assert that dvc said so and that the documentation quotes it."""
     for message in messages:
         assert message in output
@@ -114,7 +114,7 @@ def test_the_public_reads_by_http_what_a_maintainer_pushes_to_a_folder(scheme, t
         assert "are in sync" in dvc(project, "status", "--cloud")
         clone = cloned(project, tmp_path / "clone")
         if certificate:
-            told(dvc(clone, "pull", code=1), "Missing cache files", "Checkout failed")
+            says(dvc(clone, "pull", code=1), "Missing cache files", "Checkout failed")
             trust = str(certificate.with_suffix(".crt"))
             dvc(clone, "remote", "modify", "--local", "team", "ssl_verify", trust)
         dvc(clone, "pull", "--run-cache")
@@ -137,7 +137,7 @@ def test_the_model_alone_can_be_had_with_and_without_a_clone(trained, tmp_path):
     user.folder.mkdir()
     source = str(clone.folder)
     dvc(user, "get", source, "models/model", "--out", "got")
-    told(dvc(user, "artifacts", "get", source, "model", code=1), "Unable to find artifact 'model'")
+    says(dvc(user, "artifacts", "get", source, "model", code=1), "Unable to find artifact 'model'")
     git(clone, "tag", "-a", "model@v1.0.0", "-m", "first")
     dvc(user, "artifacts", "get", source, "model", "--rev", "v1.0.0", "--out", "named")
     git(user, "init", "-q")
@@ -218,8 +218,8 @@ def test_two_clones_share_one_cache_and_the_second_trains_nothing(trained, tmp_p
 def test_without_a_remote_push_and_pull_say_so(trained, tmp_path):
     clone = cloned(trained, tmp_path / "clone")
     dvc(clone, "config", "--unset", "core.remote")
-    told(dvc(clone, "pull", code=1), "No remote provided and no default remote set")
-    told(dvc(clone, "push", code=1), "config file error: no remote specified")
+    says(dvc(clone, "pull", code=1), "No remote provided and no default remote set")
+    says(dvc(clone, "push", code=1), "config file error: no remote specified")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_without_a_remote_push_and_pull_say_so(trained, tmp_path):
 def test_refused_credentials_are_named(kind, message, code, clone, tmp_path):
     with WRITABLE[kind](tmp_path / kind) as remote:
         configure(clone, url=remote.url, **(remote.secrets | remote.refused))
-        told(dvc(clone, "pull", code=code), message)
+        says(dvc(clone, "pull", code=code), message)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_refused_credentials_are_named(kind, message, code, clone, tmp_path):
 )
 def test_a_remote_that_is_not_there_is_named_or_looks_empty(url, message, code, clone, port):
     configure(clone, url=url.replace("PORT", str(port)))
-    told(dvc(clone, "pull", code=code), message)
+    says(dvc(clone, "pull", code=code), message)
 
 
 @pytest.mark.soak
@@ -253,7 +253,7 @@ def test_an_s3_server_that_is_not_there_is_named_where_attempts_are_limited(clon
               access_key_id="ann", secret_access_key="any", connect_timeout=2)  # fmt: skip
     done = run(clone, "env", "AWS_MAX_ATTEMPTS=1", "dvc", "pull")
     assert done.returncode == 1
-    told(done.stdout, "Could not connect to the endpoint URL")
+    says(done.stdout, "Could not connect to the endpoint URL")
 
 
 @pytest.mark.soak
@@ -269,7 +269,7 @@ def test_a_bucket_or_collection_must_exist(kind, found, lost, message, trained, 
     with WRITABLE[kind](tmp_path / kind) as remote:
         url = remote.url.replace(found, lost)
         configure(project, url=url, **remote.options, **remote.secrets)
-        told(dvc(project, "push", code=255), message)
+        says(dvc(project, "push", code=255), message)
 
 
 def test_an_object_lost_from_the_remote_is_pushed_again_only_with_its_list(trained, clone):
@@ -277,11 +277,11 @@ def test_an_object_lost_from_the_remote_is_pushed_again_only_with_its_list(train
     lost = weights(trained, remote)
     lost.unlink()
     said = dvc(clone, "pull", code=1)
-    told(said, "failed to transfer")
+    says(said, "failed to transfer")
     assert lost.parent.name + lost.name in said
     owner = copied(trained, clone.folder.with_name("owner"))
     configure(owner, url=remote)
-    told(dvc(owner, "push"), "Everything is up to date")  # it is not: dvc looks at the list alone
+    says(dvc(owner, "push"), "Everything is up to date")  # it is not: dvc looks at the list alone
     assert not lost.exists()
     (remote / recorded(trained, "models/model")).unlink()
     dvc(owner, "push")
@@ -309,7 +309,7 @@ def test_damage_in_a_remote_is_found_by_verify_and_by_dvc_where_asked(kind, trai
         assert f"fault: {cached}: md5" in done.stdout
 
         configure(careful, url=remote.url, **remote.secrets, verify="true")
-        told(dvc(careful, "pull", code=1), "Checkout failed")
+        says(dvc(careful, "pull", code=1), "Checkout failed")
         assert not (careful.folder / "models" / "model").exists()
 
         damaged.unlink()  # now as documented
@@ -327,7 +327,7 @@ def test_after_git_checkout_alone_the_files_are_those_of_the_other_commit(traine
     dvc(project, "repro", "evaluate")
     commit(project)
     git(project, "checkout", "-q", "HEAD~1")
-    told(dvc(project, "status"), "changed outs", "modified:")
+    says(dvc(project, "status"), "changed outs", "modified:")
     assert outputs(project) != outputs(trained)
     dvc(project, "checkout")
     assert "up to date" in dvc(project, "status")

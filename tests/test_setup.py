@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.project import ROOT
+from tests.project import ROOT, one_line
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ PARTS = {"dvc_data", "dvc_render", "scmrepo", "pygit2", "werkzeug", "markupsafe"
 
 def required(name):
     """What a file of requirements brings, by the names in Python."""
-    names = re.findall(r"^([\w.-]+)(?:\[\w+\])?==", (ROOT / name).read_text(), re.M)
+    names = re.findall(r"^([\w.-]+)(?:\[\w+\])?[=>]=", (ROOT / name).read_text(), re.M)
     return {IMPORTED_AS.get(n, n.replace("-", "_")) for n in names}
 
 
@@ -98,6 +98,55 @@ def test_what_runs_is_in_the_requirements_of_running():
     assert imported - PARTS <= required("requirements.txt")
     assert not imported & required("requirements-dev.txt")
     assert not required("requirements.txt") & required("requirements-dev.txt")
+
+
+@pytest.fixture
+def without(tmp_path):
+    """Packages in front of the real ones: what training does without cannot be imported."""
+    (tmp_path / "without").mkdir()
+    here = required("requirements.txt") | required("requirements-dev.txt") | PARTS
+    brought = {"torch", "networkx", "sympy", "jinja2", "markupsafe"}  # by torch
+    for name in here - required("requirements-train.txt") - brought:
+        stub = f"raise ModuleNotFoundError('No module named {name}', name='{name}')"
+        (tmp_path / "without" / f"{name}.py").write_text(stub)
+    return {"PYTHONPATH": f"{tmp_path / 'without'}{os.pathsep}{ROOT}"}
+
+
+TRAINING = """
+import pkgutil, runpy, sys
+from importlib import import_module
+for name in ("lm.machine", "lm.model", "lm.train", "lm.runs", "lm.plan", "lm.generate",
+             "benchmarks"):
+    for module in pkgutil.walk_packages(import_module(name).__path__, name + "."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+prompt = "--prompt", "def", "--max-new-tokens", "3", "--device", "cpu"
+for name, arguments in {
+    "stages.tokenizer": (), "stages.tokens": (), "lm.plan": (), "stages.train": (),
+    "stages.evaluate": (), "lm.generate": prompt,
+}.items():
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+"""
+
+
+def test_training_and_using_a_model_need_only_their_own_requirements(project, without):
+    done = project.run("python", "-c", TRAINING, **without)
+    assert done.returncode == 0, done.stderr
+    assert (project.folder / "metrics" / "eval.json").exists()
+    assert done.stdout.splitlines()[-1].startswith("def")
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("cheroot", "lm.serve"), ("orjson", "stages.tokenizer")]
+)
+def test_a_missing_package_is_named_in_a_line(project, without, name, module):
+    (project.folder / "text" / "a.jsonl").write_text('{"text": "word"}\n')
+    done = project.run("python", "-m", module, **without)
+    assert (done.returncode, one_line(done)) == (
+        3,
+        f"error: the Python package {name} is missing; run `make setup`, or pip install it",
+    )
 
 
 def test_the_licence_is_named():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -61,6 +62,15 @@ def test_a_folder_is_read_in_the_order_of_its_paths(folder):
     assert texts(replace(config, path=str(path / "b.txt"))) == ["b.txt"]
 
 
+@pytest.mark.parametrize("setting", ["encoding_errors", "on_bad_document", "split"])
+def test_a_third_value_is_an_error_and_not_taken_for_the_second(folder, setting):
+    path, config = folder
+    (path / "a.txt").write_text("text")
+    object.__setattr__(config, setting, "third")
+    with pytest.raises((AssertionError, KeyError), match="third"):
+        list(split_documents(config, Counter()))
+
+
 def test_bytes_of_a_text_stay_as_they_are(folder):
     path, config = folder
     data = "a\r\nb\rc\n\u2028é\U0001f600\ufeff end\n".encode()
@@ -104,7 +114,7 @@ def test_a_separator_that_stands_in_one_file_is_enough(folder, monkeypatch, name
     config = replace(config, separator="-<|>-")
     (path / "a.txt").write_text("--<|>\n-")
     (path / "c.jsonl").write_text('{"text": "-<|>-"}\n')
-    with pytest.raises(InputError, match=r'"-<\|>-": stands in no text file'):
+    with pytest.raises(InputError, match=r'"-<\|>-": does not occur in any text file'):
         cut_into_shards(config)
     pack = gzip.compress if name.endswith(".gz") else bytes
     (path / name).write_bytes(pack(b"--<|>-"))
@@ -357,6 +367,10 @@ def hide_from_within(path):
     (path / "t" / ".dvcignore").write_text("drafts\n*.md")
 
 
+def hide_elsewhere(path):
+    (path / ".dvcignore").write_text("/s/\n/other/**/*.md\n/drafts/\n")
+
+
 def nested_project(path):
     (path / "t/s/drafts/.dvc").mkdir()
 
@@ -367,7 +381,8 @@ def nested_above(path):
 
 @pytest.mark.parametrize("root", ["t/s", "t"])
 @pytest.mark.parametrize(
-    "hide", [hide_folder, hide_by_pattern, hide_from_within, nested_project, nested_above]
+    "hide",
+    [hide_folder, hide_by_pattern, hide_from_within, hide_elsewhere, nested_project, nested_above],
 )
 def test_what_is_read_is_what_dvc_watches(tmp_path, data_config, monkeypatch, hide, root):
     Repo.init(str(tmp_path), no_scm=True).close()
@@ -387,16 +402,17 @@ def test_what_is_read_is_what_dvc_watches(tmp_path, data_config, monkeypatch, hi
         return
     found, *_ = find_sources(config)
     assert [str(tmp_path / file) for file in found.files] == watched
-    assert sum(found.left_out.values()) > 0 or (root == "t/s" and hide is hide_folder)
+    hides_here = hide is not hide_elsewhere and (root, hide) != ("t/s", hide_folder)
+    assert (sum(found.left_out.values()) > 0) is hides_here
     # elsewhere DVC hides nothing
     monkeypatch.chdir(tmp_path / "t/drafts")
     if hide is not hide_from_within and hide is not nested_above:
         assert len(texts(replace(config, path=str(tmp_path / "t/s")))) == 5
 
 
-def test_dvc_is_not_asked_where_the_project_hides_hidden_files_alone(tmp_path):
+def test_dvc_is_not_asked_where_the_project_hides_nothing_of_the_text(tmp_path):
     """Importing it takes a second, and each of its answers is kept in memory."""
-    (tmp_path / ".dvcignore").write_text("# by dvc init\n\n/.venv*\n")
+    shutil.copy(ROOT / ".dvcignore", tmp_path)
     (tmp_path / "t").mkdir()
     (tmp_path / "t/a.txt").write_text("a")
     program = (

@@ -152,9 +152,13 @@ NOT_ONE = r"tokens.json: not a token manifest; run `dvc repro tokens`"
         ("shards.0.source", "another", "shards do not stand in the order of its sources"),
         ("shards.0.train.tokens", 25, "26 tokens in train, its shards have 25"),
         ("valid.bytes", 9, "9 bytes in valid, its shards have 8"),
-        ("shards.0.train.file", "../../secret.bin", "'../../secret.bin' is no file of its folder"),
-        ("shards.0.train.file", "/etc/secret.bin", "'/etc/secret.bin' is no file of its folder"),
-        ("shards.0.train.file", "train/../x.bin", "'train/../x.bin' is no file of its folder"),
+        (
+            "shards.0.train.file",
+            "../../secret.bin",
+            "'../../secret.bin' is not a file in its folder",
+        ),
+        ("shards.0.train.file", "/etc/secret.bin", "'/etc/secret.bin' is not a file in its folder"),
+        ("shards.0.train.file", "train/../x.bin", "'train/../x.bin' is not a file in its folder"),
         ("shards.0.train.file", "valid/text-00000.bin", "names a file twice"),
         ("shards.0.train.file", "train/other.bin", "train/other.bin: no such file"),
     ],
@@ -227,7 +231,7 @@ def test_json_that_is_no_manifest_is_refused(folder, content):
 
 
 def write_shards(folder, cuts, weights=(None,), dtype="<u2", shares=None, ends=()):
-    """The ids 0 .. 999 as training split, cut into shards, so many of them for each source.
+    """The ids 0 .. 999 as training split, cut into shards; `shares` are the shards of each source.
 
     Id 0 ends a document; it stands at `ends` too.
     """
@@ -449,7 +453,7 @@ def test_an_epoch_of_documents_has_each_of_their_windows_once():
 
 
 def test_sampling_documents_says_what_it_misses():
-    with pytest.raises(InputError, match="nobody has said which id ends a document"):
+    with pytest.raises(InputError, match="the id that ends a document is not known"):
         SPLIT.batch(0, 4, 20, 0, "documents")
     empty = Split("train", np.zeros(100, dtype=np.uint16), 0, end_id=0)
     with pytest.raises(InputError, match="train: every document is empty; add text"):

@@ -32,7 +32,9 @@ def changes(repo: Repo) -> Iterator[str]:
 
 def gaps(repo: Repo) -> Iterator[str]:
     """Yield where dvc.lock does not fit dvc.yaml, the files that git has, or itself."""
-    recorded = recorded_hashes()
+    recorded, names = recorded_hashes(), {stage.name for stage in repo.index.stages if stage.cmd}
+    for name in sorted(recorded.keys() - names):
+        yield f"stage {name}: is only in {LOCK}"
     made = {str(out): out.hash_info.value for stage in repo.index.stages for out in stage.outs}
     for stage in repo.index.stages:
         if not stage.cmd:  # a .dvc file
@@ -63,24 +65,33 @@ def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def stages_of(file: Path) -> dict[str, Any]:
-    """Return the stages of dvc.yaml or dvc.lock. Raises InputError for a torn file."""
+    """Return the stages of dvc.yaml or dvc.lock; none if it has no key `stages`.
+
+    Raises InputError for a file that is not YAML or not of DVC's form.
+    """
     try:
-        return dict(parse_yaml(file.read_text(encoding="utf-8"), str(file))["stages"])
-    except (UnicodeDecodeError, LookupError, TypeError, ValueError):
-        raise InputError(f"{file}: torn or not of DVC; `make heal` mends dvc.lock") from None
+        return dict(parse_yaml(file.read_text(encoding="utf-8"), str(file)).get("stages", {}))
+    except InputError as error:
+        raise InputError(f"{error}{_restore(file)}") from None
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{file}: not of DVC's form{_restore(file)}") from None
+
+
+def _restore(file: Path) -> str:
+    return f"; `git checkout {file}` brings back the committed one"
 
 
 def recorded_hashes() -> dict[str, dict[str, dict[str, str]]]:
     """Return md5 by path of the "deps" and "outs" of each stage in dvc.lock."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    try:
-        for name, stage in stages_of(LOCK).items():
+    for name, stage in stages_of(LOCK).items():
+        try:
             found[name] = {
                 kind: {entry["path"]: entry["md5"] for entry in stage.get(kind, [])}
                 for kind in ("deps", "outs")
             }
-    except (LookupError, TypeError, AttributeError):
-        raise InputError(f"{LOCK}: torn; `make heal` mends it") from None
+        except (LookupError, TypeError, AttributeError):
+            raise InputError(f"{LOCK}: stage {name}: not of DVC's form{_restore(LOCK)}") from None
     return found
 
 

@@ -64,7 +64,7 @@ def _refusal(said: str) -> EnvironmentFault:
 
 
 def cure(said: str) -> str | None:
-    """Return the fault and the command that mends it, for an error of git or DVC in CURES."""
+    """Return the fault and the command that fixes it, for an error of git or DVC in CURES."""
     place = re.search("repository at '(.*)'", said)  # further up, if this is a subfolder
     root = shlex.quote(place[1] if place else str(Path.cwd()))
     return next((cure.format(root=root) for words, cure in CURES.items() if words in said), None)

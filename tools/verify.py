@@ -222,8 +222,7 @@ def _require_same_bits(identity: SavedIdentity, here: dict[str, Any]) -> None:
 
     if here != there:
         raise EnvironmentFault(
-            f"{LAST}: trained where {words(there)}; here {words(here)}: other bits are to be "
-            "expected"
+            f"{LAST}: trained where {words(there)}; here {words(here)}: expect different bits"
         )
     if any(size > 1 for size in (identity.num_processes or {}).values()):
         raise InputError(

@@ -50,7 +50,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn the errors above, OS errors and Ctrl-C into one line on stderr and an exit code."""
+    """Turn these errors, a missing package and Ctrl-C into one line on stderr and an exit code."""
     _open_streams()
     try:
         yield
@@ -61,6 +61,12 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except ModuleNotFoundError as error:
+        name = (error.name or "lm").partition(".")[0]
+        if name in ("lm", "stages", "tools", "benchmarks"):
+            raise
+        missing = f"the Python package {name} is missing; run `make setup`, or pip install it"
+        _leave(f"error: {missing}", EnvironmentFault.exit_code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         line = f"error: {where}{error.strerror or error}"

@@ -213,7 +213,7 @@ class Split:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return batch `step` (from 0): x and the targets y, both (batch_size, context_length).
 
-        Pass `rows` to get some of its windows only.
+        Pass `rows` to get only some of its windows.
         """
         starts = self.starts(step, batch_size, context_length, seed, sampling)
         return windows(self.tokens, starts if rows is None else starts[rows], context_length)
@@ -249,10 +249,13 @@ class Split:
         for number, source in enumerate(sources):
             mine, stream = owners == number, [number] if self.weighted else []
             size, start_of = self._windows_of(source, context_length, sampling)
-            if sampling == "random":
-                places = drawn(seed, steps, batch_size, size)[mine]
-            else:
-                places = ordered(seed, numbers[mine], size, *stream)
+            match sampling:
+                case "random":
+                    places = drawn(seed, steps, batch_size, size)[mine]
+                case "epochs" | "documents":
+                    places = ordered(seed, numbers[mine], size, *stream)
+                case _:
+                    assert_never(sampling)
             starts[mine] = source.start + start_of(places)
         return starts.reshape(-1, batch_size)
 
@@ -276,7 +279,7 @@ class Split:
         key = source.start, context_length
         if key not in self._documents:
             if self.end_id is None:
-                raise InputError("sampling = documents: nobody has said which id ends a document")
+                raise InputError("sampling = documents: the id that ends a document is not known")
             starts = range(source.start, source.stop, SCANNED_TOKENS)
             chunks = (self.tokens[i : min(i + SCANNED_TOKENS, source.stop)] for i in starts)
             self._documents[key] = DocumentWindows(chunks, self.end_id, context_length)

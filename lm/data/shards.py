@@ -161,7 +161,7 @@ def _check(manifest: Any, path: Path) -> None:
                 raise InputError(f"{path}: not a token manifest; {REMEDY}")
             if not re.fullmatch(rf"{split}/[^/\\\x00-\x1f]+\.bin", entry["file"]):
                 raise InputError(
-                    f"{path}: {entry['file']!r} is no file of its folder {split}; {REMEDY}"
+                    f"{path}: {entry['file']!r} is not a file in its folder {split}; {REMEDY}"
                 )
         for name, total in sums(entries).items():
             if manifest[split][name] != total:

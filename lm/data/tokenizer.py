@@ -180,7 +180,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     settings = read_json(folder / "tokenizer_config.json")
     end_token = settings.get("eos_token") if isinstance(settings, dict) else None
     if not isinstance(end_token, str):
-        raise InputError(f"{folder / 'tokenizer_config.json'}: names no text as eos_token")
+        raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token is missing or not text")
     return open_tokenizer_json(folder / "tokenizer.json", end_token)
 
 

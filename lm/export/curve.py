@@ -4,8 +4,6 @@ import csv
 import math
 from statistics import fmean
 
-import vl_convert
-
 from lm.base.errors import InputError
 
 CURVE_POINTS = 100  # of the training loss, averaged
@@ -67,4 +65,6 @@ def loss_curve(curves: str, font: str = "sans-serif") -> str:
         ],
         "config": {"font": font, "view": {"stroke": None}, "axis": {"gridColor": "#e8e8e8"}},
     }  # fmt: skip
+    import vl_convert
+
     return vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE) + "\n"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, TokenType, get_tensor_name_map
 
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
@@ -26,9 +25,9 @@ from lm.model.transformer import ModelConfig, TransformerLM
 MAGIC = b"GGUF"
 # llama.cpp wants merges, plain bytes have none: this one is of a byte that UTF-8 never has
 NO_MERGES = ["ÿ ÿ"]
-# by Hugging Face's model_type; rotary positions turn the halves of a head, as transformers does, or
-# pairs of features, as we do
-ARCHITECTURES = {"llama": (MODEL_ARCH.LLAMA, False), "qwen3": (MODEL_ARCH.QWEN3, True)}
+# by Hugging Face's model_type: llama.cpp's name; whether rotary positions turn the halves of a
+# head, as transformers does, or pairs of features, as we do
+ARCHITECTURES = {"llama": ("LLAMA", False), "qwen3": ("QWEN3", True)}
 
 
 def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -37,6 +36,8 @@ def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
     Raises InputError if llama.cpp has no such model or tokenizer or `out` is some other file, and
     EnvironmentFault if it cannot be written.
     """
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+
     require_gguf(out)
     config = model.config
     if why_not := not_stock(config):
@@ -49,7 +50,7 @@ def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
     weights = stock_weights(model)
     if not turns_halves:
         weights = dict(zip(weights, model.state_dict().values(), strict=True))
-    names = get_tensor_name_map(architecture, config.num_layers)
+    names = get_tensor_name_map(MODEL_ARCH[architecture], config.num_layers)
     for name, weight in weights.items():
         theirs = names.get_name(name, (".weight",))
         assert theirs, name
@@ -71,7 +72,9 @@ def require_gguf(out: Path) -> None:
         raise InputError(f"{out}: exists and is no GGUF file; name another, or move this one")
 
 
-def _add_settings(writer: GGUFWriter, config: ModelConfig) -> None:
+def _add_settings(writer: Any, config: ModelConfig) -> None:
+    from gguf import LlamaFileType
+
     writer.add_file_type(LlamaFileType.ALL_F32)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context_length)
@@ -87,11 +90,13 @@ def _add_settings(writer: GGUFWriter, config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
-def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Add tokens by id, and merges. Ids of the model without a token become padding.
 
     Raises InputError if it is not byte-level BPE over the words of GPT-2's pattern.
     """
+    from gguf import TokenType
+
     settings = json.loads(tokenizer.backend.to_str())
     bpe = settings["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in bpe.get("merges", [])]

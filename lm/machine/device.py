@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +44,10 @@ _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 # micro-batch has holes that no validation fits into
 _ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 _COMPILERS = ("c++", "g++", "clang++")
+_C_COMPILERS = ("gcc", "clang")  # triton/runtime/build.py: CC, or else one of these
+CompilerOptions = dict[str, str | int | bool | Callable[..., Any]]
 # torch.compile: calls without Python between them, and recomputation left where it was put
-_CPU_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {
+_CPU_COMPILER: CompilerOptions = {
     "cpp_wrapper": True,
     "cpp_wrapper_build_separate": True,
     "reorder_for_locality": False,
@@ -213,6 +216,8 @@ def prepare(device: torch.device, num_threads: int | None) -> None:
 def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     """Make torch choose kernels that give the same bits every time, and fail where it has none.
 
+    For attention on CUDA that is FlashAttention, the memory-efficient kernel or plain formulas (see
+    `lm.model.kernels.attention`), whose backward passes then add in one order.
     On a CPU the number of threads decides how sums are cut into parts: null leaves it to torch.
     Raises EnvironmentFault if OpenMP gives fewer threads than it promises: oneDNN then leaves
     parts of a product unwritten.
@@ -224,6 +229,9 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matmul
         torch.backends.cudnn.benchmark = False
+        # preferred on an H100 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), but its
+        # backward pass has no order (attention_backward.cu)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         for rows, inner, columns in _CUT_DIFFERENTLY:
             left = torch.ones(rows, inner, dtype=torch.bfloat16)
@@ -251,8 +259,12 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def compiled(function: Function, device: torch.device) -> Function:
-    """Compile a function. Raises EnvironmentFault, now or when it is called, if that fails."""
+def compiled(function: Function, device: torch.device, cuda_graph: bool = False) -> Function:
+    """Compile a function. Raises EnvironmentFault, now or when it is called, if that fails.
+
+    With `cuda_graph`, for CUDA alone, one launch runs all of its kernels, and each call overwrites
+    the tensors that the last one returned.
+    """
     otherwise = "or set train.compile: false"
     if reason := no_compiling(device) or no_loading(device):
         raise EnvironmentFault(f"torch.compile: {reason} {otherwise}")
@@ -262,13 +274,18 @@ def compiled(function: Function, device: torch.device) -> Function:
     config.trace_autograd_ops = True  # the function may take gradients inside
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(True)  # the same, and the compiler knows of it
-    options = _CPU_COMPILER if device.type == "cpu" else None
+    options: CompilerOptions = {"triton.cudagraphs": cuda_graph}
+    if device.type == "cpu":
+        options = _CPU_COMPILER
     fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         try:
             return fast(*arguments)
+        except torch.OutOfMemoryError:
+            torch.compiler.reset()  # torch 2.11 cannot go on after a CUDA graph that did not fit
+            raise
         except BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(
@@ -282,6 +299,12 @@ def no_compiling(device: torch.device) -> str | None:
     """Return why torch.compile cannot work here, with a remedy, or None if it can."""
     if device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
         return "no C++ compiler found; install g++"
+    if device.type == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else _C_COMPILERS
+        if not any(map(shutil.which, names)):
+            return f"triton finds no C compiler ({' or '.join(names)}); install gcc"
+        if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+            return "triton finds no Python.h; install Python's headers (python3-dev)"
     if device.type == "cpu" and " " in torch.__file__:
         # it hands its own path to the linker without quotes
         return (

@@ -34,6 +34,7 @@ from lm.base.errors import (
     is_out_of_memory,
 )
 from lm.base.settings import PARALLEL, RuntimeConfig
+from lm.machine.collectives import all_gather_single
 
 FAULTS = (InputError, EnvironmentFault, Busy, OSError)
 GRACE_S = 20.0  # for the others to notice, too; torch's launcher kills after 30
@@ -80,7 +81,7 @@ class Processes:
         if self.size == 1:
             return mine[None].numpy()
         everyones = torch.empty(self.size * len(mine), dtype=torch.float64)
-        dist.all_gather_single(everyones, mine, group=self.messages)
+        all_gather_single(everyones, mine, group=self.messages)
         return everyones.view(self.size, -1).numpy()
 
     def together(self, action: Callable[[], Result]) -> Result:
@@ -289,7 +290,7 @@ def _sockets() -> dict[int, int]:
 
 @contextmanager
 def _recording_sockets() -> Iterator[None]:
-    """Record the sockets that are opened in this context; those of a tracker, say, are not ours."""
+    """Record the sockets that torch opens in this context: a tracker has others of its own."""
     before = set(_sockets())
     yield
     _of_groups.update(_sockets().keys() - before)
@@ -339,7 +340,9 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
                 timeout=timeout,
                 device_id=None if device.type == "cpu" else device,  # else NCCL guesses
             )
-        return Processes(rank, size, store, timeout)
+        processes = Processes(rank, size, store, timeout)
+        processes.gather(None)  # one that leaves while others still connect would look lost
+        return processes
     except (dist.DistError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise EnvironmentFault(

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lm.machine.collectives import all_gather_single
+
 
 def is_shared(tensor: Tensor) -> bool:
     """Return whether this process keeps only its rows of the tensor."""
@@ -122,6 +124,6 @@ def sums_of_squares(tensors: list[Tensor]) -> Tensor:
     if first is None:
         return mine
     everyones = torch.empty(size, len(mine), dtype=torch.float64, device=mine.device)
-    dist.all_gather_single(everyones.view(-1), mine, group=group_of(first))
+    all_gather_single(everyones.view(-1), mine, group=group_of(first))
     parts = zip(everyones.split(rows, dim=1), tensors, strict=True)
     return torch.cat([part.flatten()[: len(tensor)] for part, tensor in parts])

@@ -4,7 +4,7 @@ Three functions choose by whether torch compiles, so that the model need not:
 
     project                one product of all weights where compiled
     project_heads          queries, keys and values by one product where compiled
-    attention              torch's kernel; compiled on a CPU, formulas in blocks of queries
+    attention              torch's kernels; compiled on a CPU, formulas in blocks of queries
 
 The others have gradients of their own:
 
@@ -29,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 4  # queries at a time; their number
 LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # in training
 CROSS_ENTROPY_CHUNK = 1 << 26  # logits turned into float32 at once: 256 MiB
+# rows of a head are filled up to a multiple: tensor cores lose much of their rate without
+HEAD_ALIGNMENT = {"cuda": 64}
 Angles = tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]  # cosines and sines, (T, D / 2)
 Mask = Bool[Tensor, "B 1 T T"]  # true where a query sees a key
 
@@ -97,7 +99,11 @@ def rotate(
 
 
 def document_mask(documents: Int[Tensor, "B T"]) -> Mask:
-    """Return a mask by which queries see keys of their own document, at or before their place."""
+    """Return a mask by which queries see keys of their own document, at or before their place.
+
+    On CUDA too: torch's varlen_attn has the number of documents in its shapes, which a graph cannot
+    know, and flex_attention no dropout, and no backward pass on a CPU by which to test it.
+    """
     return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
 
@@ -110,15 +116,30 @@ def attention(
 ) -> Float[Tensor, "B H T D"]:
     """Return softmax(q k^T / sqrt(D)) v over the keys that `mask` shows; None: causal.
 
-    Where there are fewer heads of keys and values, neighbouring heads of queries share them.
+    Where there are fewer heads of keys and values, neighbouring heads of queries share them. On
+    CUDA torch takes the first of these kernels that can compute it, each with a deterministic
+    backward pass (`make_deterministic` excludes cuDNN's, which has none):
+
+        FlashAttention      bfloat16 or float16 without a mask
+        memory-efficient    float32, or with a mask, which it reads as (B, 1, T, T) numbers
+        plain formulas      what is left: a GPU older than either, heads of odd sizes
     """
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:
+    # FlashAttention alone can share heads: the second kernel cannot before torch 2.15
+    # (pytorch/pytorch#191085), and the formulas would hold all T x T weights instead
+    share = q.is_cuda and q.dtype == torch.bfloat16 and mask is None
+    if groups > 1 and not share:
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))  # (B, H, T, D)
     if torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
         return causal_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        enable_gqa=share and groups > 1,
     )
 
 
@@ -283,7 +304,8 @@ def linear_cross_entropy(
     """Return cross_entropy(features @ weight.T, targets) in a fraction of the memory and time.
 
     The gradients are made together with the loss, for some rows at a time, so that the logits of
-    no more rows are held (Wijmans et al. 2024, "Cut your losses", at the level of tensors).
+    no more rows are held (Wijmans et al. 2024, "Cut your losses", at the level of tensors). The
+    copy of `weight` that products read is filled up with rows of zeros to HEAD_ALIGNMENT.
     """
     loss: Tensor = _LinearCrossEntropy.apply(features, weight, targets)
     return loss
@@ -307,11 +329,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         device = features.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else features.dtype
-        narrow, count = weight.to(dtype), len(targets)
-        rows = rows_at_once(count, len(weight))
+        narrow, count, vocab_size = weight.to(dtype), len(targets), len(weight)
+        if padding := -vocab_size % HEAD_ALIGNMENT.get(device, 1):
+            narrow = F.pad(narrow, (0, 0, 0, padding))
+        rows = rows_at_once(count, vocab_size)
         nats, by_features, by_weight = [], [], []
         for x, y in zip(features.split(rows), targets.split(rows), strict=True):
-            logits = x.to(dtype) @ narrow.t()  # (rows, V)
+            logits = x.to(dtype) @ narrow.t()  # (rows, V + padding)
+            if padding:
+                logits[:, vocab_size:] = -math.inf  # no probability, and no gradient
             largest = logits.amax(dim=1, keepdim=True).float()  # (rows, 1)
             at_target = logits.gather(1, y[:, None]).float()  # (rows, 1)
             e = (logits.float() - largest).exp().to(dtype)
@@ -323,6 +349,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part in by_weight[1:]:
             total = total + part
         total = total.index_add(0, targets, features.float(), alpha=-1)
+        if padding:
+            total = total[:vocab_size]
         ctx.save_for_backward(torch.cat(by_features) / count, total / count)
         return torch.stack(nats).sum() / count
 

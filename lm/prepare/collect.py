@@ -165,9 +165,8 @@ def _summary(collected: Sequence[Collected]) -> dict[str, Any]:
     }
     total = sums(list(splits.values()))
     tally, used = Counter[str](), np.zeros(1, dtype=np.uint8)
-    n_documents = 0
+    n_documents = sum(done[split]["documents"] for done, _ in collected for split in SPLITS)
     for done, _ in collected:
-        n_documents += sum(done[split]["documents"] for split in SPLITS)
         tally.update(done["tally"])
         used = used | np.frombuffer(bytes.fromhex(done["used"]), dtype=np.uint8)
     replaced = tally.pop(REPLACED, 0)
@@ -209,7 +208,7 @@ def files_table(shards: Sequence[Shard], left_out: Counter[str]) -> str:
             name = "".join(c if c.isprintable() else "?" for c in texts[0])
             more = f" and {len(texts) - 1:,} more" if texts[1:] else ""
             beside = f"read as text beside {others[0][1]:,} {others[0][0]} files"
-            lines += ["", f"{name}{more} {beside}: leave out by data.glob what is no text to learn"]
+            lines += ["", f"{name}{more} {beside}: exclude by data.glob what should not be learned"]
     if +left_out:
         lines += ["", f"Files not read: {in_words(left_out)}"]
     return "\n".join(lines) + "\n"

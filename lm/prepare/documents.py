@@ -29,6 +29,7 @@ from lm.prepare.sources import DataConfig, SourceFiles, find_sources, text_root
 from lm.prepare.workers import ordered_map
 
 Result = TypeVar("Result")
+STOPS = {"stop": True, "skip": False}  # by data.on_bad_document
 REPLACED = "replacement characters"  # beside the reasons for which documents are left out
 
 
@@ -128,7 +129,7 @@ def _require_separator(found: Sequence[SourceFiles]) -> None:
             hint = f"{cause}: write {shown(meant.decode())} in params.yaml"
             break
     raise InputError(
-        f"data.separator = {shown(separator.decode())}: stands in no text file; {hint}"
+        f"data.separator = {shown(separator.decode())}: does not occur in any text file; {hint}"
     )
 
 
@@ -161,12 +162,13 @@ def documents(
     InputError, naming the place, for a document that is not text, unless data.on_bad_document
     is "skip".
     """
+    stops = STOPS[config.on_bad_document]
     for shard in cut_into_shards(config) if shards is None else shards:
         for file, start, stop in shard.stretches:
             reader = reader_of(file, shard.options)
             for record in reader.read(start, stop):
                 if not isinstance(record, Found):
-                    if isinstance(record, Bad) and config.on_bad_document == "stop":
+                    if stops and isinstance(record, Bad):
                         raise InputError(f"{reader.place(record.offset)}: {record.message}")
                     tally[record.reason] += 1
                 elif _is_blank(record.data):
@@ -178,7 +180,7 @@ def documents(
 
 
 def _is_blank(data: bytes) -> bool:
-    """Return whether a text is white space alone; for most the first byte says no."""
+    """Return whether a text is white space alone; for most texts the first byte decides."""
     return not (data and 0x20 < data[0] < 0x80) and not data.decode().strip()
 
 

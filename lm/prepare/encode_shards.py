@@ -116,7 +116,7 @@ def encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> tuple[Job
         return encode_all(replace(job, library="tokenizers"), shards, num_workers)
     reused = sum(done.pop("reused", False) for done in all_done)
     if reused:
-        say(f"{reused:,} of {len(shards):,} shards were done before")
+        say(f"{reused:,} of {len(shards):,} shards were already done")
     return job, all_done
 
 
@@ -155,7 +155,7 @@ def _write_shard(job: Job, shard: Shard, encoder: Encoder, folder: Path) -> Done
     used, longest = np.zeros(encoder.tokenizer.vocab_size, dtype=bool), 0
     fingerprints: dict[SplitName, list[bytes]] = {split: [] for split in SPLITS}
     with ExitStack() as stack:
-        writers = [stack.enter_context(ShardWriter(folder / split, dtype)) for split in SPLITS]
+        writers = {s: stack.enter_context(ShardWriter(folder / s, dtype)) for s in SPLITS}
         for batch in _batches(shard_documents(job.config, tally, shard)):
             texts = [document.data for _, document in batch]
             try:
@@ -171,7 +171,7 @@ def _write_shard(job: Job, shard: Shard, encoder: Encoder, folder: Path) -> Done
                 digests = b"".join(hashlib.sha256(text).digest()[:16] for text in texts)
                 table["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
             splits = np.array([split for split, _ in batch])
-            for split, writer in zip(SPLITS, writers, strict=True):
+            for split, writer in writers.items():
                 mine = splits == split
                 n_bytes = int(table["bytes"][mine].sum())
                 writer.append(ids[np.repeat(mine, table["tokens"])], n_bytes, int(mine.sum()))
@@ -181,7 +181,7 @@ def _write_shard(job: Job, shard: Shard, encoder: Encoder, folder: Path) -> Done
         with writing(file):
             file.write_bytes(b"".join(fingerprints[split]))
     return {
-        **{split: writer.counts for split, writer in zip(SPLITS, writers, strict=True)},
+        **{split: writer.counts for split, writer in writers.items()},
         "tally": dict(sorted(tally.items())),
         "longest_bytes": longest,
         "used": np.packbits(used).tobytes().hex(),

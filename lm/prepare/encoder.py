@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from itertools import chain, islice, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,14 +50,18 @@ class Encoder:
         self._byte_lengths = tokenizer.byte_lengths.astype(np.int32)  # half the memory to fill
         self._gigatoken: Gigatoken | None = None
         self.why_not: str | None = None
-        try:
-            if library == "tokenizers":
-                raise Unusable("tokenizers was asked for")
-            self._gigatoken = Gigatoken(tokenizer)
-        except Unusable as error:
-            if library == "gigatoken":
-                raise InputError(str(error)) from None
-            self.why_not = str(error)
+        match library:
+            case "tokenizers":
+                self.why_not = "tokenizers was asked for"
+            case "gigatoken" | None:
+                try:
+                    self._gigatoken = Gigatoken(tokenizer)
+                except Unusable as error:
+                    if library is not None:
+                        raise InputError(str(error)) from None
+                    self.why_not = str(error)
+            case _:
+                assert_never(library)
 
     def encode(self, documents: list[bytes]) -> Encoded:
         """Return the ids of documents one after the other, without end tokens, and their counts.
@@ -121,7 +125,7 @@ class Encoder:
                 raise DocumentRefused(
                     index,
                     f"{RUN_BYTES >> 20} MiB without a place where the tokenizer can cut it; "
-                    "break its lines, or leave it out if it is no text",
+                    "break its lines, or leave it out if it is not text",
                 )
             places.append(place)
         places += [len(document)] if places[-1] < len(document) else []

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
@@ -34,6 +33,8 @@ def from_tiktoken(name: str, texts: Iterable[str], end_token: str = END_TOKEN) -
     tiktoken keeps the rank of each token; `_last_merge` finds the merge that makes it. Raises
     InputError for an unknown name, EnvironmentFault if tiktoken cannot fetch its data.
     """
+    import tiktoken
+
     known = {*tiktoken.list_encoding_names(), *tiktoken.registry.ENCODINGS}
     if name not in known:
         raise InputError(f"tokenizer.source = {name}: tiktoken knows {', '.join(sorted(known))}")
@@ -100,7 +101,7 @@ def foreign_tokenizer(file: Path, texts: Iterable[str], end_token: str = END_TOK
     if trial.returncode != 0:
         *_, last = trial.stderr.decode("utf-8", "replace").strip().split("\n")
         if not last.startswith("error: "):
-            raise InputError(f"{file}: ended its trial by a crash {last}".rstrip())
+            raise InputError(f"{file}: crashed when it was tried {last}".rstrip())
         raise InputError(last.removeprefix("error: "))
     return open_tokenizer_json(file, end_token)
 

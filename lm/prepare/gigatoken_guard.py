@@ -16,11 +16,10 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
-import orjson
 import psutil
 import tokenizers
 from numpy.typing import NDArray
@@ -78,14 +77,16 @@ class Gigatoken:
         """Raise Unusable if gigatoken is missing, refuses this tokenizer or fails the trial."""
         self.tokenizer = tokenizer
         self._n_encoded = 0  # texts
-        settings = orjson.loads(tokenizer.backend.to_str())
-        added = settings["added_tokens"]
-        settings["added_tokens"] = [token for token in added if not token["special"]]
-        self._json = orjson.dumps(settings)
         try:
+            import orjson
+
+            settings = orjson.loads(tokenizer.backend.to_str())
+            added = settings["added_tokens"]
+            settings["added_tokens"] = [token for token in added if not token["special"]]
+            self._json = orjson.dumps(settings)
             self._open()
-        except ImportError:
-            raise Unusable("gigatoken is not installed") from None
+        except ImportError as error:
+            raise Unusable(f"{error.name} is not installed") from None
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0][:200]
             raise Unusable(f"gigatoken refuses this tokenizer: {reason}") from None
@@ -109,8 +110,13 @@ class Gigatoken:
         """
         if psutil.Process().memory_info().rss > self._resident_bytes + CACHE_BYTES:
             self._open()
-        if has_newer_characters(b"".join(texts)):  # hardly ever: so all of them
-            return by_tokenizers(self.tokenizer, texts)
+        if has_newer_characters(b"".join(texts)):  # hardly ever
+            parts = [
+                by_tokenizers(self.tokenizer, list(run)) if is_newer else self.encode(list(run))
+                for is_newer, run in groupby(texts, has_newer_characters)
+            ]
+            ids, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            return ids, lengths
         self._n_encoded += len(texts)
         if self._n_encoded < SHORT_RUN:
             encoded = [self._library.encode(text) for text in texts]

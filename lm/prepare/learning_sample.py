@@ -8,6 +8,8 @@ import hashlib
 from collections import Counter
 from contextlib import closing
 from functools import partial
+from io import BytesIO
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from lm.prepare.documents import (
     shard_documents,
     with_train_bytes,
 )
+from lm.prepare.gigatoken_guard import split_at_nul
 from lm.prepare.sources import DataConfig
 from lm.prepare.workers import ordered_map
 
@@ -42,11 +45,16 @@ def learning_sample(config: DataConfig, limit_bytes: int, num_workers: int) -> b
     require_both_splits(counts["train"], counts["valid"], config)
     wanted = np.cumsum(n_bytes) <= limit_bytes
     n_bins = max(int(wanted.sum()), int(n_bytes.nonzero()[0][0]) + 1)
+    seen, sample = set[bytes](), BytesIO()  # which hands its bytes out without a copy
     with closing(ordered_map(partial(_part, config, n_bins), shards, num_workers)) as found:
-        parts = [part for part in found if part]
-    if config.deduplicate:
-        parts = list(dict.fromkeys(text for part in parts for text in part.split(b"\0")))
-    return b"\0".join(parts)
+        for text in chain.from_iterable(map(split_at_nul, found)):
+            if config.deduplicate:
+                digest = hashlib.sha256(text).digest()
+                if digest in seen:
+                    continue
+                seen.add(digest)
+            sample.write(b"\0" + text if sample.tell() else text)
+    return sample.getvalue()
 
 
 def _measure(config: DataConfig, shard: Shard) -> tuple[Counter[SplitName], NDArray[np.int64]]:

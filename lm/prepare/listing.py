@@ -9,6 +9,7 @@ is read: for the key of its shard.
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ def listed_folder(file: Path) -> Path:
                 f"{file}: not a listing; make one by python -m lm.prepare.listing FOLDER {file}"
             )
     if not root.is_dir():
-        raise InputError(f"{file}: lists {root}, which is no folder here; make it again")
+        raise InputError(f"{file}: lists {root}, which is not a folder here; make it again")
     found, again = _found(root), f"make it again: python -m lm.prepare.listing {root} {file}"
     for name in sorted(found.keys() | listed.keys()):
         before, now = listed.get(name), found.get(name)
@@ -149,20 +150,30 @@ def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
     parts = path.relative_to(Path.cwd()).parts
     above = [path, *path.parents][: len(parts) + 1]
     is_nested = any((folder / ".dvc").exists() for folder in above[:-1])
-    lines = chain.from_iterable(
-        file.read_text(encoding="utf-8").splitlines()
+    lines = [
+        (line, path.relative_to(folder).parts[:1])
         for folder in above
         if (file := folder / ".dvcignore").is_file()
-    )
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
     # lines such as /.venv matter in a hidden folder alone: hidden entries are never read
     idle = ("#",) if any(part.startswith(".") for part in parts) else ("#", "/.")
-    if not is_nested and all(not line.strip() or line.startswith(idle) for line in lines):
+    if not is_nested and all(
+        not line.strip() or line.startswith(idle) or _is_of_another(line, first)
+        for line, first in lines
+    ):
         return None
     from dvc.fs import localfs  # takes a second
     from dvc.ignore import DvcIgnoreFilter
 
     ignores: Callable[..., tuple[list[str], list[str]]] = DvcIgnoreFilter(localfs, str(Path.cwd()))
     return ignores
+
+
+def _is_of_another(line: str, first: tuple[str, ...]) -> bool:
+    """Return whether a line such as /lm/**/x is of another folder than the `first` on our way."""
+    named = re.match(r"/([\w-]+)/", line)
+    return named is not None and first not in ((), (named[1],))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ CONVERT = "convert the file, leave it out, or set data.encoding_errors: replace"
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Where in a file the text stands, and whether bytes that are no text are replaced."""
+    """Where in a file the text stands, and whether bytes that are not text are replaced."""
 
     text_field: str  # of JSON objects; the column of tables
     separator: bytes | None  # cuts plain text into records; None: one file, one record
@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
     offset: int
     data: bytes
-    replaced: int = 0  # characters put in place of bytes that are no text
+    replaced: int = 0  # characters put in place of bytes that are not text
 
 
 class Bad(NamedTuple):
@@ -86,7 +86,7 @@ class Reader(ABC):
 def checked(offset: int, data: bytes, options: ReadOptions, base: int | None = None) -> Found | Bad:
     """Return a record if its bytes are text; `base` is the place of the first in the file.
 
-    A NUL byte is UTF-8 but no text: it comes of UTF-16, a binary file, or a crash.
+    A NUL byte is UTF-8 but no text: it comes from UTF-16, a binary file, or a crash.
     """
     if len(data) > limits.MAX_DOCUMENT_BYTES:
         return too_long(offset)

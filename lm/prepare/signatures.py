@@ -3,12 +3,10 @@
 import re
 from collections.abc import Container
 
-import orjson
-
 from lm.prepare.records import WHOLE, Bad
 
 LEAVE_OUT = "or leave it out (data.glob, data.on_bad_document: skip)"
-MARK = b"\xef\xbb\xbf"  # U+FEFF at the beginning of a file: says UTF-8, is no text
+MARK = b"\xef\xbb\xbf"  # U+FEFF at the beginning of a file: says UTF-8, is not part of the text
 PACKED = (  # an offset, the bytes there, what the file is and what to do with it
     (0, b"PK\x03\x04", "a zip archive, not text; unpack it"),
     (257, b"ustar", "a tar archive, not text; unpack it"),
@@ -24,9 +22,9 @@ PACKED = (  # an offset, the bytes there, what the file is and what to do with i
     (0, b"\xff\xff\xff\xff", "an Arrow table, not text; save it as .parquet"),
     (0, b"SQLite format 3\0", "an SQLite database, not text; export its text"),
     (0, b"%PDF-", "a PDF, not text; convert it"),
-    (0, b"\x89PNG", "a picture, not text; take it away"),
-    (0, b"\xff\xd8\xff", "a picture, not text; take it away"),
-    (0, b"GIF8", "a picture, not text; take it away"),
+    (0, b"\x89PNG", "an image, not text; remove it"),
+    (0, b"\xff\xd8\xff", "an image, not text; remove it"),
+    (0, b"GIF8", "an image, not text; remove it"),
 )
 JSON = {  # kinds of JSON that are not an object a line
     "lines": "JSON lines, not text; name it .jsonl",
@@ -58,6 +56,8 @@ def _json_kind(head: bytes) -> str | None:
         return "array"
     if not text.startswith(b"{"):
         return None
+    import orjson
+
     line, line_break, _ = text.partition(b"\n")
     try:
         return "lines" if isinstance(orjson.loads(line), dict) and line.strip() != b"{}" else None

@@ -19,6 +19,7 @@ from lm.prepare.records import ReadOptions
 
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
 OUTPUTS = (TOKENIZER, TOKENS, METRICS, MODELS)  # of stages that read text
+REPLACES = {"strict": False, "replace": True}  # by data.encoding_errors
 SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
 
 
@@ -50,7 +51,7 @@ class DataConfig:
     separator: Annotated[
         Annotated[str, NOT_EMPTY] | None,
         'cuts text files into documents, e.g. `<|endoftext|>`, or `"\\n\\n"` in double quotes; '
-        "must stand in one of them; null: one file, one document",
+        "must occur in one of them; null: one file, one document",
     ]
     encoding_errors: Annotated[
         Literal["strict", "replace"],
@@ -58,7 +59,7 @@ class DataConfig:
     ]
     on_bad_document: Annotated[
         Literal["stop", "skip"],
-        "at what is no text (a null, bad JSON, bytes, too long): stop, or leave it out and count",
+        "at what is not text (a null, bad JSON, bytes, too long): stop, or leave it out and count",
     ]
     deduplicate: Annotated[bool, "leave out exact duplicates"]
     split: Annotated[
@@ -106,9 +107,8 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
     the first two may never end, and DVC does not watch the files behind the third.
     """
     separator = None if config.separator is None else config.separator.encode()
-    options = ReadOptions(
-        config.text_field, separator, config.encoding_errors == "replace", config.max_expansion
-    )
+    replaces = REPLACES[config.encoding_errors]
+    options = ReadOptions(config.text_field, separator, replaces, config.max_expansion)
     root = text_root(config)
     is_listed = root != Path(config.path)
     for output in OUTPUTS if root.exists() else ():
@@ -193,7 +193,7 @@ def _files(
     wanted = PurePosixPath(pattern).parts
     if not wanted or wanted[0] == "/" or any("**" in part and part != "**" for part in wanted):
         raise InputError(
-            f"{pattern_key} = {pattern}: no pattern of paths in the folder, as **/*.txt is one"
+            f"{pattern_key} = {pattern}: not a pattern of paths in the folder, such as **/*.txt"
         )
     at = len(f"{path}/")
     texts: list[str] = []
@@ -206,8 +206,8 @@ def _files(
             left_out["links to folders"] += entry.is_symlink() and Path(entry.path).is_dir()
         elif not listing.is_file(entry):
             raise InputError(
-                f"{entry.path}: a pipe, a device, a broken link or a link to a folder; take it "
-                "away or leave it out by data.glob"
+                f"{entry.path}: a pipe, a device, a broken link or a link to a folder; remove "
+                "it or leave it out by data.glob"
             )
         elif _is_of_dvc(entry.name):
             left_out["files of DVC's own"] += 1
@@ -216,7 +216,7 @@ def _files(
     different = _different(sorted(links), texts)
     left_out["links to a text that is read already"] = len(links) - len(different)
     if not texts + different:
-        hint = "; braces have no meaning, use data.sources" if "{" in pattern else ""
+        hint = "; braces are not supported, use data.sources" if "{" in pattern else ""
         hint += f"; not read: {in_words(left_out)}" if +left_out else ""
         raise InputError(f"{key} = {value}: no file matches {pattern_key} = {pattern}{hint}")
     return [Path(text) for text in sorted(texts + different)], left_out
@@ -227,7 +227,7 @@ def _advice(value: str) -> str:
     if set("*?[") & set(value):
         return "; a pattern goes into data.glob"
     if value.startswith("~"):
-        return "; ~ is known to shells alone, write the path in full"
+        return "; only a shell expands ~, write the full path"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value):
         return (
             "; a data set of Hugging Face is not downloaded: "

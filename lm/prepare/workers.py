@@ -50,7 +50,7 @@ def ordered_map(
                 if not isinstance(error, BrokenProcessPool):
                     raise
                 raise EnvironmentFault(
-                    "a worker process was killed, perhaps for want of memory; lower "
+                    "a worker process was killed, perhaps because memory ran out; lower "
                     "runtime.num_workers"
                 ) from None
 

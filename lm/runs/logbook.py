@@ -48,7 +48,7 @@ class Logbook:
 
     def add(self, record: Record, elapsed_s: float) -> None:
         """Add a finished step; `elapsed_s` counts from when this process began to train."""
-        self.add_change(MICRO_BATCH_SIZES, self.state.micro_batch_size, record["step"])
+        self.add_change(MICRO_BATCH_SIZES, record["micro_batch_size"], record["step"])
         self.add_change(NUM_PROCESSES, self.state.processes.size, record["step"])
         self.history.add(record)
         self.clock.tick(record["step"], elapsed_s, self.history)
@@ -70,6 +70,12 @@ class Logbook:
         patience = self.config.early_stopping
         stopped_early = patience is not None and self.best.misses >= patience
         return self.state.step >= self.config.max_steps or stopped_early
+
+    @property
+    def step(self) -> int:
+        """The last step of the history; a GPU may be some steps ahead of it."""
+        rows = self.history.pending or self.history.rows
+        return int(rows[-1]["step"]) if rows else self.state.step
 
     def extra(self) -> Extra:
         """Return what a checkpoint keeps of it."""
@@ -96,8 +102,8 @@ class Logbook:
         """Return the figures of the last step, for metrics/train.json."""
         state, average, valid_loss = self.state, self.history.average_loss, self.valid_loss
         figures: dict[str, Any] = {
-            "step": state.step,
-            "tokens": state.step * self.config.tokens_per_step(state.model.config),
+            "step": self.step,
+            "tokens": self.step * self.config.tokens_per_step(state.model.config),
             "parameters": state.model.num_parameters(),
             "micro_batch_size": state.micro_batch_size,
             "train_loss": average if math.isfinite(average) else None,

@@ -55,6 +55,7 @@ class Pace:
         step_s = statistics.median(self.step_seconds) if self.step_seconds else float("nan")
         tokens_per_second = config.tokens_per_step(model.config) / step_s
         flops = model.flops_per_token()
+        peak_bytes = peak_memory_bytes(device)  # before the products of matmul_flops_per_second
         rate = matmul_flops_per_second(device, config.dtype)
         promised = data_sheet_flops_per_second(device, config.dtype)
         mfu = tokens_per_second * flops / ((promised or rate) * num_devices)
@@ -64,7 +65,7 @@ class Pace:
             "dtype": config.dtype,
             "tokens_per_second": round(tokens_per_second, 1),
             "step_seconds_median": round(step_s, 6),
-            "peak_memory_bytes": peak_memory_bytes(device),
+            "peak_memory_bytes": peak_bytes,
             "flops_per_token": flops,
             "matmul_flops_per_second": round(rate),
             "data_sheet_flops_per_second": promised,

@@ -106,6 +106,11 @@ class Run:
         """Whether the last step is done or validation has stopped improving."""
         return self.logbook.finished
 
+    def pause_due(self, step: int) -> bool:
+        """Whether the caller must be able to save after this step, before the next is launched."""
+        at_interval = due(step, self.runtime.checkpoint_interval)
+        return at_interval or self.signals.caught is not None
+
     def log(self, record: Record) -> None:
         """Take in a finished step, with "valid_loss" if it was validated.
 
@@ -165,8 +170,8 @@ class Run:
     def write_performance(self, metrics: Path, timing: Timing) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
         if self.processes.leads:
-            measured = self.pace.measured(self.state, self.config)
             predicted = timing.beside_measured(self.state.model.head.device)
+            measured = self.pace.measured(self.state, self.config)  # takes memory to measure rates
             write_json(metrics / "performance.json", measured | predicted)
 
     def _write_times(self) -> None:

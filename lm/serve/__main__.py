@@ -1,5 +1,8 @@
 """`python -m lm.serve`."""
 
-from lm.serve.server import main
+from lm.base.errors import one_line_errors
+
+with one_line_errors():  # Flask may be missing
+    from lm.serve.server import main
 
 main()

@@ -1,17 +1,19 @@
 """The training loop: batch, learning rate, step, validate, log, save."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lm.base.errors import Diverged
-from lm.base.settings import TrainConfig
+from lm.base.settings import TrainConfig, WindowOrder
 from lm.data.batches import Split, Tokens
 from lm.machine.device import to_device
+from lm.model.transformer import Ids
 from lm.model.validation import evaluate, loss_nats
+from lm.train.ahead import StepsAhead
 from lm.train.parallel import BatchGradients
 from lm.train.recover import skip_step
 from lm.train.schedule import learning_rate_fraction
@@ -27,54 +29,96 @@ class Run(Protocol):
     def finished(self) -> bool: ...
     @property
     def save_due(self) -> bool: ...
+    def pause_due(self, step: int) -> bool: ...
     def log(self, record: Record) -> None: ...
     def save(self) -> None: ...
 
 
 def fit(state: TrainState, tokens: Tokens, config: TrainConfig, run: Run) -> None:
     """Train to the end of a run; after each step validate, log and save what is due."""
-    steps = train(state, tokens.train, config)
-    while not run.finished:
+
+    def validation_due(step: int) -> bool:
+        return due(step, config.eval_interval) or step == config.max_steps
+
+    def pause(step: int) -> bool:
+        return validation_due(step) or run.pause_due(step)
+
+    steps, paused = train(state, tokens.train, config, pause), True
+    while not (paused and run.finished):
         record = next(steps)
-        if due(state.step, config.eval_interval) or state.step == config.max_steps:
+        paused = state.step == record["step"]  # a GPU may be some steps ahead
+        if paused and validation_due(state.step):
             record["valid_loss"] = validation_loss(state, tokens.valid, config)
         run.log(record)
-        if run.save_due:
+        if paused and run.save_due:
             run.save()
 
 
-def train(state: TrainState, split: Split, config: TrainConfig) -> Iterator[Record]:
+def train(
+    state: TrainState,
+    split: Split,
+    config: TrainConfig,
+    pause: Callable[[int], bool] = lambda step: True,
+) -> Iterator[Record]:
     """Train up to config.max_steps; yield a record after each step.
 
-    The caller may evaluate, save or stop between two records without disturbing training. A step
-    whose loss or gradient norm is not finite raises Diverged, or is skipped: parameters and
-    optimizer stay as they are, and its record says why under "skipped".
+    After a step for which `pause` holds, the caller may evaluate, save or stop before the next
+    record without disturbing training; after others the state may be some steps ahead of the
+    record, if state.runs_ahead. A step whose loss or gradient norm is not finite raises Diverged,
+    or is skipped: parameters and optimizer stay as they are, and its record says why under
+    "skipped".
     """
-    device, context_length = state.model.head.device, state.model.config.context_length
     gradients = make_gradients(state.model, config, state.processes, split.end_id)
-    dealt = config.batch_size, context_length, config.seed, config.sampling
-    while state.step < config.max_steps:
-        start = time.perf_counter()
-        state.processes.begin_step(state.step + 1)
-        state.model.train()
-        fraction = learning_rate_fraction(state.step + 1, config)
-        for group in state.optimizer.param_groups:
-            group["lr"] = fraction * group["initial_lr"]
-        own = _own_windows(state, config, gradients)
-        x, y = (to_device(ids, device) for ids in split.batch(state.step, *dealt, own))
-        try:
-            record = train_step(state, config, x, y, gradients)
-            state.skipped_in_a_row = 0
-        except Diverged as error:
-            starts = split.starts(state.step, *dealt)
-            few = f"{', '.join(map(str, starts[:8]))}{', ...' * (len(starts) > 8)}"
-            record = skip_step(state, config, f"{error}; windows at {split.name} tokens {few}")
+    ahead = StepsAhead(state, config, gradients)
+    while state.step < config.max_steps or ahead.launched:
+        start, record = time.perf_counter(), None
+        if state.runs_ahead:
+            while ahead.room and not (ahead.launched and pause(state.step)):
+                ahead.launch(*_deal(state, split, config, gradients))
+            record = ahead.take()
+        if record is None:
+            record = _step(state, split, config, gradients)
         yield record | {
-            "learning_rate": fraction * config.lr,
-            "tokens": state.step * config.tokens_per_step(state.model.config),
+            "learning_rate": learning_rate_fraction(record["step"], config) * config.lr,
+            "tokens": record["step"] * config.tokens_per_step(state.model.config),
             "step_s": time.perf_counter() - start,
             "forward_s": gradients.forward.take(),
         }
+
+
+def _deal(
+    state: TrainState, split: Split, config: TrainConfig, gradients: BatchGradients
+) -> tuple[Ids, Ids]:
+    """Begin the next step: set its learning rate, return this process's windows of its batch."""
+    state.processes.begin_step(state.step + 1)
+    state.model.train()
+    fraction = learning_rate_fraction(state.step + 1, config)
+    for group in state.optimizer.param_groups:
+        group["lr"] = fraction * group["initial_lr"]
+    own = _own_windows(state, config, gradients)
+    x, y = split.batch(state.step, *_drawing(state, config), own)
+    device = state.model.head.device
+    return to_device(x, device), to_device(y, device)
+
+
+def _step(
+    state: TrainState, split: Split, config: TrainConfig, gradients: BatchGradients
+) -> Record:
+    """Do the next step, or skip it; see `train`."""
+    x, y = _deal(state, split, config, gradients)
+    try:
+        record = train_step(state, config, x, y, gradients)
+        state.skipped_in_a_row = 0
+    except Diverged as error:
+        starts = split.starts(state.step, *_drawing(state, config))
+        few = f"{', '.join(map(str, starts[:8]))}{', ...' * (len(starts) > 8)}"
+        record = skip_step(state, config, f"{error}; windows at {split.name} tokens {few}")
+    return record | {"micro_batch_size": state.micro_batch_size}
+
+
+def _drawing(state: TrainState, config: TrainConfig) -> tuple[int, int, int, WindowOrder]:
+    """Return what decides, beside the step, which windows are in a batch."""
+    return config.batch_size, state.model.config.context_length, config.seed, config.sampling
 
 
 def _own_windows(

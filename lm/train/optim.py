@@ -59,6 +59,8 @@ class AdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"fused": fused})
 
+    found_inf: Tensor | None = None  # on the device; 1: `step` leaves everything as it is
+
     def state_names(self, group: dict[str, Any]) -> set[str]:
         """Return the entries of a parameter's state: scalar "step", others shaped like it."""
         return {"step", "exp_avg", "exp_avg_sq"}
@@ -94,6 +96,7 @@ class AdamW(Optimizer):
             lr=group["lr"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            found_inf=self.found_inf,
         )
 
 
@@ -118,13 +121,21 @@ class Muon(AdamW):
             return
         lr, momentum = group["lr"], group["momentum"]
         stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
+        for some in _at_once([p for p in group["params"] if p.grad is not None]):
+            for p in some:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                gradient = local(p.grad)
-                buffer = local(self.state[p]["momentum_buffer"]).lerp_(gradient, 1 - momentum)
-                stacks.setdefault(p.shape, []).append((p, gradient.lerp(buffer, momentum)))
+            gradients = [local(p.grad) for p in some if p.grad is not None]
+            buffers = [local(self.state[p]["momentum_buffer"]) for p in some]
+            if self.found_inf is not None:  # then stays as it is: m + (1 - momentum) (m - m)
+                nonfinite = self.found_inf.bool()
+                gradients = [
+                    torch.where(nonfinite, *pair) for pair in zip(buffers, gradients, strict=True)
+                ]
+            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+            mixed = torch._foreach_lerp(gradients, buffers, momentum)
+            for p, update in zip(some, mixed, strict=True):
+                stacks.setdefault(p.shape, []).append((p, update))
         for shape, stack in stacks.items():
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             updates = [u for _, u in stack]
@@ -132,10 +143,23 @@ class Muon(AdamW):
                 directions = _orthogonalise_shared(updates, stack[0][0])
             else:
                 directions = list(orthogonalise(torch.stack(updates)))
-            for (p, _), direction in zip(stack, directions, strict=True):
-                rows = local(p)
-                rows.mul_(1 - lr * group["weight_decay"])
-                rows.add_(direction.to(p.dtype), alpha=-lr * scale)
+            steps = dict(zip((p for p, _ in stack), directions, strict=True))
+            for some in _at_once(list(steps)):
+                rows = [local(p) for p in some]
+                decay = 1 - lr * group["weight_decay"]
+                directions = [steps[p].to(p.dtype) for p in some]
+                if self.found_inf is not None:  # then 1 theta - 0
+                    nonfinite = self.found_inf.bool()
+                    decay = torch.where(nonfinite, 1.0, decay)
+                    directions = [torch.where(nonfinite, 0.0, d) for d in directions]
+                torch._foreach_mul_(rows, decay)
+                torch._foreach_add_(rows, directions, alpha=-lr * scale)
+
+
+def _at_once(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Return which are updated together: on CUDA all, by one launch; else each, in the cache."""
+    together = bool(parameters) and parameters[0].is_cuda
+    return [parameters] if together else [[p] for p in parameters]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -256,6 +280,7 @@ def gradient_clipping(
         norm = sums_of_squares(gradients).sum().sqrt().float()
     else:
         norm = nn.utils.get_total_norm(gradients)
-    if not norm + 1e-6 <= max_l2_norm:  # also nan: it must reach the gradients
+    # on a GPU always, since reading the norm would wait for it; a factor of 1 changes no bit
+    if norm.is_cuda or not norm + 1e-6 <= max_l2_norm:  # also nan: it must reach the gradients
         nn.utils.clip_grads_with_norm_(parameters, max_l2_norm, norm)
     return norm

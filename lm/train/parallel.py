@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lm.machine import collectives
 from lm.machine.device import Stopwatch
 from lm.machine.processes import Processes
 from lm.machine.sharded_tensors import mesh_of
@@ -109,7 +110,7 @@ class Replicated(BatchGradients):
         self.parameters, self.processes = tuple(model.parameters()), processes
         self.before: list[dict[Tensor, Tensor]] = []  # sums that the last gradients are added to
         self.ddp = nn.parallel.DistributedDataParallel(
-            _Loss(model, loss_of), gradient_as_bucket_view=True, forward_sync_buffers=False
+            _Loss(model, loss_of), gradient_as_bucket_view=True, **collectives.BUFFERS_STAY
         )
         self.ddp.register_comm_hook(None, self._reduced)
         self.laid_out = tree or processes.size <= 2  # a + b needs no order
@@ -159,7 +160,7 @@ class Replicated(BatchGradients):
         parts = flat.new_zeros(size, -(-len(flat) // size))
         parts.view(-1)[: len(flat)] = flat
         sums_of_all = torch.empty_like(parts)
-        dist.all_gather_single(sums_of_all.view(-1), _reduce_scattered(parts))
+        collectives.all_gather_single(sums_of_all.view(-1), _reduce_scattered(parts))
         flat.copy_(sums_of_all.view(-1)[: len(flat)])
         devices = [flat.device] if flat.is_cuda else None
         done: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
@@ -216,7 +217,7 @@ class _ReduceScatter:
     ) -> Any:
         self.gradients.watch(input_tensor)
         if not self.gradients.tree:
-            return dist.reduce_scatter_single(
+            return collectives.reduce_scatter_single(
                 output_tensor, input_tensor, op=op, group=group, async_op=async_op
             )
         parts = input_tensor.view(group.size(), -1)

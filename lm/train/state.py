@@ -26,6 +26,7 @@ class TrainState:
     scaler: torch.amp.GradScaler  # does nothing for a dtype that needs none
     micro_batch_size: int  # windows per backward pass; fewer after running out of memory
     processes: Processes = ALONE  # training this model together
+    runs_ahead: bool = False  # steps may be launched before the last ones are read: ahead.py
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -54,7 +55,9 @@ def new_state(
         shard(model, device)  # moves block by block to the device
     else:
         model.to(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype].scaled)
+    scaled = DTYPES[config.dtype].scaled  # by a factor that the host lowers: it must read each step
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     optimizer = OPTIMIZERS[config.optimizer].make(model, config)
     micro_batch_size = config.micro_batch_size or config.batch_size // processes.size
-    return TrainState(model, optimizer, scaler, micro_batch_size, processes)
+    runs_ahead = device.type == "cuda" and not (mode.several or scaled)
+    return TrainState(model, optimizer, scaler, micro_batch_size, processes, runs_ahead)

@@ -41,13 +41,11 @@ def train_step(
 
     Raises Diverged, and changes neither parameters nor optimizer, if loss or norm is not finite.
     """
-    max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    by_rows = PARALLEL[config.parallel].sharded or config.reduction == "tree"
     while True:
         own_losses = forward_backward(state, config, x, y, gradients)
-        grad_norm = gradient_clipping(state.model.parameters(), max_norm, by_rows).item()
+        grad_norm = clipped_norm(state, config).item()
         losses = state.processes.gather_numbers(own_losses.tolist()).astype(np.float32)  # by rank
-        loss = _mean(losses.T if gradients.alternating else losses)
+        loss = mean_loss(losses.T if gradients.alternating else losses)
         overflow = math.isfinite(loss) and not math.isfinite(grad_norm)
         if not (overflow and state.scaler.get_scale() > 1):
             break
@@ -79,6 +77,13 @@ def forward_backward(
     return torch.stack(losses)
 
 
+def clipped_norm(state: TrainState, config: TrainConfig) -> Tensor:
+    """Clip the gradients of the batch; return their norm before, a scalar on the device."""
+    max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
+    by_rows = PARALLEL[config.parallel].sharded or config.reduction == "tree"
+    return gradient_clipping(state.model.parameters(), max_norm, by_rows)
+
+
 def own_numbers(state: TrainState, config: TrainConfig, gradients: BatchGradients) -> range:
     """Return the numbers, in the batch, of the micro-batches that this process computes."""
     count = config.batch_size // state.micro_batch_size
@@ -107,14 +112,17 @@ def gradients_of(
 class OneProcess(BatchGradients):
     """The only process: forward and backward pass are one function, which a compiler sees whole."""
 
-    def __init__(self, model: TransformerLM, backward: Gradients, tree: bool):
+    def __init__(self, model: TransformerLM, backward: Gradients, tree: bool, overwrites: bool):
+        """With `overwrites`, each call of `backward` overwrites what the last one returned."""
         super().__init__(model, tree)
-        self.backward = backward
+        self.backward, self.overwrites = backward, overwrites
         self.parameters = tuple(model.parameters())
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """See BatchGradients."""
         loss, gradients = self.backward(self.model, x, y, weight)
+        if self.overwrites and not last:  # nothing reads the last ones after the step
+            loss, gradients = loss.clone(), tuple(gradient.clone() for gradient in gradients)
         if self.tree:
             self.sums.add(list(gradients))
             if not last:
@@ -141,11 +149,14 @@ def make_gradients(
 
     match config.parallel:
         case "none":
+            cuda_graph = False
             if config.compile is True and config.gradient_checkpointing:
-                forward = compiled(forward, device)  # a graph of both would recompute nothing
+                # a graph of both would recompute nothing; launches bind no model of such a size
+                forward = compiled(forward, device)
             elif config.compile is True:
-                backward = compiled(backward, device)
-            return OneProcess(model, backward, tree)
+                cuda_graph = device.type == "cuda"
+                backward = compiled(backward, device, cuda_graph)
+            return OneProcess(model, backward, tree, overwrites=cuda_graph)
         case "ddp":
             return Replicated(model, forward, processes, tree)
         case "fsdp":
@@ -154,7 +165,7 @@ def make_gradients(
             assert_never(other)
 
 
-def _mean(losses: NDArray[np.float32]) -> float:
+def mean_loss(losses: NDArray[np.float32]) -> float:
     """Return the mean over all micro-batches, added one by one in float32 in their order."""
     total = np.float32(0)
     for loss in losses.ravel():

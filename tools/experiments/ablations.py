@@ -28,7 +28,7 @@ def variants(model: Mapping[str, Any]) -> dict[str, Point]:
     """Return the settings of each variant by its name, at about the default's number of parameters.
 
     SiLU has two matrices where SwiGLU has three, so they are 3/2 as wide (Shazeer 2020, sec. 2).
-    Raises InputError if that is no whole number.
+    Raises InputError if that is not a whole number.
     """
     if model["d_ff"] % 2:
         raise InputError(f"model.d_ff = {model['d_ff']}: must be even, SiLU takes 3/2 of it")

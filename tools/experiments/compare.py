@@ -41,7 +41,7 @@ TABLE, PLOT = Path("metrics/compare.md"), Path("metrics/compare.svg")
 
 
 def report(experiments: list[Experiment], metric: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the table with what must be said of it (Markdown), and the plot (Vega-Lite).
+    """Return the table with notes on it (Markdown), and the plot (Vega-Lite).
 
     Raises InputError for an unknown metric, or if there are no two results to compare.
     """
@@ -230,7 +230,7 @@ def conclusions(rows: list[ComparedSetting], names: list[str]) -> list[str]:
 
 
 def mixtures(experiments: list[Experiment], names: list[str], metric: str) -> list[str]:
-    """Return notes on the other things than settings in which the experiments differ."""
+    """Return notes on what differs between the experiments besides settings."""
     notes = []
     if len({e.tokenizer for e in experiments if e.metrics}) > 1:
         unit = "so these are bits per byte" if metric == BITS else "use --metric eval.bits_per_byte"

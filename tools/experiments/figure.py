@@ -11,8 +11,8 @@ from tools.experiments.statistics import CONFIDENCE, ComparedSetting, t_interval
 def figure(rows: list[ComparedSetting], names: list[str], title: str) -> dict[str, Any]:
     """Return each seed, and each setting's mean with its own confidence interval (Vega-Lite).
 
-    The x axis has the setting with the most numbers, to scale unless other settings differ too:
-    those lie beside each other in colours of their own.
+    The x axis has the setting with the most numbers, to scale, or else the first setting. The other
+    settings that differ have colours.
     """
     numeric = [n for n in names if all(is_number(row.setting.get(n)) for row in rows)]
     x = max(numeric, key=lambda n: len({row.setting[n] for row in rows}), default=None)
@@ -33,7 +33,7 @@ def figure(rows: list[ComparedSetting], names: list[str], title: str) -> dict[st
     encoding = plot["encoding"]
     encoding["x"]["title"], encoding["y"]["title"] = x, title
     encoding["y"]["scale"]["domain"] = domain(seeds, means)
-    if x in numeric and not others:
+    if x in numeric:
         values: list[float] = sorted({row.setting[x] for row in rows})
         is_logarithmic = values[0] > 0 and (x.endswith("lr") or values[-1] > 10 * values[0])
         kind = "log" if is_logarithmic else "linear"
@@ -41,7 +41,7 @@ def figure(rows: list[ComparedSetting], names: list[str], title: str) -> dict[st
         encoding["x"] |= {"type": "quantitative", "scale": scale}
         encoding["x"]["axis"] |= {"values": values, "format": "~g"}
     else:
-        encoding["x"] |= {"type": "ordinal", "sort": "ascending" if x in numeric else None}
+        encoding["x"] |= {"type": "ordinal", "sort": None}
         encoding["xOffset"] = {"field": "series"}
     if others:
         legend = {"orient": "bottom", "columns": 2, "labelLimit": 300}

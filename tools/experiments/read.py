@@ -59,15 +59,20 @@ def read_experiments(revisions: list[str]) -> list[Experiment]:
 def _rows(repo: Any, revisions: list[str], hide_workspace: bool) -> list[tuple[str, Any, str]]:
     """Return name, content and state of each row of `dvc exp show`, named as asked for.
 
-    It stumbles over a task that a worker is just setting up.
+    It fails while a worker makes or removes the folder of a task: it looks into a git repository
+    there, which has no commit or no files yet ("Empty git repo"), and reads notes that the worker
+    writes in place.
     """
     from dvc.exceptions import NotDvcRepoError
+    from dvc.scm import SCMError
+    from dvc.utils.serialize import ParseError
+    from scmrepo.exceptions import SCMError as InnerSCMError
 
     if repo.scm.no_commits:
         raise InputError("git has no commit, and an experiment starts from one: commit")
     names = {commit_of(repo, revision): revision for revision in revisions}
-    for _ in range(10):
-        with suppress(FileNotFoundError, NotADirectoryError, NotDvcRepoError):
+    for _ in range(20):
+        with suppress(OSError, NotDvcRepoError, SCMError, InnerSCMError, ParseError):
             bases = repo.experiments.show(revs=revisions, hide_workspace=hide_workspace)
             break
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Mend what a killed DVC leaves torn.
+"""Repair what a killed DVC leaves torn.
 
 Begin with heal.py.
 """

@@ -124,7 +124,7 @@ def dead_claims(path: Path) -> list[int]:
 def is_held(claim: dict[str, Any], listed_in: Path) -> bool:
     """Return whether the process of a claim lives and may be the DVC that made it.
 
-    One that is no Python, or that began after the list was written, has only inherited the number.
+    One that is not Python, or that began after the list was written, has only inherited the number.
     """
     import psutil
 

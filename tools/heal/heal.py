@@ -1,11 +1,11 @@
-"""Mend what a killed DVC leaves torn, so that the next command goes on: `python -m tools.heal`.
+"""Repair what a killed DVC leaves torn, so that the next command goes on: `python -m tools.heal`.
 
 No stage of dvc.yaml: `make repro` calls it before `dvc repro`, `make heal` before anything else.
 DVC writes its locks and dvc.lock in place, and an experiment borrows HEAD and stash from git;
 SIGKILL and SIGTERM end DVC at once, so whatever it was doing stays half done. Each function that
-heal() calls mends one such thing and yields a line for it. It leaves alone what a living DVC holds,
-and keeps what may be the user's own work. A DVC in another container or on another machine is seen
-only while it trains: then heal() mends nothing and raises Busy.
+heal() calls repairs one such thing and yields a line for it. It leaves alone what a living DVC
+holds, and keeps what may be the user's own work. A DVC in another container or on another machine
+is seen only while it trains: then heal() repairs nothing and raises Busy.
 """
 
 import os
@@ -30,7 +30,7 @@ NO_GIT = "set, so that DVC works without git (its experiments need one)"
 
 
 def heal(root: Path) -> Iterator[str]:
-    """Mend all that a killed DVC left torn in a project; yield a line for each thing.
+    """Repair all that a killed DVC left torn in a project; yield a line for each thing.
 
     Raises Busy if a training runs in the project whose process cannot be seen from here, and
     EnvironmentFault if git refuses to work in it.

@@ -107,7 +107,7 @@ def charts(runs: list[RunResults]) -> dict[str, Any]:
     """Return what page.js draws, by the name of the chart."""
 
     def lines(part: str, x: str, y: str, columns: dict[str, str]) -> dict[str, Any]:
-        """Return columns of a part of each run as points, without the cells that are no numbers."""
+        """Return columns of a part of each run as points, without the cells without a number."""
         points = [
             {"x": row[x], "y": float(f"{row[column]:.6g}"), "kind": kind, "run": run.name}
             for column, kind in columns.items()

@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Container
-
-import orjson
+from pathlib import Path
 
 from lm.prepare.readers.text import Text
 from lm.prepare.records import WHOLE, Bad, Found, ReadOptions, checked
@@ -18,6 +17,12 @@ class JsonLines(Text):
     name_mark = ":"
     wrong_json: Container[str | None] = ()  # each line is judged
 
+    def __init__(self, file: Path, options: ReadOptions):
+        from orjson import loads
+
+        super().__init__(file, options)
+        self._loads = loads
+
     def separator(self) -> bytes:
         return b"\n"
 
@@ -25,7 +30,7 @@ class JsonLines(Text):
         if not data or data.isspace():
             return None
         try:
-            text = orjson.loads(data)[self.options.text_field]
+            text = self._loads(data)[self.options.text_field]
         except (ValueError, LookupError, TypeError):
             text = None
         if isinstance(text, str):

@@ -1,0 +1,99 @@
+"""Trainings as stage train has them, but for its files of tokens: what the parts measure."""
+
+import json
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lm.base.errors import Interrupted
+from lm.base.params import load_params
+from lm.base.sections import read_section
+from lm.base.settings import RuntimeConfig, TrainConfig
+from lm.data.batches import Split, Tokens
+from lm.machine.device import environment
+from lm.machine.processes import ALONE, Processes
+from lm.model.transformer import ModelConfig
+from lm.plan.plan import Plan, make_plan
+from lm.runs.run import Run
+from lm.train.loop import fit
+from lm.train.state import Record, new_state
+
+PRESETS = Path(__file__).parents[2] / "presets"
+Note = Callable[..., None]  # takes the name of what was found, and its figures
+Settings = tuple[ModelConfig, TrainConfig, RuntimeConfig]
+
+
+def settings(overrides: dict[str, Any], vocab_size: int, preset: str = "default") -> Settings:
+    """Return the sections of a preset that a training reads, with some settings changed."""
+    changes = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    params = load_params(PRESETS / f"{preset}.yaml", changes)
+    return (
+        read_section(ModelConfig, params, "model", vocab_size=vocab_size),
+        read_section(TrainConfig, params, "train"),
+        read_section(RuntimeConfig, params, "runtime"),
+    )
+
+
+def small(changes: dict[str, Any], tiny: bool, steps: int) -> Settings:
+    """Return the settings of a model that trains in seconds: on a GPU, or if tiny anywhere."""
+    sizes = {"d_model": 256, "d_ff": 688, "context_length": 256}
+    if tiny:
+        sizes = {"d_model": 32, "d_ff": 64, "context_length": 16, "num_layers": 2}
+    train: dict[str, Any] = {"batch_size": 16, "max_steps": steps, "warmup_steps": 2}
+    train |= {"num_threads": 1, "compile": False, "dtype": "bfloat16", "eval_interval": steps}
+    given = {f"model.{key}": value for key, value in sizes.items()}
+    given |= {f"train.{key}": value for key, value in train.items()}
+    given |= {"runtime.checkpoint_interval": steps}
+    return settings(given | changes, 64 if tiny else 2048)
+
+
+def split_of(model: ModelConfig, count: int = 400_000) -> Split:
+    """Return ids of which each is the one before plus 7, but for a fifth: losses that fall."""
+    rng = np.random.default_rng(0)
+    ids = np.arange(count, dtype=np.uint32) * 7 % model.vocab_size
+    noise = rng.random(count) < 0.2
+    ids[noise] = rng.integers(model.vocab_size, size=int(noise.sum()))
+    return Split("train", ids, 0, end_id=0)
+
+
+class WatchedRun(Run):
+    """A run that keeps its records, and gets SIGTERM after a step if it is to stop there."""
+
+    def __init__(self, *arguments: Any, stop_after: int | None):
+        self.stop_after, self.records = stop_after, list[Record]()
+        super().__init__(*arguments)
+
+    def log(self, record: Record) -> None:
+        """See Run."""
+        self.records.append(record)
+        if record["step"] == self.stop_after:
+            signal.raise_signal(signal.SIGTERM)
+        super().log(record)
+
+
+def train_as_the_stage_does(
+    run_settings: Settings,
+    device: torch.device,
+    folder: Path,
+    *,
+    stop_after: int | None = None,
+    processes: Processes = ALONE,
+    split: Split | None = None,
+) -> tuple[WatchedRun, Plan]:
+    """Train by plan, going on with what `folder` holds; a signal may end it after a step."""
+    model, asked, runtime = run_settings
+    plan = make_plan(model, asked, device, processes.size)
+    state = new_state(plan.model, plan.config, device, processes)
+    state.micro_batch_size = plan.micro_batch_size
+    found = environment(device, plan.config.compile is True)
+    made_of: dict[str, Any] = {"inputs": {}, "code": {}, "environment": found}
+    run = WatchedRun(state, plan.config, runtime, made_of, folder, stop_after=stop_after)
+    split = split or split_of(model)
+    with suppress(Interrupted), run:
+        fit(state, Tokens(split, split, model.vocab_size), plan.config, run)
+    return run, plan
