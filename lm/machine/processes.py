@@ -221,7 +221,7 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     several = PARALLEL[parallel].several
-    if size > 1 and not (several and device.index is None):
+    if size > 1 and (not several or ":" in str(device)):
         if rank > 0:
             raise SystemExit(InputError.exit_code)  # rank 0 reports it
         alone, remedy = f"train.parallel = {parallel}", "ddp or fsdp"
@@ -263,8 +263,8 @@ def number_of_processes(runtime: RuntimeConfig, parallel: str, device: torch.dev
     """Return how many processes train on this machine: for "auto" one for each GPU they may use."""
     if runtime.num_processes != "auto":
         return runtime.num_processes
-    shared = PARALLEL[parallel].several and device.type == "cuda" and device.index is None
-    return torch.cuda.device_count() if shared else 1
+    several = PARALLEL[parallel].several and str(device) == "cuda"
+    return torch.cuda.device_count() if several else 1
 
 
 def _disconnect() -> None:
@@ -322,7 +322,7 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
                 f"rank {rank}: number {local_rank + 1} on a host that has {found} GPUs; start one "
                 "process for each"
             )
-        if device.index is None:
+        if str(device) == "cuda":
             device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
