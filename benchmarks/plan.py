@@ -66,7 +66,8 @@ CASES = {
 def measure(case: Case) -> tuple[Plan, int]:
     """Train in this process; its plan and its peak in bytes."""
     params = load_params(ROOT / "presets" / "default.yaml")
-    short = {"max_steps": 3, "warmup_steps": 0, "compile": False, "num_threads": 1}
+    short: dict[str, Any] = {"max_steps": 3, "warmup_steps": 0, "compile": False, "num_threads": 1}
+    short["dtype"] = "float32"
     params["model"] |= case.model
     params["train"] |= short | case.train
     config = read_section(TrainConfig, params, "train")

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,20 +67,20 @@ def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> An
 
     from lm.base.params import load_params
     from lm.base.sections import read_section
-    from lm.base.settings import TrainConfig
+    from lm.base.settings import TrainSection
     from lm.data.batches import Split
     from lm.machine.device import autocast, prepare
     from lm.model.transformer import ModelConfig
-    from lm.plan.plan import compiling
+    from lm.plan.plan import make_plan
     from lm.train.loop import train
     from lm.train.state import new_state
 
     params = load_params(Path(preset), overrides)
-    config = read_section(TrainConfig, params, "train")
+    asked = read_section(TrainSection, params, "train")
     device = torch.device("cpu")
-    prepare(device, config.num_threads)
+    prepare(device, asked.num_threads)
     model_config = read_section(ModelConfig, params, "model", vocab_size=vocab_size)
-    config = replace(config, compile=compiling(model_config, config, device)[0])
+    config = make_plan(model_config, asked, device).config
     state = new_state(model_config, config, device)
     records = train(state, Split("train", read_ids(folder / "train.bin"), 0), config)
 

@@ -18,7 +18,7 @@ from lm.base.settings import (
     EvaluateConfig,
     ModelConfig,
     RuntimeConfig,
-    TrainConfig,
+    TrainSection,
     share_of_batch,
 )
 from lm.data.tokenizer import TokenizerConfig
@@ -35,11 +35,12 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
     data = read_section(DataConfig, params, "data", where)
     tokenizer = read_section(TokenizerConfig, params, "tokenizer", where)
     read_section(ModelConfig, params, "model", where, vocab_size=1)  # the tokens decide it
-    train = read_section(TrainConfig, params, "train", where)
+    train = read_section(TrainSection, params, "train", where)
     read_section(EvaluateConfig, params, "evaluate", where)
     read_section(ExportConfig, params, "export", where)
     runtime = read_section(RuntimeConfig, params, "runtime", where)
-    share_of_batch(train, runtime.num_processes)
+    # auto: as many as GPUs, which torch would have to count
+    share_of_batch(train, 1 if runtime.num_processes == "auto" else runtime.num_processes)
     path = Path(data.path)
     raw = path.is_relative_to(RAW)  # the text of stage corpus
     if corpus.source == "grammar" and not (raw and data.split == "hash"):
@@ -72,7 +73,7 @@ def _require_tokenizer(config: TokenizerConfig) -> None:
         raise InputError(f"{file}: no such file; copy it there (tokenizer.source names it)")
 
 
-def _require_weights(config: TrainConfig) -> None:
+def _require_weights(config: TrainSection) -> None:
     folder = PRETRAINED / str(config.init_from)
     if config.init_from is not None and not folder.is_dir():
         raise InputError(

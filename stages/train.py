@@ -10,11 +10,11 @@ import torch
 from lm.base.console import say
 from lm.base.files import sha256_file
 from lm.base.paths import METRICS, MODELS, PRETRAINED, TOKENIZER, TOKENS
-from lm.base.settings import RuntimeConfig, TrainConfig, share_of_batch
+from lm.base.settings import PARALLEL, RuntimeConfig, TrainSection, share_of_batch
 from lm.data.batches import Tokens, open_tokens
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.device import choose_device, describe, environment, prepare
-from lm.machine.processes import Processes, joined
+from lm.machine.processes import Processes, joined, number_of_processes
 from lm.model.huggingface import start_from
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.plan import (
@@ -34,14 +34,17 @@ from stages.run import UNFINISHED, Inputs, run_stage
 
 def train_stage(inputs: Inputs) -> None:
     """Write models/model, models/checkpoints and metrics/; in several processes, if set so."""
-    asked = inputs.section(TrainConfig, "train")
+    asked = inputs.section(TrainSection, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
-    if runtime.num_processes > 1 and not launched():
-        share_of_batch(asked, runtime.num_processes)
-        require_room_for_processes(runtime.num_processes)
-        launch("stages.train", runtime.num_processes, runtime.process_timeout_s)
-        return
     device = choose_device(runtime.device)
+    num_processes = number_of_processes(runtime, asked.parallel, device)
+    if runtime.num_processes == "auto" and PARALLEL[asked.parallel].several and not launched():
+        say(f"Processes: {num_processes} (runtime.num_processes is auto: one for each GPU)")
+    if num_processes > 1 and not launched():
+        share_of_batch(asked, num_processes)
+        require_room_for_processes(num_processes)
+        launch("stages.train", num_processes, runtime.process_timeout_s)
+        return
     with joined(asked.parallel, device, runtime.process_timeout_s) as processes:
         prepare(device, asked.threads)
         say(f"Device: {describe(device)}{f', {processes.size} processes' * (processes.size > 1)}")
@@ -72,7 +75,7 @@ def train_stage(inputs: Inputs) -> None:
 
 
 def _read(
-    inputs: Inputs, asked: TrainConfig, device: torch.device, processes: Processes
+    inputs: Inputs, asked: TrainSection, device: torch.device, processes: Processes
 ) -> tuple[Plan, Tokens, Tokenizer]:
     """Open and verify the stage's inputs; return the plan, the tokens and their tokenizer."""
     inputs.watch(TOKENIZER, TOKENS)
@@ -90,7 +93,7 @@ def _read(
 
 
 def _begin(
-    plan: Plan, asked: TrainConfig, tokenizer: Tokenizer, processes: Processes
+    plan: Plan, asked: TrainSection, tokenizer: Tokenizer, processes: Processes
 ) -> TrainState:
     """Return the state before the first step, with the weights that train.init_from names.
 

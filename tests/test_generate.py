@@ -23,6 +23,7 @@ from lm.evaluate.samples import draw_samples
 from lm.generate.command import main
 from lm.generate.decoder import Decoder, memory_bytes
 from lm.generate.stream import Completion, drawn, generate, one_ahead, sample, stream
+from lm.machine.device import native_dtype
 from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import TransformerLM
 from tests.test_model import as_llama, variant_model
@@ -323,6 +324,14 @@ def test_the_command_line_prints_prompt_and_completion(model_config, tmp_path, c
     assert first.endswith("\n")
     main(["--prompt", "def ", "--max-new-tokens", "8", "--model", str(tmp_path), "--device", "cpu"])
     assert capsys.readouterr().out == first
+
+
+def test_the_command_line_takes_the_dtype_that_the_device_multiplies_natively(folder, capsys):
+    printed = []
+    for dtype in ("auto", native_dtype(torch.device("cpu"))):
+        run(folder, "--prompt", "a", "--max-new-tokens", "8", "--dtype", dtype)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
 
 
 @pytest.mark.parametrize("count", ["100000000", "9" * 20])

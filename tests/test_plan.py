@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from benchmarks import scale
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.run_folders import run_folder
 from lm.base.sections import read_section
-from lm.base.settings import EvaluateConfig, share_of_batch
+from lm.base.settings import Dtype, EvaluateConfig, TrainConfig, TrainSection, share_of_batch
 from lm.data.batches import Split
 from lm.evaluate.metrics import require_logits_fit
 from lm.machine.device import autocast
@@ -45,6 +46,7 @@ from lm.plan.footprint import (
 from lm.plan.page import table
 from lm.plan.plan import (
     Plan,
+    choose_dtype,
     compiling,
     explain_out_of_memory,
     largest_micro_batch,
@@ -274,6 +276,44 @@ def test_compiling_is_decided_by_the_length_of_the_run(model_config, train_confi
     )
 
 
+@pytest.mark.parametrize(
+    ("device", "bf16", "amx", "capability", "dtype"),
+    [
+        ("cpu", False, False, None, "float32"),
+        ("cpu", True, False, None, "bfloat16"),
+        ("cpu", False, True, None, "bfloat16"),
+        ("cuda", False, False, (7, 5), "float32"),
+        ("cuda", False, False, (8, 0), "bfloat16"),
+        ("cuda", False, False, (12, 0), "bfloat16"),
+        ("mps", True, True, None, "float32"),
+    ],
+)
+def test_the_dtype_is_what_the_device_multiplies_natively(
+    smoke_params, monkeypatch, device, bf16, amx, capability, dtype
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    smoke_params["train"]["dtype"] = "auto"
+    asked = read_section(TrainSection, smoke_params, "train")
+    assert choose_dtype(asked, torch.device(device))[0] == dtype
+    for other in get_args(Dtype):
+        assert choose_dtype(replace(asked, dtype=other), torch.device(device))[0] == other
+
+
+def test_a_plan_leaves_nothing_open_and_tells_what_it_chose(smoke_params, model_config, capsys):
+    smoke_params["train"] |= {"dtype": "auto", "compile": "auto"}
+    asked = read_section(TrainSection, smoke_params, "train")
+    plan = make_plan(model_config, asked, CPU)
+    smoke_params["train"] |= {"dtype": plan.config.dtype, "compile": plan.config.compile}
+    assert plan.config == read_section(TrainConfig, smoke_params, "train")
+    assert plan.config.compile in (True, False)
+    timing.announce(plan, asked)
+    assert f"Plan: {plan.config.dtype}: this cpu " in capsys.readouterr().out
+    timing.announce(plan, plan.config)
+    assert f"Plan: {plan.config.dtype}" not in capsys.readouterr().out
+
+
 def test_a_calibration_disturbs_no_training(model_config, train_config):
     model_config = replace(model_config, dropout=0.1)
     straight, _ = run(model_config, train_config)
@@ -301,14 +341,14 @@ from lm.machine.gauges import peak_memory_bytes
 from lm.model.transformer import ModelConfig
 from lm.plan.plan import make_plan
 from lm.data.batches import Split
-from lm.base.settings import TrainConfig
+from lm.base.settings import TrainSection
 from lm.train.loop import train
 from lm.train.state import new_state
 device = torch.device("cpu")
 prepare(device, 1)
 params = load_params(Path("params.yaml"), sys.argv[2:])
 model = read_section(ModelConfig, params, "model", vocab_size=int(sys.argv[1]))
-plan = make_plan(model, replace(read_section(TrainConfig, params, "train"), max_steps=3), device)
+plan = make_plan(model, replace(read_section(TrainSection, params, "train"), max_steps=3), device)
 state = new_state(model, plan.config, device)
 ids = np.random.default_rng(0).integers(model.vocab_size, size=9999, dtype=np.uint32)
 for _ in train(state, Split("train", ids, 0), plan.config):
@@ -328,7 +368,7 @@ print(peak_memory_bytes(device) / sum(plan.memory.values()))
     ids=["default", "large vocabulary", "checkpointing"],
 )
 def test_the_planned_memory_is_within_a_tenth_of_the_peak(vocab_size, changes):
-    overrides = ["train.warmup_steps=0", "train.compile=false", *changes]
+    overrides = ["train.warmup_steps=0", "train.dtype=float32", "train.compile=false", *changes]
     command = [sys.executable, "-c", PEAK, str(vocab_size), *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

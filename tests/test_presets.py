@@ -13,7 +13,7 @@ from lm import demo
 from lm.base.errors import InputError
 from lm.base.params import load_params
 from lm.base.sections import read_section
-from lm.base.settings import EvaluateConfig, TrainConfig
+from lm.base.settings import EvaluateConfig, TrainSection
 from lm.data.batches import Split
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.model.transformer import ModelConfig, TransformerLM
@@ -51,7 +51,7 @@ def settings(preset):
     vocab_size = byte_tokenizer().vocab_size if tokenizer.kind == "bytes" else tokenizer.vocab_size
     model = read_section(ModelConfig, params, "model", str(preset), vocab_size=vocab_size)
     data = read_section(DataConfig, params, "data", str(preset))
-    return data, model, read_section(TrainConfig, params, "train", str(preset))
+    return data, model, read_section(TrainSection, params, "train", str(preset))
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)
@@ -70,7 +70,7 @@ def test_a_preset_has_the_size_it_says_is_planned_and_starts(preset):
     if SIZES[preset.stem] > 2_000_000:
         return
     short = {"max_steps": 2, "warmup_steps": 0, "schedule": "constant", "compile": False}
-    config = dataclasses.replace(config, **short)
+    config = dataclasses.replace(planned.config, **short)
     state = new_state(model, config, torch.device("cpu"))
     ids = np.arange(4 * model.context_length) % 251
     first, second = train(state, Split("train", ids, 0, end_id=255), config)

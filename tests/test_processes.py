@@ -8,10 +8,12 @@ from socket import create_connection, create_server
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.base.sections import read_section
 from lm.base.settings import RuntimeConfig
+from lm.machine.processes import joined, number_of_processes
 from lm.machine.sharded_tensors import whole
 from lm.runs.manifest import verify
 from lm.runs.run import Run
@@ -36,6 +38,43 @@ def exchanged(processes):
 def test_all_hear_all_and_one_leads():
     for rank, heard in enumerate(together(3, exchanged)):
         assert heard == (["word 0", "word 1", "word 2"], "of rank 0", rank, int(rank == 0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "parallel", "device", "processes"),
+    [
+        ("auto", "none", "cuda", 1),
+        ("auto", "ddp", "cuda", 4),
+        ("auto", "fsdp", "cuda", 4),
+        ("auto", "fsdp", "cuda:1", 1),
+        ("auto", "fsdp", "cpu", 1),
+        (2, "ddp", "cuda", 2),
+        (3, "none", "cpu", 3),
+    ],
+)
+def test_there_is_one_process_for_each_gpu_that_they_can_share(
+    smoke_params, monkeypatch, asked, parallel, device, processes
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    smoke_params["runtime"]["num_processes"] = asked
+    runtime = read_section(RuntimeConfig, smoke_params, "runtime")
+    assert number_of_processes(runtime, parallel, torch.device(device)) == processes
+
+
+@pytest.mark.parametrize(
+    ("parallel", "device", "said"),
+    [
+        ("none", "cpu", "train.parallel = none is for one process, here are 2; set ddp or fsdp"),
+        ("ddp", "cuda:1", "runtime.device = cuda:1 is for one process, here are 2; set cuda"),
+    ],
+)
+def test_settings_of_one_process_are_refused_to_several_by_one(monkeypatch, parallel, device, said):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, error in (("0", InputError), ("1", SystemExit)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(error) as raised, joined(parallel, torch.device(device), timeout_s=1):
+            pass
+        assert str(raised.value) == (said if rank == "0" else str(InputError.exit_code))
 
 
 def faulty(processes, rank, leading):

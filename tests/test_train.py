@@ -2,10 +2,15 @@
 
 import io
 import math
+import os
+import platform
+import subprocess
+import sys
 import sysconfig
 from dataclasses import replace
 from functools import partial
 from inspect import unwrap
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -19,6 +24,7 @@ from lm.machine.device import (
     autocast,
     choose_device,
     describe,
+    environment,
     make_deterministic,
     multiplies_natively,
     no_compiling,
@@ -300,6 +306,73 @@ def test_an_absent_device_is_an_error_and_never_replaced():
             EnvironmentFault, match=r"device cuda: not available \(this torch .* cpu"
         ):
             choose_device("cuda")
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """What torch would say with one GPU; nothing may run on it."""
+    for name, answer in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("get_device_name", "NVIDIA H100 80GB HBM3"),
+        ("get_device_capability", (9, 0)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")  # and put back after the test
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+
+
+def test_a_gpu_is_named_by_its_number(one_gpu, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert current == []
+    assert choose_device("cuda:0") == torch.device("cuda", 0)
+    assert current == ["cuda:0"]
+    with pytest.raises(EnvironmentFault, match=r"^device cuda:1: .* has: cuda:0, cuda, cpu\)"):
+        choose_device("cuda:1")
+
+
+def test_the_memory_of_a_gpu_grows_in_segments_unless_the_user_says_otherwise(one_gpu, monkeypatch):
+    choose_device("cuda")
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+        choose_device("cuda")
+        assert "expandable_segments:True" not in os.environ.values()
+
+
+def test_the_environment_of_a_gpu_names_what_computes_there(one_gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
+    found = environment(torch.device("cuda"), compiles=True)
+    assert found["device"] == "cuda (NVIDIA H100 80GB HBM3)"
+    assert found["compute_capability"] == "9.0"
+    assert found["compiler"] == "triton 3.6.0"
+    assert found["float32_products"] == "highest"
+    assert "compiler" not in environment(torch.device("cuda"), compiles=False)
+    here = environment(CPU, compiles=False)
+    assert found.keys() > here.keys()
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert found["processor"] == f"{platform.machine()}, {capability}"
+
+
+@pytest.mark.cuda
+def test_every_version_that_decides_bits_on_a_gpu_is_known():
+    found = environment(choose_device("cuda"), compiles=True)
+    assert not any(word in value for value in found.values() for word in ("unknown", "None"))
+
+
+@pytest.mark.cuda
+def test_the_memory_of_a_gpu_is_in_segments_that_grow():
+    program = (
+        "import torch; from lm.machine.device import choose_device; "
+        "torch.ones(1 << 22, device=choose_device('cuda')); "
+        "print(all(s['is_expandable'] for s in torch.cuda.memory_snapshot()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_compiling_for_cuda_needs_the_c_compiler_of_triton(monkeypatch, tmp_path):

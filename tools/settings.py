@@ -19,7 +19,7 @@ from lm.base.console import changes
 from lm.base.files import atomic_copy, atomic_write
 from lm.base.params import load_params
 from lm.base.sections import AT_LEAST_ONE, BELOW_2_31, Bound
-from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, RuntimeConfig, TrainConfig
+from lm.base.settings import CorpusConfig, EvaluateConfig, ModelConfig, RuntimeConfig, TrainSection
 from lm.data.tokenizer import TokenizerConfig
 from lm.export.card import ExportConfig
 from lm.prepare.sources import DataConfig
@@ -31,7 +31,7 @@ KINDS = {
     "data": DataConfig,
     "tokenizer": TokenizerConfig,
     "model": ModelConfig,
-    "train": TrainConfig,
+    "train": TrainSection,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "runtime": RuntimeConfig,
@@ -79,8 +79,9 @@ def allowed(hint: Any) -> str:
             words, bounds = "count", bounds[2:]
         return words + "".join(map(_condition, bounds))
     if origin in (Union, UnionType):
-        inner = [allowed(argument) for argument in arguments if argument is not NoneType]
-        return ", ".join([*inner, "null"])
+        return ", ".join(map(allowed, arguments))
+    if hint is NoneType:
+        return "null"
     if origin is Literal:
         return ", ".join(map(_yaml, arguments))
     if origin is list:

@@ -254,7 +254,7 @@ def decode(device: torch.device, tiny: bool, note: Note) -> None:
     shape = SHAPES["XS"] if tiny else SHAPES["G"]
     names = Shape._fields[1:-1]
     changes = {f"model.{name}": value for name, value in zip(names, shape[1:-1], strict=True)}
-    config, _, _ = settings(changes, shape.vocab_size)
+    config, _, _ = settings(changes | {"train.dtype": "float32"}, shape.vocab_size)
     torch.manual_seed(0)
     model = TransformerLM(config).to(device).eval()
     count, some, many = (8, 2, 4) if tiny else (96, 16, 64)

@@ -111,8 +111,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is Any:
         return value
     if origin in (Union, UnionType):
-        inner, _ = arguments  # the other one is None
-        return None if value is None else _convert(value, inner, key)
+        inner, other = arguments  # None, or a word
+        words = get_args(other) or (None,)
+        return value if value in words else _convert(value, inner, key)
     if origin is Literal:
         if not any(type(value) is type(word) and value == word for word in arguments):
             choice = ", ".join(str(a).lower() if type(a) is bool else a for a in arguments)

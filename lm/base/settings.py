@@ -7,6 +7,7 @@ code, which loads none: lm/prepare/sources.py, lm/data/tokenizer.py, lm/export/c
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,17 +36,26 @@ class DtypeKind:
     """All that depends on the choice of a dtype, but for data sheets: lm/machine/gauges.py."""
 
     size_bytes: int
-    autocast: bool  # products alone are computed in it, all else in float32; a GPU gains by it
+    autocast: bool  # products alone are computed in it, all else in float32
     scaled: bool  # the loss is, since small gradients would become zero
     cpu_gains: bool  # where it has instructions for 16-bit products
+    cuda_gains: float  # from this compute capability on a GPU multiplies it natively
 
 
-DTYPES = {
-    "float32": DtypeKind(size_bytes=4, autocast=False, scaled=False, cpu_gains=False),
-    "bfloat16": DtypeKind(size_bytes=2, autocast=True, scaled=False, cpu_gains=True),
-    "float16": DtypeKind(size_bytes=2, autocast=True, scaled=True, cpu_gains=False),
+DTYPES: dict[Dtype, DtypeKind] = {
+    "float32": DtypeKind(
+        size_bytes=4, autocast=False, scaled=False, cpu_gains=False, cuda_gains=math.inf
+    ),
+    "bfloat16": DtypeKind(
+        size_bytes=2, autocast=True, scaled=False, cpu_gains=True, cuda_gains=8.0
+    ),
+    "float16": DtypeKind(size_bytes=2, autocast=True, scaled=True, cpu_gains=False, cuda_gains=7.0),
 }
 MAX_SAMPLES = 1 << 16  # more than anyone reads
+DEVICE = Bound(
+    lambda x: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", x) is not None,
+    "must be one of auto, cpu, cuda, cuda:0, cuda:1, ..., mps",
+)
 SAMPLE_TOKENS = Bound(lambda x: 1 <= x <= 1 << 16, f"must be in [1, {1 << 16}]")
 
 
@@ -183,8 +193,8 @@ PARALLEL = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ScheduleConfig, OptimizerConfig):
-    """The section `train`."""
+class TrainSection(ScheduleConfig, OptimizerConfig):
+    """The section `train` as it is written: dtype and compile may be left to the plan."""
 
     init_from: Annotated[
         str | None,
@@ -226,7 +236,12 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         "windows anywhere; adjoining ones, each exactly once an epoch; the same with every "
         "document cut from its start",
     ]
-    dtype: Annotated[Dtype, "of matrix products; float16 with loss scaling"]
+    dtype: Annotated[
+        Literal["auto", Dtype],
+        "of matrix products; auto: bfloat16 where the device multiplies it natively (a GPU from "
+        "compute capability 8 on, a CPU with AMX or avx512_bf16), else float32, on a GPU without "
+        "TF32; float16 with loss scaling",
+    ]
     compile: Annotated[
         Literal["auto", True, False],
         "`torch.compile`, which on a CPU needs a C++ compiler; auto: where the length of the run "
@@ -270,7 +285,14 @@ class TrainConfig(ScheduleConfig, OptimizerConfig):
         return self.num_threads if chosen or not PARALLEL[self.parallel].several else 1
 
 
-def share_of_batch(config: TrainConfig, num_processes: int) -> int:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainSection):
+    """The section `train` with its dtype decided: see `make_plan` in lm/plan/plan.py."""
+
+    dtype: Annotated[Dtype, "of matrix products"]
+
+
+def share_of_batch(config: TrainSection, num_processes: int) -> int:
     """Return the windows of an update that each process computes: batch_size / num_processes.
 
     Raises InputError if the settings do not allow this number of processes.
@@ -281,7 +303,7 @@ def share_of_batch(config: TrainConfig, num_processes: int) -> int:
             f"train.parallel = {config.parallel}, but there are {num_processes} processes; use ddp "
             "or fsdp, or runtime.num_processes: 1"
         )
-    if mode.sharded and DTYPES[config.dtype].scaled:
+    if mode.sharded and config.dtype != "auto" and DTYPES[config.dtype].scaled:
         raise InputError(
             f"train.parallel = {config.parallel} does not scale the loss of "
             f"train.dtype = {config.dtype}; use bfloat16"
@@ -355,7 +377,9 @@ class EvaluateConfig:
 class RuntimeConfig:
     """The section `runtime`: where and how visibly to run. No DVC stage depends on it."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: CUDA, else MPS, else CPU"]
+    device: Annotated[
+        str, DEVICE, "auto: CUDA, else MPS, else CPU; a GPU by its number: for one process"
+    ]
     log_interval: Annotated[Count, "steps between two lines on the console"]
     checkpoint_interval: Annotated[Count, "steps between two checkpoints"]
     keep_checkpoints: Annotated[
@@ -365,10 +389,19 @@ class RuntimeConfig:
         Annotated[int, UP_TO_1024] | None, "processes that prepare data; null: one a core"
     ]
     num_processes: Annotated[
-        int, UP_TO_1024, "processes that train, on this machine; `torchrun` says it instead"
+        Annotated[int, UP_TO_1024] | Literal["auto"],
+        "processes that train, on this machine; auto: with ddp and fsdp one for each GPU, else "
+        "one; `torchrun` says it instead",
     ]
     process_timeout_s: Annotated[
         Count,
         "a process that the others have awaited for longer counts as hung; with `num_processes` "
         "also the time to save after a signal",
     ]
+
+    def __post_init__(self) -> None:
+        if ":" in self.device and self.num_processes not in ("auto", 1):
+            raise InputError(
+                f"runtime.device = {self.device} is for one process, but runtime.num_processes = "
+                f"{self.num_processes}; use cuda, each process takes a GPU of its own"
+            )

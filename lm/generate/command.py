@@ -9,7 +9,7 @@ from pathlib import Path
 from lm.base.errors import InputError, one_line_errors
 from lm.base.paths import MODEL
 from lm.generate.stream import SamplingOptions, require_rows_fit, stream
-from lm.machine.device import choose_device
+from lm.machine.device import choose_device, native_dtype
 from lm.model.model_folder import load_model
 
 STDIN = Path("-")
@@ -27,16 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts += [_read_prompt(file) for file in options.prompt_file]
         if not prompts:
             prompts = [""] if sys.stdin.isatty() else [_read_prompt(STDIN)]
-        model, tokenizer = load_model(options.model, choose_device(options.device))
+        device = choose_device(options.device)
+        dtype = native_dtype(device) if options.dtype == "auto" else options.dtype
+        model, tokenizer = load_model(options.model, device)
         longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
-        require_rows_fit(model, len(prompts) * options.num_samples, longest, options.dtype)
+        require_rows_fit(model, len(prompts) * options.num_samples, longest, dtype)
         prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
         sampling = SamplingOptions(
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed,
-            dtype=options.dtype,
+            dtype=dtype,
         )
         texts, streamed = list(prompts), len(prompts) == 1
         if streamed:
@@ -78,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["auto", "float32", "bfloat16"],
+        help="auto: bfloat16 where the device multiplies it natively",
+    )
     return parser
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,9 @@ _SWITCHES = (
 )
 # mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
+# where users set the allocator of a GPU themselves; else its segments grow: a fixed one that held a
+# micro-batch has holes that no validation fits into
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 _COMPILERS = ("c++", "g++", "clang++")
 _C_COMPILERS = ("gcc", "clang")  # triton/runtime/build.py: CC, or else one of these
 CompilerOptions = dict[str, str | int | bool | Callable[..., Any]]
@@ -56,17 +60,23 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def choose_device(name: str) -> torch.device:
     """Return the named device, or for "auto" CUDA, else MPS, else the CPU.
 
-    Raises EnvironmentFault for one that is not there: it is never replaced in silence.
+    Make a GPU that is named by its number, as in "cuda:1", the current one. Raises
+    EnvironmentFault for a device that is not there: it is never replaced in silence.
     """
     kinds = ("cuda", "mps", "cpu")
     available = [kind for kind in kinds if torch.get_device_module(kind).is_available()]
+    if "cuda" in available and not _ALLOCATOR & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when CUDA starts
     if name == "auto":
         return torch.device(available[0])
-    if name not in available:
+    numbers = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    if name not in available + numbers:
         raise EnvironmentFault(
             f"device {name}: not available (this torch {torch.__version__} has: "
-            f"{', '.join(available)}); set runtime.device: auto"
+            f"{', '.join(numbers + available)}); set runtime.device: auto"
         )
+    if name in numbers:
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 
@@ -87,13 +97,60 @@ def environment(device: torch.device, compiles: bool) -> dict[str, str]:
         "torch": torch.__version__,
         **{package: version(package) for package in ("numpy", "safetensors", "tokenizers")},
         "device": describe(device),
-        "processor": _processor(),
     }
     if device.type == "cuda":
-        found["cuda"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        found |= _cuda(device)
+    else:
+        found["processor"] = _processor()
     if compiles:
-        found["compiler"] = _compiler()
+        found["compiler"] = _triton() if device.type == "cuda" else _compiler()
     return found | {name: os.environ[name] for name in _SWITCHES if name in os.environ}
+
+
+def _cuda(device: torch.device) -> dict[str, str]:
+    """Return what decides the bits of a GPU's work: hardware, driver, libraries, precision.
+
+    The CPU draws the first weights, whose bits depend on its vector instructions; not on its
+    maker, and nothing that a C++ compiler makes computes here.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        "compute_capability": f"{major}.{minor}",
+        "cuda": f"{torch.version.cuda}, driver {_driver()}",
+        "libraries": f"cuBLAS {_cublas()}, cuDNN {torch.backends.cudnn.version()}",
+        "float32_products": torch.get_float32_matmul_precision(),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def _driver() -> str:
+    """Return the version of NVIDIA's driver, asked of NVML, which comes with it."""
+    said = ctypes.create_string_buffer(96)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        nvml.nvmlInit_v2()
+        nvml.nvmlSystemGetDriverVersion(said, len(said))
+        nvml.nvmlShutdown()
+    except OSError:
+        return "unknown"
+    return said.value.decode() or "unknown"
+
+
+def _cublas() -> str:
+    """Return the version of the cuBLAS that torch has loaded; no package need have brought it."""
+    try:
+        library = ctypes.CDLL(f"libcublas.so.{str(torch.version.cuda).partition('.')[0]}")
+    except OSError:
+        return "unknown"
+    found = [ctypes.c_int() for _ in range(3)]
+    for part, number in enumerate(found):  # MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL
+        library.cublasGetProperty(part, ctypes.byref(number))
+    return ".".join(str(number.value) for number in found)
+
+
+def _triton() -> str:
+    """Return the version of the compiler that torch.compile uses on a GPU."""
+    return f"triton {import_module('triton').__version__}"  # its package has other names, too
 
 
 def _processor() -> str:
@@ -115,7 +172,15 @@ def multiplies_natively(device: torch.device, dtype: Dtype) -> bool:
     """Return whether products in a 16-bit type are faster here than in float32."""
     if device.type == "cpu":
         return DTYPES[dtype].cpu_gains and bool(_cpu_extras())
-    return DTYPES[dtype].autocast
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return major + minor / 10 >= DTYPES[dtype].cuda_gains
+    return False  # on MPS nobody has measured it
+
+
+def native_dtype(device: torch.device) -> Dtype:
+    """Return the dtype in which the device multiplies fastest without losing range."""
+    return "bfloat16" if multiplies_natively(device, "bfloat16") else "float32"
 
 
 def field_of(file: str, name: str, separator: str = ":") -> str | None:

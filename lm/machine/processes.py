@@ -33,7 +33,7 @@ from lm.base.errors import (
     Interrupted,
     is_out_of_memory,
 )
-from lm.base.settings import PARALLEL
+from lm.base.settings import PARALLEL, RuntimeConfig
 from lm.machine.collectives import all_gather_single
 
 FAULTS = (InputError, EnvironmentFault, Busy, OSError)
@@ -215,17 +215,20 @@ def of_rank(rank: int, fault: Exception) -> Exception:
 def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Processes]:
     """Join the processes that torchrun started; a process without others is alone.
 
-    Raises InputError for several processes with train.parallel = none, EnvironmentFault if they
-    cannot connect within `timeout_s` seconds. Rank 0 alone reports a fault that all ranks raise.
+    Raises InputError for several processes with train.parallel = none or a GPU named by its number,
+    EnvironmentFault if they cannot connect within `timeout_s` seconds. Rank 0 alone reports a fault
+    that all ranks raise.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if not PARALLEL[parallel].several:
-        if size > 1 and rank > 0:
+    several = PARALLEL[parallel].several
+    if size > 1 and (not several or ":" in str(device)):
+        if rank > 0:
             raise SystemExit(InputError.exit_code)  # rank 0 reports it
-        if size > 1:
-            raise InputError(
-                f"train.parallel = {parallel} is for one process, here are {size}; set ddp or fsdp"
-            )
+        alone, remedy = f"train.parallel = {parallel}", "ddp or fsdp"
+        if several:
+            alone, remedy = f"runtime.device = {device}", "cuda"
+        raise InputError(f"{alone} is for one process, here are {size}; set {remedy}")
+    if not several:
         yield ALONE
         return
     if device.type not in ("cpu", "cuda"):
@@ -254,6 +257,14 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
         raise processes.lost(str(error)) from None
     processes.leave_together()
     _disconnect()
+
+
+def number_of_processes(runtime: RuntimeConfig, parallel: str, device: torch.device) -> int:
+    """Return how many processes train on this machine: for "auto" one for each GPU they may use."""
+    if runtime.num_processes != "auto":
+        return runtime.num_processes
+    several = PARALLEL[parallel].several and str(device) == "cuda"
+    return torch.cuda.device_count() if several else 1
 
 
 def _disconnect() -> None:
@@ -311,7 +322,9 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
                 f"rank {rank}: number {local_rank + 1} on a host that has {found} GPUs; start one "
                 "process for each"
             )
-        torch.cuda.set_device(local_rank)
+        if str(device) == "cuda":
+            device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         store: Store = dist.HashStore()  # type: ignore[attr-defined]
@@ -320,7 +333,12 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         store = PrefixStore(_agree_on_a_name(store, rank, size, timeout), store)
         with _recording_sockets():
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timeout
+                backend,
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+                device_id=None if device.type == "cpu" else device,  # else NCCL guesses
             )
         processes = Processes(rank, size, store, timeout)
         processes.gather(None)  # one that leaves while others still connect would look lost

@@ -15,11 +15,12 @@ from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.params import add_overrides, load_params
 from lm.base.paths import PARAMS, TOKENS
 from lm.base.sections import read_section
-from lm.base.settings import ModelConfig, RuntimeConfig, TrainConfig
+from lm.base.settings import ModelConfig, RuntimeConfig, TrainSection
 from lm.check import check
 from lm.data.shards import MANIFEST, read_manifest
 from lm.data.tokenizer import byte_tokenizer
 from lm.machine.device import choose_device, describe, prepare
+from lm.machine.processes import number_of_processes
 from lm.plan.page import table
 from lm.plan.plan import make_plan, require_room
 from lm.plan.timing import announce, calibrate
@@ -62,15 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check(params, where)
             say(f"{where}: ok")
             return
-        config = read_section(TrainConfig, params, "train", where)
+        asked = read_section(TrainSection, params, "train", where)
         runtime = read_section(RuntimeConfig, params, "runtime", where)
         vocab_size = _vocab_size(params)
         model = read_section(ModelConfig, params, "model", where, vocab_size=vocab_size)
         device = choose_device(runtime.device)
-        prepare(device, config.threads)
+        prepare(device, asked.threads)
         say(f"Device: {describe(device)}")
-        plan = make_plan(model, config, device, runtime.num_processes)
-        announce(plan, config)
+        num_processes = number_of_processes(runtime, asked.parallel, device)
+        plan = make_plan(model, asked, device, num_processes)
+        announce(plan, asked)
         try:
             require_room(plan)
         except EnvironmentFault as fault:

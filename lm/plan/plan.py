@@ -17,8 +17,8 @@ import torch
 
 from lm.base.console import duration
 from lm.base.errors import EnvironmentFault, InputError, is_out_of_memory
-from lm.base.settings import ModelConfig, TrainConfig, divisors, share_of_batch
-from lm.machine.device import multiplies_natively, no_compiling, no_loading
+from lm.base.settings import Dtype, ModelConfig, TrainConfig, TrainSection, divisors, share_of_batch
+from lm.machine.device import multiplies_natively, native_dtype, no_compiling, no_loading
 from lm.machine.gauges import SURELY, free_memory_bytes, require_memory, resident_memory_bytes
 from lm.plan.footprint import batch_bytes, communication, flops_per_token, parameters, peak_memory
 
@@ -93,6 +93,14 @@ def largest_micro_batch(
     return 1
 
 
+def choose_dtype(asked: TrainSection, device: torch.device) -> tuple[Dtype, str]:
+    """Return the dtype of matrix products, and why: by settings and device alone."""
+    if asked.dtype != "auto":
+        return asked.dtype, f"train.dtype is {asked.dtype}"
+    does = {"bfloat16": "multiplies", "float32": "does not multiply"}[dtype := native_dtype(device)]
+    return dtype, f"this {device.type} {does} bfloat16 natively"
+
+
 def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> tuple[bool, str]:
     """Return whether to compile, and why: by settings, kind of device and threads alone.
 
@@ -129,13 +137,15 @@ def nominal_rate(config: TrainConfig, device: torch.device) -> float:
 
 
 def make_plan(
-    model: ModelConfig, config: TrainConfig, device: torch.device, num_processes: int = 1
+    model: ModelConfig, asked: TrainSection, device: torch.device, num_processes: int = 1
 ) -> Plan:
-    """Decide `compile` and the micro-batch size; return the plan. Call before making the model.
+    """Decide dtype, `compile` and micro-batch size; return the plan. Call before making the model.
 
     Raises InputError if this number of processes cannot share the batch.
     """
     base = resident_memory_bytes()
+    dtype, _ = choose_dtype(asked, device)
+    config = TrainConfig(**vars(asked) | {"dtype": dtype})
     compiles, _ = compiling(model, config, device)
     config = dataclasses.replace(config, compile=compiles)
     free = free_memory_of_one(device, num_processes)

@@ -9,11 +9,18 @@ import numpy as np
 import torch
 
 from lm.base.console import count, duration, say
-from lm.base.settings import TrainConfig
+from lm.base.settings import TrainSection
 from lm.data.batches import Split
 from lm.machine.gauges import peak_memory_bytes
 from lm.plan.footprint import flops_per_token, peak_memory
-from lm.plan.plan import Plan, compiling, free_memory_of_one, needed_memory, nominal_rate
+from lm.plan.plan import (
+    Plan,
+    choose_dtype,
+    compiling,
+    free_memory_of_one,
+    needed_memory,
+    nominal_rate,
+)
 from lm.train.loop import train
 from lm.train.state import Record, new_state
 
@@ -22,7 +29,7 @@ CALIBRATION_S = 10.0  # the longest step to measure, by the nominal rates
 LONGEST_WINDOW_S = 300.0  # a window that takes longer, by the nominal rates, is not measured
 
 
-def announce(plan: Plan, asked: TrainConfig) -> None:
+def announce(plan: Plan, asked: TrainSection) -> None:
     """Print the plan in a few lines, at the head of a training."""
     per_step = plan.flops / plan.config.max_steps
     memory, processes = sum(plan.memory.values()), plan.num_processes
@@ -31,9 +38,16 @@ def announce(plan: Plan, asked: TrainConfig) -> None:
         f"Plan: {count(plan.config.max_steps, 'step')} of {per_step / 1e9:,.1f} GFLOP, "
         f"{plan.flops:.2e} FLOP in all; memory at most {memory / 1e6:,.0f} MB{each}"
     )
+    dtype, why = choose_dtype(asked, plan.device)
+    if plan.device.type == "cuda" and dtype == "float32":
+        precision = torch.get_float32_matmul_precision()
+        say(f"Plan: {dtype}: {why}; its products in precision {precision} (highest: no TF32)")
+    elif asked.dtype == "auto":
+        say(f"Plan: {dtype}: {why}")
     if asked.compile == "auto":
         done = "compiled" if plan.config.compile else "not compiled"
-        say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
+        decided = dataclasses.replace(plan.config, compile="auto")
+        say(f"Plan: {done}: {compiling(plan.model, decided, plan.device)[1]}")
     if plan.micro_batch_size < (asked.micro_batch_size or plan.share):
         say(
             f"Plan: micro-batch size {plan.micro_batch_size}: {plan.share} windows do not fit into "
