@@ -121,6 +121,10 @@ def beside_a_tracker(processes):
     with create_server(("localhost", 0)) as server, create_connection(server.getsockname()) as ours:
         theirs, _ = server.accept()
         processes.with_own_group()  # made after the connection
+        processes.store.set(f"made/{processes.rank}", "")
+        processes.store.wait(
+            ["made/0", "made/1"]
+        )  # by messages, one would leave while another reads
         processes.lost("Connection reset by peer")
         with pytest.raises(RuntimeError):
             processes.gather("word")

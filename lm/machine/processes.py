@@ -344,6 +344,9 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         processes.gather(None)  # one that leaves while others still connect would look lost
         return processes
     except (dist.DistError, RuntimeError, ValueError) as error:
+        with suppress(dist.DistError):
+            if store.check(["reported"]):  # by one that is connected and has failed
+                raise SystemExit(EnvironmentFault.exit_code) from None
         said = str(error).splitlines()[0]
         raise EnvironmentFault(
             f"rank {rank}: the {size} processes cannot connect: {said}"
