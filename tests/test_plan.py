@@ -282,7 +282,7 @@ def test_compiling_is_decided_by_the_length_of_the_run(model_config, train_confi
         ("cpu", False, False, None, 128, "float32"),
         ("cpu", True, False, None, 128, "bfloat16"),
         ("cpu", False, True, None, 128, "bfloat16"),
-        ("cpu", True, True, None, 126, "float32"),
+        ("cpu", True, True, None, 124, "float32"),
         ("cuda", False, False, (7, 5), 128, "float32"),
         ("cuda", False, False, (8, 0), 128, "bfloat16"),
         ("cuda", False, False, (12, 0), 32, "bfloat16"),
