@@ -277,28 +277,30 @@ def test_compiling_is_decided_by_the_length_of_the_run(model_config, train_confi
 
 
 @pytest.mark.parametrize(
-    ("device", "bf16", "amx", "capability", "dtype"),
+    ("device", "bf16", "amx", "capability", "width", "dtype"),
     [
-        ("cpu", False, False, None, "float32"),
-        ("cpu", True, False, None, "bfloat16"),
-        ("cpu", False, True, None, "bfloat16"),
-        ("cuda", False, False, (7, 5), "float32"),
-        ("cuda", False, False, (8, 0), "bfloat16"),
-        ("cuda", False, False, (12, 0), "bfloat16"),
-        ("mps", True, True, None, "float32"),
+        ("cpu", False, False, None, 128, "float32"),
+        ("cpu", True, False, None, 128, "bfloat16"),
+        ("cpu", False, True, None, 128, "bfloat16"),
+        ("cpu", True, True, None, 124, "float32"),
+        ("cuda", False, False, (7, 5), 128, "float32"),
+        ("cuda", False, False, (8, 0), 128, "bfloat16"),
+        ("cuda", False, False, (12, 0), 32, "bfloat16"),
+        ("mps", True, True, None, 128, "float32"),
     ],
 )
 def test_the_dtype_is_what_the_device_multiplies_natively(
-    smoke_params, monkeypatch, device, bf16, amx, capability, dtype
+    smoke_params, model_config, monkeypatch, device, bf16, amx, capability, width, dtype
 ):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     smoke_params["train"]["dtype"] = "auto"
     asked = read_section(TrainSection, smoke_params, "train")
-    assert choose_dtype(asked, torch.device(device))[0] == dtype
+    model = replace(model_config, d_model=width)
+    assert choose_dtype(model, asked, torch.device(device))[0] == dtype
     for other in get_args(Dtype):
-        assert choose_dtype(replace(asked, dtype=other), torch.device(device))[0] == other
+        assert choose_dtype(model, replace(asked, dtype=other), torch.device(device))[0] == other
 
 
 def test_a_plan_leaves_nothing_open_and_tells_what_it_chose(smoke_params, model_config, capsys):
@@ -309,7 +311,7 @@ def test_a_plan_leaves_nothing_open_and_tells_what_it_chose(smoke_params, model_
     assert plan.config == read_section(TrainConfig, smoke_params, "train")
     assert plan.config.compile in (True, False)
     timing.announce(plan, asked)
-    assert f"Plan: {plan.config.dtype}: this cpu " in capsys.readouterr().out
+    assert f"Plan: {plan.config.dtype}: " in capsys.readouterr().out
     timing.announce(plan, plan.config)
     assert f"Plan: {plan.config.dtype}" not in capsys.readouterr().out
 

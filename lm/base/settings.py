@@ -239,8 +239,8 @@ class TrainSection(ScheduleConfig, OptimizerConfig):
     dtype: Annotated[
         Literal["auto", Dtype],
         "of matrix products; auto: bfloat16 where the device multiplies it natively (a GPU from "
-        "compute capability 8 on, a CPU with AMX or avx512_bf16), else float32, on a GPU without "
-        "TF32; float16 with loss scaling",
+        "compute capability 8 on, a CPU with AMX or avx512_bf16 if model.d_model >= 128), else "
+        "float32, on a GPU without TF32; float16 with loss scaling",
     ]
     compile: Annotated[
         Literal["auto", True, False],

@@ -31,6 +31,7 @@ RATES = {"cpu": 50e9, "cuda": 1e14}
 NATIVE_RATE = 120e9
 NATIVE_SAVING, SAVING = 0.5, 0.25
 COMPILING_S, COMPILING_LAYER_S = 6.0, 6.0
+NARROW = 128  # d_model from which on a CPU gains by bfloat16 uncompiled: even at 64, a loss at 32
 REPAYS = 2.0  # times its cost is what compiling must save: a nominal rate is no measurement
 
 
@@ -93,12 +94,17 @@ def largest_micro_batch(
     return 1
 
 
-def choose_dtype(asked: TrainSection, device: torch.device) -> tuple[Dtype, str]:
-    """Return the dtype of matrix products, and why: by settings and device alone."""
+def choose_dtype(
+    model: ModelConfig, asked: TrainSection, device: torch.device
+) -> tuple[Dtype, str]:
+    """Return the dtype of matrix products, and why: by settings and kind of device alone."""
     if asked.dtype != "auto":
         return asked.dtype, f"train.dtype is {asked.dtype}"
-    does = {"bfloat16": "multiplies", "float32": "does not multiply"}[dtype := native_dtype(device)]
-    return dtype, f"this {device.type} {does} bfloat16 natively"
+    if native_dtype(device) == "float32":
+        return "float32", f"this {device.type} does not multiply bfloat16 natively"
+    if device.type == "cpu" and model.d_model < NARROW:
+        return "float32", f"at model.d_model < {NARROW} a CPU loses by casts to bfloat16"
+    return "bfloat16", f"this {device.type} multiplies it natively"
 
 
 def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> tuple[bool, str]:
@@ -144,7 +150,7 @@ def make_plan(
     Raises InputError if this number of processes cannot share the batch.
     """
     base = resident_memory_bytes()
-    dtype, _ = choose_dtype(asked, device)
+    dtype, _ = choose_dtype(model, asked, device)
     config = TrainConfig(**vars(asked) | {"dtype": dtype})
     compiles, _ = compiling(model, config, device)
     config = dataclasses.replace(config, compile=compiles)

@@ -38,7 +38,7 @@ def announce(plan: Plan, asked: TrainSection) -> None:
         f"Plan: {count(plan.config.max_steps, 'step')} of {per_step / 1e9:,.1f} GFLOP, "
         f"{plan.flops:.2e} FLOP in all; memory at most {memory / 1e6:,.0f} MB{each}"
     )
-    dtype, why = choose_dtype(asked, plan.device)
+    dtype, why = choose_dtype(plan.model, asked, plan.device)
     if plan.device.type == "cuda" and dtype == "float32":
         precision = torch.get_float32_matmul_precision()
         say(f"Plan: {dtype}: {why}; its products in precision {precision} (highest: no TF32)")
