@@ -173,6 +173,7 @@ import torch
 from lm.base.settings import ModelConfig
 from lm.generate.decoder import require_same_logits
 from lm.generate.stream import generate
+from lm.model.transformer import TransformerLM
 
 torch.manual_seed(0)
 model = TransformerLM(ModelConfig(**%r)).eval()
