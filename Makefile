@@ -85,8 +85,9 @@ test: setup .venv/.ready-dev
 # what touches torch under another version of it, in an environment that has only what training needs:
 #   make test-torch VERSION=2.11.0 [PYTHON=python3.12]
 VERSION ?= 2.11.0
-TORCH_TESTS = benchmarks checkpoint decoder evaluate excerpt functional generate history inputs launch model \
-	optim parallel plan presets processes resume rng run sample schedule sharded stages train
+TORCH_TESTS = acceptance ahead benchmarks checkpoint decoder evaluate excerpt functional generate gpu history inputs \
+	launch model optim parallel plan presets processes resume rng run sample schedule sharded stages train
+test-torch: export LM_TEST_DEVICE ?= cpu
 test-torch: .venv-torch-$(VERSION)/.ready
 	@$(<D)/bin/python -m pytest -o addopts='-p no:anyio --strict-markers -q' -m 'not soak' $(TORCH_TESTS:%=tests/test_%.py)
 

@@ -181,7 +181,8 @@ class AdamW(torch.optim.Optimizer):
                 t = state.get("t", 0) + 1
                 m = beta1 * m + (1 - beta1) * p.grad
                 v = beta2 * v + (1 - beta2) * p.grad**2
-                rate = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
-                p -= rate * m / (torch.sqrt(v) + group["eps"])
+                corrected = math.sqrt(1 - beta2**t)
+                rate = lr * corrected / (1 - beta1**t)
                 p -= lr * group["weight_decay"] * p
+                p -= rate * m / (torch.sqrt(v) + corrected * group["eps"])
                 state["m"], state["v"], state["t"] = m, v, t

@@ -26,7 +26,11 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
     A signal is passed on: the processes then have `timeout_s` seconds to finish a step and save.
     Raises SystemExit with the code of the process that failed first.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import (
+        DefaultLogsSpecs,
+        PContext,
+        SignalException,
+    )
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -46,9 +50,12 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
-            shutdown_timeout=timeout_s,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
+        if hasattr(config, "shutdown_timeout"):
+            config.shutdown_timeout = timeout_s
+        else:  # torch 2.11 has no setting for it
+            PContext.close.__defaults__ = (None, timeout_s)
         try:
             elastic_launch(config, sys.executable)("-m", module, *sys.argv[1:])
         except SignalException as caught:

@@ -235,8 +235,6 @@ def test_a_third_choice_is_never_decoded_as_another(model, key):
 
 @pytest.fixture
 def cuda():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     make_deterministic(torch.device("cuda"), None)
     yield torch.device("cuda")
     torch.cuda.set_sync_debug_mode("default")

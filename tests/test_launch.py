@@ -68,6 +68,7 @@ def test_the_code_of_the_rank_that_failed_is_told_before_those_that_lost_it(code
 
 
 def test_dvc_repro_with_two_processes_ends_in_the_bytes_of_one(shared):
+    pytest.importorskip("dvc")
     project, straight = shared
     project.set("runtime.num_processes", 2)
     assert project.run("git", "init", "-q").returncode == 0

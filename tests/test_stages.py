@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -354,7 +355,7 @@ def test_a_run_whose_best_checkpoint_is_damaged_begins_anew(killed):
 
 
 def test_text_in_the_folder_of_the_corpus_stage_is_not_deleted(project):
-    project.set("corpus.packages", ["networkx==3.6.1"])
+    project.set("corpus.packages", [f"networkx=={version('networkx')}"])
     project.prepare("corpus")
     project.set("corpus.packages", [])
     project.prepare("corpus")
@@ -395,6 +396,7 @@ def test_a_model_worse_than_it_was_and_than_the_bigram_says_so_everywhere(prepar
     said = prepared.stage("evaluate").stdout.splitlines()
     assert re.match(r"warning: the model \(.*\) is worse than the bigram baseline \(", said[-2])
     assert said[-1] == trained
+    pytest.importorskip("vl_convert")
     assert prepared.run("python", "-m", "tools.report").returncode == 0
     report = prepared.read("metrics/report.html").decode()
     for line in said[-2:]:
@@ -422,6 +424,7 @@ def test_a_run_that_diverged_before_a_validation_has_a_report(prepared):
                             DVC_ROOT=str(prepared.folder))  # fmt: skip
     assert "is nan at step 2" in one_line(result)
     assert json.loads(prepared.read("metrics/train.json"))["best_step"] is None
+    pytest.importorskip("vl_convert")
     reported = prepared.run("python", "-m", "tools.report")
     assert reported.returncode == 0, reported.stderr
     assert "then it diverged, at step 2: there is" in prepared.read("metrics/report.html").decode()

@@ -143,6 +143,7 @@ def child(case: dict[str, Any], files: list[int]) -> int:
     for target, file in enumerate(files[:3]):
         os.dup2(file, target)
         os.close(file)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - the server's may be of a file
     signal.alarm(NOTHING_HANGS_S)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(case["folder"])
