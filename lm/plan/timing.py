@@ -13,7 +13,14 @@ from lm.base.settings import TrainConfig
 from lm.data.batches import Split
 from lm.machine.gauges import peak_memory_bytes
 from lm.plan.footprint import flops_per_token, peak_memory
-from lm.plan.plan import Plan, compiling, free_memory_of_one, needed_memory, nominal_rate
+from lm.plan.plan import (
+    Plan,
+    compiling,
+    free_memory_of_one,
+    largest_micro_batch,
+    needed_memory,
+    nominal_rate,
+)
 from lm.train.loop import train
 from lm.train.state import Record, new_state
 
@@ -34,9 +41,10 @@ def announce(plan: Plan, asked: TrainConfig) -> None:
     if asked.compile == "auto":
         done = "compiled" if plan.config.compile else "not compiled"
         say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
-    if plan.micro_batch_size < (asked.micro_batch_size or plan.share):
+    most = largest_micro_batch(plan.model, asked, plan.device, None, processes)
+    if plan.micro_batch_size < most:
         say(
-            f"Plan: micro-batch size {plan.micro_batch_size}: {plan.share} windows do not fit into "
+            f"Plan: micro-batch size {plan.micro_batch_size}: {most} windows do not fit into "
             f"{(free_memory_of_one(plan.device, processes) or 0) / 1e6:,.0f} MB of free memory"
         )
 
