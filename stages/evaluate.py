@@ -17,7 +17,7 @@ from lm.data.batches import open_tokens
 from lm.evaluate.baselines import baseline_losses_nats
 from lm.evaluate.excerpt import excerpt, excerpt_json
 from lm.evaluate.floor import floor
-from lm.evaluate.metrics import calibration, finite_metrics, loss_by_position, require_logits_fit
+from lm.evaluate.metrics import calibration, finite_metrics, loss_by_position, require_batch_fits
 from lm.evaluate.samples import draw_samples, samples_as_markdown, summary
 from lm.generate.decoder import COMPARED, require_same_logits
 from lm.machine.device import choose_device, make_deterministic
@@ -50,7 +50,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     training = read_result(TRAIN) if TRAIN.is_file() else None
     make_deterministic(device, provenance["train"].get("num_threads"))
     tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"), tokenizer)
-    require_logits_fit(config, model, tokens.valid, device)
+    require_batch_fits(config, model.config, tokens.valid, device)
     lengths = tokenizer.byte_lengths
     sums = evaluate(model, tokens.valid, config.batch_size, lengths, stride=config.stride)
     metrics = finite_metrics(sums, str(MODEL))

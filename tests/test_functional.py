@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lm.machine.device import make_deterministic
 from lm.model import kernels as functional
@@ -11,6 +13,7 @@ from lm.model.kernels import (
     causal_attention,
     cross_entropy,
     document_mask,
+    guesses,
     linear_cross_entropy,
     rms_norm,
     swiglu,
@@ -108,6 +111,30 @@ def test_what_is_kept_for_the_backward_pass(function, kept):
         result = function(x)
     assert sum(sizes.values()) <= kept * x.untyped_storage().nbytes()
     assert result.requires_grad
+
+
+@pytest.mark.parametrize("logits_at_once", [1 << 24, 1000, 10])  # 19, 3 and 1 rows of 300
+def test_guesses_are_those_of_all_logits_and_hold_those_of_some_rows(monkeypatch, logits_at_once):
+    monkeypatch.setattr(functional, "LOGITS_AT_ONCE", logits_at_once)
+    features, weight, targets = torch.randn(19, 16), torch.randn(300, 16), torch.randint(300, (19,))
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.extend(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
+
+    with Sizes():
+        losses, ids, probabilities = guesses(features, weight, targets)
+    logits = features.double() @ weight.double().T
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ids, logits.argmax(dim=1))
+    top = logits.softmax(dim=1).amax(dim=1)
+    torch.testing.assert_close(probabilities.double(), top, atol=1e-5, rtol=1e-5)
+    inputs = (weight.numel(), features.numel())  # views of them count as made
+    assert max(size for size in made if size not in inputs) <= max(300, logits_at_once)
 
 
 def test_cross_entropy_is_finite_for_huge_logits():

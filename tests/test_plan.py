@@ -23,11 +23,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scale
 from lm.base.errors import EnvironmentFault, InputError
+from lm.base.params import load_params
 from lm.base.run_folders import run_folder
 from lm.base.sections import read_section
-from lm.base.settings import Dtype, EvaluateConfig, TrainConfig, TrainSection, share_of_batch
+from lm.base.settings import (
+    Dtype,
+    EvaluateConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainSection,
+    share_of_batch,
+)
 from lm.data.batches import Split
-from lm.evaluate.metrics import require_logits_fit
+from lm.evaluate.metrics import require_batch_fits
 from lm.machine.device import autocast
 from lm.machine.gauges import free_memory_bytes
 from lm.machine.processes import Processes
@@ -54,7 +62,7 @@ from lm.plan.plan import (
     require_room,
     require_room_for_processes,
 )
-from lm.plan.timing import calibrate
+from lm.plan.timing import announce, calibrate
 from lm.train.loop import train
 from lm.train.parallel import Replicated, Sharded
 from lm.train.state import new_state
@@ -199,6 +207,28 @@ def test_the_largest_micro_batch_that_fits_divides_the_batch(model_config, train
     assert largest(0) == 1
     assert largest(0, micro_batch_size=4) == 4
     assert 0 < free_memory_bytes(CPU) < 2**50
+
+
+def test_more_tokens_than_gain_anything_are_not_computed_at_once(capsys):
+    """GPT-2's size on a GPU of 80 GB, where neither memory nor a validation decides."""
+    params = load_params(ROOT / "presets" / "gpt2-124m.yaml", [])
+    config = read_section(TrainConfig, params, "train")
+    model = read_section(ModelConfig, params, "model", vocab_size=50_257)
+
+    def largest(free, **changes):
+        return largest_micro_batch(model, replace(config, **changes), CUDA, free)
+
+    assert [largest(free) for free in (None, 140 * 10**9, 80 * 10**9)] == [64] * 3
+    assert largest(80 * 10**9, batch_size=96) == 48  # 96 is not divisible by 64
+    assert largest(20 * 10**9) == 16
+    assert largest(80 * 10**9, micro_batch_size=128) == 128
+    assert largest_micro_batch(replace(model, context_length=2**17), config, CUDA, None) == 1
+    for compiled in (False, True):
+        plan = Plan(model, replace(config, compile=compiled), CUDA, 64, 0)
+        assert sum(plan.memory.values()) < 36e9
+        assert "validation's logits" not in plan.memory
+        announce(plan, plan.config)
+    assert "do not fit" not in capsys.readouterr().out  # it is not memory that keeps it from 512
 
 
 def out_of_memory_above(monkeypatch, windows):
@@ -677,15 +707,18 @@ def test_a_limit_of_the_process_counts_as_little_memory():
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def test_logits_that_surely_do_not_fit_are_refused_before_they_are_computed(model, smoke_params):
+def test_a_batch_that_surely_does_not_fit_is_refused_before_it_is_computed(
+    model_config, smoke_params
+):
     smoke_params["evaluate"] |= {"batch_size": 2**31 - 1, "stride": 1}
     config = read_section(EvaluateConfig, smoke_params, "evaluate")
     valid = Split("valid", np.broadcast_to(np.uint16(0), 10**9), 0)
     line = (
-        "evaluate.batch_size = 2147483647: the logits of 1,000,000,000 windows take .* MB of memory"
+        "evaluate.batch_size = 2147483647: the features of 1,000,000,000 windows take "
+        ".* MB of memory"
     )
     with pytest.raises(EnvironmentFault, match=line):
-        require_logits_fit(config, model, valid, CPU)
+        require_batch_fits(config, model_config, valid, CPU)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ from lm.machine.device import (
 )
 from lm.machine.gauges import free_memory_bytes
 from lm.model.kernels import cross_entropy
-from lm.model.validation import validation_logits
 from lm.plan.footprint import peak_memory
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint
 from lm.train.batch import get_batch
@@ -157,7 +156,6 @@ def test_a_dtype_that_a_place_does_not_know_is_an_error_there(model_config, trai
         lambda: peak_memory(model_config, config, CPU, 1, 0),
         lambda: unwrap(autocast)(CPU, "float64"),  # without the type checks of tests
         lambda: unwrap(multiplies_natively)(CPU, "float64"),
-        lambda: unwrap(validation_logits)(model_config, "float64", 1),
     ):
         with pytest.raises(KeyError, match="float64"):
             place()

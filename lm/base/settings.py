@@ -211,8 +211,9 @@ class TrainSection(ScheduleConfig, OptimizerConfig):
     micro_batch_size: Annotated[
         Count | None,
         "windows per backward pass; must divide batch_size; less needs less memory, with the same "
-        "result up to rounding (dropout draws other masks); null: as many as fit into memory, "
-        "halved where they do not after all (with ddp and fsdp an error that says what to set)",
+        "result up to rounding (dropout draws other masks); null: as many as fit into memory, at "
+        "most 65,536 tokens, halved where they do not after all (with ddp and fsdp an error that "
+        "says what to set)",
     ]
     parallel: Annotated[
         Literal["none", "ddp", "fsdp"],

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from lm.base.errors import InputError
-from lm.base.settings import EvaluateConfig
+from lm.base.settings import EvaluateConfig, ModelConfig
 from lm.data.batches import Split
 from lm.machine.gauges import free_memory_bytes, require_memory
-from lm.model.transformer import TransformerLM
-from lm.model.validation import CONFIDENCE_EDGES, Sums, loss_nats, validation_logits
+from lm.model.activations import ACTIVATIONS
+from lm.model.validation import CONFIDENCE_EDGES, Sums, loss_nats
 
 
 def bits_per_byte(sums: Sums) -> float:
@@ -79,15 +79,17 @@ def calibration(sums: Sums) -> list[tuple[float, float, int, float, float]]:
     ]
 
 
-def require_logits_fit(
-    config: EvaluateConfig, model: TransformerLM, valid: Split, device: torch.device
+def require_batch_fits(
+    config: EvaluateConfig, model: ModelConfig, valid: Split, device: torch.device
 ) -> None:
-    """Raise EnvironmentFault if the logits of a batch of windows cannot fit into memory."""
-    stride = config.stride or model.config.context_length
+    """Raise EnvironmentFault if a layer's features of a batch of windows cannot fit into memory."""
+    stride = config.stride or model.context_length
     windows = min(config.batch_size, -(-len(valid.tokens) // stride))
+    # in the feed-forward: the residual stream and its norm, the products and the activation
+    widths = 2 * model.d_model + ACTIVATIONS[model.ffn].matrices * model.d_ff
     require_memory(
-        f"evaluate.batch_size = {config.batch_size}: the logits of {windows:,} windows take",
-        validation_logits(model.config, "float32", windows),
+        f"evaluate.batch_size = {config.batch_size}: the features of {windows:,} windows take",
+        4.0 * windows * model.context_length * widths,
         free_memory_bytes(device),
         "lower it, which changes no result",
     )

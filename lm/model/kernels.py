@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 4  # queries at a time; their number
-LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # in training
+LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # training holds more at once beyond 8 chunks
 CROSS_ENTROPY_CHUNK = 1 << 26  # logits turned into float32 at once: 256 MiB
 # rows of a head are filled up to a multiple: tensor cores lose much of their rate without
 HEAD_ALIGNMENT = {"cuda": 64}
@@ -309,6 +309,27 @@ def linear_cross_entropy(
     """
     loss: Tensor = _LinearCrossEntropy.apply(features, weight, targets)
     return loss
+
+
+def guesses(
+    features: Float[Tensor, "N C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, " N"]
+) -> list[Num[Tensor, " N"]]:
+    """Return each row's loss in nats, its most probable token and the probability of that token.
+
+    No more than LOGITS_AT_ONCE logits are held. A library may choose another kernel for a product
+    of fewer rows, whose last bits differ: what fits is one product, as in a plain forward pass.
+    """
+    rows = max(1, LOGITS_AT_ONCE // len(weight))
+    chunks = zip(features.split(rows), targets.split(rows), strict=True)
+    return [torch.cat(t) for t in zip(*(_guesses(x, weight, y) for x, y in chunks), strict=True)]
+
+
+def _guesses(features: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = F.linear(features, weight).float()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    top, ids = logits.max(dim=1)
+    # p = e^(top - logsumexp), and the loss is logsumexp - the target's logit
+    return losses, ids, (top - logits.gather(1, targets[:, None]).squeeze(1) - losses).exp()
 
 
 def rows_at_once(count: int, vocab_size: int) -> int:

@@ -28,6 +28,7 @@ from lm.model.kernels import (
     Mask,
     attention,
     document_mask,
+    guesses,
     linear_cross_entropy,
     project,
     project_heads,
@@ -196,6 +197,10 @@ class TransformerLM(nn.Module):
         """Return cross_entropy(self(ids), targets) in nats, without holding all the logits."""
         features = self.features(ids, documents)
         return linear_cross_entropy(features.flatten(0, 1), self.head, targets.flatten())
+
+    def guesses(self, ids: Ids, targets: Ids, documents: Ids | None = None) -> list[Tensor]:
+        """Return kernels.guesses of all positions, flat, without holding all the logits."""
+        return guesses(self.features(ids, documents).flatten(0, 1), self.head, targets.flatten())
 
     def features(self, ids: Ids, documents: Ids | None = None) -> Features:
         """Return the features that the head turns into the logits of each next token.

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from lm.base.settings import DTYPES, Dtype, ModelConfig
+from lm.base.settings import Dtype
 from lm.data.batches import Split, windows
 from lm.machine.device import autocast, to_device
 from lm.machine.processes import ALONE, Processes
@@ -60,8 +59,7 @@ def evaluate(
     split.require(length)
     was_training = model.training
     model.eval()
-    counts = np.zeros(length, dtype=np.int64)
-    total = Sums(np.zeros(length), counts, 0, np.zeros((3, N_BINS)))
+    total = Sums(np.zeros(length), np.zeros(length, dtype=np.int64), 0, np.zeros((3, N_BINS)))
     table = _windows(len(split.tokens), length, stride or length)
     if max_batches is not None and len(table) > (limit := max_batches * batch_size):
         table = table[np.arange(limit) * len(table) // limit]
@@ -83,24 +81,17 @@ def _sums_of(
     dtype: Dtype,
 ) -> Sums:
     """Return the sums of a batch of windows, given as rows of `_windows`."""
-    starts, first_new = rows[:, 0], rows[:, 1]
     length, device = model.config.context_length, model.head.device
-    x, y = windows(split.tokens, starts, length)  # (B, T)
+    x, y = windows(split.tokens, rows[:, 0], length)  # (B, T)
     ids = to_device(x, device)
     documents = model.documents(ids, split.end_id)
     with autocast(device, dtype):
-        logits = model(ids, documents=documents)
-    flat, targets = logits.float().flatten(0, 1), to_device(y, device).flatten()
-    losses = F.cross_entropy(flat, targets, reduction="none")
-    top, guesses = flat.max(dim=1)
-    # p = e^(top - logsumexp), and the loss is logsumexp - the target's logit
-    confidence = (top - flat.gather(1, targets[:, None]).squeeze(1) - losses).exp()
-    new = np.arange(length) >= first_new[:, None]  # (B, T)
-    right = (guesses == targets).cpu().numpy()[new.ravel()]
+        losses, guesses, confidence = model.guesses(ids, to_device(y, device), documents)
+    new = np.arange(length) >= rows[:, 1:]  # (B, T)
+    right = guesses.cpu().numpy()[new.ravel()] == y[new]
     sure = confidence.cpu().double().numpy()[new.ravel()]
-    bins = np.searchsorted(
-        CONFIDENCE_EDGES[1:-1], sure
-    )  # a bin holds its upper edge; NaN: the last
+    # a bin holds its upper edge; NaN: the last
+    bins = np.searchsorted(CONFIDENCE_EDGES[1:-1], sure)
     return Sums(
         nats=np.where(new, losses.view(y.shape).cpu().double().numpy(), 0).sum(axis=0),
         counts=new.sum(axis=0),
@@ -120,10 +111,3 @@ def _windows(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
 def loss_nats(sums: Sums) -> float:
     """Return the mean negative log-likelihood, in nats per token."""
     return float(sums.nats.sum() / sums.counts.sum())
-
-
-def validation_logits(model: ModelConfig, dtype: Dtype, windows: int) -> float:
-    """Return the bytes of a batch's logits in `evaluate`: in `dtype`, in float32, log-softmax."""
-    kind = DTYPES[dtype]
-    per_logit = kind.size_bytes + 4 * kind.autocast + 4
-    return float(windows * model.context_length * model.vocab_size * per_logit)

@@ -17,8 +17,7 @@ import torch
 
 from lm.base.settings import DTYPES, PARALLEL, ModelConfig, TrainConfig, share_of_batch
 from lm.model.activations import ACTIVATIONS
-from lm.model.kernels import attention_blocks, rows_at_once
-from lm.model.validation import validation_logits
+from lm.model.kernels import LOGITS_AT_ONCE, attention_blocks, rows_at_once
 from lm.train.optim import OPTIMIZERS
 
 # Fitted to processes on a CPU: `python -m benchmarks.plan` measures each again and prints planned
@@ -153,6 +152,11 @@ def _head(model: ModelConfig, config: TrainConfig, micro_batch_size: int) -> dic
     }
 
 
+def _validation_logits(count: int, vocab_size: int) -> float:
+    """Return the bytes of the logits that a validation holds: in float32, and their log-softmax."""
+    return 8.0 * min(count, max(1, LOGITS_AT_ONCE // vocab_size)) * vocab_size
+
+
 def batch_bytes(model: ModelConfig, config: TrainConfig, share: int) -> float:
     """Return the bytes of a process's token ids for an update, x and y, and of drawing windows."""
     return 16.0 * share * model.context_length + 50.0 * config.batch_size
@@ -240,7 +244,7 @@ def peak_memory(
         {
             "gradients": reduced,
             "gathered weights": gathered,
-            "validation's logits": validation_logits(model, config.dtype, micro_batch_size),
+            "validation's logits": _validation_logits(N, model.vocab_size),
         },
     ]
     if fsdp and on_cpu:

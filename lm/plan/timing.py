@@ -18,6 +18,7 @@ from lm.plan.plan import (
     choose_dtype,
     compiling,
     free_memory_of_one,
+    largest_micro_batch,
     needed_memory,
     nominal_rate,
 )
@@ -48,9 +49,10 @@ def announce(plan: Plan, asked: TrainSection) -> None:
         done = "compiled" if plan.config.compile else "not compiled"
         decided = dataclasses.replace(plan.config, compile="auto")
         say(f"Plan: {done}: {compiling(plan.model, decided, plan.device)[1]}")
-    if plan.micro_batch_size < (asked.micro_batch_size or plan.share):
+    most = largest_micro_batch(plan.model, plan.config, plan.device, None, processes)
+    if plan.micro_batch_size < most:
         say(
-            f"Plan: micro-batch size {plan.micro_batch_size}: {plan.share} windows do not fit into "
+            f"Plan: micro-batch size {plan.micro_batch_size}: {most} windows do not fit into "
             f"{(free_memory_of_one(plan.device, processes) or 0) / 1e6:,.0f} MB of free memory"
         )
 

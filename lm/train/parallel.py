@@ -250,4 +250,5 @@ def shard(model: TransformerLM, device: torch.device) -> None:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "guesses"):
+        register_fsdp_forward_method(model, method)
