@@ -161,7 +161,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         by_rms = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, by_rms)
-        return (x.float() * by_rms * weight.float()).to(x.dtype)
+        normed = x.float() * by_rms * weight.float()
+        # under its compiler torch 2.11 loses all gradients if this ends in a `to` that does nothing
+        return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
