@@ -343,6 +343,7 @@ def test_the_memory_of_a_gpu_grows_in_segments_unless_the_user_says_otherwise(on
 
 
 def test_the_environment_of_a_gpu_names_what_computes_there(one_gpu, monkeypatch):
+    torch.set_float32_matmul_precision("highest")  # whatever tests before have left
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
     found = environment(torch.device("cuda"), compiles=True)
     assert found["device"] == "cuda (NVIDIA H100 80GB HBM3)"
