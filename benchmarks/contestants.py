@@ -344,6 +344,7 @@ def training(
     prepare(device, config.num_threads)
     if not deterministic:
         torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
     size = file.stat().st_size // 2
     entry = {"file": file.name, "tokens": size, "sha256": sha256_file(file)}
     tokens = TokenStream([file], [entry], np.dtype("<u2"), shape.vocab_size)

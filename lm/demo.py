@@ -82,7 +82,7 @@ def dataset() -> tuple[Ids, list[str]]:
     training, held_out = encode(texts[n_held_out:]), texts[:n_held_out]
     x, y = get_batch(training, BATCH, CONTEXT, "cpu", seed=SEED, step=1)
     explain(
-        "Dataset (lm/corpus/grammar.py, lm/train/step.py)",
+        "Dataset (lm/corpus/grammar.py, lm/train/batch.py)",
         f"{len(texts):,} short stories, made here; {n_held_out} of them, drawn before anything is "
         f"learnt, are held out. A token is a byte: {len(training):,} tokens to train on.",
         f"get_batch(dataset, {BATCH}, {CONTEXT}, 'cpu') gives x and y, {tuple(x.shape)} each. y is "
@@ -151,7 +151,7 @@ def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, fold
     """Train to the end with a checkpoint half-way; then resume from that and compare."""
     half, start = STEPS // 2, time.perf_counter()
     explain(
-        "Training (lm/train/step.py)",
+        "Training (lm/train/schedule.py, lm/train/optim.py)",
         "One step: schedule, batch, forward, loss, backward, clip, step. Guessing every byte alike "
         f"costs ln {MODEL.vocab_size} = {uniform_loss_nats(MODEL.vocab_size):.4f} nats.",
         f"{STEPS} steps of {BATCH} x {CONTEXT} = {BATCH * CONTEXT:,} tokens; gradients longer than "
@@ -188,7 +188,7 @@ def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
     unigram, bigram = Bigram(training, MODEL.vocab_size).losses_nats(ids)
     floor = sum(map(STORIES.bits, held_out)) * math.log(2) / len(ids)
     explain(
-        "Metrics (lm/model/validation.py, lm/evaluate/baselines.py)",
+        "Metrics (lm/model/validation.py, lm/evaluate/metrics.py)",
         f"On {len(ids):,} held-out bytes, each but the first predicted once: nats per token, "
         "perplexity e^nats, and bits per byte, which compares models with different tokenizers.",
         "The stories come from a grammar that knows the probability of each: the last row is its "

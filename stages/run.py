@@ -1,6 +1,6 @@
 """Run a stage: `python -m stages.NAME [-S section.key=value ...]`.
 
-command line, params.yaml --run--> Inputs --the stage--> outputs, if Inputs.check finds no change
+command line, params.yaml --run_stage--> Inputs --the stage--> outputs, if no input has changed
 """
 
 import argparse

@@ -38,8 +38,7 @@ def train_stage(inputs: Inputs) -> None:
     runtime = inputs.section(RuntimeConfig, "runtime")
     device = choose_device(runtime.device)
     num_processes = number_of_processes(runtime, asked.parallel, device)
-    if runtime.num_processes == "auto" and PARALLEL[asked.parallel].several and not launched():
-        say(f"Processes: {num_processes} (runtime.num_processes is auto: one for each GPU)")
+    _say_who_trains(runtime, asked, device, num_processes)
     if num_processes > 1 and not launched():
         share_of_batch(asked, num_processes)
         require_room_for_processes(num_processes)
@@ -72,6 +71,17 @@ def train_stage(inputs: Inputs) -> None:
             fit(state, tokens, plan.config, watched)
             processes.together(inputs.check)
             this_run.publish(tokenizer, MODELS, METRICS)
+
+
+def _say_who_trains(
+    runtime: RuntimeConfig, asked: TrainSection, device: torch.device, num_processes: int
+) -> None:
+    if launched():
+        return
+    if runtime.num_processes == "auto" and PARALLEL[asked.parallel].several:
+        say(f"Processes: {num_processes} (runtime.num_processes is auto: one for each GPU)")
+    elif str(device) == "cuda" and num_processes == 1 < torch.cuda.device_count():
+        say(f"One of {torch.cuda.device_count()} GPUs trains; with train.parallel: ddp all do")
 
 
 def _read(

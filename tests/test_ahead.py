@@ -80,31 +80,50 @@ def test_a_caller_without_pauses_gets_each_step_alone(model_config, train_config
     assert all(state.step == record["step"] for record in train(state, SPLIT, train_config))
 
 
-def fitted(settings, folder, runs_ahead, signal_at=None):
+def fitted(settings, folder, runs_ahead, at_step=None, happens=None):
+    """Train; return the state and the logbook. Something may happen once, while a step computes."""
     model, config, runtime = settings
     config = replace(config, eval_interval=5, max_steps=12)
     state = new_state(model, config, CPU)
-    state.runs_ahead = runs_ahead
+    state.runs_ahead, due = runs_ahead, [at_step]
+
+    def forward(*_):
+        if state.step == due[0]:
+            due.clear()
+            due.append(None)
+            happens()
+
     with Run(state, config, replace(runtime, checkpoint_interval=50), MADE_OF, folder) as this:
-        if signal_at is not None:
-            state.model.layers[0].register_forward_pre_hook(
-                lambda *_: signal.raise_signal(signal.SIGTERM) if state.step == signal_at else None
-            )
+        state.model.layers[0].register_forward_pre_hook(forward)
         fit(state, Tokens(SPLIT, SPLIT, 256), config, this)
-        return state, this.logbook.history.rows
+        return state, this.logbook
+
+
+def run_out_of_memory():
+    raise MemoryError
+
+
+def test_out_of_memory_while_ahead_is_recorded_at_the_step_that_ran_out(settings, tmp_path):
+    logbooks = [
+        fitted(settings, tmp_path / name, ahead, 7, run_out_of_memory)[1]
+        for name, ahead in (("a", False), ("b", True))
+    ]
+    assert logbooks[1].changes["micro_batch_sizes"] == {"1": 4, "8": 2}
+    assert logbooks[0].changes == logbooks[1].changes
+    assert logbooks[0].history.rows == logbooks[1].history.rows
 
 
 def test_a_signal_while_ahead_saves_what_is_launched_and_goes_on_to_the_same_bits(
     settings,
     tmp_path,
 ):
-    straight, rows = fitted(settings, tmp_path / "a", False)
+    straight, logbook = fitted(settings, tmp_path / "a", False)
     with pytest.raises(Interrupted, match=r"saved at step \d; run again"):
-        fitted(settings, tmp_path / "b", True, signal_at=6)
+        fitted(settings, tmp_path / "b", True, 6, lambda: signal.raise_signal(signal.SIGTERM))
     *_, saved = sorted((tmp_path / "b").glob("*/step-*.json"))
     assert saved.stem in {"step-00000007", "step-00000008", "step-00000009"}
-    resumed, rows_of_resumed = fitted(settings, tmp_path / "b", True)
-    assert rows_of_resumed == rows
+    resumed, of_resumed = fitted(settings, tmp_path / "b", True)
+    assert of_resumed.history.rows == logbook.history.rows
     assert all(
         torch.equal(tensor, weights(straight)[key]) for key, tensor in weights(resumed).items()
     )

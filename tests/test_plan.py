@@ -226,7 +226,7 @@ def test_more_tokens_than_gain_anything_are_not_computed_at_once(capsys):
     for compiled in (False, True):
         plan = Plan(model, replace(config, compile=compiled), CUDA, 64, 0)
         assert sum(plan.memory.values()) < 36e9
-        assert "validation's logits" not in plan.memory
+        assert plan.memory.get("validation's logits", 0) < 0.2e9
         announce(plan, plan.config)
     assert "do not fit" not in capsys.readouterr().out  # it is not memory that keeps it from 512
 

@@ -119,6 +119,7 @@ class Acceptance:
             with Child("benchmarks.gpu.parts", [name, options.device, options.tiny]) as child:
                 child.spawn()
                 timer = Timer(most_s, os.killpg, (child.process.pid, signal.SIGKILL))
+                timer.daemon = True
                 timer.start()
                 try:
                     while not (said := child.answer()).get("done"):
@@ -128,7 +129,8 @@ class Acceptance:
                     stopped = time.monotonic() - start >= most_s
                     why = f"stopped after {most_s:.0f} s" if stopped else str(failure)[-300:]
                     self.add(name, {"name": ITSELF, "failed": why})
-                timer.cancel()
+                finally:
+                    timer.cancel()
                 (options.out / f"{name}.log").write_text(child.log)
 
     def add(self, part: str, figure: dict[str, Any]) -> None:

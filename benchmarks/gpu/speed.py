@@ -183,6 +183,7 @@ def profiled(steps: Iterator[float], device: torch.device, count: int) -> dict[s
         torch.get_device_module(device).synchronize()
     events: list[Any] = list(prof.key_averages())
     calls = [event for event in events if event.key.startswith("cu")]
+    calls = [event for event in calls if event.key != "cudaDeviceSynchronize"]  # the one above
     kernels = [e for e in events if str(e.device_type).endswith("CUDA") == on_gpu]
     kernels = [e for e in kernels if not e.is_user_annotation]  # which spans kernels of its own
     by = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # in microseconds

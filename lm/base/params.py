@@ -1,6 +1,6 @@
 """Read params.yaml or a preset, and the overrides of a command line, as nested dicts.
 
-params.yaml --load_params, -S key=value--> dict --read_section--> TrainConfig(...)
+params.yaml --load_params, -S key=value--> dict --read_section--> TrainSection(...)
 """
 
 import argparse

@@ -112,8 +112,13 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return value
     if origin in (Union, UnionType):
         inner, other = arguments  # None, or a word
-        words = get_args(other) or (None,)
-        return value if value in words else _convert(value, inner, key)
+        words = get_args(other)
+        if value in (words or (None,)):
+            return value
+        try:
+            return _convert(value, inner, key)
+        except InputError as error:
+            raise InputError(" or ".join([str(error), *words])) from None
     if origin is Literal:
         if not any(type(value) is type(word) and value == word for word in arguments):
             choice = ", ".join(str(a).lower() if type(a) is bool else a for a in arguments)

@@ -1,7 +1,7 @@
 """The settings: a dataclass for each section of params.yaml, with what its keys must be together.
 
-They stand apart from the code that they configure: that loads torch, and stages that prepare data
-check every setting without it. The sections `data`, `tokenizer` and `export` stand beside their
+They stand apart from the code that they configure, so that checking them imports neither torch nor
+another stage's wing. The sections `data`, `tokenizer` and `export` stand beside their
 code, which loads none: lm/prepare/sources.py, lm/data/tokenizer.py, lm/export/card.py.
 """
 
@@ -190,6 +190,7 @@ PARALLEL = {
     "ddp": ParallelMode(several=True, sharded=False),
     "fsdp": ParallelMode(several=True, sharded=True),
 }
+BY_TREE = {"sum": False, "tree": True}  # of train.reduction: gradients are added in one fixed order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +310,7 @@ def share_of_batch(config: TrainSection, num_processes: int) -> int:
             f"train.parallel = {config.parallel} does not scale the loss of "
             f"train.dtype = {config.dtype}; use bfloat16"
         )
-    if config.reduction == "tree":
+    if BY_TREE[config.reduction]:
         if micro is None:
             raise InputError(
                 "train.reduction = tree needs train.micro_batch_size, the leaves of the tree; "

@@ -262,8 +262,8 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
 def compiled(function: Function, device: torch.device, cuda_graph: bool = False) -> Function:
     """Compile a function. Raises EnvironmentFault, now or when it is called, if that fails.
 
-    With `cuda_graph`, for CUDA alone, one launch runs all of its kernels, and each call overwrites
-    the tensors that the last one returned.
+    With `cuda_graph`, for CUDA alone, one launch runs all kernels of a part that Inductor can
+    capture, and each call overwrites the tensors that the last one returned.
     """
     otherwise = "or set train.compile: false"
     if reason := no_compiling(device) or no_loading(device):

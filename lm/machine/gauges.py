@@ -20,6 +20,7 @@ SURELY = 1.2  # times what is free: a plan is within a tenth or two
 # H100 Tensor Core GPU (SXM, PCIe), H200 Tensor Core GPU, A100 Tensor Core GPU data sheets; Ada GPU
 # architecture white paper, appendix A (with sums in float32). Sparsity, which doubles them, is off.
 _DATA_SHEETS = {
+    "H100 NVL": (835e12, 417e12, 60e12),
     "H100 PCIe": (756e12, 378e12, 51e12),
     "H100": (989e12, 494e12, 67e12),
     "H200": (989e12, 494e12, 67e12),

@@ -284,7 +284,8 @@ def _sockets() -> dict[int, int]:
         with suppress(OSError):  # closed meanwhile
             status = os.fstat(int(file.name))
             if S_ISSOCK(status.st_mode):
-                found[status.st_ino] = int(file.name)
+                # macOS has no inode for a socket
+                found[status.st_ino or -int(file.name)] = int(file.name)
     return found
 
 

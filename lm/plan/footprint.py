@@ -15,7 +15,7 @@ from typing import assert_never
 
 import torch
 
-from lm.base.settings import DTYPES, PARALLEL, ModelConfig, TrainConfig, share_of_batch
+from lm.base.settings import BY_TREE, DTYPES, PARALLEL, ModelConfig, TrainConfig, share_of_batch
 from lm.model.activations import ACTIVATIONS
 from lm.model.kernels import LOGITS_AT_ONCE, attention_blocks, rows_at_once
 from lm.train.optim import OPTIMIZERS
@@ -38,7 +38,6 @@ NORMS = {  # by norm and norm_position: of each block, behind the last block
     ("none", "pre"): (0, 0),
     ("none", "post"): (0, 0),
 }
-BY_TREE = {"sum": False, "tree": True}
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
@@ -95,13 +94,13 @@ def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) 
     sides and their product.
     """
     N, C, F = micro_batch_size * model.context_length, model.d_model, model.d_ff
-    a, activation = DTYPES[config.dtype].size_bytes, ACTIVATIONS[model.ffn]
-    casts = a == 2 and config.compile is not True
+    dtype, activation = DTYPES[config.dtype], ACTIVATIONS[model.ffn]
+    a, casts = dtype.size_bytes, dtype.autocast and config.compile is not True
     norms, last_norms = NORMS[model.norm, model.norm_position]
     kv_width = model.kv_heads * model.head_dim
     # a norm's output is input to a product; without norm that input is the residual stream itself
     into = N * C * a * ((3 if casts else 1) + (2 if casts and activation.gated else 1))
-    if not norms and a == 4:
+    if not norms and not dtype.autocast:
         into = 2 * N * C * 4
     attention = 4.0 * N * C * a + 4 * N * model.num_heads
     if model.dropout:  # in float32 whatever the dtype
@@ -125,7 +124,7 @@ def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) 
             "one block again": sum(block.values()),
         }
     sizes = parameters(model)
-    casted = a * (sizes["attention"] + sizes["feed-forward"]) * (a == 2)
+    casted = a * (sizes["attention"] + sizes["feed-forward"]) * dtype.autocast
     final = last_norms * (4 * N * C + 4 * N) + 4 * N * C * (model.dropout > 0)
     total["final norm, ids"] = final + 16 * N
     total["weights in " + config.dtype] = casted
@@ -139,13 +138,14 @@ def _head(model: ModelConfig, config: TrainConfig, micro_batch_size: int) -> dic
     the chunk before; the gradients by the features and, of each chunk, by the weights.
     """
     N, C, V = micro_batch_size * model.context_length, model.d_model, model.vocab_size
-    a, rows = DTYPES[config.dtype].size_bytes, rows_at_once(N, V)
+    dtype, rows = DTYPES[config.dtype], rows_at_once(N, V)
+    a = dtype.size_bytes
     chunks = -(-N // rows)
     if config.compile is True and not PARALLEL[config.parallel].several:  # not blocks alone
         copies = 2 * a  # the pointwise operations are one loop
     else:
-        copies = a + 4 + 4 + a * (chunks > 1) + 4 * (a == 2)
-    by_weights = (max(1, chunks - 1) * a + 4 * (a == 2)) * V * C
+        copies = a + 4 + 4 + a * (chunks > 1) + 4 * dtype.autocast
+    by_weights = (max(1, chunks - 1) * a + 4 * dtype.autocast) * V * C
     return {
         "logits, at once": float(rows * V * copies),
         "gradients of the head": float(4 * N * C + by_weights),
@@ -224,10 +224,15 @@ def peak_memory(
     kept = activations(model, config, micro_batch_size)
     again = kept.pop("one block again", 0.0)
     through_a_block = N * (8.0 * model.d_model + ACTIVATIONS[model.ffn].matrices * model.d_ff * a)
+    head = _head(model, config, micro_batch_size)
+    # the memory of a CUDA graph serves nothing else
+    graph = config.compile is True and device.type == "cuda" and not config.gradient_checkpointing
+    graph &= not PARALLEL[config.parallel].several
+    by_graph = graph * (sum(kept.values()) + sum(head.values()))
     moments: list[dict[str, float]] = [
         {
             "activations": sum(kept.values()),
-            **_head(model, config, micro_batch_size),
+            **head,
             "gradients": before,
             "gathered weights": gathered,
             "heap, lost between blocks": lost,
@@ -240,9 +245,10 @@ def peak_memory(
             "heap, lost between blocks": lost + HOLES * model.num_layers * again * on_cpu,
         },
         {"gradients": after, "gathered weights": gathered},
-        {"gradients": reduced, "update": scratch},
+        {"gradients": reduced, "update": scratch, "kept by the CUDA graph": by_graph},
         {
             "gradients": reduced,
+            "kept by the CUDA graph": by_graph,
             "gathered weights": gathered,
             "validation's logits": _validation_logits(N, model.vocab_size),
         },

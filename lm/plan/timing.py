@@ -108,13 +108,14 @@ def calibrate(plan: Plan) -> float | None:
     flops = plan.flops / plan.config.max_steps / plan.num_processes
     share_s = flops / nominal_rate(plan.config, plan.device)
     measured = max(1, min(plan.share, int(plan.share * CALIBRATION_S / share_s)))
+    on_gpu = plan.device.type == "cuda"
     config = dataclasses.replace(
         plan.config,
         batch_size=measured,
         micro_batch_size=None,
         parallel="none",
         reduction="sum",
-        max_steps=TIMED_STEPS,
+        max_steps=TIMED_STEPS + on_gpu,  # a CUDA graph is recorded at the second step
         warmup_steps=0,
         schedule="constant",
         on_nonfinite="skip",
@@ -127,9 +128,9 @@ def calibrate(plan: Plan) -> float | None:
         return None
     ids = np.random.default_rng(0).integers(plan.model.vocab_size, size=1 << 16, dtype=np.uint32)
     tokens = np.resize(ids, max(len(ids), 2 * plan.model.context_length))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
         state = new_state(plan.model, config, plan.device)
         state.micro_batch_size = micro_batch_size
         steps = train(state, Split("random", tokens, 0, end_id=0), config)
         seconds = [record["step_s"] for record in steps]
-    return statistics.mean(seconds[1:]) * plan.share / measured
+    return statistics.mean(seconds[1 + on_gpu :]) * plan.share / measured

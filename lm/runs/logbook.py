@@ -6,7 +6,7 @@ from typing import Any
 
 from lm.base.errors import Diverged
 from lm.base.run_folders import MICRO_BATCH_SIZES, NUM_PROCESSES
-from lm.base.settings import PARALLEL, TrainConfig
+from lm.base.settings import BY_TREE, PARALLEL, TrainConfig
 from lm.base.tables import DIVERGED
 from lm.runs.checkpoint import Extra, weights_sha256
 from lm.runs.history import Clock, History
@@ -33,7 +33,7 @@ class Logbook:
         """Record the present micro-batch size and number of processes, from the next step on."""
         first = str(self.state.step + 1)
         self.changes = {MICRO_BATCH_SIZES: {first: self.state.micro_batch_size}}
-        if PARALLEL[self.config.parallel].several and self.config.reduction == "sum":
+        if PARALLEL[self.config.parallel].several and not BY_TREE[self.config.reduction]:
             self.changes[NUM_PROCESSES] = {first: self.state.processes.size}
 
     def add_change(self, part: str, value: int, step: int) -> None:

@@ -21,6 +21,7 @@ from lm.train.state import Record, TrainState
 from lm.train.step import clipped_norm, forward_backward, mean_loss
 
 AHEAD = 3  # steps that may be launched and not read: with one the GPU would wait for the host
+SLOW_S = 0.5  # for longer steps that is nothing, and a signal should not wait for more of them
 
 
 @dataclass
@@ -37,12 +38,14 @@ class StepsAhead:
     def __init__(self, state: TrainState, config: TrainConfig, gradients: BatchGradients):
         self.state, self.config, self.gradients = state, config, gradients
         self.launched: deque[_Launched] = deque()
+        self.step_s = 0.0  # of the last step
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=state.model.head.device)
 
     @property
     def room(self) -> bool:
         """Whether another step may be launched."""
-        return len(self.launched) < AHEAD and self.state.step < self.config.max_steps
+        most = 1 if self.step_s > SLOW_S else AHEAD
+        return len(self.launched) < most and self.state.step < self.config.max_steps
 
     def launch(self, x: Ids, y: Ids) -> None:
         """Launch the next step and the copy of its figures to the host; wait for nothing."""

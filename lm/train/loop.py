@@ -62,26 +62,29 @@ def train(
 ) -> Iterator[Record]:
     """Train up to config.max_steps; yield a record after each step.
 
-    After a step for which `pause` holds, the caller may evaluate, save or stop before the next
-    record without disturbing training; after others the state may be some steps ahead of the
-    record, if state.runs_ahead. A step whose loss or gradient norm is not finite raises Diverged,
-    or is skipped: parameters and optimizer stay as they are, and its record says why under
-    "skipped".
+    Where `pause(step)` is true, the state is that of the record: evaluate, save or stop there.
+    Elsewhere it may be some steps ahead, if state.runs_ahead. A step whose loss or gradient norm is
+    not finite raises Diverged, or is skipped: parameters and optimizer stay as they are, and its
+    record says why under "skipped".
     """
     gradients = make_gradients(state.model, config, state.processes, split.end_id)
-    ahead = StepsAhead(state, config, gradients)
+    ahead, start = StepsAhead(state, config, gradients), 0.0
     while state.step < config.max_steps or ahead.launched:
-        start, record = time.perf_counter(), None
+        if not ahead.launched:  # else the device has worked on since the last record
+            start = time.perf_counter()
+        record = None
         if state.runs_ahead:
             while ahead.room and not (ahead.launched and pause(state.step)):
                 ahead.launch(*_deal(state, split, config, gradients))
             record = ahead.take()
         if record is None:
             record = _step(state, split, config, gradients)
+        now = time.perf_counter()
+        ahead.step_s, start = now - start, now
         yield record | {
             "learning_rate": learning_rate_fraction(record["step"], config) * config.lr,
             "tokens": record["step"] * config.tokens_per_step(state.model.config),
-            "step_s": time.perf_counter() - start,
+            "step_s": ahead.step_s,
             "forward_s": gradients.forward.take(),
         }
 

@@ -1,6 +1,9 @@
 """Optimizers, chosen by name, and gradient clipping.
 
-To add one, write a class with `state_names`, a function that makes it, and an entry of OPTIMIZERS.
+To add one: a subclass of AdamW with its own `state_names` and `_update`, a function that makes its
+groups, each with an "initial_lr", and an entry of OPTIMIZERS. While `found_inf` is 1, `_update`
+must change nothing (ahead.py); under fsdp it sees the rows of each parameter that this process
+holds.
 """
 
 from collections.abc import Callable, Iterable

@@ -50,6 +50,8 @@ def lower_micro_batch_size(state: TrainState, config: TrainConfig) -> None:
     state.micro_batch_size = fewer
     state.optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
+        if config.compile is True:
+            torch.compiler.reset()  # a CUDA graph keeps the memory of the larger micro-batch
         torch.cuda.empty_cache()
     say(
         f"Out of memory on {device} with micro-batch size {before}: repeating step "

@@ -55,7 +55,9 @@ def new_state(
         shard(model, device)  # moves block by block to the device
     else:
         model.to(device)
-    scaled = DTYPES[config.dtype].scaled  # by a factor that the host lowers: it must read each step
+    scaled = DTYPES[
+        config.dtype
+    ].scaled  # an overflow lowers the scale, so the host must read each step
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     optimizer = OPTIMIZERS[config.optimizer].make(model, config)
     micro_batch_size = config.micro_batch_size or config.batch_size // processes.size

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.base import rng
-from lm.base.settings import PARALLEL, Dtype, TrainConfig
+from lm.base.settings import BY_TREE, PARALLEL, Dtype, TrainConfig
 from lm.machine.device import autocast, compiled
 from lm.machine.processes import Processes
 from lm.model.transformer import Ids, TransformerLM
@@ -80,7 +80,7 @@ def forward_backward(
 def clipped_norm(state: TrainState, config: TrainConfig) -> Tensor:
     """Clip the gradients of the batch; return their norm before, a scalar on the device."""
     max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    by_rows = PARALLEL[config.parallel].sharded or config.reduction == "tree"
+    by_rows = PARALLEL[config.parallel].sharded or BY_TREE[config.reduction]
     return gradient_clipping(state.model.parameters(), max_norm, by_rows)
 
 
@@ -122,7 +122,9 @@ class OneProcess(BatchGradients):
         """See BatchGradients."""
         loss, gradients = self.backward(self.model, x, y, weight)
         if self.overwrites and not last:  # nothing reads the last ones after the step
-            loss, gradients = loss.clone(), tuple(gradient.clone() for gradient in gradients)
+            loss = loss.clone()
+            if self.tree or self.parameters[0].grad is None:  # later ones are added at once
+                gradients = tuple(gradient.clone() for gradient in gradients)
         if self.tree:
             self.sums.add(list(gradients))
             if not last:
@@ -137,7 +139,7 @@ def make_gradients(
     model: TransformerLM, config: TrainConfig, processes: Processes, end_id: int | None
 ) -> BatchGradients:
     """Return what computes the gradients of a batch, as train.parallel and train.compile say."""
-    device, tree = model.head.device, {"sum": False, "tree": True}[config.reduction]
+    device, tree = model.head.device, BY_TREE[config.reduction]
 
     def forward(model: TransformerLM, x: Tensor, y: Tensor) -> Tensor:
         return loss_of(model, x, y, config.dtype, end_id)
@@ -151,7 +153,8 @@ def make_gradients(
         case "none":
             cuda_graph = False
             if config.compile is True and config.gradient_checkpointing:
-                # a graph of both would recompute nothing; launches bind no model of such a size
+                # together, forward and backward would keep what checkpointing drops; so large a
+                # model is not limited by launches
                 forward = compiled(forward, device)
             elif config.compile is True:
                 cuda_graph = device.type == "cuda"
