@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from itertools import product
@@ -134,11 +135,17 @@ def race(
             worker = Worker(name, shape, file, device.type, environment=threads, **changes)
             workers[label] = stack.enter_context(worker)
             worker.spawn()
-        for label, worker in workers.items():
+
+        def answer(worker: Worker) -> dict[str, Any]:
+            return worker.answer() | {"first_s": time.perf_counter() - start}
+
+        with ThreadPoolExecutor() as pool:  # one that compiles longer delays no other's clock
+            answers = {label: pool.submit(answer, worker) for label, worker in workers.items()}
+        for label, answered in answers.items():
             try:
-                said[label] = worker.answer() | {"first_s": time.perf_counter() - start}
+                said[label] = answered.result()
             except Failed as failure:
-                print(worker.log, file=sys.stderr)
+                print(workers[label].log, file=sys.stderr)
                 note(label, failed=str(failure)[-300:])
         for _ in range(rounds):
             for label in said:
