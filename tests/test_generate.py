@@ -17,7 +17,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lm.base.errors import InputError
 from lm.base.files import write_json
 from lm.base.migrations import ADDED
-from lm.base.settings import EvaluateConfig
+from lm.base.settings import DEVICE, DTYPES, EvaluateConfig
 from lm.data.tokenizer import byte_tokenizer
 from lm.evaluate.samples import draw_samples
 from lm.generate.command import main
@@ -334,6 +334,12 @@ def test_the_command_line_takes_the_dtype_that_the_device_multiplies_natively(fo
     assert printed[0] == printed[1]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_command_line_takes_every_dtype(folder, dtype, capsys):
+    run(folder, "--prompt", "a", "--max-new-tokens", "3", "--temperature", "0", "--dtype", dtype)
+    assert capsys.readouterr().out == "abcd\n"
+
+
 @pytest.mark.parametrize("count", ["100000000", "9" * 20])
 def test_more_completions_than_fit_are_refused_with_what_they_would_take(folder, capsys, count):
     with pytest.raises(SystemExit) as left:
@@ -366,23 +372,24 @@ def test_the_coldest_temperatures_take_the_most_probable_token(model, temperatur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-new-tokens", "0"], "--max-new-tokens: must be in [1, 9223372036854775807]"),
-        (["--max-new-tokens", "9" * 20], "--max-new-tokens: must be in [1, 9223372036854775807]"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be in [1, 9223372036854775807]"),
+        (["--max-new-tokens", "9" * 20], f"{'9' * 20}: must be in [1, 9223372036854775807]"),
         (["--max-new-tokens", "9" * 5000], "--max-new-tokens: invalid int value"),
-        (["--temperature", "-1"], "--temperature: must be >= 0"),
-        (["--top-k", "0"], "--top-k: must be >= 1"),
-        (["--top-p", "0"], "--top-p: must be in (0, 1]"),
-        (["--top-p", "nan"], "--top-p: must be in (0, 1]"),
-        (["--temperature", "nan"], "--temperature: must be >= 0"),
-        (["--num-samples", "0"], "--num-samples: must be >= 1"),
-        (["--stop", ""], "--stop: must be a text that is not empty"),
+        (["--temperature", "-1"], "--temperature -1.0: must be >= 0"),
+        (["--top-k", "0"], "--top-k 0: must be >= 1"),
+        (["--top-p", "0"], "--top-p 0.0: must be in (0, 1]"),
+        (["--top-p", "nan"], "--top-p nan: must be in (0, 1]"),
+        (["--temperature", "nan"], "--temperature nan: must be >= 0"),
+        (["--num-samples", "0"], "--num-samples 0: must be >= 1"),
+        (["--stop", ""], "--stop ['']: no stop text may be empty"),
         (["--stop", "\udcff"], "--stop: byte 0xff at offset 0 is not UTF-8"),
         (["--prompt", "ab\udcff"], "--prompt: byte 0xff at offset 2 is not UTF-8"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--prompt-file", "/"], "/: a directory"),
         (["--prompt-file", sys.executable], "is not UTF-8"),
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
-        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--device", "tpu"], f"--device tpu: {DEVICE.text}"),
+        (["--device", "cuda:"], f"--device cuda:: {DEVICE.text}"),
         (["--prompt", "", "--model", "nowhere", "--device", "cpu"], "config.json: no such file"),
     ],
 )
@@ -391,6 +398,16 @@ def test_wrong_options_are_one_line(arguments, message, capsys):
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there_is_a_fault_of_the_machine(folder, device, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as left:
+        main(["--prompt", "a", "--model", str(folder), "--device", device])
+    assert left.value.code == 3
+    assert f"device {device}: not available" in capsys.readouterr().err
 
 
 def test_a_model_folder_from_before_a_setting_still_opens(folder):

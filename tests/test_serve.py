@@ -25,6 +25,7 @@ from playwright.sync_api import sync_playwright
 from lm.base.errors import EnvironmentFault
 from lm.base.params import load_params
 from lm.base.sections import read_section
+from lm.base.settings import DEVICE
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.model_folder import save_model
 from lm.model.transformer import ModelConfig, TransformerLM
@@ -476,7 +477,8 @@ def test_ctrl_c_ends_an_answer_and_then_the_server(folder, capsys, port):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--port", "65536"], 2, "--port: must be in [0, 65535]"),
+        (["--port", "65536"], 2, "--port 65536: must be in [0, 65535]"),
+        (["--device", "tpu"], 2, f"--device tpu: {DEVICE.text}"),
         (["--model", "nowhere"], 2, "nowhere/config.json: no such file"),
         (["--port", "{taken}"], 3, "{taken}: Address already in use; choose another by --port"),
     ],

@@ -24,6 +24,8 @@ from cheroot.wsgi import Gateway_10, Server
 from lm.base.console import say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.paths import MODEL
+from lm.base.sections import brief
+from lm.base.settings import DEVICE
 from lm.base.signals import CatchSignals
 from lm.machine.device import choose_device
 from lm.model.model_folder import load_model
@@ -141,11 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
     parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--device", default="auto", help=DEVICE.text)
     options = parser.parse_args(arguments)
     with one_line_errors():
         if not 0 <= options.port < 1 << 16:
-            raise InputError("--port: must be in [0, 65535]")
+            raise InputError(f"--port {options.port}: must be in [0, 65535]")
+        if not DEVICE.holds(options.device):
+            raise InputError(f"--device {brief(options.device)}: {DEVICE.text}")
         model, tokenizer = load_model(options.model, choose_device(options.device))
         created = int((options.model / "config.json").stat().st_mtime)
         serve(Served(options.model.resolve().name, created, model, tokenizer), options.port)
