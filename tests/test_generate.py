@@ -21,7 +21,7 @@ from lm.base.settings import DEVICE, DTYPES, EvaluateConfig
 from lm.data.tokenizer import byte_tokenizer
 from lm.evaluate.samples import draw_samples
 from lm.generate.command import main
-from lm.generate.decoder import Decoder, memory_bytes
+from lm.generate.decoder import GRAPH_SPAN, Decoder, memory_bytes
 from lm.generate.stream import Completion, drawn, generate, one_ahead, sample, stream
 from lm.machine.device import native_dtype
 from lm.model.model_folder import load_model, save_model
@@ -357,9 +357,33 @@ def test_what_a_row_remembers_is_what_it_is_said_to_take(model):
         return sum(tensor.nbytes for tensor in (*decoder.memory, decoder.mask))
 
     config = model.config
-    logits, read = config.vocab_size * 32, 4 * 3 * config.d_model + 4 * 2 * config.d_ff
-    two_more = memory_bytes(model, 3, 5, torch.float32) - memory_bytes(model, 1, 5, torch.float32)
-    assert two_more == held(three) - held(one) + 2 * (5 * read + logits)
+    logits, read = config.vocab_size * 56, 4 * 3 * config.d_model + 4 * 2 * config.d_ff
+    for_one, for_three = (memory_bytes(model, n, 5, torch.float32, False) for n in (1, 3))
+    assert for_three - for_one == held(three) - held(one) + 2 * (5 * read + logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_that_a_decoder_copies_are_what_they_are_said_to_take(
+    model_config, dtype, tied
+):
+    model = variant_model(model_config, {"tie_embeddings": tied, "qk_norm": False})
+    decoder = Decoder(model, 1, dtype=dtype)
+    tensors = [decoder.embeddings, decoder.head]
+    tensors += [t for x in decoder.layers for t in (x.qkv, x.output, x.up, x.down)]
+    shared = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    copied = sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in shared)
+    one, two = (memory_bytes(model, n, 5, dtype, False) for n in (1, 2))
+    assert one - (two - one) == copied
+
+
+@pytest.mark.parametrize(
+    ("context", "graphs"), [(16, 1), (GRAPH_SPAN, 1), (GRAPH_SPAN + 1, 2), (5 * GRAPH_SPAN, 5)]
+)
+def test_every_cuda_graph_counts_with_its_logits(model_config, context, graphs):
+    model = variant_model(model_config, {"context_length": context})
+    gpu, cpu = (memory_bytes(model, 3, 5, torch.bfloat16, on_gpu) for on_gpu in (True, False))
+    assert gpu - cpu == graphs * torch.empty(3, model.config.vocab_size).bfloat16().nbytes
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-13])

@@ -70,19 +70,26 @@ def _norm_weight(norm: nn.Module) -> Tensor | None:
             raise AssertionError(f"the decoder does not know {type(norm).__name__}")
 
 
-def memory_bytes(model: TransformerLM, n_rows: int, longest: int, dtype: torch.dtype) -> int:
-    """Return the bytes that a Decoder of `n_rows` needs to read prompts of `longest` ids.
+def memory_bytes(
+    model: TransformerLM, n_rows: int, longest: int, dtype: torch.dtype, on_gpu: bool
+) -> int:
+    """Return the bytes that generating `n_rows` takes at most, with prompts of `longest` ids.
 
-    It holds the copied weights and, for each row, S places: keys and values of each layer, and the
-    mask. `read` needs most in a feed-forward layer: x, its norm and both sides, for each id.
-    Sampling adds each row's logits, which a CUDA graph keeps too, and their copies in float64.
+    A Decoder holds copies of the weights and, for each row, S places: keys and values of each
+    layer, and the mask. Each CUDA graph holds logits of its own; all share their other memory.
+    `read` needs most in a feed-forward layer: x, its norm and both sides, for each id. Sampling
+    needs most with top-p: logits, sorted logits, and six numbers of 8 bytes for each.
     """
     config, size = model.config, dtype.itemsize
+    copied = sum(weight.numel() for weight in model.layers.parameters() if weight.dim() == 2)
+    if dtype != model.head.dtype:
+        copied += 2 * model.head.numel()  # the embedding and the head, tied or not
     places = 2 * config.num_layers * config.kv_heads * config.head_dim + 1
     read = 4 * 3 * config.d_model + size * 2 * config.d_ff
-    logits = config.vocab_size * (2 * size + 3 * 8)
+    n_graphs = -(-config.context_length // GRAPH_SPAN) if on_gpu else 0
+    logits = config.vocab_size * ((n_graphs + 2) * size + 6 * 8)
     a_row = config.context_length * places * size + longest * read + logits
-    return model.num_parameters() * size + n_rows * a_row
+    return copied * size + n_rows * a_row
 
 
 class Decoder:

@@ -149,10 +149,10 @@ def one_ahead(steps: Iterator[Tokens]) -> Iterator[Tokens]:
 
 def require_rows_fit(model: TransformerLM, n_rows: int, longest: int, dtype: Dtype) -> None:
     """Raise EnvironmentFault if a Decoder of these rows does not fit; see `memory_bytes`."""
-    longest = min(longest, model.config.context_length)
+    longest, on_gpu = min(longest, model.config.context_length), model.head.is_cuda
     require_memory(
         f"{n_rows:,} completions at once need",
-        memory_bytes(model, n_rows, longest, getattr(torch, dtype)),
+        memory_bytes(model, n_rows, longest, getattr(torch, dtype), on_gpu),
         free_memory_bytes(model.head.device),
         "ask for fewer at once",
         times=1.0,  # all of it is allocated
