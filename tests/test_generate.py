@@ -22,7 +22,7 @@ from lm.data.tokenizer import byte_tokenizer
 from lm.evaluate.samples import draw_samples
 from lm.generate.command import main
 from lm.generate.decoder import GRAPH_SPAN, Decoder, memory_bytes
-from lm.generate.stream import Completion, drawn, generate, one_ahead, sample, stream
+from lm.generate.stream import Completion, draw_tokens, generate, one_ahead, sample, stream
 from lm.machine.device import native_dtype
 from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import TransformerLM
@@ -99,7 +99,7 @@ def test_tokens_that_are_read_a_step_later_are_the_same(model):
         asked.append(len(draws))
         return sample(logits, 0.9, 20, 0.95, draws)
 
-    steps = [drawn(Decoder(model, 2), prompts, 5, choose, top_logprobs=3) for _ in range(2)]
+    steps = [draw_tokens(Decoder(model, 2), prompts, 5, choose, top_logprobs=3) for _ in range(2)]
     at_once = [tokens() for tokens in islice(steps[0], 40)]
     later = [(tokens(), len(asked)) for tokens in one_ahead(islice(steps[1], 40))]
     assert later == [(tokens, min(42 + n, 80)) for n, tokens in enumerate(at_once)]

@@ -27,7 +27,7 @@ def floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[s
     of the bits below, and for text that is not the grammar's.
     """
     bits = 0.0
-    for number, text in enumerate(documents(valid, tokenizer), start=1):
+    for number, text in enumerate(document_texts(valid, tokenizer), start=1):
         try:
             bits += STORIES.bits(text)
         except ValueError as error:
@@ -44,7 +44,7 @@ def floor(metrics: dict[str, Any], valid: Split, tokenizer: Tokenizer) -> dict[s
     return {"floor_bits_per_byte": lowest, "distance_to_floor": found / lowest - 1}
 
 
-def documents(split: Split, tokenizer: Tokenizer) -> Iterator[str]:
+def document_texts(split: Split, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield the texts of a split, cut after each end token."""
     ids = split.tokens[: len(split.tokens)]
     for document in np.split(ids, np.flatnonzero(ids == tokenizer.end_id) + 1)[:-1]:

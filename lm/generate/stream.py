@@ -42,7 +42,7 @@ class NewToken(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()  # the most probable ids, in order
 
 
-Tokens = Callable[[], list[NewToken]]  # those of a step, one a row; the call waits for them
+PendingTokens = Callable[[], list[NewToken]]  # those of a step, one a row; the call waits for them
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -99,7 +99,7 @@ def generate(
     def choose(logits: Tensor, draws: Tensor) -> Tensor:
         return sample(logits, temperature, top_k, top_p, draws)
 
-    steps = islice(drawn(decoder, prompts, seed, choose, top_logprobs), max_new_tokens)
+    steps = islice(draw_tokens(decoder, prompts, seed, choose, top_logprobs), max_new_tokens)
     ended = [False] * len(prompts)
     for tokens in one_ahead(steps) if model.head.is_cuda else steps:
         new = tokens()
@@ -109,19 +109,19 @@ def generate(
             return
 
 
-def drawn(
+def draw_tokens(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     seed: int,
     choose: Callable[[Tensor, Tensor], Tensor],
     top_logprobs: int | None = None,
-) -> Iterator[Tokens]:
+) -> Iterator[PendingTokens]:
     """Append a token to each prompt again and again; `choose` takes logits and random numbers.
 
     A GPU is not waited for, but where a row's context is full.
     """
     device, length = decoder.positions.device, decoder.config.context_length
-    histories, unread = [list(prompt) for prompt in prompts], list[Tokens]()
+    histories, unread = [list(prompt) for prompt in prompts], list[PendingTokens]()
     logits = decoder.read(range(len(prompts)), [_last_ids(ids, length) for ids in histories])
     for draws in _draws(seed, len(prompts), device):
         ids = choose(logits, draws)
@@ -138,7 +138,7 @@ def drawn(
             logits = logits.index_copy(0, rows, decoder.read(full, latest))
 
 
-def one_ahead(steps: Iterator[Tokens]) -> Iterator[Tokens]:
+def one_ahead(steps: Iterator[PendingTokens]) -> Iterator[PendingTokens]:
     """Yield each step when the next is under way, so that a GPU works while its tokens are read."""
     before = next(steps, None)
     while before is not None:
@@ -218,7 +218,7 @@ def sample(
 
 def _new_tokens(
     logits: Float[Tensor, "B V"], ids: Int[Tensor, " B"], top_logprobs: int | None
-) -> Tokens:
+) -> PendingTokens:
     """Copy a step's tokens to the host, with log-probabilities unless `top_logprobs` is None.
 
     Return a function that waits for them. A copy that does not wait goes to pinned memory.

@@ -60,7 +60,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = Sums(np.zeros(length), np.zeros(length, dtype=np.int64), 0, np.zeros((3, N_BINS)))
-    table = _windows(len(split.tokens), length, stride or length)
+    table = _window_table(len(split.tokens), length, stride or length)
     if max_batches is not None and len(table) > (limit := max_batches * batch_size):
         table = table[np.arange(limit) * len(table) // limit]
     batches = np.split(table, range(batch_size, len(table), batch_size))
@@ -80,7 +80,7 @@ def _sums_of(
     byte_lengths: NDArray[np.int64] | None,
     dtype: Dtype,
 ) -> Sums:
-    """Return the sums of a batch of windows, given as rows of `_windows`."""
+    """Return the sums of a batch of windows, given as rows of `_window_table`."""
     length, device = model.config.context_length, model.head.device
     x, y = windows(split.tokens, rows[:, 0], length)  # (B, T)
     ids = to_device(x, device)
@@ -100,7 +100,7 @@ def _sums_of(
     )
 
 
-def _windows(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
+def _window_table(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
     """Return rows (start, first new position) of windows: each target is new exactly once."""
     last, step = n_tokens - 1 - length, min(stride, length)
     starts = np.minimum(np.arange(0, last + step, step), last)

@@ -50,12 +50,12 @@ def application(served: Served) -> Flask:
 
     @app.get("/v1/models")
     def models() -> Answer:
-        return {"object": "list", "data": [served.card()]}
+        return {"object": "list", "data": [served.entry()]}
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> Answer:
         served.require(name)
-        return served.card()
+        return served.entry()
 
     @app.post(PATH)
     def completions() -> Response | Answer:

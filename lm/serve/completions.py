@@ -54,7 +54,7 @@ class Served:
     turn: Lock = field(default_factory=Lock)
     seats: Semaphore = field(default_factory=lambda: Semaphore(MAX_SEATS))
 
-    def card(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, Any]:
         """Return the model as /v1/models shows it; the last two entries are ours."""
         return {
             "id": self.name,
