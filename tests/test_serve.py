@@ -437,7 +437,7 @@ def test_requests_that_are_sent_ahead_are_answered_in_order(server):
     [
         (
             "chat/completions",
-            "there is no chat here: base models write on from a text; use /v1/com",
+            "there is no chat here: a base model continues a text; use /v1/com",
         ),
         ("embeddings", "/v1/embeddings: no such page; here are /, /v1/completions and /v1/models"),
     ],
@@ -480,7 +480,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_server(folder, capsys, port):
         (["--port", "65536"], 2, "--port 65536: must be in [0, 65535]"),
         (["--device", "tpu"], 2, f"--device tpu: {DEVICE.text}"),
         (["--model", "nowhere"], 2, "nowhere/config.json: no such file"),
-        (["--port", "{taken}"], 3, "{taken}: Address already in use; choose another by --port"),
+        (["--port", "{taken}"], 3, "{taken}: Address already in use; choose another with --port"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(folder, capsys, arguments, code, message):

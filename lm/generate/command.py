@@ -73,26 +73,27 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m lm.generate",
         description="Complete prompts. One is streamed; several are printed when all are done.",
     )
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; repeat it")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], help="text to continue; may be repeated")
+    add(
         "--prompt-file",
         action="append",
         default=[],
         type=Path,
         metavar="FILE",
-        help="a prompt, as it is, last line break included; - is standard input, which is read too "
-        "if no prompt is given and it is no terminal",
+        help="file with a prompt, whose last line break counts; - is standard input, which is also "
+        "read if no prompt is given and it is no terminal; may be repeated",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--num-samples", type=int, default=1, help="completions of each prompt")
-    parser.add_argument("--stop", action="append", default=[], help="text to end before; repeat it")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: most probable token")
-    parser.add_argument("--top-k", type=int, help="keep the k most probable tokens")
-    parser.add_argument("--top-p", type=float, help="keep the tokens that make up this probability")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
-    parser.add_argument("--device", default="auto", help=DEVICE.text)
-    parser.add_argument(
+    add("--max-new-tokens", type=int, default=200)
+    add("--num-samples", type=int, default=1, help="completions of each prompt")
+    add("--stop", action="append", default=[], help="end before this text; may be repeated")
+    add("--temperature", type=float, default=0.8, help="0: take the most probable")
+    add("--top-k", type=int, help="keep the k most probable tokens")
+    add("--top-p", type=float, help="keep the tokens that make up this probability")
+    add("--seed", type=int, default=0)
+    add("--model", type=Path, default=MODEL, help="model folder")
+    add("--device", default="auto", help=DEVICE.text)
+    add(
         "--dtype",
         default="float32",
         choices=["auto", *DTYPES],

@@ -65,7 +65,7 @@ def evaluate(
         table = table[np.arange(limit) * len(table) // limit]
     batches = np.split(table, range(batch_size, len(table), batch_size))
     for first in range(0, len(batches), processes.size):
-        mine = min(first + processes.rank, len(batches) - 1)  # all must join in gathering
+        mine = min(first + processes.rank, len(batches) - 1)  # all processes have to gather
         sums = _sums_of(model, split, batches[mine], byte_lengths, dtype)
         for part in processes.gather(sums)[: len(batches) - first]:
             total = total + part
@@ -90,7 +90,7 @@ def _sums_of(
     new = np.arange(length) >= rows[:, 1:]  # (B, T)
     right = guesses.cpu().numpy()[new.ravel()] == y[new]
     sure = confidence.cpu().double().numpy()[new.ravel()]
-    # a bin holds its upper edge; NaN: the last
+    # a bin includes its upper edge; NaN is in the last
     bins = np.searchsorted(CONFIDENCE_EDGES[1:-1], sure)
     return Sums(
         nats=np.where(new, losses.view(y.shape).cpu().double().numpy(), 0).sum(axis=0),
