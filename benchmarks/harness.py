@@ -20,7 +20,7 @@ from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import atomic_write, read_json, sha256_file
 from lm.base.paths import METRICS, MODEL, TOKENS
 from lm.data.batches import open_tokens
-from lm.evaluate.floor import documents
+from lm.evaluate.floor import document_texts
 from lm.model.model_folder import load_model
 from lm.model.transformer import TransformerLM
 
@@ -39,7 +39,7 @@ def main() -> None:
             raise InputError(f"{EXPORTED}: no model; run `dvc repro` to export it")
         model, tokenizer = load_model(MODEL, torch.device("cpu"))
         tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"))
-        texts = list(documents(tokens.valid, tokenizer))
+        texts = list(document_texts(tokens.valid, tokenizer))
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         atomic_write(TASKS / "validation.jsonl", lines.encode())
         theirs = run_harness()

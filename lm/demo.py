@@ -1,8 +1,8 @@
 """Walk from text to a trained model, with the library's own pieces: `python -m lm.demo`.
 
-Read it beside its output: one function a step, in the order of `walk`. It runs offline, on one CPU
-thread, in half a minute, and writes only into a temporary folder. Stage train does the same with
-the same pieces, and can be killed at any point: docs/TOUR.md goes on from here.
+Read it beside its output: one function for each step, in the order of `walk`. It runs offline, on
+one CPU thread, in half a minute, and writes only into a temporary folder. Stage train does the same
+with the same pieces, and can be killed at any point: docs/TOUR.md goes on from here.
 """
 
 import argparse
@@ -83,17 +83,17 @@ def dataset() -> tuple[Ids, list[str]]:
     x, y = get_batch(training, BATCH, CONTEXT, "cpu", seed=SEED, step=1)
     explain(
         "Dataset (lm/corpus/grammar.py, lm/train/batch.py)",
-        f"{len(texts):,} short stories, made here; {n_held_out} of them, drawn before anything is "
-        f"learnt, are held out. A token is a byte: {len(training):,} tokens to train on.",
+        f"{len(texts):,} short stories, made here; {n_held_out} of them are held out from the "
+        f"start. A token is a byte: {len(training):,} tokens to train on.",
         f"get_batch(dataset, {BATCH}, {CONTEXT}, 'cpu') gives x and y, {tuple(x.shape)} each. y is "
-        f"x one token later: {decode(x[0, :16].tolist())!r} is to be followed by "
+        f"x one token later: where x has {decode(x[0, :16].tolist())!r}, y has "
         f"{decode(y[0, :16].tolist())!r}.",
     )
     return training, held_out
 
 
 def encode(texts: Sequence[str]) -> Ids:
-    """Return the bytes of texts, an empty line behind each: token ids from 0 to 255."""
+    """Return the bytes of texts, an empty line after each: token ids from 0 to 255."""
     return np.frombuffer("".join(f"{text}\n\n" for text in texts).encode(), dtype=np.uint8)
 
 
@@ -110,7 +110,7 @@ def new_model() -> TransformerLM:
     explain(
         "Model (lm/model/transformer.py)",
         f"A TransformerLM of {MODEL.num_layers} layers, {MODEL.d_model} wide, gives each of the "
-        f"{MODEL.vocab_size} tokens a score to be the next.",
+        f"{MODEL.vocab_size} tokens a score: how likely it comes next.",
         f"Model has {model.num_parameters():,} parameters: {by_part}.",
     )
     return model
@@ -123,9 +123,9 @@ def new_optimizer(model: TransformerLM) -> AdamW:
     explain(
         "Optimizer and schedule (lm/train/optim.py, lm/train/schedule.py)",
         f"AdamW keeps two running means for each parameter: {2 * model.num_parameters():,} numbers "
-        "more, which a checkpoint has to hold as well.",
-        f"Its rate is {rates[0]:.1e} in the first step, {rates[1]:.1e} in step {WARMUP}, and falls "
-        f"along a cosine to {rates[2]:.1e} in step {STEPS}.",
+        "more, which a checkpoint has to hold, too.",
+        f"Its learning rate is {rates[0]:.1e} in step 1 and {rates[1]:.1e} in step {WARMUP}. "
+        f"Then it falls along a cosine to {rates[2]:.1e} in step {STEPS}.",
     )
     return optimizer
 
@@ -148,14 +148,15 @@ def train(model: TransformerLM, optimizer: AdamW, training: Ids, done: int, unti
 
 
 def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, folder: Path) -> None:
-    """Train to the end with a checkpoint half-way; then resume from that and compare."""
+    """Train to the end with a checkpoint half-way; then resume from it and compare."""
     half, start = STEPS // 2, time.perf_counter()
     explain(
         "Training (lm/train/schedule.py, lm/train/optim.py)",
-        "One step: schedule, batch, forward, loss, backward, clip, step. Guessing every byte alike "
-        f"costs ln {MODEL.vocab_size} = {uniform_loss_nats(MODEL.vocab_size):.4f} nats.",
-        f"{STEPS} steps of {BATCH} x {CONTEXT} = {BATCH * CONTEXT:,} tokens; gradients longer than "
-        f"{MAX_NORM:g} are shortened to that.",
+        "One step: schedule, batch, forward, loss, backward, clip, step. If all bytes were equally "
+        f"likely, the loss would be ln {MODEL.vocab_size} = "
+        f"{uniform_loss_nats(MODEL.vocab_size):.4f} nats.",
+        f"{STEPS} steps of {BATCH} x {CONTEXT} = {BATCH * CONTEXT:,} tokens; gradients with a norm "
+        f"above {MAX_NORM:g} are scaled down to it.",
     )
     train(model, optimizer, training, 0, half)
     save_checkpoint(model, optimizer, half, folder / "half.safetensors")
@@ -167,8 +168,8 @@ def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, fold
     explain(
         "Checkpoint and resume (lm/runs/checkpoint.py)",
         f"save_checkpoint wrote weights and running means after step {half}: {size_mb:.1f} MB. "
-        "Batch and rate are functions of the step, so there is nothing else to save.",
-        "load_checkpoint puts them into a new model and a new optimizer, which go on to the end:",
+        "Batch and learning rate are functions of the step, so there is nothing else to save.",
+        "load_checkpoint reads them into a new model and a new optimizer. These train to the end:",
     )
     model = TransformerLM(MODEL)
     optimizer = AdamW(model.parameters())
@@ -181,7 +182,7 @@ def train_and_resume(model: TransformerLM, optimizer: AdamW, training: Ids, fold
 
 
 def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
-    """Show how well the model predicts what it has never seen, and how well simpler models do."""
+    """Show how well the model predicts held-out text, and how well simpler models do."""
     ids = encode(held_out)
     one_byte_each = np.ones(MODEL.vocab_size, dtype=np.int64)
     sums = evaluate(model, Split("held out", ids, len(ids)), 32, one_byte_each)
@@ -191,14 +192,14 @@ def metrics(model: TransformerLM, training: Ids, held_out: list[str]) -> None:
         "Metrics (lm/model/validation.py, lm/evaluate/metrics.py)",
         f"On {len(ids):,} held-out bytes, each but the first predicted once: nats per token, "
         "perplexity e^nats, and bits per byte, which compares models with different tokenizers.",
-        "The stories come from a grammar that knows the probability of each: the last row is its "
-        "loss, below which no model comes but by luck.",
+        "The stories come from a grammar that knows the probability of each. The last row is its "
+        "loss: only by luck does a model get below it.",
     )
     ours = [METRICS[name](sums) for name in ("loss_nats", "perplexity", "bits_per_byte")]
     rows = {
         "uniform guess": of_bytes(uniform_loss_nats(MODEL.vocab_size)),
-        "unigram: how often a byte": of_bytes(unigram),
-        "bigram: after which byte": of_bytes(bigram),
+        "unigram: byte frequencies": of_bytes(unigram),
+        "bigram: pairs of bytes": of_bytes(bigram),
         "this model": ours,
         "entropy: the grammar": of_bytes(floor),
     }
@@ -213,21 +214,21 @@ def of_bytes(nats: float) -> list[float]:
 
 
 def sample(model: TransformerLM) -> None:
-    """Let the model write."""
+    """Show a text that the model writes."""
     prompt = list(b"Once upon a time")
     steps = generate(model, [prompt], SAMPLE_BYTES, temperature=TEMPERATURE, seed=SEED)
     text = decode(prompt + [token.id for (token,) in steps if token is not None])
     explain(
         "Sample (lm/generate/stream.py)",
-        f"Each byte is drawn from softmax(logits / {TEMPERATURE}) and read again to give the next; "
+        f"Each byte is drawn from softmax(logits / {TEMPERATURE}) and read to predict the next. "
         f"{SAMPLE_BYTES} bytes after {decode(prompt)!r}:",
     )
     say("\n".join(f"   | {line}" for line in text.split("\n")))
-    say("\nAs a pipeline, with a tokenizer that is learnt: make repro. Read on in docs/TOUR.md.")
+    say("\nThe same as a pipeline, with a learnt tokenizer: make repro. Go on with docs/TOUR.md.")
 
 
 def explain(title: str, *paragraphs: str) -> None:
-    """Print a step's title, with the files of its code, and what happens, in a terminal's width."""
+    """Print the title of a step, with its files, and what happens, in the width of a terminal."""
     say(f"\n{title}")
     for text in paragraphs:
         say(textwrap.fill(text, 98, initial_indent="   ", subsequent_indent="   "))

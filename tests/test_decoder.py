@@ -159,12 +159,13 @@ def test_where_no_graph_can_be_captured_steps_are_plain_calls(model, monkeypatch
         assert torch.equal(logits, plain._step(row, SPAN))
 
 
-def test_bfloat16_is_close_to_float32(model_config):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_close_to_float32(model_config, dtype):
     model = variant_model(model_config, {"qk_norm": True})
     ids = torch.randint(96, (2, 8))
     exact = followed(Decoder(model, 2), PROMPTS[1:], ids)
-    rough = followed(Decoder(model, 2, dtype=torch.bfloat16), PROMPTS[1:], ids)
-    assert rough.dtype == torch.bfloat16
+    rough = followed(Decoder(model, 2, dtype=dtype), PROMPTS[1:], ids)
+    assert rough.dtype == dtype
     assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 

@@ -330,12 +330,12 @@ def their_folder(tokenizer, tmp_path_factory):
         ({"use_sliding_window": True}, "sliding windows: not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding windows"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: not supported"),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"model_type gpt2, \['GPT2"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"gpt2, architectures \['"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM, Qwen3For"),
         ({"head_dim": 16}, "head_dim = 16: only hidden_size / num_attention_heads = 32 / 4"),
         ({"vocab_size": 200}, "vocab_size = 200, the tokenizer has 300 tokens; copy it to data/"),
-        ({"max_position_embeddings": 8}, "context_length = 16; it has seen positions up to 8"),
-        ({"num_hidden_layers": "two"}, "num_hidden_layers = two; expected a number"),
+        ({"max_position_embeddings": 8}, "context_length = 16, but the model was trained on"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers = two; expected an integer"),
         ({"num_hidden_layers": 2_000_000}, "model.num_layers = 2, expected 2000000"),
         ({"rope_parameters": [1]}, r"rope_parameters = \[1\], expected dict"),
         ({"rope_scaling": "yarn"}, "rope_scaling = yarn, expected dict"),
@@ -346,8 +346,8 @@ def their_folder(tokenizer, tmp_path_factory):
         (
             {"num_hidden_layers": 3, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
             "another model than params.yaml describes: model.num_layers = 2, expected 3; "
-            "model.norm_eps = 1e-06, expected 1e-05; model.tie_embeddings = false, expected true: "
-            "set what is expected",
+            "model.norm_eps = 1e-06, expected 1e-05; model.tie_embeddings = false, expected true; "
+            "set the expected values",
         ),
     ],
     ids=str,
@@ -397,10 +397,10 @@ def spoil(folder, name):
     [
         ("no folder", r"small: no such folder; copy the model's there \(train.init_from names it"),
         ("pickle", r"no model.safetensors; .bin and .pt files run code"),
-        ("shard elsewhere", "index.json: ../b leaves the folder"),
+        ("shard elsewhere", "index.json: ../b is not in this folder"),
         ("torn", "model.safetensors: not a safetensors file"),
-        ("other tokenizer", "another tokenizer than the text's; copy it to data/tokenizers/small"),
-        ("no config", "config.json: no such file; a folder of Hugging Face's has one"),
+        ("other tokenizer", "not the tokenizer of data/tokenizer; copy it to data/tokenizers/"),
+        ("no config", "config.json: no such file; a model folder of Hugging Face has one"),
         ("missing", "no weight model.norm.weight in its safetensors files"),
         ("surplus", "model.layers.0.mlp.router.weight: no such weight in a model of these"),
         ("shape", r"model.norm.weight is \(7,\), expected \(32,\)"),

@@ -17,12 +17,12 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lm.base.errors import InputError
 from lm.base.files import write_json
 from lm.base.migrations import ADDED
-from lm.base.settings import EvaluateConfig
+from lm.base.settings import DEVICE, DTYPES, EvaluateConfig
 from lm.data.tokenizer import byte_tokenizer
 from lm.evaluate.samples import draw_samples
 from lm.generate.command import main
-from lm.generate.decoder import Decoder, memory_bytes
-from lm.generate.stream import Completion, drawn, generate, one_ahead, sample, stream
+from lm.generate.decoder import GRAPH_SPAN, Decoder, memory_bytes
+from lm.generate.stream import Completion, draw_tokens, generate, one_ahead, sample, stream
 from lm.machine.device import native_dtype
 from lm.model.model_folder import load_model, save_model
 from lm.model.transformer import TransformerLM
@@ -99,7 +99,7 @@ def test_tokens_that_are_read_a_step_later_are_the_same(model):
         asked.append(len(draws))
         return sample(logits, 0.9, 20, 0.95, draws)
 
-    steps = [drawn(Decoder(model, 2), prompts, 5, choose, top_logprobs=3) for _ in range(2)]
+    steps = [draw_tokens(Decoder(model, 2), prompts, 5, choose, top_logprobs=3) for _ in range(2)]
     at_once = [tokens() for tokens in islice(steps[0], 40)]
     later = [(tokens(), len(asked)) for tokens in one_ahead(islice(steps[1], 40))]
     assert later == [(tokens, min(42 + n, 80)) for n, tokens in enumerate(at_once)]
@@ -334,6 +334,12 @@ def test_the_command_line_takes_the_dtype_that_the_device_multiplies_natively(fo
     assert printed[0] == printed[1]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_command_line_takes_every_dtype(folder, dtype, capsys):
+    run(folder, "--prompt", "a", "--max-new-tokens", "3", "--temperature", "0", "--dtype", dtype)
+    assert capsys.readouterr().out == "abcd\n"
+
+
 @pytest.mark.parametrize("count", ["100000000", "9" * 20])
 def test_more_completions_than_fit_are_refused_with_what_they_would_take(folder, capsys, count):
     with pytest.raises(SystemExit) as left:
@@ -351,9 +357,33 @@ def test_what_a_row_remembers_is_what_it_is_said_to_take(model):
         return sum(tensor.nbytes for tensor in (*decoder.memory, decoder.mask))
 
     config = model.config
-    logits, read = config.vocab_size * 32, 4 * 3 * config.d_model + 4 * 2 * config.d_ff
-    two_more = memory_bytes(model, 3, 5, torch.float32) - memory_bytes(model, 1, 5, torch.float32)
-    assert two_more == held(three) - held(one) + 2 * (5 * read + logits)
+    logits, read = config.vocab_size * 56, 4 * 3 * config.d_model + 4 * 2 * config.d_ff
+    for_one, for_three = (memory_bytes(model, n, 5, torch.float32, False) for n in (1, 3))
+    assert for_three - for_one == held(three) - held(one) + 2 * (5 * read + logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_that_a_decoder_copies_are_what_they_are_said_to_take(
+    model_config, dtype, tied
+):
+    model = variant_model(model_config, {"tie_embeddings": tied, "qk_norm": False})
+    decoder = Decoder(model, 1, dtype=dtype)
+    tensors = [decoder.embeddings, decoder.head]
+    tensors += [t for x in decoder.layers for t in (x.qkv, x.output, x.up, x.down)]
+    shared = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    copied = sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in shared)
+    one, two = (memory_bytes(model, n, 5, dtype, False) for n in (1, 2))
+    assert one - (two - one) == copied
+
+
+@pytest.mark.parametrize(
+    ("context", "graphs"), [(16, 1), (GRAPH_SPAN, 1), (GRAPH_SPAN + 1, 2), (5 * GRAPH_SPAN, 5)]
+)
+def test_every_cuda_graph_counts_with_its_logits(model_config, context, graphs):
+    model = variant_model(model_config, {"context_length": context})
+    gpu, cpu = (memory_bytes(model, 3, 5, torch.bfloat16, on_gpu) for on_gpu in (True, False))
+    assert gpu - cpu == graphs * torch.empty(3, model.config.vocab_size).bfloat16().nbytes
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-13])
@@ -366,23 +396,24 @@ def test_the_coldest_temperatures_take_the_most_probable_token(model, temperatur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-new-tokens", "0"], "--max-new-tokens: must be in [1, 9223372036854775807]"),
-        (["--max-new-tokens", "9" * 20], "--max-new-tokens: must be in [1, 9223372036854775807]"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be in [1, 9223372036854775807]"),
+        (["--max-new-tokens", "9" * 20], f"{'9' * 20}: must be in [1, 9223372036854775807]"),
         (["--max-new-tokens", "9" * 5000], "--max-new-tokens: invalid int value"),
-        (["--temperature", "-1"], "--temperature: must be >= 0"),
-        (["--top-k", "0"], "--top-k: must be >= 1"),
-        (["--top-p", "0"], "--top-p: must be in (0, 1]"),
-        (["--top-p", "nan"], "--top-p: must be in (0, 1]"),
-        (["--temperature", "nan"], "--temperature: must be >= 0"),
-        (["--num-samples", "0"], "--num-samples: must be >= 1"),
-        (["--stop", ""], "--stop: must be a text that is not empty"),
+        (["--temperature", "-1"], "--temperature -1.0: must be >= 0"),
+        (["--top-k", "0"], "--top-k 0: must be >= 1"),
+        (["--top-p", "0"], "--top-p 0.0: must be in (0, 1]"),
+        (["--top-p", "nan"], "--top-p nan: must be in (0, 1]"),
+        (["--temperature", "nan"], "--temperature nan: must be >= 0"),
+        (["--num-samples", "0"], "--num-samples 0: must be >= 1"),
+        (["--stop", ""], "--stop ['']: no stop text may be empty"),
         (["--stop", "\udcff"], "--stop: byte 0xff at offset 0 is not UTF-8"),
         (["--prompt", "ab\udcff"], "--prompt: byte 0xff at offset 2 is not UTF-8"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--prompt-file", "/"], "/: a directory"),
         (["--prompt-file", sys.executable], "is not UTF-8"),
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
-        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--device", "tpu"], f"--device tpu: {DEVICE.text}"),
+        (["--device", "cuda:"], f"--device cuda:: {DEVICE.text}"),
         (["--prompt", "", "--model", "nowhere", "--device", "cpu"], "config.json: no such file"),
     ],
 )
@@ -391,6 +422,16 @@ def test_wrong_options_are_one_line(arguments, message, capsys):
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there_is_a_fault_of_the_machine(folder, device, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as left:
+        main(["--prompt", "a", "--model", str(folder), "--device", device])
+    assert left.value.code == 3
+    assert f"device {device}: not available" in capsys.readouterr().err
 
 
 def test_a_model_folder_from_before_a_setting_still_opens(folder):

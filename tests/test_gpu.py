@@ -26,6 +26,7 @@ from benchmarks.gpu.equality import (
     tensors_of,
 )
 from benchmarks.gpu.runs import small, split_of, train_as_the_stage_does
+from lm.generate.decoder import Decoder
 from lm.generate.stream import generate
 from lm.machine.device import Stopwatch, choose_device, describe, environment, prepare
 from lm.machine.gauges import peak_memory_bytes, resident_memory_bytes
@@ -328,6 +329,38 @@ def test_the_same_seed_draws_the_same_text(dtype):
     model, options = model_on(DEVICE), {"temperature": 0.8, "top_k": 20, "dtype": dtype}
     a, b, c = (texts(model, [[1, 2]], 30, seed=seed, **options) for seed in (0, 0, 1))
     assert a == b != c
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """The CUDA graphs, one for each launch of one."""
+    if TINY:
+        pytest.skip("a CPU has no CUDA graphs")
+    graphs, replay = [], torch.cuda.CUDAGraph.replay
+
+    def counted(graph):
+        graphs.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    return graphs
+
+
+def test_decoding_replays_a_cuda_graph_from_the_second_step_of_a_span_on(replayed):
+    decoder = Decoder(model_on(DEVICE), 1)
+    decoder.read([0], [[1, 2, 3]])
+    for _ in range(5):
+        decoder.step(torch.tensor([4], device=DEVICE))
+    assert len(replayed) == 4
+
+
+def test_a_compiled_step_of_training_replays_a_cuda_graph(replayed):
+    model, config, state = made({"train.compile": True})
+    steps = train(state, split_of(model), config)
+    list(itertools.islice(steps, 4))  # compiles and records
+    replayed.clear()
+    assert len(list(steps)) == 4
+    assert len(replayed) >= 4
 
 
 # --- memory and files ---------------------------------------------------------------------

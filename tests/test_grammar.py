@@ -323,8 +323,8 @@ def test_a_model_that_knows_the_validation_text_is_told_from_a_good_one(grammar_
     result = project.stage("evaluate")
     assert result.returncode == 2
     assert re.search(
-        r"^error: models/model: 0\.\d{4} bits per byte, below the entropy of the text, 0\.\d{4}: "
-        "no model can; it has seen the validation text in training, or there is a bug$",
+        r"^error: models/model: 0\.\d{4} bits per byte are below the entropy of the held-out text, "
+        r"0\.\d{4}: the model has seen this text in training, or there is a bug$",
         one_line(result),
     )
     assert not (project.folder / "metrics" / "eval.json").exists()

@@ -25,6 +25,7 @@ from playwright.sync_api import sync_playwright
 from lm.base.errors import EnvironmentFault
 from lm.base.params import load_params
 from lm.base.sections import read_section
+from lm.base.settings import DEVICE
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.model_folder import save_model
 from lm.model.transformer import ModelConfig, TransformerLM
@@ -436,7 +437,7 @@ def test_requests_that_are_sent_ahead_are_answered_in_order(server):
     [
         (
             "chat/completions",
-            "there is no chat here: base models write on from a text; use /v1/com",
+            "there is no chat here: a base model continues a text; use /v1/com",
         ),
         ("embeddings", "/v1/embeddings: no such page; here are /, /v1/completions and /v1/models"),
     ],
@@ -476,9 +477,10 @@ def test_ctrl_c_ends_an_answer_and_then_the_server(folder, capsys, port):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--port", "65536"], 2, "--port: must be in [0, 65535]"),
+        (["--port", "65536"], 2, "--port 65536: must be in [0, 65535]"),
+        (["--device", "tpu"], 2, f"--device tpu: {DEVICE.text}"),
         (["--model", "nowhere"], 2, "nowhere/config.json: no such file"),
-        (["--port", "{taken}"], 3, "{taken}: Address already in use; choose another by --port"),
+        (["--port", "{taken}"], 3, "{taken}: Address already in use; choose another with --port"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(folder, capsys, arguments, code, message):

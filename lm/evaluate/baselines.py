@@ -20,7 +20,7 @@ def baseline_losses_nats(tokens: Tokens) -> dict[str, float]:
 
 
 def uniform_loss_nats(vocab_size: int) -> float:
-    """Return the loss of guessing every token alike, in nats per token: ln V."""
+    """Return the loss if all tokens are equally probable, in nats per token: ln V."""
     return math.log(vocab_size)
 
 

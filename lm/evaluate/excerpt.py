@@ -18,7 +18,7 @@ from lm.model.transformer import TransformerLM
 
 MAX_TOKENS, MAX_GUESSES = 1500, 5
 SEARCHED = 1 << 20  # tokens at the start of the split in which documents are searched
-MAX_CHARACTERS = 100  # shown of a token: BPE makes one token of a long run
+MAX_CHARACTERS = 100  # of a token that are shown: BPE makes one token of a long run of spaces
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ScoredDocument:
 
 @torch.no_grad()
 def excerpt(model: TransformerLM, split: Split, tokenizer: Tokenizer) -> list[ScoredDocument]:
-    """Score the whole documents at the start of a split that fit, else the start of the first.
+    """Score the first documents of a split that fit as a whole, or else the start of the split.
 
     Each document is read after an end token, as in generation. Past the context length each token
     is predicted from at least half a context. The model must be in evaluation mode.
@@ -72,7 +72,7 @@ def _chosen(split: Split) -> list[tuple[NDArray[Any], bool]]:
     ids = split.tokens[:SEARCHED]
     room, chosen = MAX_TOKENS, []
     for document in np.split(ids, np.flatnonzero(ids == split.end_id) + 1)[:-1]:
-        if 1 < len(document) <= room:  # one alone is the end of an empty document
+        if 1 < len(document) <= room:  # one id is the end token of an empty document
             chosen.append((document, True))
             room -= len(document)
     return chosen or [(ids[:MAX_TOKENS], False)]
@@ -94,7 +94,7 @@ def _logits(model: TransformerLM, ids: NDArray[Any], end_id: int) -> Iterator[to
 def _name(tokenizer: Tokenizer, token_id: int) -> str:
     try:
         return _cut(tokenizer.decode_bytes([token_id]).decode("utf-8", "backslashreplace"))
-    except KeyError:  # vocabularies of others have gaps
+    except KeyError:  # a vocabulary that was not made here may have gaps
         return f"id {token_id}"
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a model on a split: numbers and tables made of the Sums of lm.model.validation.
+"""The metrics of a model on a split: numbers and tables from the Sums of lm.model.validation.
 
 A new metric is a function here and its entry in METRICS: stage evaluate writes them all into
 metrics/eval.json.
@@ -26,7 +26,7 @@ def bits_per_byte(sums: Sums) -> float:
     Raises InputError if there are no bytes.
     """
     if sums.n_bytes == 0:
-        raise InputError("bits per byte of no text: all documents are empty; add text")
+        raise InputError("the validation split has no text: all its documents are empty; add text")
     return float(sums.nats.sum() / (math.log(2) * sums.n_bytes))
 
 
@@ -39,8 +39,8 @@ def accuracy(sums: Sums) -> float:
 def calibration_error(sums: Sums) -> float:
     """Return the expected calibration error of the most probable tokens.
 
-    Guo et al. 2017 ("On Calibration of Modern Neural Networks", eq. 3): the distance of confidence
-    and accuracy in each bin, weighted by its targets.
+    Guo et al. 2017 ("On Calibration of Modern Neural Networks", eq. 3): the mean over the targets
+    of |accuracy - mean confidence| of their bins.
     """
     n, confidence, right = sums.first_guesses
     return float(np.abs(right - confidence).sum() / n.sum())
@@ -60,7 +60,7 @@ METRICS: dict[str, Callable[[Sums], float]] = {
 def loss_by_position(sums: Sums, max_rows: int = 1000) -> list[tuple[int, float]]:
     """Return rows (position in the window, mean loss in nats), at most `max_rows`.
 
-    Neighbouring positions share a row where there are more, under the first of them. Rows without
+    If there are more positions, neighbouring ones share a row, which names the first. Rows without
     a target are left out.
     """
     firsts = np.arange(0, len(sums.counts), -(-len(sums.counts) // max_rows))
@@ -70,7 +70,7 @@ def loss_by_position(sums: Sums, max_rows: int = 1000) -> list[tuple[int, float]
 
 
 def calibration(sums: Sums) -> list[tuple[float, float, int, float, float]]:
-    """Return a row for each bin with targets: edges, targets, mean confidence, accuracy."""
+    """Return for each bin with targets: its edges, their number, mean confidence, accuracy."""
     rows = zip(pairwise(CONFIDENCE_EDGES), sums.first_guesses.T, strict=True)
     return [
         (float(low), float(high), int(n), float(confidence / n), float(right / n))

@@ -59,7 +59,7 @@ def samples_as_markdown(samples: Iterable[Sample]) -> str:
 
 
 def as_block(head: str, text: str) -> str:
-    """Return a text as a block of Markdown in which no character has a meaning."""
+    """Return a text as a code block of Markdown, which shows every character as it is."""
     lines = [f"    {line}".rstrip() for line in plain(text).rstrip().split("\n")]
     return "\n".join([f"{head}:", "", *lines, "", ""])
 

@@ -1,4 +1,4 @@
-"""Check before an export that the logits of transformers equal ours."""
+"""Compare the logits of transformers with ours before an export."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ def compared(
 ) -> str:
     """Return how well the logits agree over a full context of random ids and one of text.
 
-    Where they differ by more than TOLERANCE, both are computed again without rounding, which
-    changes the model. Raises AssertionError, since we would be at fault, if they differ then.
+    If they differ by more than TOLERANCE, compute both again in float64, which changes `model`.
+    Raises AssertionError if they still differ: a bug of ours.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM  # for development alone
@@ -35,7 +35,7 @@ def compared(
     logits = model(ids)
     if not logits.isfinite().all():
         raise InputError(
-            "logits are not finite: weights are too large; train with a lower train.lr"
+            "the logits are not finite: weights are too large; train with a lower train.lr"
         )
     difference = (logits - theirs(ids).logits).abs().max().item()
     said = f"Logits agree with those of transformers to {difference:.1e}"

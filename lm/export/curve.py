@@ -14,8 +14,7 @@ BLUE, ORANGE = "#4c78a8", "#f58518"
 def loss_curve(curves: str, font: str = "sans-serif") -> str:
     """Draw training and validation loss by tokens from the text of a curves.csv.
 
-    Every size is fixed, so that the fonts of this machine lay nothing out and the bytes depend on
-    the curves alone.
+    Every size is fixed: the layout does not depend on the fonts of this machine, nor do the bytes.
     """
     columns = ("tokens", "train_loss", "valid_loss")
     try:

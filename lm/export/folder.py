@@ -4,7 +4,7 @@
     tokenizer.json  tokenizer_config.json                       ids as in training
     README.md  loss.svg  provenance.json                        the model card
 
-Before anything is written, the logits are compared with those of `transformers`, if it is there.
+Before anything is written, the logits are compared with those of `transformers`, if installed.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Folder:
 def export(source: Path, config: ExportConfig, results: Results | None) -> Folder:
     """Build the folder of the model in `source`, without weights if no stock model computes it.
 
-    Raises InputError if a file is missing, torn or does not fit the others.
+    Raises InputError if a file is missing or damaged, or does not fit the others.
     """
     model, tokenizer = load_model(source, torch.device("cpu"))
     provenance = read_provenance(source)
@@ -105,7 +105,7 @@ def require_ours(out: Path) -> None:
     """Raise InputError if writing this folder would lose files that lm.export did not write."""
     page = out / "README.md"
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: not a folder")
+        raise InputError(f"{out}: not a folder; name another")
     if not out.exists() or all(file.suffix == ".tmp" for file in out.iterdir()):
         return  # new, or left by a kill before the card was there
     if not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")):
@@ -118,7 +118,7 @@ def _settings_files(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str,
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": tokenizer.end_token,
-        "pad_token": tokenizer.end_token,  # behind the attention mask; on the left, to write on
+        "pad_token": tokenizer.end_token,  # masked; on the left, so that a text can be continued
         "padding_side": "left",
         "model_max_length": settings["max_position_embeddings"],
         "split_special_tokens": True,  # the text of a special token is text, as in training
@@ -137,16 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m lm.export", description=__doc__.split("\n")[0])
     add_overrides(parser)
-    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
-    parser.add_argument("--out", type=Path, default=HUGGINGFACE, help="the folder to write")
+    parser.add_argument("--model", type=Path, default=MODEL, help="model folder")
+    parser.add_argument("--out", type=Path, default=HUGGINGFACE, help="folder to write")
     options = parser.parse_args(arguments)
     with one_line_errors():
         params = load_params(PARAMS, options.overrides)
         config = read_section(ExportConfig, params, "export")
-        # metrics/ says nothing of another model than the pipeline's
+        # metrics/ describes the pipeline's model alone
         data_path = str(params.get("data", {}).get("path"))
         results = read_results(data_path) if options.model == MODEL else None
-        require_ours(options.out)  # before the work
+        require_ours(options.out)  # before the long work
         folder = export(options.model, config, results)
         if folder.why_no_weights:
             raise InputError(f"{options.model}: {folder.why_no_weights}")

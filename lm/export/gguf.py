@@ -3,7 +3,7 @@
     weights     float32, of the architecture llama, or qwen3 where the model has QK-norm
     tokenizer   gpt2: the same ids for the same text, if GPT-2's pattern cuts it before merging
 
-llama.cpp's own converter knows tokenizers by a hash, so it refuses each that was learnt here.
+llama.cpp's own converter knows tokenizers by their hashes, so it refuses those learnt here.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from lm.model.model_folder import load_model, replacing
 from lm.model.transformer import ModelConfig, TransformerLM
 
 MAGIC = b"GGUF"
-# llama.cpp wants merges, plain bytes have none: this one is of a byte that UTF-8 never has
+# llama.cpp wants merges, plain bytes have none: this one joins bytes that UTF-8 never has
 NO_MERGES = ["ÿ ÿ"]
 # by Hugging Face's model_type: llama.cpp's name; whether rotary positions turn the halves of a
 # head, as transformers does, or pairs of features, as we do
@@ -33,8 +33,8 @@ ARCHITECTURES = {"llama": ("LLAMA", False), "qwen3": ("QWEN3", True)}
 def write(model: TransformerLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write the file, atomically. Its bytes depend on model and tokenizer alone.
 
-    Raises InputError if llama.cpp has no such model or tokenizer or `out` is some other file, and
-    EnvironmentFault if it cannot be written.
+    Raises InputError if llama.cpp has no such model or tokenizer or `out` is another kind of file,
+    and EnvironmentFault if it cannot be written.
     """
     from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
@@ -69,7 +69,7 @@ def require_gguf(out: Path) -> None:
             if file.read(len(MAGIC)) == MAGIC:
                 return
     if out.exists():
-        raise InputError(f"{out}: exists and is no GGUF file; name another, or move this one")
+        raise InputError(f"{out}: exists and is no GGUF file; name another file, or move this one")
 
 
 def _add_settings(writer: Any, config: ModelConfig) -> None:
@@ -101,11 +101,13 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     bpe = settings["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in bpe.get("merges", [])]
     if bpe["type"] != "BPE" or bpe.get("ignore_merges"):
-        raise InputError("the tokenizer is not plain BPE, as llama.cpp's gpt2 is: not supported")
+        raise InputError(
+            "llama.cpp has no such tokenizer: it is not plain BPE; use tokenizer.kind: bpe or bytes"
+        )
     if merges and not _cuts_as_gpt2(settings["pre_tokenizer"]):
         raise InputError(
-            "the tokenizer cuts text by another pattern than GPT-2's: not supported; "
-            "tokenizer.kind: bpe and bytes are, and tiktoken's gpt2"
+            "the tokenizer cuts text by another pattern than GPT-2's: not supported; use "
+            "tokenizer.kind: bpe or bytes, or tiktoken's gpt2"
         )
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
@@ -119,13 +121,13 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges or NO_MERGES)
-    writer.add_bos_token_id(tokenizer.end_id)  # stands before a document, too
+    writer.add_bos_token_id(tokenizer.end_id)  # it also stands before a document
     writer.add_eos_token_id(tokenizer.end_id)
     writer.add_add_bos_token(False)  # as in lm.generate.stream: a prompt begins anywhere
 
 
 def _cuts_as_gpt2(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Return whether a tokenizer.json cuts text as GPT-2 does, in either of two spellings."""
+    """Return whether a tokenizer.json cuts text as GPT-2 does; it can say so in two ways."""
     if pre_tokenizer is None:
         return False
     *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
@@ -141,8 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m lm.export.gguf", description=about)
-    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
-    parser.add_argument("--out", type=Path, default=Path("model.gguf"), help="the file to write")
+    parser.add_argument("--model", type=Path, default=MODEL, help="model folder")
+    parser.add_argument("--out", type=Path, default=Path("model.gguf"), help="file to write")
     options = parser.parse_args(arguments)
     with one_line_errors():
         model, tokenizer = load_model(options.model, torch.device("cpu"))

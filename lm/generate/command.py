@@ -1,6 +1,7 @@
 """Complete prompts: `python -m lm.generate --prompt "def "` streams a completion."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -8,11 +9,22 @@ from pathlib import Path
 
 from lm.base.errors import InputError, one_line_errors
 from lm.base.paths import MODEL
+from lm.base.sections import ABOVE_ZERO_UP_TO_ONE, AT_LEAST_ONE, Bound, brief
+from lm.base.settings import DEVICE, DTYPES
 from lm.generate.stream import SamplingOptions, require_rows_fit, stream
 from lm.machine.device import choose_device, native_dtype
 from lm.model.model_folder import load_model
 
 STDIN = Path("-")
+BOUNDS = {
+    "max_new_tokens": Bound(lambda x: 1 <= x <= sys.maxsize, f"must be in [1, {sys.maxsize}]"),
+    "num_samples": AT_LEAST_ONE,
+    "stop": Bound(all, "no stop text may be empty"),
+    "temperature": Bound(lambda x: 0 <= x < math.inf, "must be >= 0"),
+    "top_k": AT_LEAST_ONE,
+    "top_p": ABOVE_ZERO_UP_TO_ONE,
+    "device": DEVICE,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,46 +73,40 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m lm.generate",
         description="Complete prompts. One is streamed; several are printed when all are done.",
     )
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; repeat it")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], help="text to continue; may be repeated")
+    add(
         "--prompt-file",
         action="append",
         default=[],
         type=Path,
         metavar="FILE",
-        help="a prompt, as it is, last line break included; - is standard input, which is read too "
-        "if no prompt is given and it is no terminal",
+        help="file with a prompt, whose last line break counts; - is standard input, which is also "
+        "read if no prompt is given and it is no terminal; may be repeated",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--num-samples", type=int, default=1, help="completions of each prompt")
-    parser.add_argument("--stop", action="append", default=[], help="text to end before; repeat it")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: most probable token")
-    parser.add_argument("--top-k", type=int, help="keep the k most probable tokens")
-    parser.add_argument("--top-p", type=float, help="keep the tokens that make up this probability")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument(
+    add("--max-new-tokens", type=int, default=200)
+    add("--num-samples", type=int, default=1, help="completions of each prompt")
+    add("--stop", action="append", default=[], help="end before this text; may be repeated")
+    add("--temperature", type=float, default=0.8, help="0: take the most probable")
+    add("--top-k", type=int, help="keep the k most probable tokens")
+    add("--top-p", type=float, help="keep the tokens that make up this probability")
+    add("--seed", type=int, default=0)
+    add("--model", type=Path, default=MODEL, help="model folder")
+    add("--device", default="auto", help=DEVICE.text)
+    add(
         "--dtype",
         default="float32",
-        choices=["auto", "float32", "bfloat16"],
+        choices=["auto", *DTYPES],
         help="auto: bfloat16 where the device multiplies it natively",
     )
     return parser
 
 
 def _require_bounds(options: argparse.Namespace) -> None:
-    most = sys.maxsize
-    for holds, name, bound in (
-        (1 <= options.max_new_tokens <= most, "max-new-tokens", f"in [1, {most}]"),
-        (options.num_samples >= 1, "num-samples", ">= 1"),
-        (all(options.stop), "stop", "a text that is not empty"),
-        (0 <= options.temperature < float("inf"), "temperature", ">= 0"),
-        (options.top_k is None or options.top_k >= 1, "top-k", ">= 1"),
-        (options.top_p is None or 0 < options.top_p <= 1, "top-p", "in (0, 1]"),
-    ):
-        if not holds:
-            raise InputError(f"--{name}: must be {bound}")
+    for name, bound in BOUNDS.items():
+        value = getattr(options, name)
+        if value is not None and not bound.holds(value):
+            raise InputError(f"--{name.replace('_', '-')} {brief(value)}: {bound.text}")
 
 
 def _read_prompt(file: Path) -> str:

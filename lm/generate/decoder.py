@@ -1,14 +1,14 @@
-"""Decode with a KV cache: keys and values are kept, so that a new token costs one step.
+"""Decode with a KV cache: keep keys and values, so that a new token costs one step.
 
     read(rows, prompts)   forget these rows, and read a prompt into each
     step(ids)             append one token to every row
 
-It computes the logits of TransformerLM, for inference alone. The time of a small model's step is
-the number of its operations, whatever their size. So weights that multiply the same input are
-joined in a copy, and a residual branch ends in one addmm; on a GPU a step is replayed as a CUDA
-graph. The activation and the attention over a prompt are the model's own; norms, rotary positions
-and the order of a block are repeated here. `require_same_logits` compares both on real ids: stage
-evaluate and lm.export call it.
+It computes the logits of TransformerLM, for inference only. The time of a small model's step
+depends on the number of its operations, not on their size. So the decoder copies the weights, joins
+those that multiply the same input, and ends a residual branch in one addmm. On a GPU it replays a
+step as a CUDA graph. The activation and the attention over a prompt are the model's own. Norms,
+rotary positions and the order of a block are repeated here: stage evaluate and lm.export call
+`require_same_logits`, which compares both on real ids.
 
 Letters in shapes as in lm.model.transformer; N = B T rows of x, S = context_length places to keep.
 """
@@ -30,11 +30,11 @@ from lm.model.activations import Activation
 from lm.model.kernels import attention, document_mask
 from lm.model.transformer import RMSNorm, TransformerLM
 
-SPAN = 16  # a step attends to a multiple of this many places: not to all of S, and in few shapes
-GRAPH_SPAN = 256  # the same on a GPU, where each such number of places needs a graph
+SPAN = 16  # a step attends to a multiple of it: fewer places than S, and few different shapes
+GRAPH_SPAN = 256  # the same on a GPU, where each multiple needs a graph of its own
 COMPARED, TOLERANCE = 32, 1e-3  # ids; how far logits may be off, as a share of the largest
 
-# (number of a layer, its heads of q, k and v for each row of x) -> the values, mixed
+# (number of a layer, its heads of q, k and v for each row of x) -> the mixed values
 Attend = Callable[[int, Float[Tensor, "N heads D"]], Float[Tensor, "N E"]]
 
 
@@ -70,19 +70,26 @@ def _norm_weight(norm: nn.Module) -> Tensor | None:
             raise AssertionError(f"the decoder does not know {type(norm).__name__}")
 
 
-def memory_bytes(model: TransformerLM, n_rows: int, longest: int, dtype: torch.dtype) -> int:
-    """Return the bytes that a Decoder of `n_rows` needs to read prompts of `longest` ids.
+def memory_bytes(
+    model: TransformerLM, n_rows: int, longest: int, dtype: torch.dtype, on_gpu: bool
+) -> int:
+    """Return the bytes that generating `n_rows` takes at most, with prompts of `longest` ids.
 
-    It holds the copied weights and, for each row, S places: keys and values of each layer, and the
-    mask. `read` needs most in a feed-forward layer: x, its norm and both sides, for each id.
-    Sampling adds each row's logits, which a CUDA graph keeps too, and their copies in float64.
+    A Decoder holds copies of the weights and, for each row, S places: keys and values of each
+    layer, and the mask. Each CUDA graph holds logits of its own; all share their other memory.
+    `read` needs most in a feed-forward layer: x, its norm and both sides, for each id. Sampling
+    needs most with top-p: logits, sorted logits, and six numbers of 8 bytes for each.
     """
     config, size = model.config, dtype.itemsize
+    copied = sum(weight.numel() for weight in model.layers.parameters() if weight.dim() == 2)
+    if dtype != model.head.dtype:
+        copied += 2 * model.head.numel()  # the embedding and the head, tied or not
     places = 2 * config.num_layers * config.kv_heads * config.head_dim + 1
     read = 4 * 3 * config.d_model + size * 2 * config.d_ff
-    logits = config.vocab_size * (2 * size + 3 * 8)
+    n_graphs = -(-config.context_length // GRAPH_SPAN) if on_gpu else 0
+    logits = config.vocab_size * ((n_graphs + 2) * size + 6 * 8)
     a_row = config.context_length * places * size + longest * read + logits
-    return model.num_parameters() * size + n_rows * a_row
+    return copied * size + n_rows * a_row
 
 
 class Decoder:
@@ -104,7 +111,7 @@ class Decoder:
         width, device = config.d_model, like.device
         self.averages = torch.full((width, 1), 1 / width, device=device)
         self.eps = torch.full((1, 1), config.norm_eps, device=device)
-        self.head = model.head.detach().to(dtype).t()  # (C, V); so wide, it is fast as it lies
+        self.head = model.head.detach().to(dtype).t()  # (C, V); wide, so it is fast without a copy
         assert config.position_embedding in ("rope", "none"), config.position_embedding
         rope = model.rope  # as complex numbers, (S, D / 2)
         self.turns = None if rope is None else torch.complex(rope.cos, rope.sin)
@@ -114,16 +121,16 @@ class Decoder:
         self._slots = [layer.view(-1, config.head_dim) for layer in self.memory]
         self._keys = [layer[:, 0] for layer in self.memory]  # (B, G, S, D)
         self._values = [layer[:, 1] for layer in self.memory]
-        self.mask = like.new_full((n_rows, length), -torch.inf)  # 0 where a row looks
+        self.mask = like.new_full((n_rows, length), -torch.inf)  # 0 where a row attends, else -inf
         self.lengths = [0] * n_rows  # how many places are taken
-        self.positions = torch.zeros(n_rows, dtype=torch.long, device=device)  # at least as many
-        self.ids = torch.zeros_like(self.positions)  # what a graph appends
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # of each span
-        self.warm: set[int] = set()  # spans that a step has had
+        self.positions = torch.zeros(n_rows, dtype=torch.long, device=device)  # may exceed S
+        self.ids = torch.zeros_like(self.positions)  # the input of the graphs
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by span
+        self.warm: set[int] = set()  # spans in which a step has run
         self.capturing = True  # until a capture fails
-        self._first_places = length * torch.arange(n_rows, device=device)  # in mask
+        self._first_places = length * torch.arange(n_rows, device=device)  # in the flat mask
         heads = length * torch.arange(n_rows * 2 * config.kv_heads, device=device)
-        self._first_slots = heads.view(n_rows, -1)  # in a layer's memory
+        self._first_slots = heads.view(n_rows, -1)  # in a layer's flat memory
 
     @torch.inference_mode()
     def read(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Float[Tensor, "R V"]:
@@ -171,7 +178,7 @@ class Decoder:
     def step(self, ids: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Append a token to each row; return the logits of the ids that follow.
 
-        A row that was full gives useless logits: read it again.
+        The logits of a row that was full mean nothing: read it again.
         """
         length, on_gpu = self.config.context_length, self.ids.is_cuda
         self.lengths = [min(taken + 1, length) for taken in self.lengths]
@@ -180,10 +187,10 @@ class Decoder:
         return self._replay(ids, span) if on_gpu else self._step(ids, span)
 
     def _replay(self, ids: Int[Tensor, " B"], span: int) -> Float[Tensor, "B V"]:
-        """Return `_step(ids, span)` by a CUDA graph: one launch instead of some 25 a layer.
+        """Return `_step(ids, span)` by a CUDA graph: one launch instead of about 25 a layer.
 
-        The first step of a span loads kernels and libraries, which no capture may do; the second is
-        captured. If that fails, all steps are plain calls.
+        The first step of a span loads kernels and libraries, which a capture must not do. The
+        second is captured. If that fails, all steps are plain calls.
         """
         self.ids.copy_(ids)
         if self.capturing and span in self.warm and span not in self.graphs:
@@ -201,11 +208,11 @@ class Decoder:
             return self._step(self.ids, span)
 
     def _capture(self, span: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record a step, which computes nothing; return the graph and the logits it will write."""
+        """Record a step without running it; return the graph and the logits that it will write."""
         graph, device = torch.cuda.CUDAGraph(), self.ids.device
         pool = next((kept.pool() for kept, _ in self.graphs.values()), None)
         with (
-            torch.cuda.stream(torch.cuda.current_stream(device)),  # back to it, whatever happens
+            torch.cuda.stream(torch.cuda.current_stream(device)),  # restored whatever happens
             torch.cuda.graph(graph, pool, _capture_stream(device), "thread_local"),
             _one_kernel_to_copy(),
         ):
@@ -262,7 +269,7 @@ class Decoder:
     def _heads(
         self, layer: _Layer, x: Float[Tensor, "N C"], turns: Tensor | None
     ) -> Float[Tensor, "N heads D"]:
-        """Return the heads of q, k and v, with q and k normalized and turned."""
+        """Return the heads of q, k and v, with q and k normalized and rotated."""
         config = self.config
         qkv = (x @ layer.qkv).view(len(x), -1, config.head_dim)
         qk = qkv[:, : config.num_heads + config.kv_heads]
@@ -276,7 +283,7 @@ class Decoder:
         return qkv
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Return lm.model.kernels.rms_norm; a product takes the mean in half the time."""
+        """Return lm.model.kernels.rms_norm; the mean is a product, which takes half the time."""
         if weight is None:
             return x
         exact = x.float()
@@ -293,13 +300,13 @@ def _activated(layer: _Layer, x: Float[Tensor, "N C"]) -> Float[Tensor, "N F"]:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream for all captures: for each stream cuBLAS keeps memory of its own."""
+    """Return the one stream for all captures: cuBLAS keeps memory for each stream."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def _one_kernel_to_copy() -> Iterator[None]:
-    """Leave deterministic mode, in which index_copy_ sorts the places on a GPU, and may wait.
+    """Leave deterministic mode: in it, on a GPU, index_copy_ sorts the places and may wait.
 
     No two places are the same, so the result does not depend on the order.
     """
@@ -317,8 +324,8 @@ def require_same_logits(
 ) -> None:
     """Raise InputError unless a Decoder gives the model's logits for the first ids of a text.
 
-    Half of the ids are read, the others are steps. This finds a change of the model's code that the
-    decoder lacks. Logits that are not finite pass: the callers report them in better words.
+    The first half of the ids is read, each other one is a step. This finds a change of the model's
+    code that the decoder lacks. Logits that are not finite pass: the callers report them better.
     """
     n_ids = min(COMPARED, model.config.context_length)
     ids = torch.tensor([int(i) for i in text[:n_ids]], device=model.head.device)
@@ -333,6 +340,6 @@ def require_same_logits(
     if not difference <= TOLERANCE * largest:
         raise InputError(
             "lm/generate/decoder.py computes another model than lm/model/transformer.py: over "
-            f"{len(ids)} ids logits of up to {largest:.1e} differ by {difference:.1e}, allowed is "
-            f"{TOLERANCE:.0e} of them; change both alike"
+            f"{len(ids)} ids logits of up to {largest:.1e} differ by {difference:.1e}, more than "
+            f"{TOLERANCE:.0e} of the largest; make the same change in both files"
         )

@@ -28,13 +28,14 @@ from lm.machine.gauges import free_memory_bytes, require_memory
 from lm.model.transformer import TransformerLM
 
 DRAWS = 256  # random numbers that a row draws at a time
-COLD = 1e-12  # a temperature below counts as 0: logits / it would overflow
+COLD = 1e-12  # lower temperatures count as 0: logits divided by them would overflow
 
 
 class NewToken(NamedTuple):
     """A token that the model appended to a row.
 
-    Log-probabilities, in nats, are those before temperature, top-k and top-p: see `top_logprobs`.
+    Log-probabilities are in nats, before temperature, top-k and top-p. Without `top_logprobs` (see
+    `generate`) they are not computed.
     """
 
     id: int
@@ -42,7 +43,7 @@ class NewToken(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()  # the most probable ids, in order
 
 
-Tokens = Callable[[], list[NewToken]]  # those of a step, one a row; the call waits for them
+PendingTokens = Callable[[], list[NewToken]]  # waits for the tokens of a step, one for each row
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -60,7 +61,7 @@ Reason = Literal["stop", "length"]  # a stop text or the end token; max_new_toke
 
 @dataclass(frozen=True)
 class TextChunk:
-    """A part of a row's completion: whole characters, and nothing of a stop text.
+    """A part of a row's completion: whole characters, and no part of a stop text.
 
     The chunks of a row hold all of its tokens, those of a stop text and the end token included.
     """
@@ -84,11 +85,11 @@ def generate(
     dtype: Dtype = "float32",
     top_logprobs: int | None = None,
 ) -> Iterator[list[NewToken | None]]:
-    """Continue several prompts together; yield one new token a row at a time.
+    """Continue several prompts together; yield a new token for each row, step after step.
 
     A row yields None after `end_id`, which ends a document. Its tokens depend on the seed and the
-    row's number, not on the other prompts. Temperature 0 takes the most probable token.
-    `top_logprobs` adds log-probabilities: the token's, and those of that many most probable ids.
+    row's number, not on the other prompts. Temperature 0 takes the most probable token. With
+    `top_logprobs` = n a token has its log-probability, and those of the n most probable ids.
     Raises ValueError for an empty prompt, EnvironmentFault if the rows do not fit into memory.
     """
     if not all(prompts):
@@ -99,7 +100,7 @@ def generate(
     def choose(logits: Tensor, draws: Tensor) -> Tensor:
         return sample(logits, temperature, top_k, top_p, draws)
 
-    steps = islice(drawn(decoder, prompts, seed, choose, top_logprobs), max_new_tokens)
+    steps = islice(draw_tokens(decoder, prompts, seed, choose, top_logprobs), max_new_tokens)
     ended = [False] * len(prompts)
     for tokens in one_ahead(steps) if model.head.is_cuda else steps:
         new = tokens()
@@ -109,19 +110,19 @@ def generate(
             return
 
 
-def drawn(
+def draw_tokens(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     seed: int,
     choose: Callable[[Tensor, Tensor], Tensor],
     top_logprobs: int | None = None,
-) -> Iterator[Tokens]:
-    """Append a token to each prompt again and again; `choose` takes logits and random numbers.
+) -> Iterator[PendingTokens]:
+    """Append tokens to each prompt without end; `choose` makes ids of logits and random numbers.
 
-    A GPU is not waited for, but where a row's context is full.
+    The host waits for a GPU only where a row's context is full.
     """
     device, length = decoder.positions.device, decoder.config.context_length
-    histories, unread = [list(prompt) for prompt in prompts], list[Tokens]()
+    histories, unread = [list(prompt) for prompt in prompts], list[PendingTokens]()
     logits = decoder.read(range(len(prompts)), [_last_ids(ids, length) for ids in histories])
     for draws in _draws(seed, len(prompts), device):
         ids = choose(logits, draws)
@@ -129,7 +130,7 @@ def drawn(
         yield unread[-1]
         full = [row for row, taken in enumerate(decoder.lengths) if taken == length]
         logits = decoder.step(ids)
-        while len(unread) > (0 if full else 1):  # the last may be under way still
+        while len(unread) > (0 if full else 1):  # the last may still be computed
             for history, token in zip(histories, unread.pop(0)(), strict=True):
                 history.append(token.id)
         if full:
@@ -138,8 +139,8 @@ def drawn(
             logits = logits.index_copy(0, rows, decoder.read(full, latest))
 
 
-def one_ahead(steps: Iterator[Tokens]) -> Iterator[Tokens]:
-    """Yield each step when the next is under way, so that a GPU works while its tokens are read."""
+def one_ahead(steps: Iterator[PendingTokens]) -> Iterator[PendingTokens]:
+    """Yield each step after the next has begun: a GPU works while the host reads the tokens."""
     before = next(steps, None)
     while before is not None:
         after = next(steps, None)
@@ -149,10 +150,10 @@ def one_ahead(steps: Iterator[Tokens]) -> Iterator[Tokens]:
 
 def require_rows_fit(model: TransformerLM, n_rows: int, longest: int, dtype: Dtype) -> None:
     """Raise EnvironmentFault if a Decoder of these rows does not fit; see `memory_bytes`."""
-    longest = min(longest, model.config.context_length)
+    longest, on_gpu = min(longest, model.config.context_length), model.head.is_cuda
     require_memory(
         f"{n_rows:,} completions at once need",
-        memory_bytes(model, n_rows, longest, getattr(torch, dtype)),
+        memory_bytes(model, n_rows, longest, getattr(torch, dtype), on_gpu),
         free_memory_bytes(model.head.device),
         "ask for fewer at once",
         times=1.0,  # all of it is allocated
@@ -160,7 +161,7 @@ def require_rows_fit(model: TransformerLM, n_rows: int, longest: int, dtype: Dty
 
 
 def _last_ids(ids: Sequence[int], context_length: int) -> Sequence[int]:
-    """Return the last ids, at most context_length: more are cut by halves of it."""
+    """Return the last ids, at most context_length; drop half a context at a time."""
     if len(ids) <= context_length:
         return ids
     half = max(1, context_length // 2)
@@ -202,7 +203,7 @@ def sample(
     divisor = torch.tensor(temperature, dtype=torch.float32)
     probabilities = torch.softmax(logits.double() / divisor, dim=-1)
     one = 1.0
-    if logits.is_cuda:  # in whole numbers, since a GPU adds in any order
+    if logits.is_cuda:  # in whole numbers: a GPU adds in no fixed order
         one = 2.0**52
         probabilities = (probabilities * one).long()
     cumulative = probabilities.cumsum(dim=-1)
@@ -218,10 +219,10 @@ def sample(
 
 def _new_tokens(
     logits: Float[Tensor, "B V"], ids: Int[Tensor, " B"], top_logprobs: int | None
-) -> Tokens:
+) -> PendingTokens:
     """Copy a step's tokens to the host, with log-probabilities unless `top_logprobs` is None.
 
-    Return a function that waits for them. A copy that does not wait goes to pinned memory.
+    Return a function that waits for them. Copies from a GPU go to pinned memory, without waiting.
     """
     wanted = [ids]
     if top_logprobs is not None:
@@ -248,13 +249,13 @@ def _new_tokens(
 
 
 class Completion:
-    """A row's text while it grows, and the end of it that may not be shown yet."""
+    """The text of a row while it grows, and its last characters, which must wait."""
 
     def __init__(self, stop: Sequence[str]):
         self.stop = stop
-        self.held = ""  # might begin a stop text
+        self.held = ""  # may be the beginning of a stop text
         self.tokens: list[NewToken] = []  # since the last chunk
-        # a token may end inside of a character
+        # a token may end inside a character
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, data: bytes, final: bool) -> tuple[str, bool]:
@@ -262,7 +263,7 @@ class Completion:
         text = self.held + self.characters.decode(data, final)
         ends = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
         if ends:
-            return text[: min(ends)[1]], True  # the first to be complete, else the longest
+            return text[: min(ends)[1]], True  # complete first; of several, the longest
         n_held = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
         self.held = text[len(text) - n_held :]
         return text[: len(text) - n_held], False
@@ -285,7 +286,8 @@ def stream(
 ) -> Iterator[TextChunk]:
     """Complete several prompts together; yield a row's text as soon as it is certain.
 
-    A row ends at the end token, before the stop text that is complete first, or at max_new_tokens.
+    A row ends at the end token, before the stop text that is complete first, or after
+    max_new_tokens.
     A prompt is text or ids; an empty one begins with the end token. Stop texts must not be empty.
     """
     end_id = tokenizer.end_id

@@ -67,7 +67,7 @@ TOKENIZER_KEYS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 
 
 def not_stock(config: ModelConfig) -> str | None:
-    """Return, in words, the settings that no stock architecture has; None if one has all."""
+    """Return, in words, the settings that no stock architecture has; None if there are none."""
     found = [
         f"model.{key} = {_yaml(getattr(config, key))} (theirs: {_yaml(value)})"
         for key, value in {**STOCK, "intra_document_masking": False}.items()
@@ -105,7 +105,7 @@ def stock_config(config: ModelConfig, end_id: int) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": end_id,  # stands before a document, too
+        "bos_token_id": end_id,  # it also stands before a document
         "eos_token_id": end_id,
         "dtype": "float32",
     }
@@ -138,9 +138,9 @@ def _pairs_together(weight: Float[Tensor, "E *C"], head_dim: int) -> Float[Tenso
 def start_from(folder: Path, model: TransformerLM, tokenizer: Tokenizer) -> None:
     """Copy the weights of a Hugging Face folder into `model`, as float32.
 
-    Rows of the embedding beyond the tokenizer's tokens (padding) are left out. Nothing in the
-    folder is executed. Raises InputError if its model or its tokenizer differs from ours; the
-    message names the settings to change.
+    Leave out rows of the embedding beyond the tokenizer's tokens (padding). Execute nothing from
+    the folder. Raises InputError if its model or its tokenizer differs from ours; the message names
+    the settings to change.
     """
     if not folder.is_dir():
         raise InputError(
@@ -153,7 +153,7 @@ def start_from(folder: Path, model: TransformerLM, tokenizer: Tokenizer) -> None
     for file, name, tensor in _stored_tensors(folder):
         tied_head = name == "lm_head.weight" and model.config.tie_embeddings
         if tied_head or name.endswith("rotary_emb.inv_freq"):
-            continue  # the embedding once more; computed from rope_theta
+            continue  # the embedding again; follows from rope_theta
         if name not in ours:
             raise InputError(f"{file}: {name}: no such weight in a model of these settings")
         if tensor.dtype not in FLOATS:
@@ -192,7 +192,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
         )
     for name in sorted(names):
         if Path(name).name != name:
-            raise InputError(f"{index}: {name} leaves the folder")
+            raise InputError(f"{index}: {name} is not in this folder")
         with open_safetensors(folder / name) as file:
             for key in file.keys():  # noqa: SIM118
                 yield folder / name, key, file.get_tensor(key)
@@ -207,10 +207,12 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
     kind, names = theirs.get("model_type"), theirs.get("architectures")
     if kind not in ARCHITECTURES or names not in (None, [ARCHITECTURES[kind].name]):
         known = ", ".join(architecture.name for architecture in ARCHITECTURES.values())
-        raise InputError(f"{file}: model_type {kind}, {names}; only {known}")
+        raise InputError(
+            f"{file}: model_type {kind}, architectures {names}: not supported; only {known} are"
+        )
     for key in COUNTS:
         if type(value := theirs.get(key)) is not int or value < 1:
-            raise InputError(f"{file}: {key} = {value}; expected a number of 1 or more")
+            raise InputError(f"{file}: {key} = {value}; expected an integer of at least 1")
     _refuse_what_ours_lacks(file, theirs)
     expected = _settings(file, theirs)
     ours = {key: getattr(config, key) for key in expected} | {"num_kv_heads": config.kv_heads}
@@ -220,14 +222,14 @@ def _require_same_settings(file: Path, config: ModelConfig) -> None:
         if ours[key] != expected[key]
     ]:
         raise InputError(
-            f"{file}: another model than params.yaml describes: {'; '.join(differing)}: set "
-            "what is expected, or another train.init_from"
+            f"{file}: another model than params.yaml describes: {'; '.join(differing)}; set the "
+            "expected values, or another train.init_from"
         )
     limit = theirs["max_position_embeddings"]
     if config.context_length > limit:
         raise InputError(
-            f"{file}: model.context_length = {config.context_length}; it has seen positions up to "
-            f"{limit}: lower model.context_length"
+            f"{file}: model.context_length = {config.context_length}, but the model was trained on "
+            f"at most {limit} positions; lower model.context_length"
         )
     if config.vocab_size > theirs["vocab_size"]:
         raise InputError(
@@ -284,7 +286,7 @@ def _require_same_tokenizer(file: Path, tokenizer: Tokenizer) -> None:
     both = open_tokenizer_json(file, tokenizer.end_token), tokenizer
     theirs, ours = (json.loads(one.backend.to_str()) for one in both)
     if any(theirs[key] != ours[key] for key in TOKENIZER_KEYS):
-        raise InputError(f"{file}: another tokenizer than the text's; {_how_to_take_over(file)}")
+        raise InputError(f"{file}: not the tokenizer of data/tokenizer; {_how_to_take_over(file)}")
 
 
 def _how_to_take_over(file: Path) -> str:
@@ -295,13 +297,13 @@ def _how_to_take_over(file: Path) -> str:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    require_file(file, "; a folder of Hugging Face's has one")
+    require_file(file, "; a model folder of Hugging Face has one")
     try:
         value = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise InputError(f"{file}: holds no keys")
+        raise InputError(f"{file}: not a JSON object")
     return value
 
 

@@ -1,17 +1,17 @@
 """Compute the model's formulas in less memory or less time.
 
-Three functions choose by whether torch compiles, so that the model need not:
+Three functions work differently when torch compiles them, so that the model need not:
 
     project                one product of all weights where compiled
     project_heads          queries, keys and values by one product where compiled
     attention              torch's kernels; compiled on a CPU, formulas in blocks of queries
 
-The others have gradients of their own:
+Four functions compute their own gradients:
 
-    rms_norm               keeps its input and a number a row
-    causal_attention       keeps a number a row instead of the weights
+    rms_norm               keeps its input and one number a row
+    causal_attention       keeps one number a row instead of the weights
     swiglu                 keeps its inputs instead of intermediate results
-    linear_cross_entropy   makes its gradients with the loss instead of keeping logits
+    linear_cross_entropy   computes its gradients with the loss instead of keeping logits
 
 Letters in shapes as in transformer.py, and N = B T rows. The tests hold the plain formulas.
 """
@@ -26,10 +26,10 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 4  # queries at a time; their number
-LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # training holds more at once beyond 8 chunks
+ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 4  # fewest queries in a block; most blocks
+LOGITS_AT_ONCE, MAX_LOGITS_CHUNKS = 1 << 24, 8  # beyond 8 chunks training holds more
 CROSS_ENTROPY_CHUNK = 1 << 26  # logits turned into float32 at once: 256 MiB
-# rows of a head are filled up to a multiple: tensor cores lose much of their rate without
+# the rows of the head are padded to a multiple: else tensor cores are much slower
 HEAD_ALIGNMENT = {"cuda": 64}
 Angles = tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]  # cosines and sines, (T, D / 2)
 Mask = Bool[Tensor, "B 1 T T"]  # true where a query sees a key
@@ -38,7 +38,7 @@ Mask = Bool[Tensor, "B 1 T T"]  # true where a query sees a key
 def project(x: Float[Tensor, "*batch C"], weights: Sequence[Tensor]) -> list[Tensor]:
     """Return x @ weight.T for each weight.
 
-    Compiled it is one product: copying the weights side by side is then part of a cast.
+    When compiled it is one product: copying the weights side by side is then part of a cast.
     """
     if len(weights) == 1 or not torch.compiler.is_compiling():
         return [F.linear(x, weight) for weight in weights]
@@ -55,9 +55,9 @@ def project_heads(
 ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G T D"], Float[Tensor, "B G T D"]]:
     """Return queries, keys and values: products with the three weights, split into heads.
 
-    Queries and keys are normalized by the weights `norms` and rotated by `angles`. Compiled, each
-    head has its even features before the odd ones: halves compile to faster code, and q . k does
-    not depend on the order.
+    Queries and keys are normalized by the weights `norms` and rotated by `angles`. When compiled,
+    each head has its even features before the odd ones: halves compile to faster code, and q . k
+    does not depend on the order.
     """
     halves = torch.compiler.is_compiling() and angles is not None
 
@@ -99,10 +99,10 @@ def rotate(
 
 
 def document_mask(documents: Int[Tensor, "B T"]) -> Mask:
-    """Return a mask by which queries see keys of their own document, at or before their place.
+    """Return the mask that lets a query see the keys of its own document up to its own position.
 
-    On CUDA too: torch's varlen_attn has the number of documents in its shapes, which a graph cannot
-    know, and flex_attention no dropout, and no backward pass on a CPU by which to test it.
+    CUDA needs it, too. torch's varlen_attn has the number of documents in its shapes, which a graph
+    cannot know. flex_attention has no dropout, and on a CPU no backward pass to test it by.
     """
     return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
@@ -122,7 +122,7 @@ def attention(
 
         FlashAttention      bfloat16 or float16 without a mask
         memory-efficient    float32, or with a mask, which it reads as (B, 1, T, T) numbers
-        plain formulas      what is left: a GPU older than either, heads of odd sizes
+        plain formulas      the rest: a GPU too old for both, heads of odd sizes
     """
     groups = q.shape[1] // k.shape[1]
     # FlashAttention alone can share heads: the second kernel cannot before torch 2.15
@@ -148,7 +148,7 @@ def rms_norm(
 ) -> Float[Tensor, "*batch C"]:
     """Return x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4).
 
-    Computed in float32 whatever the dtype of x, which is also the result's.
+    Compute it in float32, whatever the dtype of x; the result has that dtype again.
     """
     normed: Tensor = _RMSNorm.apply(x, weight, eps)
     return normed
@@ -184,8 +184,8 @@ def causal_attention(
 ) -> Float[Tensor, "B H T D"]:
     """Return softmax(q k^T / sqrt(D)) v, a block of queries at a time with the keys it may see.
 
-    Weights are computed again in the backward pass (Dao et al. 2022, algorithm 4). Compiled on a
-    CPU these formulas are faster than torch's kernel (docs/LOG.md).
+    The backward pass computes the weights again (Dao et al. 2022, algorithm 4). Compiled on a CPU,
+    these formulas are faster than torch's kernel (docs/LOG.md).
     """
     mixed: Tensor = _CausalAttention.apply(q, k, v, mask)
     return mixed
@@ -235,7 +235,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def attention_blocks(length: int) -> list[tuple[int, int]]:
-    """Return (first, last + 1) of the queries that causal_attention takes at once."""
+    """Return (first, last + 1) of each block of queries in causal_attention."""
     size = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -254,7 +254,7 @@ def swiglu(
     gate: Float[Tensor, "*batch F"], up: Float[Tensor, "*batch F"]
 ) -> Float[Tensor, "*batch F"]:
     """Return silu(gate) * up (Shazeer 2020)."""
-    if not torch.is_grad_enabled():  # the detour would slow down the decoding of a small model
+    if not torch.is_grad_enabled():  # an autograd.Function would slow down decoding
         return _gated_silu(gate, up)
     product: Tensor = _SwiGLU.apply(gate, up)
     return product
@@ -282,8 +282,8 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Return the mean negative log-likelihood of the targets, in nats, computed in float32.
 
-    Where a float32 copy of all logits would weigh on memory, chunks of rows are converted one
-    at a time, in the forward pass and again in the backward pass.
+    If a float32 copy of all logits would take much memory, convert chunks of rows one at a time,
+    in the forward pass and again in the backward pass.
     """
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)  # (N, V), (N,)
     rows = max(1, CROSS_ENTROPY_CHUNK // logits.shape[1])
@@ -305,9 +305,9 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Return cross_entropy(features @ weight.T, targets) in a fraction of the memory and time.
 
-    The gradients are made together with the loss, for some rows at a time, so that the logits of
-    no more rows are held (Wijmans et al. 2024, "Cut your losses", at the level of tensors). The
-    copy of `weight` that products read is filled up with rows of zeros to HEAD_ALIGNMENT.
+    Compute the gradients together with the loss, some rows at a time, and hold the logits of these
+    rows only (Wijmans et al. 2024, "Cut your losses", at the level of tensors). The copy of
+    `weight` that the products read is padded with rows of zeros to HEAD_ALIGNMENT.
     """
     loss: Tensor = _LinearCrossEntropy.apply(features, weight, targets)
     return loss
@@ -318,8 +318,8 @@ def guesses(
 ) -> list[Num[Tensor, " N"]]:
     """Return each row's loss in nats, its most probable token and the probability of that token.
 
-    No more than LOGITS_AT_ONCE logits are held. A library may choose another kernel for a product
-    of fewer rows, whose last bits differ: what fits is one product, as in a plain forward pass.
+    Hold at most LOGITS_AT_ONCE logits. If all fit, compute them by one product, as a plain forward
+    pass does: for fewer rows a library may choose another kernel, whose last bits differ.
     """
     rows = max(1, LOGITS_AT_ONCE // len(weight))
     chunks = zip(features.split(rows), targets.split(rows), strict=True)
@@ -343,8 +343,8 @@ def rows_at_once(count: int, vocab_size: int) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     """With e = exp(logits - max) and s = sum(e): loss = log(s) + max - logits[target].
 
-    Its gradient by the logits is e / s - onehot(target). Dividing by s is left to the products'
-    narrow side, and the one-hot part is a gather and an index_add: no second pass over e.
+    The gradient with respect to the logits is e / s - onehot(target). To avoid a second pass over
+    e, the narrow side of each product is divided by s; a gather and an index_add are the one-hot.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ class Stored(NamedTuple):
 def require_settings(name: str, config: ModelConfig, stored: Mapping[str, Stored]) -> None:
     """Raise InputError if the sizes in the settings are not those of the stored weights.
 
-    Call it before the model is built: settings may ask for any amount of memory.
+    Call it before building the model: settings may ask for any amount of memory.
     """
 
     def matrix(key: str) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def require_weights(
 
 
 def word_of(dtype: torch.dtype) -> str:
-    """Return "float32" and the like."""
+    """Return the name of a dtype, e.g. "float32"."""
     return str(dtype).removeprefix("torch.")
 
 

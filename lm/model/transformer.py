@@ -72,7 +72,7 @@ class RotaryEmbedding(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017), grouped (Ainslie et al. 2023).
 
-    output_proj(softmax(q k^T / sqrt(D)) v); the angles of their positions rotate q and k.
+    output_proj(softmax(q k^T / sqrt(D)) v), with q and k rotated by the angles of their positions.
     """
 
     def __init__(self, config: ModelConfig):
@@ -206,8 +206,8 @@ class TransformerLM(nn.Module):
         """Return the features that the head turns into the logits of each next token.
 
         Pass the `documents` of all positions if and only if the model has intra-document masking
-        (Zhao et al. 2024): it attends within a document alone. Raises ValueError otherwise, and for
-        more positions than context_length.
+        (Zhao et al. 2024), which limits attention to a position's own document. Raises ValueError
+        otherwise, and for more positions than context_length.
         """
         if self.config.intra_document_masking != (documents is not None):
             raise ValueError("pass documents if and only if model.intra_document_masking is true")
@@ -238,7 +238,7 @@ class TransformerLM(nn.Module):
         return ends.cumsum(dim=1) - ends
 
     def num_parameters(self) -> int:
-        """Return the number of trainable numbers, each counted once."""
+        """Return the number of trainable parameters, each counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> float:

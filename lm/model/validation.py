@@ -60,12 +60,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = Sums(np.zeros(length), np.zeros(length, dtype=np.int64), 0, np.zeros((3, N_BINS)))
-    table = _windows(len(split.tokens), length, stride or length)
+    table = _window_table(len(split.tokens), length, stride or length)
     if max_batches is not None and len(table) > (limit := max_batches * batch_size):
         table = table[np.arange(limit) * len(table) // limit]
     batches = np.split(table, range(batch_size, len(table), batch_size))
     for first in range(0, len(batches), processes.size):
-        mine = min(first + processes.rank, len(batches) - 1)  # all must join in gathering
+        mine = min(first + processes.rank, len(batches) - 1)  # all processes have to gather
         sums = _sums_of(model, split, batches[mine], byte_lengths, dtype)
         for part in processes.gather(sums)[: len(batches) - first]:
             total = total + part
@@ -80,7 +80,7 @@ def _sums_of(
     byte_lengths: NDArray[np.int64] | None,
     dtype: Dtype,
 ) -> Sums:
-    """Return the sums of a batch of windows, given as rows of `_windows`."""
+    """Return the sums of a batch of windows, given as rows of `_window_table`."""
     length, device = model.config.context_length, model.head.device
     x, y = windows(split.tokens, rows[:, 0], length)  # (B, T)
     ids = to_device(x, device)
@@ -90,7 +90,7 @@ def _sums_of(
     new = np.arange(length) >= rows[:, 1:]  # (B, T)
     right = guesses.cpu().numpy()[new.ravel()] == y[new]
     sure = confidence.cpu().double().numpy()[new.ravel()]
-    # a bin holds its upper edge; NaN: the last
+    # a bin includes its upper edge; NaN is in the last
     bins = np.searchsorted(CONFIDENCE_EDGES[1:-1], sure)
     return Sums(
         nats=np.where(new, losses.view(y.shape).cpu().double().numpy(), 0).sum(axis=0),
@@ -100,7 +100,7 @@ def _sums_of(
     )
 
 
-def _windows(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
+def _window_table(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
     """Return rows (start, first new position) of windows: each target is new exactly once."""
     last, step = n_tokens - 1 - length, min(stride, length)
     starts = np.minimum(np.arange(0, last + step, step), last)

@@ -1,7 +1,7 @@
 """The playground and OpenAI's API as a Flask application: routes, answers and errors.
 
-A request by another host name (a page that rebinds its own) is refused, and so is a body that a
-page of another origin can send.
+It refuses requests that name another host (DNS rebinding), and bodies that are not declared as
+JSON, which pages of another origin could send.
 """
 
 import json
@@ -23,7 +23,7 @@ from lm.serve.completions import Part, Served, UnknownModel, Usage, merged
 from lm.serve.request import PATH, read_prompts, read_request
 
 HOST = "127.0.0.1"
-HOST_NAMES = [HOST, "localhost"]  # by which programs of this machine call it
+HOST_NAMES = [HOST, "localhost"]  # by which programs on this machine call it
 CONNECTION = "lm.connection"  # key of the WSGI environment: the connection of server.py
 PAGE = Path(__file__).with_name("playground.html")
 MAX_BODY_BYTES = 1 << 20
@@ -50,16 +50,16 @@ def application(served: Served) -> Flask:
 
     @app.get("/v1/models")
     def models() -> Answer:
-        return {"object": "list", "data": [served.card()]}
+        return {"object": "list", "data": [served.entry()]}
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> Answer:
         served.require(name)
-        return served.card()
+        return served.entry()
 
     @app.post(PATH)
     def completions() -> Response | Answer:
-        asked = read_request(_json())  # a page of another origin cannot send JSON unasked
+        asked = read_request(_json())  # a page of another origin cannot send JSON
         served.require(asked.model)
         prompts = read_prompts(asked, served.tokenizer, served.model.config.context_length)
         usage = Usage()
@@ -70,7 +70,7 @@ def application(served: Served) -> Flask:
             "model": served.name,
         }
         parts = served.answer(asked, prompts, usage, request.environ[CONNECTION].has_left)
-        parts = chain([next(parts)], parts)  # what fails before the first part has its own status
+        parts = chain([next(parts)], parts)  # a fault before the first part has its own status
         if not asked.stream:
             return head | {"choices": merged(parts), "usage": usage.total()}
         events = _events(head, parts, usage if asked.wants_usage else None)
@@ -85,14 +85,14 @@ def _json() -> Any:
     try:
         return request.get_json()
     except RequestEntityTooLarge:
-        for _ in range(1024):  # a client that is still sending would not hear the answer
+        for _ in range(1024):  # a client that is still sending would miss the answer
             if not request.environ["wsgi.input"].read(1 << 16):
                 break
         raise
-    except (BadRequest, RecursionError, ValueError, OSError):  # the last two: of chunks
+    except (BadRequest, RecursionError, ValueError, OSError):  # the last two: of a chunked body
         if connection.is_late:
-            raise RequestTimeout(f"the request was not sent in {READ_SECONDS} s") from None
-        raise InputError("the body is not valid JSON, cut off, or nested too deeply") from None
+            raise RequestTimeout(f"the request did not arrive within {READ_SECONDS} s") from None
+        raise InputError("the body is not valid JSON, or cut off, or nested too deeply") from None
     finally:
         connection.deadline.cancel()
 
@@ -106,12 +106,12 @@ def _events(head: Answer, parts: Iterator[Part], usage: Usage | None) -> Iterato
         if usage is not None:
             yield f"data: {json.dumps(head | {'choices': [], 'usage': usage.total()})}\n\n"
         yield "data: [DONE]\n\n"
-    except Exception as error:  # the status has gone out already, so the error is an event
+    except Exception as error:  # the status is already sent, so the error is an event
         yield f"data: {json.dumps(fault(error)[0])}\n\n"
 
 
 def fault(error: Exception) -> tuple[Answer, int]:
-    """Return OpenAI's form of an error and the HTTP status; log a traceback if we are at fault."""
+    """Return an error in OpenAI's form and its HTTP status; log the traceback of a bug."""
     message, status = str(error), 500
     param: str | None = None
     code: str | None = None
@@ -131,7 +131,7 @@ def fault(error: Exception) -> tuple[Answer, int]:
             message, status = "out of memory; ask for fewer completions at once", 503
         case _:
             traceback.print_exception(error)
-            message = "a defect of this server; it has logged a traceback"
+            message = "a bug in this server, which has logged a traceback"
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}, status
 
@@ -139,7 +139,7 @@ def fault(error: Exception) -> tuple[Answer, int]:
 def _not_found(path: str) -> str:
     if path.endswith("/chat/completions"):
         return (
-            f"there is no chat here: base models write on from a text; use {PATH} with a prompt "
+            f"there is no chat here: a base model continues a text; use {PATH} with a prompt "
             "instead of messages"
         )
     return f"{path}: no such page; here are /, {PATH} and /v1/models"

@@ -20,7 +20,7 @@ from lm.generate.stream import NewToken, Reason, TextChunk, stream
 from lm.model.transformer import TransformerLM
 from lm.serve.request import Prompt, Request
 
-MAX_SEATS = 64  # requests that have the model or wait for it
+MAX_SEATS = 64  # requests that hold the model or wait for it
 POLL_SECONDS = 0.2  # how often a request that waits checks whether its client has left
 Part = dict[str, Any]  # of a choice, in OpenAI's form
 HasLeft = Callable[[], bool]
@@ -54,8 +54,8 @@ class Served:
     turn: Lock = field(default_factory=Lock)
     seats: Semaphore = field(default_factory=lambda: Semaphore(MAX_SEATS))
 
-    def card(self) -> dict[str, Any]:
-        """Return the model as /v1/models shows it; the last two entries are ours."""
+    def entry(self) -> dict[str, Any]:
+        """Return the model as /v1/models lists it; the last two keys are ours, not OpenAI's."""
         return {
             "id": self.name,
             "object": "model",
@@ -66,7 +66,7 @@ class Served:
         }
 
     def require(self, name: str) -> None:
-        """Raise UnknownModel if `name` is another model's."""
+        """Raise UnknownModel if `name` is not this model's."""
         if name != self.name:
             message = f"the model {name[:80]!r} does not exist; this server has {self.name!r}"
             raise UnknownModel(message)
@@ -75,8 +75,8 @@ class Served:
     def holding_the_model(self, has_left: HasLeft) -> Iterator[Callable[[], None]]:
         """Wait for the model and hold it; yield a check to call between two tokens.
 
-        Waiting and the check raise EnvironmentFault if the client has left or the server ends, and
-        waiting if too many requests wait already.
+        Both waiting and the check raise EnvironmentFault if the client has left or the server ends;
+        waiting also if MAX_SEATS requests are there already.
         """
 
         def check() -> None:
@@ -99,9 +99,9 @@ class Served:
     def answer(
         self, request: Request, prompts: Sequence[Prompt], usage: Usage, has_left: HasLeft
     ) -> Iterator[Part]:
-        """Yield the parts of the answer as they come, and count tokens in `usage`.
+        """Yield the parts of the answer as they are generated; count tokens in `usage`.
 
-        The choices of one prompt have adjoining indices. The parts of each choice are in order.
+        The choices of a prompt have consecutive indices. The parts of each choice are in order.
         """
         rows = [prompt for prompt in prompts for _ in range(request.n)]
         usage.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
@@ -144,7 +144,7 @@ class Served:
 
 
 class _TokenNames:
-    """Name the tokens of a choice as OpenAI does, and count where in its text each begins."""
+    """Name the tokens of a choice as OpenAI does, and find where in its text each begins."""
 
     def __init__(self, tokenizer: Tokenizer, n_characters: int = 0):
         self.tokenizer, self.n_characters = tokenizer, n_characters

@@ -8,8 +8,8 @@ from lm.base.sections import ABOVE_ZERO_UP_TO_ONE, NOT_EMPTY, SEED, Bound, Count
 from lm.data.tokenizer import Tokenizer
 
 PATH = "/v1/completions"
-MAX_COMPLETIONS = 128
-# fields of OpenAI's that we do not have: the values that ask for nothing
+MAX_COMPLETIONS = 128  # of a request
+# fields of OpenAI's that are not supported, with the value that has no effect
 NEUTRAL: dict[str, Any] = {
     "best_of": 1,
     "suffix": "",
@@ -23,7 +23,7 @@ def _between(low: float, high: float) -> Bound:
     return Bound(lambda x: low <= x <= high, f"must be in [{low}, {high}]")
 
 
-UP_TO_FOUR = Bound(lambda x: len(x) <= 4, "at most 4")
+UP_TO_FOUR = Bound(lambda x: len(x) <= 4, "must hold at most 4 texts")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.stream_options and not self.stream:
-            raise InputError("request.stream_options = {...}: only with request.stream = true")
+            raise InputError("request.stream_options = {...}: needs request.stream = true")
         if self.max_tokens == 0 and not self.echo:
-            raise InputError("request.max_tokens = 0: only with request.echo = true")
+            raise InputError("request.max_tokens = 0: needs request.echo = true")
 
     @property
     def wants_usage(self) -> bool:
@@ -99,13 +99,16 @@ def read_prompts(request: Request, tokenizer: Tokenizer, context_length: int) ->
     several = isinstance(given, list) and any(isinstance(item, str | list) for item in given)
     items = given if several else [given]
     if len(items) * request.n > MAX_COMPLETIONS:
-        raise InputError(f"request.n = {request.n}: times prompts it exceeds {MAX_COMPLETIONS}")
+        raise InputError(
+            f"request.n = {request.n}: with {len(items)} prompts more than {MAX_COMPLETIONS} "
+            "completions; ask for fewer"
+        )
     prompts = [_read_prompt(item, tokenizer) for item in items]
     longest = max(len(prompt.ids) for prompt in prompts)
     if request.echo and request.logprobs is not None and longest > context_length:
         raise InputError(
             f"request.echo with request.logprobs: a prompt has {longest} tokens, the model's "
-            f"context {context_length}; send less"
+            f"context holds {context_length}; shorten it"
         )
     return prompts
 
@@ -115,10 +118,10 @@ def _read_prompt(item: Any, tokenizer: Tokenizer) -> Prompt:
         try:
             item.encode()
         except UnicodeEncodeError:
-            raise InputError("request.prompt: half a surrogate pair has no UTF-8") from None
+            raise InputError("request.prompt: half a surrogate pair is not a character") from None
         return Prompt(item, tokenizer.encode(item) or [tokenizer.end_id])
     if not (isinstance(item, list) and item and all(type(i) is int for i in item)):
-        raise InputError("request.prompt: wanted text, token ids, or a list of either")
+        raise InputError("request.prompt: must be text, token ids, or a list of either")
     try:
         return Prompt(tokenizer.decode(item), item)
     except KeyError as error:

@@ -2,8 +2,9 @@
 
     browser, openai, curl -> cheroot's threads -> app.py -> completions.py -> one answer, or events
 
-The socket is loopback's, so only programs of this machine are served. A thread serves a request,
-not a connection. Requests that arrive too slowly and answers that are not read are cut off.
+It listens on the loopback address, so it serves only programs on this machine. A thread serves a
+request, not a connection. Requests that arrive too slowly are cut off, and answers that nobody
+reads.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from cheroot.wsgi import Gateway_10, Server
 from lm.base.console import say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.paths import MODEL
+from lm.base.sections import brief
+from lm.base.settings import DEVICE
 from lm.base.signals import CatchSignals
 from lm.machine.device import choose_device
 from lm.model.model_folder import load_model
@@ -31,9 +34,9 @@ from lm.serve.app import CONNECTION, HOST, MAX_BODY_BYTES, READ_SECONDS, applica
 from lm.serve.completions import MAX_SEATS, POLL_SECONDS, Served
 
 MAX_HEADER_BYTES = 1 << 16
-THREADS = 2 * MAX_SEATS  # so that half of them read requests and serve the page
-MAX_CONNECTIONS = 256  # idle ones, and as many whose request waits for a thread
-IDLE_SECONDS = 10  # then a connection is closed if it is idle or its client does not read
+THREADS = 2 * MAX_SEATS  # at least half of them can read requests and serve the page
+MAX_CONNECTIONS = 256  # that are idle; as many more may wait for a thread
+IDLE_SECONDS = 10  # after which an idle connection, or one whose client does not read, is closed
 
 
 class _Connection(HTTPConnection):
@@ -51,7 +54,7 @@ class _Connection(HTTPConnection):
             self.deadline.cancel()
 
     def _end_reading(self) -> None:
-        """Let reads find the end of the request."""
+        """Close the receiving side, so that reading the request ends."""
         self.is_late = True
         with suppress(OSError):  # already closed
             self.socket.shutdown(socket.SHUT_RD)
@@ -66,7 +69,7 @@ class _Connection(HTTPConnection):
 
 
 class _Gateway(Gateway_10):
-    """Give the application the connection of a request."""
+    """Pass the connection of a request to the application."""
 
     def respond(self) -> None:
         self.env[CONNECTION] = self.req.conn
@@ -76,7 +79,7 @@ class _Gateway(Gateway_10):
 
 
 class _Server(Server):
-    """cheroot's server, but connections without a request hold no thread, and its log is short."""
+    """cheroot's server with a short log; a connection without a request takes no thread."""
 
     ConnectionClass = _Connection
     keep_alive_conn_limit = MAX_CONNECTIONS
@@ -89,7 +92,7 @@ class _Server(Server):
             super().process_conn(conn)
 
     def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
-        if level >= logging.WARNING:  # below it, clients leave
+        if level >= logging.WARNING:  # lower levels report that clients left
             line = " ".join(f"{msg} {sys.exc_info()[1] or ''}".split())
             sys.stderr.write(f"warning: {line}\n")
 
@@ -103,7 +106,7 @@ def serve(served: Served, port: int) -> None:
         socket.create_server((HOST, port)).close()  # cheroot's own error has more words
     except OSError as error:
         raise EnvironmentFault(
-            f"{HOST}:{port}: {os.strerror(error.errno or 0)}; choose another by --port, 0 takes "
+            f"{HOST}:{port}: {os.strerror(error.errno or 0)}; choose another with --port; 0 takes "
             "any free one"
         ) from None
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -139,13 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lm.serve", description="A playground and an OpenAI-compatible API."
     )
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--model", type=Path, default=MODEL, help="its folder")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--port", type=int, default=8000, help="0: take any free one")
+    parser.add_argument("--model", type=Path, default=MODEL, help="model folder")
+    parser.add_argument("--device", default="auto", help=DEVICE.text)
     options = parser.parse_args(arguments)
     with one_line_errors():
         if not 0 <= options.port < 1 << 16:
-            raise InputError("--port: must be in [0, 65535]")
+            raise InputError(f"--port {options.port}: must be in [0, 65535]")
+        if not DEVICE.holds(options.device):
+            raise InputError(f"--device {brief(options.device)}: {DEVICE.text}")
         model, tokenizer = load_model(options.model, choose_device(options.device))
         created = int((options.model / "config.json").stat().st_mtime)
         serve(Served(options.model.resolve().name, created, model, tokenizer), options.port)
