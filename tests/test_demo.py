@@ -10,7 +10,7 @@ import pytest
 
 from lm import demo
 
-# README's words for a step, and the call that does it
+# the words of docs/TOUR.md for a step, and the call that does it
 STEP = {
     "schedule": "get_lr_cosine_schedule(",
     "batch": "get_batch(",

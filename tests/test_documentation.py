@@ -251,8 +251,9 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 @pytest.mark.parametrize("number", range(len(snippets())))
-def test_a_snippet_of_the_tour_prints_what_the_tour_says(number, capsys):
+def test_a_snippet_of_the_tour_prints_what_the_tour_says(number, capsys, monkeypatch, tmp_path):
     """Word for word; decimals to a unit of their last place, since CPUs round differently."""
+    monkeypatch.chdir(tmp_path)
     program, expected = snippets()[number]
     exec(program, {})
     printed = capsys.readouterr().out

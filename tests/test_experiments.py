@@ -1,6 +1,6 @@
 """A week with experiments: queued, compared, gone back to, and what goes wrong on the way.
 
-All with the real dvc, as README and docs/EXPERIMENTS.md say it.
+All with the real dvc, as docs/EXPERIMENTS.md says it.
 """
 
 import hashlib
