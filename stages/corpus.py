@@ -6,33 +6,35 @@ packages: the source code of corpus.packages, one .jsonl file each; grammar: sto
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
 
 from lm.base.console import ByteProgress, count, say
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.files import atomic_write, read_json, write_json
-from lm.base.paths import CORPUS, RAW
+from lm.base.paths import CORPUS, LICENSES, RAW
 from lm.base.settings import CorpusConfig
 from lm.corpus.grammar import STORIES, stories
-from lm.corpus.packages import python_sources
+from lm.corpus.packages import license_of, python_sources
 from stages.run import Inputs, run_stage
 
 STORIES_FILE, STORIES_SEED = "grammar.jsonl", 0
 
 
 def corpus_stage(inputs: Inputs) -> None:
-    """Write data/raw/*.jsonl and data/corpus.json."""
+    """Write data/raw/*.jsonl, data/licenses.txt and data/corpus.json."""
     config = inputs.section(CorpusConfig, "corpus")
     _refuse_other_files()
     match config.source:
         case "grammar":
-            manifest = [_write_stories(config.grammar_bytes)]
+            manifest, licenses = [_write_stories(config.grammar_bytes)], ""
         case "packages":
             manifest = [_write_package(requirement) for requirement in config.packages]
+            licenses = _licenses(config.packages)
         case other:
             assert_never(other)
     inputs.check()
+    atomic_write(LICENSES, licenses.encode())
     write_json(CORPUS, manifest)
     RAW.mkdir(parents=True, exist_ok=True)
     for stale in {f.name for f in RAW.iterdir()} - {_file_name(entry) for entry in manifest}:
@@ -55,6 +57,14 @@ def _write_package(requirement: str) -> dict[str, Any]:
     atomic_write(RAW / _file_name(entry), data)
     say(f"{requirement}: {count(len(sources), 'file')}, {entry['bytes']:,} bytes of source")
     return entry
+
+
+def _licenses(requirements: Sequence[str]) -> str:
+    """Return the names of the licences, a line each, and after an empty line their texts."""
+    found = {requirement: license_of(requirement) for requirement in requirements}
+    names = "".join(f"{requirement}: {name}\n" for requirement, (name, _) in found.items())
+    rule = "-" * 80
+    return names + "".join(f"\n{rule}\n{r}\n\n{text}" for r, (_, text) in found.items())
 
 
 def _write_stories(size_bytes: int) -> dict[str, Any]:

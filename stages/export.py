@@ -1,6 +1,6 @@
 """Stage export: models/model/ as a folder that Hugging Face opens, with its model card."""
 
-from lm.base.paths import CORPUS, HUGGINGFACE, MODEL
+from lm.base.paths import CORPUS, HUGGINGFACE, LICENSES, MODEL
 from lm.export.card import TEMPLATE, ExportConfig
 from lm.export.folder import MEASURED, export, read_results, write
 from stages.run import Inputs, run_stage
@@ -9,7 +9,7 @@ from stages.run import Inputs, run_stage
 def export_stage(inputs: Inputs) -> None:
     """Write models/huggingface/; the card alone if no stock architecture is this model."""
     config = inputs.section(ExportConfig, "export")
-    inputs.watch(MODEL, CORPUS, *MEASURED, TEMPLATE)
+    inputs.watch(MODEL, CORPUS, LICENSES, *MEASURED, TEMPLATE)
     results = read_results(str(inputs.params["data"]["path"]))
     folder = export(MODEL, config, results)
     inputs.check()

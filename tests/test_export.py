@@ -28,7 +28,7 @@ from lm.base.sections import read_section
 from lm.data.tokenizer import byte_tokenizer, load_tokenizer
 from lm.evaluate.samples import Sample, samples_as_markdown
 from lm.export.agreement import compared
-from lm.export.card import MARK, ExportConfig, aligned
+from lm.export.card import MARK, ExportConfig, aligned, card
 from lm.export.curve import loss_curve
 from lm.export.folder import export, main, write
 from lm.generate.stream import generate
@@ -123,6 +123,13 @@ def test_samples_that_run_from_right_to_left_are_framed_and_others_left_as_they_
     assert aligned(latin) == latin
     framed = '<div dir="auto">\n\n    שלום עולם\n\n    b\n\n</div>\n\n'
     assert aligned(latin + hebrew) == latin + "Prompt `שלום`, temperature 1:\n\n" + framed
+
+
+def test_the_card_names_the_licence_of_the_model_and_what_else_may_bind():
+    provenance = PROVENANCE | {"train": {"init_from": "small"}}
+    end = card(provenance, "0", "<end>", "mit", None, None).partition("## Licence\n\n")[2]
+    assert end.startswith("`mit`. The text that the model was trained on may have a licence")
+    assert end.endswith("\n\nThe licence of `small`, whose weights it continues, holds too.\n")
 
 
 def test_the_bytes_depend_on_the_model_alone(saved, tmp_path):

@@ -268,6 +268,7 @@ def test_the_sources_of_the_default_corpus_take_turns(grammar_project):
     assert entry["documents"] == len(texts)
     assert entry["bytes"] == sum(len(text) for text in texts)
     assert entry["bits_per_byte"] == pytest.approx(STORIES.bits_per_byte(), abs=1e-6)
+    assert project.read("data/licenses.txt") == b""
     assert project.stage("corpus", "corpus.source=packages").returncode == 0
     assert list(raw.iterdir()) == []
     project.prepare("corpus")

@@ -38,6 +38,11 @@ def test_two_clones_reproduce_the_same_lock_and_a_second_run_does_nothing(tmp_pa
         assert (
             hashlib.sha256(project.read("data/raw/networkx.jsonl")).hexdigest() == entry["sha256"]
         )
+        licenses = project.read("data/licenses.txt")
+        assert b"networkx==3.6.1: BSD-3-Clause\n\n" in licenses
+        assert b"Copyright (c) 2004-2025, NetworkX Developers" in licenses
+        assert project.read("models/huggingface/TEXT_LICENSES.txt") == licenses
+        assert b"- networkx==3.6.1: BSD-3-Clause\n" in project.read("models/huggingface/README.md")
         locks.append(project.read("dvc.lock"))
         files.append(outputs(project))
         outs = [out["path"] for stage in yaml.safe_load(locks[-1])["stages"].values()

@@ -76,7 +76,9 @@ def test_results_with_anything_else_in_any_place_are_refused_in_one_line_or_show
         samples, curves = (
             shared.read(f"metrics/{n}").decode() for n in ("samples.md", "curves.csv")
         )
-        results = Results(run.data, run.train, run.evaluation, samples, curves, content)
+        results = Results(
+            run.data, run.train, run.evaluation, samples, curves, content, "pip: MIT\n\n"
+        )
         card(run.provenance, "0", "<end>", None, None, results).encode()
 
     held_out = json.loads(shared.read("metrics/held_out.json"))

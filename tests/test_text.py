@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.params import load_params
 from lm.base.sections import read_section
-from lm.corpus.packages import python_sources
+from lm.corpus.packages import license_of, python_sources
 from lm.prepare.documents import (
     assign_splits,
     cut_into_shards,
@@ -537,6 +537,16 @@ def test_package_sources_are_the_published_files():
     assert "networkx/algorithms/dag.py" in got
     assert not [path for path in got if "/tests/" in path or not path.endswith(".py")]
     assert list(got) == sorted(got)
+
+
+def test_the_licence_of_a_package_is_the_published_one():
+    name, text = license_of("networkx==3.6.1")
+    assert name == "BSD-3-Clause"
+    assert "Copyright (c) 2004-2025, NetworkX Developers" in text
+    name, text = license_of("sympy==1.14.0")
+    assert name == "BSD"
+    assert "Copyright (c) 2006-2023 SymPy Development Team" in text
+    assert "Ondřej" not in text  # AUTHORS, a file beside it, is no licence
 
 
 @pytest.mark.parametrize(

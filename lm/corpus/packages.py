@@ -2,13 +2,14 @@
 
 import base64
 import hashlib
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, PackagePath, distribution
 
 from lm.base.errors import EnvironmentFault, InputError
 
 # Tests repeat what the code says; benchmarks and _antlr are tables and parsers written by programs.
 LEFT_OUT = {"tests", "conftest.py", "benchmarks", "_antlr"}
+LICENSE_FILES = ("licen", "copying", "notice")  # how their names begin: LICENSE, LICENCE.txt, ...
 
 
 def python_sources(requirement: str) -> Iterator[tuple[str, str]]:
@@ -18,6 +19,33 @@ def python_sources(requirement: str) -> Iterator[tuple[str, str]]:
     same requirement gives the same bytes on every machine. Raises InputError for a malformed
     requirement and EnvironmentFault when the package is not there as asked.
     """
+
+    def wanted(file: PackagePath) -> bool:
+        return file.suffix == ".py" and not LEFT_OUT.intersection(file.parts)
+
+    for path, data in _files(requirement, wanted):
+        yield path, data.decode()
+
+
+def license_of(requirement: str) -> tuple[str, str]:
+    """Return name and text of the licence of an installed package, from its metadata.
+
+    Raises the same errors as `python_sources`.
+    """
+
+    def wanted(file: PackagePath) -> bool:
+        metadata = file.parts[0].endswith(".dist-info")
+        return metadata and file.name.lower().startswith(LICENSE_FILES)
+
+    text = "\n".join(data.decode(errors="replace") for _, data in _files(requirement, wanted))
+    metadata = distribution(requirement.partition("==")[0].strip()).metadata
+    stated = metadata.get_all("License-Expression") or metadata.get_all("License")
+    name = stated[0].partition("\n")[0] if stated else "see its text"
+    return name, text or "The package has no text of it.\n"
+
+
+def _files(requirement: str, wanted: Callable[[PackagePath], bool]) -> Iterator[tuple[str, bytes]]:
+    """Return path and content of each wanted file of a package, sorted and checked."""
     name, pinned, version = (part.strip() for part in requirement.partition("=="))
     if not (name and pinned):
         raise InputError(f"corpus.packages: {requirement} pins no version; write name==version")
@@ -32,10 +60,10 @@ def python_sources(requirement: str) -> Iterator[tuple[str, str]]:
             "or change params.yaml"
         )
     for file in sorted(package.files or [], key=lambda file: file.as_posix()):
-        if file.suffix != ".py" or LEFT_OUT.intersection(file.parts):
+        if not wanted(file):
             continue
         data = file.read_binary()
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
         if file.hash is None or file.hash.value != digest:
             raise EnvironmentFault(f"{file.locate()}: differs from {requirement}; {reinstall}")
-        yield file.as_posix(), data.decode()
+        yield file.as_posix(), data

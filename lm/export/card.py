@@ -15,6 +15,7 @@ from lm.base.tables import data_table, loss_table
 TEMPLATE = Path(__file__).with_name("card.md")
 # lm.export writes a folder again if its card has this line
 MARK = "<!-- Written by lm.export, which replaces it. To edit it, delete this line. -->"
+TEXT_LICENSES = "TEXT_LICENSES.txt"  # beside the card
 LICENSE = Bound(lambda x: x.replace("-", "").replace(".", "").isalnum() and x.isascii(),
                 "must be an identifier of the Hub, as apache-2.0, or null")  # fmt: skip
 
@@ -28,7 +29,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Results:
-    """The results of the pipeline: metrics/*.json, samples.md, curves.csv, data/corpus.json."""
+    """The results of the pipeline: metrics/*.json, samples.md, curves.csv, data/*."""
 
     data: Mapping[str, Any]
     train: Mapping[str, Any]
@@ -36,6 +37,7 @@ class Results:
     samples: str
     curves: str
     corpus: list[dict[str, Any]] | None  # None: the user's own text
+    licenses: str  # of the corpus: a line for each, an empty one, the texts; else empty
 
 
 def card(
@@ -56,6 +58,7 @@ def card(
         origin=provenance["train"].get("init_from"),
         end_token=end_token,
         terms=terms,
+        text_licenses=TEXT_LICENSES,
         why_no_weights=why_no_weights,
         mark=MARK,
         results=results,
@@ -90,6 +93,7 @@ def _measured(results: Results) -> dict[str, Any]:
         "passes": results.train["tokens"] / results.data["train"]["tokens"],
         "loss_table": loss_table(results.evaluation, results.evaluation["baseline_loss_nats"]),
         "samples": aligned(results.samples).rstrip("\n"),
+        "licenses": results.licenses.partition("\n\n")[0].splitlines(),
         "data_table": data_table(results.data).rstrip("\n"),
     }
 

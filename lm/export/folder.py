@@ -20,12 +20,12 @@ from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write, require_file, sha256_file, to_json
 from lm.base.params import add_overrides, load_params
-from lm.base.paths import CORPUS, HUGGINGFACE, METRICS, MODEL, PARAMS, RAW
+from lm.base.paths import CORPUS, HUGGINGFACE, LICENSES, METRICS, MODEL, PARAMS, RAW
 from lm.base.result_files import SHAPES, read_result, require_shape
 from lm.base.sections import read_section
 from lm.data.tokenizer import Tokenizer
 from lm.export.agreement import compared
-from lm.export.card import MARK, ExportConfig, Results, card
+from lm.export.card import MARK, TEXT_LICENSES, ExportConfig, Results, card
 from lm.export.curve import loss_curve
 from lm.generate.decoder import require_same_logits
 from lm.model.huggingface import not_stock, stock_config, stock_weights
@@ -35,7 +35,7 @@ NAMES = ("data.json", "train.json", "eval.json", "samples.md", "curves.csv")
 MEASURED = [METRICS / name for name in NAMES]
 WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json",
-         "tokenizer_config.json", "loss.svg")  # fmt: skip
+         "tokenizer_config.json", "loss.svg", TEXT_LICENSES)  # fmt: skip
 
 
 def read_results(data_path: str) -> Results:
@@ -47,8 +47,12 @@ def read_results(data_path: str) -> Results:
         samples, curves = (file.read_text(encoding="utf-8") for file in MEASURED[3:])
     except UnicodeDecodeError as error:
         raise InputError(f"{MEASURED[3]} or {MEASURED[4]}: {error}; run `dvc repro`") from None
-    corpus = read_result(CORPUS) if data_path == str(RAW) else None
-    return Results(data, train, evaluation, samples, curves, corpus)
+    if data_path != str(RAW):
+        return Results(data, train, evaluation, samples, curves, None, "")
+    corpus = read_result(CORPUS)
+    require_file(LICENSES, "; run `dvc repro` to make it")
+    licenses = LICENSES.read_text(encoding="utf-8", errors="replace")
+    return Results(data, train, evaluation, samples, curves, corpus, licenses)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def export(source: Path, config: ExportConfig, results: Results | None) -> Folde
     files = {"README.md": page.encode(), "provenance.json": to_json(provenance)}
     if results is not None:
         files["loss.svg"] = loss_curve(results.curves).encode()
+        files |= {TEXT_LICENSES: results.licenses.encode()} if results.licenses else {}
     if why_no_weights:
         return Folder(files, {}, why_no_weights)
     text = tokenizer.encode(page)
