@@ -25,7 +25,7 @@ from stages import CODE, EXECUTED, ROOT
 
 # outside of the outputs, which DVC deletes; in a temporary workspace DVC_ROOT is the main project
 SCRATCH = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp")
-UNFINISHED = SCRATCH / "lm-resume"
+RUNS_ROOT = SCRATCH / "lm-resume"
 Params = dict[str, dict[str, Any]]
 Signature = tuple[int, int, int, int]
 Listing = Callable[[], list[Path]]

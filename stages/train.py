@@ -29,7 +29,7 @@ from lm.runs.run import Run
 from lm.train.loop import fit
 from lm.train.state import Record, TrainState, new_state
 from stages.launch import launch, launched
-from stages.run import UNFINISHED, Inputs, run_stage
+from stages.run import RUNS_ROOT, Inputs, run_stage
 
 
 def train_stage(inputs: Inputs) -> None:
@@ -65,7 +65,7 @@ def train_stage(inputs: Inputs) -> None:
             state = _begin(plan, asked, tokenizer, processes)
         resume_from = inputs.arguments.resume_from
         live = METRICS if "DVC_ROOT" in os.environ else None  # DVC has deleted the old metrics
-        run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
+        run_ = Run(state, plan.config, runtime, made_of, RUNS_ROOT, resume_from, live)
         with explain_out_of_memory(plan), run_ as this_run:
             watched = _Watched(this_run, inputs, Timing(plan, state.step))
             fit(state, tokens, plan.config, watched)

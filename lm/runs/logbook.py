@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lm.base.errors import Diverged
-from lm.base.run_folders import MICRO_BATCH_SIZES, NUM_PROCESSES
+from lm.base.run_id import MICRO_BATCH_SIZES, NUM_PROCESSES
 from lm.base.settings import BY_TREE, PARALLEL, TrainConfig
 from lm.base.tables import DIVERGED
 from lm.runs.checkpoint import Extra, weights_sha256

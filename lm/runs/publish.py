@@ -14,13 +14,13 @@ from lm.model.transformer import TransformerLM
 from lm.runs.checkpoint import load_checkpoint
 from lm.runs.logbook import Logbook
 from lm.runs.manifest import commit, verify
-from lm.runs.resume_directory import ResumeDirectory
+from lm.runs.run_folder import RunFolder
 from lm.runs.sharded_checkpoint import as_one_file
 
 
 def publish(
     logbook: Logbook,
-    directory: ResumeDirectory,
+    folder: RunFolder,
     tokenizer: Tokenizer,
     models: Path,
     metrics: Path,
@@ -33,8 +33,8 @@ def publish(
     state, checkpoints = logbook.state, models / "checkpoints"
     best_step, early_stopping = logbook.best.step, logbook.config.early_stopping is not None
     assert best_step is not None  # the last step is always validated
-    last, best = directory.path(state.step), directory.path(best_step)
-    with publishing(directory.folder.parent):
+    last, best = folder.checkpoint(state.step), folder.checkpoint(best_step)
+    with publishing(folder.path.parent):
         verify(best)
         verify(last)
         _copy_as_file(best, checkpoints / "best.safetensors")
@@ -55,9 +55,9 @@ def publish(
 
 
 @contextmanager
-def publishing(unfinished: Path) -> Iterator[None]:
+def publishing(runs_root: Path) -> Iterator[None]:
     """Let one run after the other write the outputs, which all runs of a workspace share."""
-    with open(unfinished.with_name("lm-publish.lock"), "a") as lock:
+    with open(runs_root.with_name("lm-publish.lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -8,28 +8,28 @@ from typing import Any
 from lm.base.console import changes, count, few, say
 from lm.base.errors import InputError
 from lm.base.files import atomic_copy, require_file
-from lm.base.run_folders import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided
+from lm.base.run_id import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, fixed_parts
 from lm.base.settings import TrainConfig
 from lm.runs.checkpoint import load_checkpoint
 from lm.runs.history import Clock
 from lm.runs.logbook import Logbook
 from lm.runs.manifest import commit, verify
-from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints, newest_first
+from lm.runs.run_folder import RunFolder, kept_checkpoints, newest_first
 from lm.runs.saved_run import Identity, SavedRun, read_saved_run
 
 MOST_NAMED = 4  # differences of two runs in a line
 
 
-def resume(logbook: Logbook, directory: ResumeDirectory) -> bool:
+def resume(logbook: Logbook, folder: RunFolder) -> bool:
     """Restore the newest intact checkpoint of this very run; return whether there is one."""
     state = logbook.state
-    for path, fault in kept_checkpoints(directory.folder, state.processes):
+    for path, fault in kept_checkpoints(folder.path, state.processes):
         try:
             if fault is not None:
                 raise InputError(fault)
             saved = read_saved_run(path)
-            _require_own(logbook, directory, path, saved)
-            _restore(logbook, directory, path, saved)
+            _require_own(logbook, folder, path, saved)
+            _restore(logbook, folder, path, saved)
         except InputError as error:
             say(f"warning: {error}; passed over")
             continue
@@ -42,27 +42,27 @@ def resume(logbook: Logbook, directory: ResumeDirectory) -> bool:
     return False
 
 
-def _require_own(logbook: Logbook, directory: ResumeDirectory, path: Path, saved: SavedRun) -> None:
+def _require_own(logbook: Logbook, folder: RunFolder, path: Path, saved: SavedRun) -> None:
     """Raise InputError unless a sound checkpoint is of this run and its best one is sound too."""
-    theirs, ours = decided(saved.identity.parts()), logbook.identity.parts()
+    theirs, ours = fixed_parts(saved.identity.parts()), logbook.identity.parts()
     if theirs != ours:
         raise InputError(f"{path}: of another run: {few(_differences(theirs, ours), MOST_NAMED)}")
     step, best_step = saved.step, saved.best.step
-    if path.stem != directory.path(step).stem or step > logbook.config.max_steps:
+    if path.stem != folder.checkpoint(step).stem or step > logbook.config.max_steps:
         raise InputError(
             f"{path}: is at step {step}: not that of its name, or beyond train.max_steps"
         )
     if best_step is not None:
-        best, processes = directory.path(best_step), logbook.state.processes
+        best, processes = folder.checkpoint(best_step), logbook.state.processes
         processes.together(lambda: verify(best, processes))
 
 
-def _restore(logbook: Logbook, directory: ResumeDirectory, path: Path, saved: SavedRun) -> None:
+def _restore(logbook: Logbook, folder: RunFolder, path: Path, saved: SavedRun) -> None:
     """Bring everything to where a checkpoint was; `saved` was saved beside the state."""
     state = logbook.state
     state.step = load_checkpoint(path, state.model, state.optimizer, state.processes)
     logbook.restore(saved)
-    times = clock_file(directory.folder.parent, saved.identity.parts())
+    times = clock_file(folder.path.parent, saved.identity.parts())
     text = times.read_bytes() if times.is_file() else b""
     logbook.clock = Clock.from_csv(text, resumed_at=state.step)
 
@@ -107,17 +107,17 @@ def require_continuable(path: Path, identity: Identity, config: TrainConfig) -> 
         )
 
 
-def continue_from(path: Path, logbook: Logbook, directory: ResumeDirectory) -> None:
+def continue_from(path: Path, logbook: Logbook, folder: RunFolder) -> None:
     """Start from another run's checkpoint, with the settings of this one."""
     state, saved = logbook.state, read_saved_run(path)
     groups = state.optimizer.param_groups
     settings = [{k: value for k, value in group.items() if k != "params"} for group in groups]
-    _restore(logbook, directory, path, saved)
+    _restore(logbook, folder, path, saved)
     for group, ours in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(ours)
     logbook.best = replace(logbook.best, misses=0)
     if (step := logbook.best.step) is not None:
-        kept = directory.folder / f"step-{step:08d}.safetensors"
+        kept = folder.path / f"step-{step:08d}.safetensors"
 
         def adopt_best() -> None:
             atomic_copy(_best_beside(path, saved), kept)
@@ -164,7 +164,7 @@ def report_others(folder: Path, begins_anew: Identity | None) -> None:
             if begins_anew is not None:
                 path = newest_first(other)[0]
                 saved, written = read_saved_run(path), path.stat().st_mtime
-                why = _differences(decided(saved.identity.parts()), begins_anew.parts())
+                why = _differences(fixed_parts(saved.identity.parts()), begins_anew.parts())
                 found.append((len(why), -written, saved.step, few(why, MOST_NAMED)))
     keep, which = ("keeps", "that") if len(others) == 1 else ("keep", "the nearest")
     line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {folder.parent}"

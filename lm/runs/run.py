@@ -1,9 +1,9 @@
 """One training run from its first step to its published files, killable at any point between.
 
-Run(...)  locks .../lm-resume/<fingerprint>/ and restores the newest intact checkpoint: resume.py
+Run(...)  locks .dvc/tmp/lm-resume/RUN_ID/ and restores the newest intact checkpoint: resume.py
 log       history, console, metrics that can be watched: logbook.py, pace.py
 save      a checkpoint, in the background; a caught signal then ends the process
-publish   models and metrics appear; the resume directory keeps the last state, because a kill
+publish   models and metrics appear; the run folder keeps the last state, because a kill
           before DVC has recorded the outputs would otherwise lose the training: publish.py
 
 Each of several processes has its Run. They exchange at each step what could differ (signals,
@@ -20,7 +20,7 @@ from typing import Any
 from lm.base.console import Progress, say
 from lm.base.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from lm.base.files import atomic_write, sha256_file, write_json
-from lm.base.run_folders import clock_file, run_folder
+from lm.base.run_id import clock_file, run_folder
 from lm.base.settings import RuntimeConfig, TrainConfig
 from lm.base.signals import CatchSignals
 from lm.data.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from lm.runs.logbook import Logbook
 from lm.runs.pace import Pace
 from lm.runs.publish import publish, write_metrics
 from lm.runs.resume import continue_from, report_others, require_continuable, resume
-from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints
+from lm.runs.run_folder import RunFolder, kept_checkpoints
 from lm.runs.saved_run import Identity, read_saved_run
 from lm.train.loop import due
 from lm.train.state import Record, TrainState
@@ -46,11 +46,11 @@ class Run:
         config: TrainConfig,
         runtime: RuntimeConfig,
         made_of: dict[str, Any],
-        unfinished: Path,
+        runs_root: Path,
         resume_from: Path | None = None,
         live: Path | None = None,
     ):
-        """Lock the run's folder under `unfinished` and bring `state` to where the run was.
+        """Lock the run folder in `runs_root` and bring `state` to where the run was.
 
         `made_of` (inputs, code, environment), with the settings of model and training, is the
         run's identity. A resumed run keeps its micro-batch size, unless that exceeds the state's.
@@ -64,19 +64,19 @@ class Run:
         if resume_from is not None:
             self.processes.lead(lambda: require_continuable(resume_from, identity, config))
             identity = replace(identity, resume_from=sha256_file(resume_from))
-        folder = run_folder(unfinished, identity.parts())
-        self.directory = ResumeDirectory(folder, runtime.keep_checkpoints, self.processes)
+        path = run_folder(runs_root, identity.parts())
+        self.folder = RunFolder(path, runtime.keep_checkpoints, self.processes)
         self.logbook, self.pace = Logbook(state, config, identity), Pace()
-        self.clock_file = clock_file(unfinished, identity.parts())
+        self.clock_file = clock_file(runs_root, identity.parts())
         self.refreshed_s = -math.inf
         try:
-            resumed = resume(self.logbook, self.directory)
+            resumed = resume(self.logbook, self.folder)
             if self.processes.leads:
-                report_others(folder, None if resumed else identity)
+                report_others(path, None if resumed else identity)
             if not resumed and resume_from is not None:
-                continue_from(resume_from, self.logbook, self.directory)
+                continue_from(resume_from, self.logbook, self.folder)
         except BaseException:
-            self.directory.unlock()
+            self.folder.unlock()
             raise
         tokens = config.tokens_per_step(state.model.config)
         self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
@@ -94,7 +94,7 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self.progress.close()
-        self.directory.unlock()
+        self.folder.unlock()
         self.signals.__exit__(kind, error, traceback)
         if isinstance(error, Diverged) and self.processes.leads:
             curves = self._keep_curves()
@@ -117,7 +117,7 @@ class Run:
         All processes learn here whether one of them has caught a signal or failed to save.
         """
         forward_s, signals, failed = self.processes.gather_numbers(
-            [record["forward_s"], self.signals.caught or 0, self.directory.failed]
+            [record["forward_s"], self.signals.caught or 0, self.folder.failed]
         ).T
         # a later signal waits for the next step: all must leave at the same one
         self.agreed_signal = int(signals.max()) or None
@@ -131,7 +131,7 @@ class Run:
         if "valid_loss" in record:
             self.logbook.add_validation(record["valid_loss"])
         if failed.any():
-            self.directory.wait()
+            self.folder.wait()
         if self.live is not None and (
             "valid_loss" in record or elapsed_s - self.refreshed_s >= REFRESH_S
         ):
@@ -152,20 +152,20 @@ class Run:
         if self.processes.leads:
             self._write_times()
         state = self.state
-        self.directory.save(state.model, state.optimizer, state.step, self.logbook.extra())
+        self.folder.save(state.model, state.optimizer, state.step, self.logbook.extra())
         if self.agreed_signal is not None:
-            self.directory.wait()
+            self.folder.wait()
             message = f"stopped, saved at step {state.step}; run again to go on"
             raise Interrupted(self.agreed_signal, message)
 
     def publish(self, tokenizer: Tokenizer, models: Path, metrics: Path) -> None:
         """Write the outputs; see lm.runs.publish.
 
-        It can be repeated: the resume directory still holds the state of the last step.
+        It can be repeated: the run folder still holds the state of the last step.
         """
-        self.directory.wait()
+        self.folder.wait()
         if self.processes.leads:  # the others have nothing to wait for
-            publish(self.logbook, self.directory, tokenizer, models, metrics, self.progress)
+            publish(self.logbook, self.folder, tokenizer, models, metrics, self.progress)
 
     def write_performance(self, metrics: Path, timing: Timing) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
@@ -196,7 +196,7 @@ class Run:
         return self.live / "curves.csv" if here else self.clock_file
 
     def _last_good(self) -> str:
-        for path, fault in kept_checkpoints(self.directory.folder):
+        for path, fault in kept_checkpoints(self.folder.path):
             with suppress(InputError):
                 if fault is None:
                     return f"step {read_saved_run(path).step}"

@@ -1,4 +1,4 @@
-"""The checkpoints of an unfinished run, kept whatever happens to the process that writes them.
+"""The run folder: the checkpoints of a run, kept whatever happens to the process that writes them.
 
     step-00000500.safetensors   written by a thread, from a copy of the state in memory
     step-00000500.json          its manifest: the rename of this file is the commit
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.files import writing
-from lm.base.run_folders import locked
+from lm.base.run_id import locked
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import local, staged
 from lm.model.model_folder import write_checkpoint
@@ -35,21 +35,21 @@ from lm.runs.manifest import commit, discard, verify
 from lm.runs.sharded_checkpoint import write_folder
 
 
-class ResumeDirectory:
+class RunFolder:
     """The newest checkpoints of one run, and those that they call the best so far.
 
     A checkpoint's extra["best"]["step"] names the best one that belongs to it. Only one process
     may use a folder at a time, or those that train together.
     """
 
-    def __init__(self, folder: Path, keep: int, processes: Processes = ALONE):
+    def __init__(self, path: Path, keep: int, processes: Processes = ALONE):
         """Lock the folder, making it first.
 
         Raises Busy if another run holds it, EnvironmentFault if it is not one folder for all.
         """
-        self.folder, self.keep = folder, keep
-        self.sharded = processes.store is not None
-        self._writers = processes.with_own_group() if self.sharded else ALONE
+        self.path, self.keep = path, keep
+        self.writes_folders = processes.store is not None
+        self._writers = processes.with_own_group() if self.writes_folders else ALONE
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._writer = ThreadPoolExecutor(max_workers=1, initializer=partial(_begin_thread, gpu))
         self._pending: Future[None] | None = None
@@ -57,19 +57,19 @@ class ResumeDirectory:
         self._lock: Any = None
         processes.lead(self._open)
         if processes.size > 1:
-            _require_shared(folder, processes)
+            _require_shared(path, processes)
 
     def _open(self) -> None:
-        _require_kind(self.folder, folder=True)
-        _require_kind(self.folder / "lock", folder=False)
-        for path in sorted(self.folder.glob("step-*")):
+        _require_kind(self.path, folder=True)
+        _require_kind(self.path / "lock", folder=False)
+        for path in sorted(self.path.glob("step-*")):
             if path.suffix in ("", ".safetensors", ".json"):
                 _require_kind(path, folder=path.suffix == "")
-        self._lock = locked(self.folder)
-        for litter in (*self.folder.glob("*.tmp"), *self.folder.glob(".tmp*")):  # and safetensors'
+        self._lock = locked(self.path)
+        for litter in (*self.path.glob("*.tmp"), *self.path.glob(".tmp*")):  # and safetensors'
             folder = litter.is_dir() and not litter.is_symlink()
             shutil.rmtree(litter) if folder else litter.unlink()
-        for path in newest_first(self.folder):  # a kill came before the commit: it would be kept
+        for path in newest_first(self.path):  # a kill came before the commit: it would be kept
             if not path.with_suffix(".json").exists():
                 discard(path)
 
@@ -95,8 +95,8 @@ class ResumeDirectory:
         self._pending = self._writer.submit(self._write, step, copies, metadata)
 
     def _write(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        path = self.path(step)
-        if self.sharded:
+        path = self.checkpoint(step)
+        if self.writes_folders:
             write_folder(tensors, metadata, path, self._writers)
         else:
             write_checkpoint(tensors, metadata, path)
@@ -106,14 +106,14 @@ class ResumeDirectory:
 
     def _drop_all_but(self, newest: Path) -> None:
         """Delete all but the newest checkpoints and those that they call the best."""
-        kept = {newest, *newest_first(self.folder)[: self.keep]}
+        kept = {newest, *newest_first(self.path)[: self.keep]}
         bests = set()
         for path in kept:  # a torn one needs nothing, nor does one that says no step
             with suppress(InputError, LookupError, TypeError):
                 if (best := read_extra(path)["best"]["step"]) is not None:
-                    bests.add(self.path(best))
+                    bests.add(self.checkpoint(best))
         with writing(newest):
-            for path in set(newest_first(self.folder)) - kept - bests:
+            for path in set(newest_first(self.path)) - kept - bests:
                 discard(path)
 
     @property
@@ -128,10 +128,10 @@ class ResumeDirectory:
         if pending is not None:
             pending.result()
 
-    def path(self, step: int) -> Path:
+    def checkpoint(self, step: int) -> Path:
         """Return the path of a step's checkpoint; one copied from another run is a file."""
-        file = self.folder / f"step-{step:08d}.safetensors"
-        return file.with_suffix("") if self.sharded and not file.exists() else file
+        file = self.path / f"step-{step:08d}.safetensors"
+        return file.with_suffix("") if self.writes_folders and not file.exists() else file
 
     def unlock(self) -> None:
         """Finish a save in flight, whether or not it succeeds, and let others use the folder."""
