@@ -17,22 +17,21 @@ MAX_JSON_BYTES = 1 << 28  # of a file of ours: in memory it takes up to twenty t
 _TOO_LITTLE_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def atomic_write(path: Path, chunks: bytes | Iterable[bytes], durable: bool = True) -> None:
-    """Write `path`, its folder too, so that a crash or a power cut leaves the old file or the new.
+@contextmanager
+def replacing(path: Path, size_bytes: int | None = None, durable: bool = True) -> Iterator[Path]:
+    """Yield a scratch file to write, then rename it to `path`; make the folder of `path`.
 
-    The data reach the disk under another name first; the rename publishes them. Without `durable`
-    it does not wait for the disk, and a power cut may tear the file. Raises EnvironmentFault if
-    the data do not fit or cannot be written for another reason.
+    An error, a crash or a power cut leaves the old file or the new one. Without `durable` this
+    does not wait for the disk, and a power cut may tear the file. Raises EnvironmentFault if the
+    file does not fit on the disk (`size_bytes` is for the message) or cannot be written.
     """
     scratch = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path, size_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(scratch, "wb") as file:
-                for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
-                    file.write(chunk)
-                if durable:
-                    file.flush()
+            yield scratch
+            if durable:
+                with open(scratch, "rb") as file:
                     os.fsync(file.fileno())
             scratch.replace(path)
         except BaseException:
@@ -42,8 +41,15 @@ def atomic_write(path: Path, chunks: bytes | Iterable[bytes], durable: bool = Tr
             sync_directory(path.parent)
 
 
+def atomic_write(path: Path, chunks: bytes | Iterable[bytes], durable: bool = True) -> None:
+    """Write bytes to `path`; see `replacing`."""
+    with replacing(path, durable=durable) as scratch, open(scratch, "wb") as file:
+        for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+            file.write(chunk)
+
+
 def atomic_copy(source: Path, target: Path) -> None:
-    """Copy a file as `atomic_write` writes one."""
+    """Copy a file; see `replacing`."""
     with open(source, "rb") as file:
         atomic_write(target, iter(lambda: file.read(_CHUNK_BYTES), b""))
 
@@ -84,7 +90,7 @@ def to_json(value: Any) -> bytes:
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
-    """Write a JSON file as `atomic_write` does."""
+    """Write a JSON file; see `replacing`."""
     atomic_write(path, to_json(value), durable)
 
 

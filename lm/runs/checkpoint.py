@@ -26,7 +26,12 @@ from lm.base.errors import InputError
 from lm.base.sections import NOT_NEGATIVE, Count, read_section
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import cut_like, whole
-from lm.model.model_folder import open_safetensors, require_short_header, unshared, write_checkpoint
+from lm.model.safetensors_file import (
+    open_safetensors,
+    require_short_header,
+    unshared,
+    write_safetensors,
+)
 from lm.model.stored import Stored, as_stored, finite_keys, require_finite, require_weights
 from lm.runs import sharded_checkpoint as sharded
 from lm.runs.optimizer_state import State, fitting_groups, parameters_of, place, require_state
@@ -67,7 +72,7 @@ def save_checkpoint(
     """
     tensors, metadata = contents(model, optimizer, iteration, extra)
     if isinstance(out, str | os.PathLike):
-        write_checkpoint(unshared(tensors), metadata, Path(out))
+        write_safetensors(unshared(tensors), metadata, Path(out))
     else:
         out.write(safetensors.torch.save(unshared(tensors), metadata))
 

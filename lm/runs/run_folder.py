@@ -29,7 +29,7 @@ from lm.base.files import writing
 from lm.base.run_id import locked
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import local, staged
-from lm.model.model_folder import write_checkpoint
+from lm.model.safetensors_file import write_safetensors
 from lm.runs.checkpoint import Extra, contents, read_extra
 from lm.runs.manifest import commit, discard, verify
 from lm.runs.sharded_checkpoint import write_folder
@@ -99,7 +99,7 @@ class RunFolder:
         if self.writes_folders:
             write_folder(tensors, metadata, path, self._writers)
         else:
-            write_checkpoint(tensors, metadata, path)
+            write_safetensors(tensors, metadata, path)
             with writing(path):
                 commit(path)
         self._writers.lead(partial(self._drop_all_but, path))

@@ -22,7 +22,7 @@ from torch import Tensor
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.files import atomic_write, sync_directory, write_json, writing
 from lm.machine.processes import Processes, common, of_rank
-from lm.model.model_folder import write_checkpoint
+from lm.model.safetensors_file import write_safetensors
 from lm.model.stored import Stored
 from lm.runs.manifest import discard, size_and_hash
 
@@ -117,7 +117,7 @@ def as_one_file(folder: Path, path: Path) -> None:
     }
     read_tensors(tensors, folder)
     metadata = {"checkpoint": (folder / HEADER).read_text(encoding="utf-8")}
-    write_checkpoint(tensors, metadata, path)
+    write_safetensors(tensors, metadata, path)
 
 
 @contextmanager
