@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lm
-from lm.base.console import changes, say
+from lm.base.console import differences, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
 from lm.base.params import add_overrides, load_params
@@ -118,7 +118,7 @@ class Inputs:
         now = load_params(PARAMS, self.arguments.overrides)
         for section in self.sections:
             if section != "runtime":
-                differing = changes(self.params[section], now.get(section, {}))
+                differing = differences(self.params[section], now.get(section, {}))
                 found += [f"{PARAMS}: {section}.{k} ({how})" for k, how in differing.items()]
         return ", ".join(found)
 

@@ -105,7 +105,7 @@ def few(words: Sequence[str], most: int = 3) -> str:
     return ", ".join(words[:most]) + f" and {rest} more" * (rest > 0)
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys whose values differ between two mappings, each with "before -> now"."""
 
     def short(value: Any) -> str:

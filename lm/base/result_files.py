@@ -22,7 +22,7 @@ def _is_text(value: Any) -> bool:
 
 NUMBER = Bound(_is_number, "a number")
 MAYBE = Bound(lambda x: x is None or _is_number(x), "a number or null")
-POSITIVE = Bound(lambda x: _is_number(x) and x > 0, "a number > 0")
+ABOVE_ZERO = Bound(lambda x: _is_number(x) and x > 0, "a number > 0")
 COUNT = Bound(lambda x: type(x) is int and 0 <= x < 1 << 63, "a count")
 SOME = Bound(lambda x: type(x) is int and 1 <= x < 1 << 63, "a count of 1 or more")
 FLAG = Bound(lambda x: isinstance(x, bool), "true or false")
@@ -56,7 +56,7 @@ SHAPES: dict[str, Any] = {
         "train_loss valid_loss best_valid_loss": NUMBER,
     },
     "eval.json": {
-        "loss_nats bits_per_byte": POSITIVE,
+        "loss_nats bits_per_byte": ABOVE_ZERO,
         "perplexity accuracy calibration_error floor_bits_per_byte? distance_to_floor?": NUMBER,
         "tokens bytes": SOME,
         "baseline_loss_nats": {"uniform unigram bigram": NUMBER},

@@ -38,7 +38,7 @@ from lm.runs.optimizer_state import State, fitting_groups, parameters_of, place,
 
 FORMAT = 1
 BinaryFile = io.BufferedIOBase | io.RawIOBase
-Source = str | os.PathLike[str] | BinaryFile
+PathOrFile = str | os.PathLike[str] | BinaryFile
 Extra = dict[str, Any]
 Value = TypeVar("Value")
 
@@ -63,7 +63,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     iteration: int,
-    out: Source,
+    out: PathOrFile,
     extra: Extra | None = None,
 ) -> None:
     """Write model, optimizer, iteration and JSON-able extras to a path or a binary file.
@@ -103,7 +103,7 @@ def contents(
 
 
 def load_checkpoint(
-    src: Source,
+    src: PathOrFile,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     processes: Processes = ALONE,
@@ -133,7 +133,7 @@ def read_extra(path: Path) -> Extra:
 
 
 def _read_fitting(
-    src: Source, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    src: PathOrFile, model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[int, dict[str, Tensor], Extra]:
     """Read iteration, weights and optimizer state. Raises InputError unless all of them fit.
 
@@ -217,7 +217,7 @@ def _read_folder(
     return tensors
 
 
-def _read_file(src: Source) -> tuple[str, _Header, dict[str, Tensor]]:
+def _read_file(src: PathOrFile) -> tuple[str, _Header, dict[str, Tensor]]:
     """Return the name, the header and the tensors of a path or a binary file."""
     if isinstance(src, str | os.PathLike):
         with open_safetensors(Path(src)) as file:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lm.base.console import changes, count, few, say
+from lm.base.console import count, differences, few, say
 from lm.base.errors import InputError
 from lm.base.files import atomic_copy, require_file
 from lm.base.run_id import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, fixed_parts
@@ -46,7 +46,7 @@ def _require_own(logbook: Logbook, folder: RunFolder, path: Path, saved: SavedRu
     """Raise InputError unless a sound checkpoint is of this run and its best one is sound too."""
     theirs, ours = fixed_parts(saved.identity.parts()), logbook.identity.parts()
     if theirs != ours:
-        raise InputError(f"{path}: of another run: {few(_differences(theirs, ours), MOST_NAMED)}")
+        raise InputError(f"{path}: of another run: {few(_disagreements(theirs, ours), MOST_NAMED)}")
     step, best_step = saved.step, saved.best.step
     if path.stem != folder.checkpoint(step).stem or step > logbook.config.max_steps:
         raise InputError(
@@ -164,7 +164,7 @@ def report_others(folder: Path, begins_anew: Identity | None) -> None:
             if begins_anew is not None:
                 path = newest_first(other)[0]
                 saved, written = read_saved_run(path), path.stat().st_mtime
-                why = _differences(fixed_parts(saved.identity.parts()), begins_anew.parts())
+                why = _disagreements(fixed_parts(saved.identity.parts()), begins_anew.parts())
                 found.append((len(why), -written, saved.step, few(why, MOST_NAMED)))
     keep, which = ("keeps", "that") if len(others) == 1 else ("keep", "the nearest")
     line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {folder.parent}"
@@ -174,15 +174,16 @@ def report_others(folder: Path, begins_anew: Identity | None) -> None:
     say(line)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _disagreements(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return how two identities differ, in words such as "train.lr 0.001 -> 0.003"."""
     found = []
     for part in dict.fromkeys(("model", "train", *sorted({**before, **now}))):
         of_before, of_now = before.get(part), now.get(part)
         if part in ("inputs", "code"):  # hashes by file
-            found += list(changes(of_before or {}, of_now or {}))
+            found += list(differences(of_before or {}, of_now or {}))
         elif isinstance(of_before, dict) and isinstance(of_now, dict):
-            found += [f"{part}.{name} {how}" for name, how in changes(of_before, of_now).items()]
+            differing = differences(of_before, of_now)
+            found += [f"{part}.{name} {how}" for name, how in differing.items()]
         elif of_before != of_now:
             found.append(part)
     return found
