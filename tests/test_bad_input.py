@@ -529,7 +529,7 @@ ROWS = [
     settings('train: "\\ud800"', "not valid YAML: line 1: half a surrogate pair; write the character itself"),
     settings('"\\udc80": 1', "not valid YAML: line 1: half a surrogate pair; write the character itself"),
     settings(b"train: \xff", "not UTF-8 at offset 7"),
-    settings("a" * (1 << 18) + "b", "longer than 262,144 bytes; settings are short"),
+    settings("a" * (1 << 18) + "b", "longer than 262,144 bytes; keep only settings in it"),
 
     Row("data", "tokenizer", ["data.path=missing"], 2, "data.path = missing: no such file or folder"),
     Row("data", "tokens", ["data.path=text/*.txt"], 2, "data.path = text/*.txt: no such file or folder; a pattern goes into data.glob"),

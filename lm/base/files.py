@@ -13,7 +13,7 @@ from typing import Any
 from lm.base.errors import EnvironmentFault, InputError
 
 _CHUNK_BYTES = 1 << 20
-MAX_JSON_BYTES = 1 << 28  # of a file of ours: in memory it takes up to twenty times as much
+MAX_JSON_BYTES = 1 << 28  # of one of our files; parsed, it takes up to twenty times as much
 _TOO_LITTLE_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -56,14 +56,14 @@ def atomic_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def writing(path: Path, size_bytes: int | None = None) -> Iterator[None]:
-    """Raise EnvironmentFault for an OSError: which file, why, how much it needs, what is free."""
+    """Turn an OSError into an EnvironmentFault that names file, cause, needed and free space."""
     try:
         yield
     except OSError as error:
         space = _space(path.parent, size_bytes) if error.errno in _TOO_LITTLE_SPACE else ""
         raise EnvironmentFault(
-            f"{path}: {error.strerror or error}{space}; what was finished before is intact: "
-            "fix it and run again"
+            f"{path}: {error.strerror or error}{space}; earlier results are intact: fix the "
+            "cause and run again"
         ) from None
 
 

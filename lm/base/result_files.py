@@ -1,6 +1,6 @@
-"""The shape of each result file, which every reader of one checks.
+"""The shape of each result file: which keys it has, and which values. Every reader checks it.
 
-Results come through DVC from other machines and revisions, so none is trusted.
+Results may come through DVC from other machines and revisions, so none is trusted.
 """
 
 import re
@@ -40,8 +40,8 @@ _SOURCE = {
 }
 _TEXT_FILE = {"bytes": COUNT, "sha256": TEXT}
 _SPLIT = {"documents bytes": COUNT, "tokens": SOME}
-# the keys that are read, several in one text: "key?" may be missing, "*" is any key; of several
-# shapes in a tuple the value has the one whose first key it has
+# Only keys that are read are listed, several in one text. "key?" may be missing, "*" is any key.
+# A tuple holds alternatives: a value must have the shape whose first key it has.
 SHAPES: dict[str, Any] = {
     "data.json": {
         **_SOURCE,
@@ -85,7 +85,7 @@ SHAPES: dict[str, Any] = {
 
 
 def require_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise InputError unless a JSON value has this shape; it may hold more."""
+    """Raise InputError unless a JSON value has this shape; further keys are allowed."""
     if isinstance(shape, tuple):
         kinds = {next(iter(kind)): kind for kind in shape}
         found = [kinds[key] for key in kinds if isinstance(value, dict) and key in value]

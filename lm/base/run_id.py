@@ -40,7 +40,7 @@ def clock_file(runs_root: Path, identity: dict[str, Any]) -> Path:
 
 
 def remove_finished(folder: Path) -> None:
-    """Delete the folder of a run whose outputs are recorded, unless a process uses it."""
+    """Delete the folder of a run whose outputs are recorded, unless a process is using it."""
     if folder.is_dir():
         with suppress(Busy):
             lock = locked(folder)
