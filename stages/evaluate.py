@@ -1,6 +1,6 @@
-"""Stage evaluate: measure models/model/ on the validation split, beside simple baselines.
+"""Stage evaluate: measure models/model/ on the validation split, and compare it with baselines.
 
-With corpus.source = grammar also beside the grammar's entropy, the floor for any model.
+With corpus.source = grammar compare it also with the grammar's entropy, the floor of any model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,7 @@ PLACES = {
     "Samples": "metrics/samples.md",
     "Report": "metrics/report.html   open it in a browser",
 }
-TRAIN = METRICS / "train.json"  # a model of others comes without
+TRAIN = METRICS / "train.json"  # missing if the model comes from elsewhere
 POSITIONS = ("position", "loss_nats")
 CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
 

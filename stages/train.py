@@ -33,7 +33,7 @@ from stages.run import RUNS_ROOT, Inputs, run_stage
 
 
 def train_stage(inputs: Inputs) -> None:
-    """Write models/model, models/checkpoints and metrics/; in several processes, if set so."""
+    """Write models/model, models/checkpoints and metrics/, in as many processes as set."""
     asked = inputs.section(TrainSection, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
     device = choose_device(runtime.device)
@@ -81,7 +81,7 @@ def _say_who_trains(
     if runtime.num_processes == "auto" and PARALLEL[asked.parallel].several:
         say(f"Processes: {num_processes} (runtime.num_processes is auto: one for each GPU)")
     elif str(device) == "cuda" and num_processes == 1 < torch.cuda.device_count():
-        say(f"One of {torch.cuda.device_count()} GPUs trains; with train.parallel: ddp all do")
+        say(f"Using one of {torch.cuda.device_count()} GPUs; train.parallel: ddp uses all of them")
 
 
 def _read(
@@ -107,7 +107,7 @@ def _begin(
 ) -> TrainState:
     """Return the state before the first step, with the weights that train.init_from names.
 
-    All processes take the smallest of their micro-batch sizes.
+    All processes use the smallest of their micro-batch sizes.
     """
 
     def initialise(model: TransformerLM) -> None:
@@ -151,7 +151,7 @@ class _Watched:
 
     def save(self) -> None:
         """Write a checkpoint if the inputs are unchanged."""
-        if self.run.finished:  # before the last save, or a kill could leave it half written
+        if self.run.finished:  # before the last save: a run resumed after that writes it no more
             self.run.write_performance(METRICS, self.timing)
         self.run.processes.together(self.inputs.check_files)
         self.inputs.warn_of_edits()
@@ -160,7 +160,7 @@ class _Watched:
 
 if __name__ == "__main__":
     continued = (
-        "go on from this checkpoint (models/checkpoints/last.safetensors) to train.max_steps"
+        "continue this checkpoint (models/checkpoints/last.safetensors) up to train.max_steps"
     )
     resume_from = ("--resume-from", {"type": Path, "metavar": "PATH", "help": continued})
     run_stage(train_stage, ["model", "train", "runtime"], resume_from)

@@ -302,8 +302,8 @@ IMPOSSIBLE = [
     (say(f"{ROW}/train_loss", float("nan")), "rows[0].train_loss = nan: must be finite"),
     (say(f"{ROW}/step", 3), "its history is not of 6 steps"),
     (say("extra/best", 1.0), "extra.best = 1.0 is a decimal, wanted keys and values"),
-    (say("extra/best/step", 7), "of no step of its 6"),
-    (say("extra/best/step", 4), "of no step of its 6"),
+    (say("extra/best/step", 7), "not one of its 6 steps"),
+    (say("extra/best/step", 4), "not one of its 6 steps"),
     (say("extra/best/step", "6"), "extra.best.step = '6' is text, wanted an integer"),
     (say("extra/best/valid_loss", float("nan")), "extra.best.valid_loss = nan: must be finite"),
     (say("extra/best/misses", -1), "extra.best.misses = -1: must be >= 0"),
@@ -351,7 +351,7 @@ def test_an_impossible_checkpoint_is_passed_over_and_not_continued(
     assert go(settings, folder, until=8) is None
     told = capsys.readouterr().out
     assert message in told
-    assert "; passed over\nResumed at step 4\n" in told
+    assert "; skipped\nResumed at step 4\n" in told
 
 
 def test_a_checkpoint_from_before_there_were_some_settings_is_continued(stopped, tmp_path, capsys):
@@ -379,5 +379,5 @@ def test_a_checkpoint_under_another_steps_name_is_passed_over(stopped, tmp_path,
         file.rename(file.with_stem("step-00000011"))
     go(settings, tmp_path, until=8)
     told = capsys.readouterr().out
-    assert "step-00000011.safetensors: is at step 6: not that of its name, or beyond" in told
+    assert "step-00000011.safetensors: is at step 6: not the step in its name" in told
     assert "Resumed at step 4" in told

@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: written by N processes, read by any number, whole or passed over."""
+"""Checkpoints in a folder: written by N processes, read by any number, whole or skipped."""
 
 import pickle
 import resource

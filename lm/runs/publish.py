@@ -1,4 +1,4 @@
-"""The outputs of a run: written from its checkpoints, and again if a kill came between."""
+"""Write the outputs of a run from its checkpoints; after a kill this can be repeated."""
 
 import fcntl
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def publish(
     metrics: Path,
     progress: Progress,
 ) -> None:
-    """Write models/model, models/checkpoints and the metrics, one run after the other.
+    """Write models/model, models/checkpoints and the metrics, only one run at a time.
 
     models/model holds the last weights, or with early stopping the best.
     """
@@ -39,11 +39,11 @@ def publish(
         verify(last)
         _copy_as_file(best, checkpoints / "best.safetensors")
         write_metrics(logbook, metrics)
-        model = TransformerLM(state.model.config)  # state.model may be a share of it
+        model = TransformerLM(state.model.config)  # with fsdp state.model is only a share of it
         load_checkpoint(best if early_stopping else last, model)
         save_model(model, tokenizer, models / "model")
         write_json(models / "model" / "provenance.json", logbook.provenance())
-        # at the end: a continued run that is killed before still finds what it continues
+        # last of all: a run that continues this very file still finds it after a kill
         _copy_as_file(last, checkpoints / "last.safetensors")
         say(
             f"Final loss {logbook.history.average_loss:.4f}, validation {logbook.valid_loss:.4f}, "
@@ -56,7 +56,7 @@ def publish(
 
 @contextmanager
 def publishing(runs_root: Path) -> Iterator[None]:
-    """Let one run after the other write the outputs, which all runs of a workspace share."""
+    """Let only one run at a time write the outputs, which all runs of a workspace share."""
     with open(runs_root.with_name("lm-publish.lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -72,7 +72,7 @@ def write_metrics(
 
 
 def _copy_as_file(checkpoint: Path, target: Path) -> None:
-    """Copy a checkpoint, as one file if several processes have written it as a folder."""
+    """Copy a checkpoint to one file, even if several processes have written it as a folder."""
     if checkpoint.is_dir():
         as_one_file(checkpoint, target)
     else:

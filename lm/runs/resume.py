@@ -1,4 +1,4 @@
-"""Where a run begins: at its own newest checkpoint, at another run's, or at the first step."""
+"""Choose where a run begins: at its newest checkpoint, at another run's, or at the first step."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +17,7 @@ from lm.runs.manifest import commit, verify
 from lm.runs.run_folder import RunFolder, kept_checkpoints, newest_first
 from lm.runs.saved_run import Identity, SavedRun, read_saved_run
 
-MOST_NAMED = 4  # differences of two runs in a line
+MOST_NAMED = 4  # differences of two runs that a line names
 
 
 def resume(logbook: Logbook, folder: RunFolder) -> bool:
@@ -31,7 +31,7 @@ def resume(logbook: Logbook, folder: RunFolder) -> bool:
             _require_own(logbook, folder, path, saved)
             _restore(logbook, folder, path, saved)
         except InputError as error:
-            say(f"warning: {error}; passed over")
+            say(f"warning: {error}; skipped")
             continue
         _keep_micro_batch_size(logbook, saved.identity.micro_batch_sizes)
         if saved.identity.num_processes is not None:
@@ -43,14 +43,14 @@ def resume(logbook: Logbook, folder: RunFolder) -> bool:
 
 
 def _require_own(logbook: Logbook, folder: RunFolder, path: Path, saved: SavedRun) -> None:
-    """Raise InputError unless a sound checkpoint is of this run and its best one is sound too."""
+    """Raise InputError unless a checkpoint is of this run, and its best checkpoint is intact."""
     theirs, ours = fixed_parts(saved.identity.parts()), logbook.identity.parts()
     if theirs != ours:
         raise InputError(f"{path}: of another run: {few(_disagreements(theirs, ours), MOST_NAMED)}")
     step, best_step = saved.step, saved.best.step
     if path.stem != folder.checkpoint(step).stem or step > logbook.config.max_steps:
         raise InputError(
-            f"{path}: is at step {step}: not that of its name, or beyond train.max_steps"
+            f"{path}: is at step {step}: not the step in its name, or above train.max_steps"
         )
     if best_step is not None:
         best, processes = folder.checkpoint(best_step), logbook.state.processes
@@ -58,7 +58,7 @@ def _require_own(logbook: Logbook, folder: RunFolder, path: Path, saved: SavedRu
 
 
 def _restore(logbook: Logbook, folder: RunFolder, path: Path, saved: SavedRun) -> None:
-    """Bring everything to where a checkpoint was; `saved` was saved beside the state."""
+    """Restore state, logbook and clock from a checkpoint; `saved` is the record in it."""
     state = logbook.state
     state.step = load_checkpoint(path, state.model, state.optimizer, state.processes)
     logbook.restore(saved)
@@ -68,7 +68,7 @@ def _restore(logbook: Logbook, folder: RunFolder, path: Path, saved: SavedRun) -
 
 
 def _keep_micro_batch_size(logbook: Logbook, sizes: dict[str, int]) -> None:
-    """Go on with the micro-batch size that the run had, or with what fits if that is less."""
+    """Keep the micro-batch size that the run had, or lower it to one that fits."""
     state = logbook.state
     before, fitting = sizes[max(sizes, key=int)], state.micro_batch_size
     share = logbook.config.batch_size // state.processes.size  # another number may not divide it
@@ -88,7 +88,7 @@ def _keep_micro_batch_size(logbook: Logbook, sizes: dict[str, int]) -> None:
 
 
 def require_continuable(path: Path, identity: Identity, config: TrainConfig) -> None:
-    """Raise InputError unless a checkpoint is a file, whole, of the same model and data."""
+    """Raise InputError unless a checkpoint is an intact file of the same model and data."""
     require_file(path)
     verify(path)
     saved = read_saved_run(path)
@@ -129,9 +129,9 @@ def continue_from(path: Path, logbook: Logbook, folder: RunFolder) -> None:
 
 
 def _best_beside(path: Path, saved: SavedRun) -> Path:
-    """Return the best checkpoint of the run that `path` is of: itself or a file beside it.
+    """Return the best checkpoint of the run that saved `path`: itself or a file beside it.
 
-    Raises InputError if none has the weights that `path` names: it decides what is published.
+    Raises InputError if none has the weights that `path` records: they may be published.
     """
     step = saved.best.step
     names = (path.name, "best.safetensors", f"step-{step:08d}.safetensors")
@@ -147,17 +147,17 @@ def _best_beside(path: Path, saved: SavedRun) -> Path:
     )
 
 
-def report_others(folder: Path, begins_anew: Identity | None) -> None:
-    """Say how much disk space unfinished runs with other settings, data or code take.
+def report_others(own: Path, begins_anew: Identity | None) -> None:
+    """Print how much disk space unfinished runs with other settings, data or code take.
 
-    If this run begins anew, say too why it does not go on with the one that is most like it.
+    If this run begins anew, print why it does not go on with the most similar of them.
     """
-    others = [f for f in folder.parent.iterdir() if f != folder and any(f.glob("step-*"))]
+    others = [f for f in own.parent.iterdir() if f != own and any(f.glob("step-*"))]
     if not others:
         return
     size, found = 0, []
     for other in others:
-        with suppress(InputError, OSError, IndexError):  # its trainer may drop files meanwhile
+        with suppress(InputError, OSError, IndexError):  # its process may delete files meanwhile
             for file in other.rglob("*"):
                 with suppress(OSError):
                     size += file.stat().st_size if file.is_file() else 0
@@ -167,7 +167,7 @@ def report_others(folder: Path, begins_anew: Identity | None) -> None:
                 why = _disagreements(fixed_parts(saved.identity.parts()), begins_anew.parts())
                 found.append((len(why), -written, saved.step, few(why, MOST_NAMED)))
     keep, which = ("keeps", "that") if len(others) == 1 else ("keep", "the nearest")
-    line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {folder.parent}"
+    line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {own.parent}"
     if found:
         _, _, step, words = min(found)
         line += f"; {which}, at step {step}, is not resumed because of {words}"

@@ -1,13 +1,14 @@
 """One training run from its first step to its published files, killable at any point between.
 
 Run(...)  locks .dvc/tmp/lm-resume/RUN_ID/ and restores the newest intact checkpoint: resume.py
-log       history, console, metrics that can be watched: logbook.py, pace.py
+log       history, console, metrics to watch during training: logbook.py, pace.py
 save      a checkpoint, in the background; a caught signal then ends the process
 publish   models and metrics appear; the run folder keeps the last state, because a kill
           before DVC has recorded the outputs would otherwise lose the training: publish.py
 
-Each of several processes has its Run. They exchange at each step what could differ (signals,
-faults), so all decide alike. Rank 0 alone writes and speaks; each writes its share of a checkpoint.
+Each of several processes has its Run. At each step they exchange what could differ (signals,
+faults), so all decide alike. Only rank 0 writes and prints, but each writes its share of a
+checkpoint.
 """
 
 import math
@@ -34,7 +35,7 @@ from lm.runs.saved_run import Identity, read_saved_run
 from lm.train.loop import due
 from lm.train.state import Record, TrainState
 
-REFRESH_S = 2.0  # between two refreshes of the metrics that can be watched
+REFRESH_S = 2.0  # between two refreshes of the metrics to watch
 
 
 class Run:
@@ -54,9 +55,9 @@ class Run:
 
         `made_of` (inputs, code, environment), with the settings of model and training, is the
         run's identity. A resumed run keeps its micro-batch size, unless that exceeds the state's.
-        With `live` the metrics can be watched in that folder during training.
-        Raises Busy if another process trains this run, InputError for a checkpoint to continue
-        that does not fit.
+        With `live` the metrics are refreshed in that folder during training.
+        Raises Busy if another process trains this run, InputError if it cannot continue the
+        checkpoint `resume_from`.
         """
         self.state, self.config, self.runtime = state, config, runtime
         self.processes, self.live = state.processes, live if state.processes.leads else None
@@ -81,7 +82,7 @@ class Run:
         tokens = config.tokens_per_step(state.model.config)
         self.progress = Progress(state.step, config.max_steps, runtime.log_interval, tokens)
         self.signals = CatchSignals()
-        self.agreed_signal: int | None = None  # caught by one of the processes, and known to all
+        self.agreed_signal: int | None = None  # caught by one process and known to all
 
     def __enter__(self) -> "Run":
         self.signals.__enter__()
@@ -107,12 +108,12 @@ class Run:
         return self.logbook.finished
 
     def pause_due(self, step: int) -> bool:
-        """Whether the caller must be able to save after this step, before the next is launched."""
+        """Return whether a save after this step may be due: then do not launch the next one yet."""
         at_interval = due(step, self.runtime.checkpoint_interval)
         return at_interval or self.signals.caught is not None
 
     def log(self, record: Record) -> None:
-        """Take in a finished step, with "valid_loss" if it was validated.
+        """Record a finished step, with "valid_loss" if it was validated.
 
         All processes learn here whether one of them has caught a signal or failed to save.
         """
@@ -135,7 +136,7 @@ class Run:
         if self.live is not None and (
             "valid_loss" in record or elapsed_s - self.refreshed_s >= REFRESH_S
         ):
-            with suppress(EnvironmentFault):  # only to be watched: no reason to stop
+            with suppress(EnvironmentFault):  # no result depends on them
                 write_metrics(self.logbook, self.live, durable=False)
             self.refreshed_s = elapsed_s
 
@@ -164,14 +165,14 @@ class Run:
         It can be repeated: the run folder still holds the state of the last step.
         """
         self.folder.wait()
-        if self.processes.leads:  # the others have nothing to wait for
+        if self.processes.leads:  # the others need not wait
             publish(self.logbook, self.folder, tokenizer, models, metrics, self.progress)
 
     def write_performance(self, metrics: Path, timing: Timing) -> None:
         """Write metrics/performance.json, which no stage declares: clocks do not reproduce."""
         if self.processes.leads:
             predicted = timing.beside_measured(self.state.model.head.device)
-            measured = self.pace.measured(self.state, self.config)  # takes memory to measure rates
+            measured = self.pace.measured(self.state, self.config)  # takes memory: after predicting
             write_json(metrics / "performance.json", measured | predicted)
 
     def _write_times(self) -> None:
