@@ -1,4 +1,4 @@
-"""The id of a training run, a hash of all that decides its result, and the files it names.
+"""The id of a training run, a hash of all that decides its result, and the paths named by it.
 
 .dvc/tmp/lm-resume/RUN_ID/     the run folder: see lm/runs/run_folder.py
 .dvc/tmp/lm-clock/RUN_ID.csv   the times of the run's steps

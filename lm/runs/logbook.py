@@ -66,7 +66,7 @@ class Logbook:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done or validation has stopped improving."""
+        """True once the last step is done or validation has stopped improving."""
         patience = self.config.early_stopping
         stopped_early = patience is not None and self.best.misses >= patience
         return self.state.step >= self.config.max_steps or stopped_early

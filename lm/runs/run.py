@@ -104,7 +104,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done or validation has stopped improving."""
+        """True once the last step is done or validation has stopped improving."""
         return self.logbook.finished
 
     def pause_due(self, step: int) -> bool:
@@ -142,7 +142,7 @@ class Run:
 
     @property
     def save_due(self) -> bool:
-        """Whether this step must be saved: at the interval, a new best, the end, or a signal."""
+        """True if this step must be saved: at the interval, a new best, the end, or a signal."""
         step = self.state.step
         at_interval = due(step, self.runtime.checkpoint_interval)
         new_best = self.logbook.best.step == step

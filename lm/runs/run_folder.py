@@ -119,7 +119,7 @@ class RunFolder:
 
     @property
     def failed(self) -> bool:
-        """Whether the last save is known to have failed."""
+        """True if the last save is known to have failed."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
