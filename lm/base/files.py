@@ -31,14 +31,13 @@ def replacing(path: Path, size_bytes: int | None = None, durable: bool = True) -
         try:
             yield scratch
             if durable:
-                with open(scratch, "rb") as file:
-                    os.fsync(file.fileno())
+                sync(scratch)
             scratch.replace(path)
         except BaseException:
             scratch.unlink(missing_ok=True)
             raise
         if durable:
-            sync_directory(path.parent)
+            sync(path.parent)
 
 
 def atomic_write(path: Path, chunks: bytes | Iterable[bytes], durable: bool = True) -> None:
@@ -75,9 +74,9 @@ def _space(folder: Path, size_bytes: int | None) -> str:
     return f" ({needed}{free / 1e6:,.1f} MB are free in {folder})"
 
 
-def sync_directory(path: Path) -> None:
-    """Make the renames in a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file, or the renames in a folder, to the disk, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # never wait for a pipe's writer
     try:
         os.fsync(descriptor)
     finally:

@@ -4,7 +4,6 @@ last.safetensors   written first
 last.json          its rename is the commit
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,8 @@ def commit(path: Path) -> None:
     write_json(path.with_suffix(".json"), size_and_hash(path))
 
 
-def size_and_hash(file: Path, sync: bool = False) -> dict[str, Any]:
-    """Return the size and the hash of a file; with `sync` wait first until it is on disk."""
-    if sync:
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
+def size_and_hash(file: Path) -> dict[str, Any]:
+    """Return the size and the hash of a file, for a manifest."""
     return {"size_bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lm.base.errors import EnvironmentFault, InputError
-from lm.base.files import atomic_write, sync_directory, write_json, writing
+from lm.base.files import atomic_write, sync, write_json, writing
 from lm.machine.processes import Processes, common, of_rank
 from lm.model.safetensors_file import write_safetensors
 from lm.model.stored import Stored
@@ -50,16 +50,18 @@ def write_folder(
             atomic_write(scratch / HEADER, metadata["checkpoint"].encode())
 
     def own_files() -> dict[str, Any]:
-        own = scratch.glob(f"shard-{writers.rank + 1:05d}-*.safetensors")
-        return {file.name: size_and_hash(file, sync=True) for file in own}
+        own = list(scratch.glob(f"shard-{writers.rank + 1:05d}-*.safetensors"))
+        for file in own:
+            sync(file)
+        return {file.name: size_and_hash(file) for file in own}
 
     def finish() -> None:
         with writing(folder):
             files[HEADER] = size_and_hash(scratch / HEADER)
-            sync_directory(scratch)
+            sync(scratch)
             discard(folder)  # a damaged one that was skipped
             scratch.replace(folder)
-            sync_directory(folder.parent)
+            sync(folder.parent)
             write_json(folder.with_suffix(".json"), {"files": dict(sorted(files.items()))})
 
     try:
