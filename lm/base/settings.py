@@ -314,8 +314,8 @@ def share_of_batch(config: TrainSection, num_processes: int) -> int:
         )
     if mode.sharded and config.dtype != "auto" and DTYPES[config.dtype].scaled:
         raise InputError(
-            f"train.parallel = {config.parallel} does not support train.dtype = {config.dtype}, "
-            "which needs loss scaling; use bfloat16"
+            f"train.parallel = {config.parallel} has no loss scaling, as needed by "
+            f"train.dtype = {config.dtype}; use bfloat16"
         )
     if BY_TREE[config.reduction]:
         if micro is None:
