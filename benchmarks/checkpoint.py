@@ -21,7 +21,7 @@ from lm.model.kernels import cross_entropy
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.runs.checkpoint import contents, save_checkpoint
 from lm.runs.manifest import commit
-from lm.runs.resume_directory import ResumeDirectory
+from lm.runs.run_folder import RunFolder
 from lm.train.optim import AdamW
 
 SHAPE = ModelConfig(
@@ -58,7 +58,7 @@ def main() -> None:
     parent = sys.argv[1] if len(sys.argv) > 1 else None
     with tempfile.TemporaryDirectory(dir=parent) as scratch:
         folder = Path(scratch)
-        directory = ResumeDirectory(folder / "run", keep=2)
+        run_folder = RunFolder(folder / "run", keep=2)
         extra = {"best": {"step": None}}
 
         def copy() -> None:
@@ -69,8 +69,8 @@ def main() -> None:
             save_checkpoint(model, optimizer, 0, folder / "a.safetensors", extra)
             commit(folder / "a.safetensors")
 
-        first = seconds(lambda: directory.save(model, optimizer, 0, extra))
-        directory.wait()
+        first = seconds(lambda: run_folder.save(model, optimizer, 0, extra))
+        run_folder.wait()
         times: dict[str, list[float]] = {}
         for number in range(1, REPEATS + 1):
 
@@ -82,13 +82,13 @@ def main() -> None:
             add("training step, alone", step)
             start = time.perf_counter()
             add("save in the background: the step waits", partial(
-                directory.save, model, optimizer, number, extra))  # fmt: skip
+                run_folder.save, model, optimizer, number, extra))  # fmt: skip
             add("training step, a save behind it", step)
-            directory.wait()
+            run_folder.wait()
             times.setdefault("save in the background: until it is on disk", []).append(
                 time.perf_counter() - start
             )
-        directory.unlock()
+        run_folder.unlock()
     parameters = model.num_parameters()
     print(f"{parameters:,} parameters, {size / 1e9:.2f} GB; {describe(torch.device('cpu'))}\n")
     print("| | seconds (median of 5) |\n|---|---:|")

@@ -42,21 +42,21 @@ def main() -> None:
     import torch
 
     from benchmarks.contestants import Shape, training
-    from lm.runs.resume_directory import ResumeDirectory
+    from lm.runs.run_folder import RunFolder
 
     state, records = training(Shape(*sizes), Path(file), torch.device("cpu"), **settings)
     processes = state.processes
-    directory = ResumeDirectory(Path(folder), keep=2, processes=processes)
+    run_folder = RunFolder(Path(folder), keep=2, processes=processes)
 
     def step() -> float:
         return seconds(lambda: next(records))
 
     def save() -> None:
-        directory.save(state.model, state.optimizer, state.step, {"best": {"step": None}})
+        run_folder.save(state.model, state.optimizer, state.step, {"best": {"step": None}})
 
     def save_and_wait() -> None:
         save()
-        directory.wait()
+        run_folder.wait()
 
     step()
     save_and_wait()
@@ -67,10 +67,10 @@ def main() -> None:
         wait_s = seconds(save_and_wait)
         step()
         held_s, meanwhile_s = seconds(save), []
-        committed = directory.path(state.step).with_suffix(".json")
+        committed = run_folder.checkpoint(state.step).with_suffix(".json")
         while not processes.lead(committed.exists):  # all take equally many steps
             meanwhile_s.append(step())
-        directory.wait()
+        run_folder.wait()
         tell(alone_s=alone_s, wait_s=wait_s, held_s=held_s, meanwhile_s=meanwhile_s)
 
 

@@ -1,8 +1,8 @@
 """Check every setting, alone and together, before anything runs.
 
 `make repro` begins with it (stages/check.py), so does each stage, and `python -m lm.plan --check`
-does nothing else. A stage runs it in a process of its own and does not depend on this code, since
-it decides no byte of an output. It does not load torch, so it is quick.
+does nothing else. A stage runs it in a process of its own and does not depend on this code, which
+decides no byte of an output. It is quick, since it does not load torch.
 """
 
 import re
@@ -34,19 +34,19 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
     corpus = read_section(CorpusConfig, params, "corpus", where)
     data = read_section(DataConfig, params, "data", where)
     tokenizer = read_section(TokenizerConfig, params, "tokenizer", where)
-    read_section(ModelConfig, params, "model", where, vocab_size=1)  # the tokens decide it
+    read_section(ModelConfig, params, "model", where, vocab_size=1)  # any: the tokens decide it
     train = read_section(TrainSection, params, "train", where)
     read_section(EvaluateConfig, params, "evaluate", where)
     read_section(ExportConfig, params, "export", where)
     runtime = read_section(RuntimeConfig, params, "runtime", where)
-    # auto: as many as GPUs, which torch would have to count
+    # auto means one process per GPU, but counting GPUs would load torch
     share_of_batch(train, 1 if runtime.num_processes == "auto" else runtime.num_processes)
     path = Path(data.path)
     raw = path.is_relative_to(RAW)  # the text of stage corpus
     if corpus.source == "grammar" and not (raw and data.split == "hash"):
         raise InputError(
-            f"corpus.source = grammar: needs data.path: {RAW} and data.split: hash, found "
-            f"{data.path} and {data.split}; for text of your own set corpus.source: packages"
+            f"corpus.source = grammar needs data.path: {RAW} and data.split: hash, found "
+            f"{data.path} and {data.split}; to train on your own text set corpus.source: packages"
         )
     if stage in ("", "corpus"):
         if not raw and (path.exists() or not _dvc_makes(path)):
@@ -57,7 +57,7 @@ def check(params: Mapping[str, Mapping[str, Any]], where: str, stage: str = "") 
 
 
 def _dvc_makes(path: Path) -> bool:
-    """Return whether DVC brings or makes a missing path: by a .dvc file, or a stage of dvc.yaml."""
+    """Return whether DVC can provide a missing path: by a .dvc file, or a stage of dvc.yaml."""
     pipeline = Path("dvc.yaml")
     text = pipeline.read_text(encoding="utf-8") if pipeline.is_file() else ""
     return any(

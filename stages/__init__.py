@@ -19,8 +19,8 @@ EXECUTED: dict[Path, str] = {}  # SHA-256 of each imported file of this project
 class _FromSource(SourceFileLoader):
     """Compile a module from its source and record the hash of that source.
 
-    Python's bytecode cache trusts size and time, so it may run an older source. And without this
-    record, a file that is edited while torch is being imported would be hashed without having run.
+    Python's bytecode cache trusts size and time, so it may run an older source. And a file that is
+    edited while torch is being imported would be hashed later, although an older one ran.
     """
 
     def get_code(self, fullname: str) -> CodeType:

@@ -72,7 +72,7 @@ def _write_stories(size_bytes: int) -> dict[str, Any]:
     free = shutil.disk_usage(RAW.parent).free
     if size_bytes > free:
         raise EnvironmentFault(
-            f"corpus.grammar_bytes = {size_bytes}: {free:,} bytes are free on the disk; lower it"
+            f"corpus.grammar_bytes = {size_bytes}: only {free:,} bytes of disk are free; lower it"
         )
     sha256, documents, n_bytes = hashlib.sha256(), 0, 0
 
@@ -118,8 +118,8 @@ def _refuse_other_files() -> None:
     for file in sorted(RAW.glob("*")):
         if file.name not in written and not file.name.endswith(".tmp"):
             raise InputError(
-                f"{file}: not written by this stage, to which {RAW} belongs; move your text "
-                "elsewhere and name it in data.path"
+                f"{file}: not written by this stage, which owns {RAW}; move your text to another "
+                "folder and name that in data.path"
             )
 
 

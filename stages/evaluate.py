@@ -1,6 +1,6 @@
-"""Stage evaluate: measure models/model/ on the validation split, beside simple baselines.
+"""Stage evaluate: measure models/model/ on the validation split, and compare it with baselines.
 
-With corpus.source = grammar also beside the grammar's entropy, the floor for any model.
+With corpus.source = grammar compare it also with the grammar's entropy, the floor of any model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from lm.base.console import say
 from lm.base.files import atomic_write, sha256_file, write_json
 from lm.base.paths import METRICS, MODEL, TOKENS
 from lm.base.result_files import read_result
-from lm.base.run_folders import remove_finished, run_folder
+from lm.base.run_id import remove_finished, run_folder
 from lm.base.settings import CorpusConfig, EvaluateConfig, RuntimeConfig
 from lm.base.tables import remarks_on
 from lm.data.batches import open_tokens
@@ -23,7 +23,7 @@ from lm.generate.decoder import COMPARED, require_same_logits
 from lm.machine.device import choose_device, make_deterministic
 from lm.model.model_folder import load_model, read_provenance
 from lm.model.validation import evaluate
-from stages.run import UNFINISHED, Inputs, run_stage
+from stages.run import RUNS_ROOT, Inputs, run_stage
 
 PLACES = {
     "Model": "models/model/         python -m lm.generate --prompt 'def '",
@@ -33,7 +33,7 @@ PLACES = {
     "Samples": "metrics/samples.md",
     "Report": "metrics/report.html   open it in a browser",
 }
-TRAIN = METRICS / "train.json"  # a model of others comes without
+TRAIN = METRICS / "train.json"  # missing if the model comes from elsewhere
 POSITIONS = ("position", "loss_nats")
 CALIBRATION = ("above", "up_to", "tokens", "confidence", "accuracy")
 
@@ -46,7 +46,7 @@ def evaluate_stage(inputs: Inputs) -> None:
     device = choose_device(inputs.section(RuntimeConfig, "runtime").device)
     model, tokenizer = load_model(MODEL, device)
     provenance = read_provenance(MODEL)
-    remove_finished(run_folder(UNFINISHED, provenance))  # by now DVC has recorded its outputs
+    remove_finished(run_folder(RUNS_ROOT, provenance))  # by now DVC has recorded its outputs
     training = read_result(TRAIN) if TRAIN.is_file() else None
     make_deterministic(device, provenance["train"].get("num_threads"))
     tokens = open_tokens(TOKENS, sha256_file(MODEL / "tokenizer.json"), tokenizer)

@@ -1,4 +1,4 @@
-"""Stage export: models/model/ as a folder that Hugging Face opens, with its model card."""
+"""Stage export: write models/model/ as a folder that Hugging Face opens, with a model card."""
 
 from lm.base.paths import CORPUS, HUGGINGFACE, LICENSES, MODEL
 from lm.export.card import TEMPLATE, ExportConfig
@@ -7,7 +7,7 @@ from stages.run import Inputs, run_stage
 
 
 def export_stage(inputs: Inputs) -> None:
-    """Write models/huggingface/; the card alone if no stock architecture is this model."""
+    """Write models/huggingface/; only the card if no stock architecture fits the model."""
     config = inputs.section(ExportConfig, "export")
     inputs.watch(MODEL, CORPUS, LICENSES, *MEASURED, TEMPLATE)
     results = read_results(str(inputs.params["data"]["path"]))

@@ -16,14 +16,14 @@ from lm.base.errors import EnvironmentFault
 
 
 def launched() -> bool:
-    """Return whether a launcher, this one or torchrun, has started this process."""
+    """Return whether a launcher, ours or torchrun, has started this process."""
     return "RANK" in os.environ
 
 
 def launch(module: str, num_processes: int, timeout_s: int) -> None:
     """Run `python -m module`, with this command line, in several processes until all succeed.
 
-    A signal is passed on: the processes then have `timeout_s` seconds to finish a step and save.
+    Pass a signal on to them; they then have `timeout_s` seconds to finish a step and save.
     Raises SystemExit with the code of the process that failed first.
     """
     from torch.distributed.elastic.multiprocessing import (
@@ -38,7 +38,7 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
     # torch's timer may be deleted in its own thread, which then fails to join itself
     sys.unraisablehook = lambda _: None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # the loopback interface: the machine's name need not resolve
+    # use the loopback interface: the machine's name may not resolve
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
@@ -66,9 +66,9 @@ def launch(module: str, num_processes: int, timeout_s: int) -> None:
 
 
 def leave_with(codes: dict[int, int]) -> BaseException:
-    """Return the error for the exit codes of failed processes, in order; signals are < 0."""
+    """Return the error for exit codes by rank, the first failure first; a signal is < 0."""
     reported = [code for code in codes.values() if code > 0]
-    if reported:  # a process that has lost another exits with this code: prefer the other's
+    if reported:  # a process that has lost another exits with `lost`: prefer the other's code
         lost = EnvironmentFault.exit_code
         return SystemExit(next((code for code in reported if code != lost), reported[0]))
     rank, code = next(iter(codes.items()))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lm
-from lm.base.console import changes, say
+from lm.base.console import differences, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
 from lm.base.params import add_overrides, load_params
@@ -23,9 +23,9 @@ from lm.base.paths import PARAMS
 from lm.base.sections import Config, read_section
 from stages import CODE, EXECUTED, ROOT
 
-# outside of the outputs, which DVC deletes; in a temporary workspace DVC_ROOT is the main project
+# not among the outputs, which DVC deletes; in a temporary workspace DVC_ROOT is the main project
 SCRATCH = Path(os.environ.get("DVC_ROOT", "."), ".dvc", "tmp")
-UNFINISHED = SCRATCH / "lm-resume"
+RUNS_ROOT = SCRATCH / "lm-resume"  # above all run folders
 Params = dict[str, dict[str, Any]]
 Signature = tuple[int, int, int, int]
 Listing = Callable[[], list[Path]]
@@ -42,11 +42,11 @@ class Inputs:
         self.arguments, self.sections = arguments, sections
         self.params = load_params(PARAMS, arguments.overrides)
         self.code = _imported_code()
-        self.files: dict[Path, str] = {}  # SHA-256 of each file that `watch` was given
+        self.files: dict[Path, str] = {}  # SHA-256 of the files that were hashed
         self._signatures: dict[Path, Signature] = {}  # of all watched files
         self._listings: list[tuple[Listing, list[Path]]] = []
         self._last_compared: list[Signature | None] = []  # signatures of code and params.yaml
-        self._last_edits = ""  # and what differed in them
+        self._last_edits = ""  # what differed in them
 
     def section(self, kind: type[Config], name: str, **derived: Any) -> Config:
         """Return a section of params.yaml as its dataclass; see lm.base.sections.read_section."""
@@ -71,7 +71,7 @@ class Inputs:
         return files
 
     def check_files(self, rehash: bool = False) -> None:
-        """Raise InputError if a file has changed; `rehash` also those that look unchanged."""
+        """Raise InputError if a file has changed; with `rehash` hash unchanged-looking ones too."""
         for listing, listed in self._listings:
             for file in sorted(set(listing()) - set(listed)):
                 raise _changed(file)
@@ -103,8 +103,8 @@ class Inputs:
             edits = str(error)
         if edits and edits != self._last_edits:  # signatures may be of a file half written
             say(
-                f"warning: {edits} has changed since the stage read it; it goes on as it began, "
-                "and nothing is published unless that is put back before the end"
+                f"warning: {edits} has changed since the stage read it; the stage goes on as it "
+                "began, and publishes nothing unless the change is undone before the end"
             )
         self._last_edits = edits
 
@@ -118,7 +118,7 @@ class Inputs:
         now = load_params(PARAMS, self.arguments.overrides)
         for section in self.sections:
             if section != "runtime":
-                differing = changes(self.params[section], now.get(section, {}))
+                differing = differences(self.params[section], now.get(section, {}))
                 found += [f"{PARAMS}: {section}.{k} ({how})" for k, how in differing.items()]
         return ", ".join(found)
 
@@ -126,7 +126,8 @@ class Inputs:
 def _changed(what: Path | str) -> InputError:
     return InputError(
         f"{what} has changed since the stage read it; nothing is published, because DVC would "
-        "record the new one with results of the old; put it back or leave it so, and run again"
+        "record the new version with results of the old one; undo the change or keep it, and run "
+        "again"
     )
 
 
@@ -151,8 +152,8 @@ def run_stage(
         for override in arguments.overrides:
             if override.split(".")[0] not in sections:
                 known = ", ".join(sections)
-                raise InputError(f"-S {override}: this stage reads the sections {known} alone")
-        if "RANK" not in os.environ:  # else the launcher of this process has checked
+                raise InputError(f"-S {override}: this stage reads only the sections {known}")
+        if "RANK" not in os.environ:  # otherwise the launcher has checked them
             _check_all_settings(inputs.params, stage.__name__.removesuffix("_stage"))
         stage(inputs)
 
@@ -178,12 +179,12 @@ def _check(params: Params, stage: str) -> None:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the file, or all files of the folder; none if it is missing: its reader raises."""
+    """Return the file, or all files of the folder; return [] if missing: its reader raises."""
     return sorted(file for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def _signature(file: Path) -> Signature:
-    """Return figures that any change of content changes: no program can set a file's ctime."""
+    """Return figures that differ after any change of content: no program can set the ctime."""
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

@@ -1,4 +1,4 @@
-"""Stage tokenizer: write data/tokenizer/, learnt from the training split or made from a file."""
+"""Stage tokenizer: learn data/tokenizer/ from the training split, or make it from a file."""
 
 from collections import Counter
 from functools import partial
@@ -17,7 +17,7 @@ from lm.prepare.sources import DataConfig, find_files
 from lm.prepare.workers import number_of_workers
 from stages.run import Inputs, run_stage
 
-TRIED = 200  # documents on which a tokenizer from elsewhere is tried
+TRIED = 200  # documents on which a tokenizer from elsewhere is tested
 
 
 def tokenizer_stage(inputs: Inputs) -> None:
@@ -45,7 +45,7 @@ def tokenizer_stage(inputs: Inputs) -> None:
     inputs.check()
     result.save(TOKENIZER)
     if result.left_out:
-        say("Its normalizer NFC is left out: ids of text in NFC stay, other text keeps its bytes")
+        say("The normalizer NFC is left out: text in NFC keeps its ids, other text its bytes")
     unused = f", {result.n_unused:,} ids without a token," if result.n_unused else ""
     say(f"Tokenizer ({config.kind}) with {result.vocab_size:,} tokens{unused} in {TOKENIZER}")
 

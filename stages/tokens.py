@@ -1,7 +1,7 @@
-"""Stage tokens: write the corpus as token ids into data/tokens/, its statistics into metrics/.
+"""Stage tokens: write the text as token ids to data/tokens/, and its statistics to metrics/.
 
-N machines can share the work and this folder: `--shard 1/N` ... `--shard N/N` each make a part of
-the shards, then `dvc repro tokens`, or `--merge`, collects them.
+N machines that share this folder can divide the work: `--shard 1/N` ... `--shard N/N` each make a
+part of the shards, then `dvc repro tokens`, or `--merge`, collects them.
 """
 
 from collections import Counter
@@ -34,7 +34,7 @@ def tokens_stage(inputs: Inputs) -> None:
     num_workers = number_of_workers(inputs.section(RuntimeConfig, "runtime").num_workers)
     inputs.watch(TOKENIZER)
     job = Job(data, TOKENIZER, sha256_json(inputs.code), SCRATCH / "lm-shards")
-    tokenizer = open_encoder(job).tokenizer  # before any text: it may be unreadable
+    tokenizer = open_encoder(job).tokenizer  # fails before any text is read
     found = find_sources(data)
     files = [file for source in found for file in source.files]
     inputs.watch_without_hashing(partial(find_files, data), files)
@@ -60,6 +60,6 @@ def tokens_stage(inputs: Inputs) -> None:
 
 
 if __name__ == "__main__":
-    shard = ("--shard", {"metavar": "I/N", "help": "make the I-th of N parts, publish nothing"})
-    merge = ("--merge", {"action": "store_true", "help": "publish, if every part was made"})
+    shard = ("--shard", {"metavar": "I/N", "help": "make the I-th of N parts and publish nothing"})
+    merge = ("--merge", {"action": "store_true", "help": "publish if every part is made"})
     run_stage(tokens_stage, ["data", "runtime"], shard, merge)

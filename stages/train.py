@@ -29,11 +29,11 @@ from lm.runs.run import Run
 from lm.train.loop import fit
 from lm.train.state import Record, TrainState, new_state
 from stages.launch import launch, launched
-from stages.run import UNFINISHED, Inputs, run_stage
+from stages.run import RUNS_ROOT, Inputs, run_stage
 
 
 def train_stage(inputs: Inputs) -> None:
-    """Write models/model, models/checkpoints and metrics/; in several processes, if set so."""
+    """Write models/model, models/checkpoints and metrics/, in as many processes as set."""
     asked = inputs.section(TrainSection, "train")
     runtime = inputs.section(RuntimeConfig, "runtime")
     device = choose_device(runtime.device)
@@ -65,7 +65,7 @@ def train_stage(inputs: Inputs) -> None:
             state = _begin(plan, asked, tokenizer, processes)
         resume_from = inputs.arguments.resume_from
         live = METRICS if "DVC_ROOT" in os.environ else None  # DVC has deleted the old metrics
-        run_ = Run(state, plan.config, runtime, made_of, UNFINISHED, resume_from, live)
+        run_ = Run(state, plan.config, runtime, made_of, RUNS_ROOT, resume_from, live)
         with explain_out_of_memory(plan), run_ as this_run:
             watched = _Watched(this_run, inputs, Timing(plan, state.step))
             fit(state, tokens, plan.config, watched)
@@ -81,7 +81,7 @@ def _say_who_trains(
     if runtime.num_processes == "auto" and PARALLEL[asked.parallel].several:
         say(f"Processes: {num_processes} (runtime.num_processes is auto: one for each GPU)")
     elif str(device) == "cuda" and num_processes == 1 < torch.cuda.device_count():
-        say(f"One of {torch.cuda.device_count()} GPUs trains; with train.parallel: ddp all do")
+        say(f"Using one of {torch.cuda.device_count()} GPUs; train.parallel: ddp uses all of them")
 
 
 def _read(
@@ -107,7 +107,7 @@ def _begin(
 ) -> TrainState:
     """Return the state before the first step, with the weights that train.init_from names.
 
-    All processes take the smallest of their micro-batch sizes.
+    All processes use the smallest of their micro-batch sizes.
     """
 
     def initialise(model: TransformerLM) -> None:
@@ -151,7 +151,7 @@ class _Watched:
 
     def save(self) -> None:
         """Write a checkpoint if the inputs are unchanged."""
-        if self.run.finished:  # before the last save, or a kill could leave it half written
+        if self.run.finished:  # before the last save: a run resumed after that writes it no more
             self.run.write_performance(METRICS, self.timing)
         self.run.processes.together(self.inputs.check_files)
         self.inputs.warn_of_edits()
@@ -160,7 +160,7 @@ class _Watched:
 
 if __name__ == "__main__":
     continued = (
-        "go on from this checkpoint (models/checkpoints/last.safetensors) to train.max_steps"
+        "continue this checkpoint (models/checkpoints/last.safetensors) up to train.max_steps"
     )
     resume_from = ("--resume-from", {"type": Path, "metavar": "PATH", "help": continued})
     run_stage(train_stage, ["model", "train", "runtime"], resume_from)

@@ -492,8 +492,8 @@ ROWS = [
     written("corpus", "data.path = text/*.txt: no such file or folder; a pattern goes into data.glob", data={"path": "text/*.txt"}),
     written("corpus", "data/tokenizers/missing.json: no such file; copy it there (tokenizer.source names it)", tokenizer={"kind": "file", "source": "missing.json"}),
     *(written(stage, "models/pretrained/missing: no such folder; copy the model's there (train.init_from names it)", train={"init_from": "missing"}) for stage in ("corpus", "tokens")),
-    written("corpus", "corpus.source = grammar: needs data.path: data/raw and data.split: hash, found text and hash; for text of your own set corpus.source: packages", corpus={"source": "grammar"}),
-    Row("params", "train", ["evaluate.top_p=0.5"], 2, "-S evaluate.top_p=0.5: this stage reads the sections model, train, runtime alone"),
+    written("corpus", "corpus.source = grammar needs data.path: data/raw and data.split: hash, found text and hash; to train on your own text set corpus.source: packages", corpus={"source": "grammar"}),
+    Row("params", "train", ["evaluate.top_p=0.5"], 2, "-S evaluate.top_p=0.5: this stage reads only the sections model, train, runtime"),
     Row("params", "tokenizer", ["tokenizer.kind=file", "tokenizer.source=../x"], 2,
         "params.yaml: tokenizer.source = ../x: must be a file's name in data/tokenizers/, which DVC watches; copy the file there"),
     Row("params", "corpus", ["corpus.packages=[networkx==1.0]"], 3, "corpus.packages: networkx==1.0 wanted, 3.6.1 installed; run …"),
@@ -529,7 +529,7 @@ ROWS = [
     settings('train: "\\ud800"', "not valid YAML: line 1: half a surrogate pair; write the character itself"),
     settings('"\\udc80": 1', "not valid YAML: line 1: half a surrogate pair; write the character itself"),
     settings(b"train: \xff", "not UTF-8 at offset 7"),
-    settings("a" * (1 << 18) + "b", "longer than 262,144 bytes; settings are short"),
+    settings("a" * (1 << 18) + "b", "longer than 262,144 bytes; keep only settings in it"),
 
     Row("data", "tokenizer", ["data.path=missing"], 2, "data.path = missing: no such file or folder"),
     Row("data", "tokens", ["data.path=text/*.txt"], 2, "data.path = text/*.txt: no such file or folder; a pattern goes into data.glob"),
@@ -558,7 +558,7 @@ ROWS = [
     Row("data", "tokens", ["data.valid_fraction=0.0001"], 2, "the valid split has no documents; change data.valid_fraction, …"),
     Row("data", "tokenizer", ["data.valid_fraction=0.9999"], 2, "the train split has no documents; change data.valid_fraction, …"),
     Row("data", "corpus", [file("data/raw/mine.txt", b"text")], 2,
-        "data/raw/mine.txt: not written by this stage, to which data/raw belongs; move your text elsewhere and name it in data.path"),
+        "data/raw/mine.txt: not written by this stage, which owns data/raw; move your text to another folder and name that in data.path"),
     *(Row("data", "corpus", [file("data/corpus.json", content)], 2,
           "data/corpus.json: not a list of packages; delete it and data/raw, and run again")
       for content in (b'["a"]', b"{}", b'[{"web": "a"}]')),

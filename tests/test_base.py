@@ -9,7 +9,7 @@ import pytest
 from lm.base import signals
 from lm.base.errors import Busy, Interrupted
 from lm.base.files import atomic_write
-from lm.base.run_folders import locked, remove_finished
+from lm.base.run_id import locked, remove_finished
 from lm.base.signals import CatchSignals
 
 

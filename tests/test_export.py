@@ -34,7 +34,8 @@ from lm.export.folder import export, main, write
 from lm.generate.stream import generate
 from lm.model import huggingface
 from lm.model.huggingface import start_from, stock_config, stock_weights
-from lm.model.model_folder import load_model, save_model, write_checkpoint
+from lm.model.model_folder import load_model, save_model
+from lm.model.safetensors_file import write_safetensors
 from lm.model.transformer import TransformerLM
 from lm.prepare.learn import train_bpe
 from tests.kill import copied, dvc, ran
@@ -245,7 +246,7 @@ def test_weights_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda fd: events.append(os.fstat(fd).st_ino) or fsync(fd))
     monkeypatch.setattr("os.replace", lambda *names: events.append("rename") or rename(*names))
     path = tmp_path / "new" / "some.safetensors"
-    write_checkpoint({"x": torch.ones(2)}, {}, path)
+    write_safetensors({"x": torch.ones(2)}, {}, path)
     assert events == [path.stat().st_ino, "rename", path.parent.stat().st_ino]
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -34,7 +34,7 @@ from lm.model.kernels import linear_cross_entropy
 from lm.model.transformer import TransformerLM
 from lm.plan.timing import Timing
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
-from lm.runs.resume_directory import ResumeDirectory
+from lm.runs.run_folder import RunFolder
 from lm.train.batch import get_batch
 from lm.train.loop import train
 from lm.train.optim import gradient_clipping
@@ -389,19 +389,19 @@ def test_a_checkpoint_goes_from_device_to_device():
 def test_a_save_in_the_background_is_of_the_step_at_which_it_was_asked_for(tmp_path):
     _, config, state = made()
     as_asked = copy.deepcopy(state.model)
-    directory = ResumeDirectory(tmp_path / "run", 2)
+    run_folder = RunFolder(tmp_path / "run", 2)
     extra = {"best": {"step": None}}
-    directory.save(state.model, state.optimizer, 1, extra)
+    run_folder.save(state.model, state.optimizer, 1, extra)
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.zero_()  # while the thread writes
-    directory.wait()
-    directory.save(state.model, state.optimizer, 2, extra)  # into the same pinned memory
-    directory.unlock()
+    run_folder.wait()
+    run_folder.save(state.model, state.optimizer, 2, extra)  # into the same pinned memory
+    run_folder.unlock()
     read = new_state(state.model.config, config, CPU)
-    load_checkpoint(directory.path(1), read.model, read.optimizer)
+    load_checkpoint(run_folder.checkpoint(1), read.model, read.optimizer)
     assert weights_sha256(read.model) == weights_sha256(as_asked)
-    load_checkpoint(directory.path(2), read.model, read.optimizer)
+    load_checkpoint(run_folder.checkpoint(2), read.model, read.optimizer)
     assert not any(parameter.any() for parameter in read.model.parameters())
 
 

@@ -145,7 +145,7 @@ def test_an_edit_during_training_is_no_wrong_record_and_loses_nothing(long):
     code.write_text(before + "# an edit\n")
     project.set("train.lr", 0.5)
     edits = "lm/train/optim.py, params.yaml: train.lr (0.01 -> 0.5)"
-    warning = f"warning: {edits} has changed since the stage read it; it goes on as it began"
+    warning = f"warning: {edits} has changed since the stage read it; the stage goes on as it began"
     wait_for(process, warning)
     assert warning not in ends_with(process, f"{edits} has changed since the stage read it; noth")
     assert not (project.folder / "models" / "model").exists()

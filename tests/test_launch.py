@@ -221,7 +221,7 @@ def test_four_processes_end_in_the_bytes_of_one_and_so_do_two_after_them(shared)
         (["train.reduction=sum", "train.batch_size=5"], "train.batch_size = 5 is not a multiple"),
         (["train.batch_size=12"], "train.batch_size = 12 is not 1, 2, 4, 8, ... times"),
         (["train.micro_batch_size=null"], "train.reduction = tree needs train.micro_batch_size"),
-        (["train.dtype=float16"], "does not scale the loss of train.dtype = float16"),
+        (["train.dtype=float16"], "has no loss scaling, as needed by train.dtype = float16"),
     ],
     ids=str,
 )

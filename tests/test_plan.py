@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import scale
 from lm.base.errors import EnvironmentFault, InputError
 from lm.base.params import load_params
-from lm.base.run_folders import run_folder
+from lm.base.run_id import run_folder
 from lm.base.sections import read_section
 from lm.base.settings import (
     Dtype,

@@ -105,7 +105,9 @@ def test_the_default_preset_is_a_copy_of_the_committed_settings():
 def test_a_preset_that_cannot_be_laid_over_says_why(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("extends: default.yaml\ntrain:\n  lr: 1.0\n")
-    with pytest.raises(InputError, match=r"mine.yaml: extends .*default.yaml, which is not there"):
+    with pytest.raises(
+        InputError, match=r"mine.yaml: extends .*default.yaml, which does not exist"
+    ):
         load_params(mine)
     (tmp_path / "default.yaml").write_text(DEFAULT.read_text())
     assert load_params(mine, ["train.eps=2.0"])["train"]["eps"] == 2

@@ -56,7 +56,7 @@ def go(settings, folder, bad_steps=(), until=12, losses=(1.0, 1.0), resume_from=
     state = new_state(model, config, torch.device("cpu"))
     for step in bad_steps:
         poisoned(state, step)
-    with Run(state, config, runtime, MADE_OF, folder / "unfinished", resume_from, live) as run:
+    with Run(state, config, runtime, MADE_OF, folder / "runs", resume_from, live) as run:
         steps = train(state, SPLIT, config)
         while not run.finished:
             record = next(steps)
@@ -218,8 +218,8 @@ def test_a_continued_run_takes_the_best_of_the_run_it_continues_and_no_other(set
 
     def continue_run():
         state = new_state(model, longer, torch.device("cpu"))
-        with Run(state, longer, runtime, MADE_OF, tmp_path / "unfinished", last) as run:
-            return run.logbook.best, (run.directory.path(6)).read_bytes()
+        with Run(state, longer, runtime, MADE_OF, tmp_path / "runs", last) as run:
+            return run.logbook.best, (run.folder.checkpoint(6)).read_bytes()
 
     assert continue_run() == (Best(valid_loss=1.0, step=6, misses=0), best)
     for name in (
@@ -236,15 +236,15 @@ def test_a_continued_run_takes_the_best_of_the_run_it_continues_and_no_other(set
 
 
 def test_two_runs_publish_one_after_the_other(settings, tmp_path):
-    unfinished, seen = tmp_path / "unfinished", []
-    unfinished.mkdir()
+    runs_root, seen = tmp_path / "runs", []
+    runs_root.mkdir()
     held = threading.Event()
 
     def publish_another():
-        with publishing(unfinished):
+        with publishing(runs_root):
             held.set()
             end = time.monotonic() + 300
-            while not list(unfinished.glob("*/step-00000012.json")):  # the run is at its end
+            while not list(runs_root.glob("*/step-00000012.json")):  # the run is at its end
                 assert time.monotonic() < end
                 time.sleep(0.01)
             time.sleep(0.5)
@@ -302,8 +302,8 @@ IMPOSSIBLE = [
     (say(f"{ROW}/train_loss", float("nan")), "rows[0].train_loss = nan: must be finite"),
     (say(f"{ROW}/step", 3), "its history is not of 6 steps"),
     (say("extra/best", 1.0), "extra.best = 1.0 is a decimal, wanted keys and values"),
-    (say("extra/best/step", 7), "of no step of its 6"),
-    (say("extra/best/step", 4), "of no step of its 6"),
+    (say("extra/best/step", 7), "not one of its 6 steps"),
+    (say("extra/best/step", 4), "not one of its 6 steps"),
     (say("extra/best/step", "6"), "extra.best.step = '6' is text, wanted an integer"),
     (say("extra/best/valid_loss", float("nan")), "extra.best.valid_loss = nan: must be finite"),
     (say("extra/best/misses", -1), "extra.best.misses = -1: must be >= 0"),
@@ -339,8 +339,8 @@ def test_an_impossible_checkpoint_is_passed_over_and_not_continued(
     stopped, tmp_path, capsys, change, message
 ):
     (made, settings), folder = stopped, tmp_path / "run"
-    shutil.copytree(made / "unfinished", folder / "unfinished")
-    (newest,) = folder.glob("unfinished/*/step-00000006.safetensors")
+    shutil.copytree(made / "runs", folder / "runs")
+    (newest,) = folder.glob("runs/*/step-00000006.safetensors")
     rewritten(newest, change)
     with pytest.raises(InputError) as caught:
         go(settings, tmp_path / "other", resume_from=newest)
@@ -351,13 +351,13 @@ def test_an_impossible_checkpoint_is_passed_over_and_not_continued(
     assert go(settings, folder, until=8) is None
     told = capsys.readouterr().out
     assert message in told
-    assert "; passed over\nResumed at step 4\n" in told
+    assert "; skipped\nResumed at step 4\n" in told
 
 
 def test_a_checkpoint_from_before_there_were_some_settings_is_continued(stopped, tmp_path, capsys):
     (made, settings), folder = stopped, tmp_path / "run"
-    shutil.copytree(made / "unfinished", folder / "unfinished")
-    (newest,) = folder.glob("unfinished/*/step-00000006.safetensors")
+    shutil.copytree(made / "runs", folder / "runs")
+    (newest,) = folder.glob("runs/*/step-00000006.safetensors")
     for section, added in ADDED.items():
         for key, value in added.items():
             if getattr(settings[section == "train"], key) == value:
@@ -373,11 +373,11 @@ def test_a_checkpoint_from_before_there_were_some_settings_is_continued(stopped,
 
 def test_a_checkpoint_under_another_steps_name_is_passed_over(stopped, tmp_path, capsys):
     made, settings = stopped
-    shutil.copytree(made / "unfinished", tmp_path / "unfinished")
-    (newest,) = tmp_path.glob("unfinished/*/step-00000006.safetensors")
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    (newest,) = tmp_path.glob("runs/*/step-00000006.safetensors")
     for file in (newest, newest.with_suffix(".json")):
         file.rename(file.with_stem("step-00000011"))
     go(settings, tmp_path, until=8)
     told = capsys.readouterr().out
-    assert "step-00000011.safetensors: is at step 6: not that of its name, or beyond" in told
+    assert "step-00000011.safetensors: is at step 6: not the step in its name" in told
     assert "Resumed at step 4" in told

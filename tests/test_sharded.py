@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: written by N processes, read by any number, whole or passed over."""
+"""Checkpoints in a folder: written by N processes, read by any number, whole or skipped."""
 
 import pickle
 import resource
@@ -14,7 +14,7 @@ from lm.machine.processes import ALONE
 from lm.machine.sharded_tensors import whole
 from lm.runs.checkpoint import load_checkpoint, read_extra, save_checkpoint
 from lm.runs.manifest import commit, verify
-from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints
+from lm.runs.run_folder import RunFolder, kept_checkpoints
 from lm.runs.sharded_checkpoint import as_one_file
 from lm.train.loop import train
 from lm.train.state import new_state
@@ -41,14 +41,14 @@ def assert_same(a, b):
 def saved(processes, model_config, config, folder):
     """Checkpoints of steps 2 and 3, training going on; returns what the second must hold."""
     state = new_state(model_config, config, CPU, processes)
-    directory = ResumeDirectory(folder, 2, processes)
+    run_folder = RunFolder(folder, 2, processes)
     for record in train(state, SPLIT, replace(config, max_steps=5)):
         if record["step"] in (2, 3):
             extra = {"best": {"step": None}, "note": record["step"]}
-            directory.save(state.model, state.optimizer, state.step, extra)
+            run_folder.save(state.model, state.optimizer, state.step, extra)
             expected = at_once(state)
-    directory.wait()
-    directory.unlock()
+    run_folder.wait()
+    run_folder.unlock()
     return expected
 
 
@@ -135,12 +135,12 @@ def test_the_file_that_is_published_is_the_same_for_any_number_of_processes(
 def traced_save(processes, model_config, config, folder):
     """What this rank puts on disk, and what it renames, while all save."""
     state = new_state(model_config, config, CPU, processes)
-    directory = ResumeDirectory(folder, 2, processes)
+    run_folder = RunFolder(folder, 2, processes)
     next(train(state, SPLIT, config))
     events = traced(setattr)
-    directory.save(state.model, state.optimizer, 1, {"best": {"step": None}})
-    directory.wait()
-    directory.unlock()
+    run_folder.save(state.model, state.optimizer, 1, {"best": {"step": None}})
+    run_folder.wait()
+    run_folder.unlock()
     return events
 
 
@@ -242,16 +242,16 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(
 def full(processes, model_config, config, folder, rank):
     """The second save does not fit on the disk of one rank: a limit on a file's size stands in."""
     state = new_state(model_config, config, CPU, processes)
-    directory = ResumeDirectory(folder, 2, processes)
+    run_folder = RunFolder(folder, 2, processes)
     extra = {"best": {"step": None}}
     next(train(state, SPLIT, config))
-    directory.save(state.model, state.optimizer, 1, extra)
-    directory.wait()
+    run_folder.save(state.model, state.optimizer, 1, extra)
+    run_folder.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if processes.rank == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    directory.save(state.model, state.optimizer, 2, extra)
-    directory.wait()
+    run_folder.save(state.model, state.optimizer, 2, extra)
+    run_folder.wait()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -263,7 +263,7 @@ def test_a_full_disk_of_one_rank_stops_all_and_loses_nothing(model_config, confi
     assert isinstance(left, SystemExit)
     assert left.code == EnvironmentFault.exit_code
     assert sound(ALONE, tmp_path) == [("step-00000001", None)]
-    ResumeDirectory(tmp_path, 2).unlock()  # clears what was left half written
+    RunFolder(tmp_path, 2).unlock()  # clears what was left half written
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "lock", "step-00000001", "step-00000001.json",
     ]  # fmt: skip

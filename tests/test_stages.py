@@ -203,7 +203,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(killed):
     newest.write_bytes(newest.read_bytes()[:-100])
     result = project.stage("train")
     assert f"warning: {os.path.relpath(newest, project.folder)}: " in result.stdout
-    assert "; passed over" in result.stdout
+    assert "; skipped" in result.stdout
     assert "Resumed at step " in result.stdout
     assert outputs(project) == straight
 
@@ -329,7 +329,7 @@ def test_a_checkpoint_of_another_run_in_the_folder_is_not_resumed(killed):
     for file in killed_run.glob("step-*"):
         shutil.copy(file, other)
     result = project.stage("train")
-    assert "of another run: train.seed 1337 -> 2; passed over" in result.stdout
+    assert "of another run: train.seed 1337 -> 2; skipped" in result.stdout
     assert "Resumed" not in result.stdout
     assert "step   5/" in result.stdout  # from the beginning
     assert outputs(project) == straight

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from lm.base.console import changes
+from lm.base.console import differences
 from lm.base.files import atomic_copy, atomic_write
 from lm.base.params import load_params
 from lm.base.sections import AT_LEAST_ONE, BELOW_2_31, Bound
@@ -104,7 +104,7 @@ def _yaml(value: Any) -> str:
 if __name__ == "__main__":
     shipped, now = load_params(DEFAULTS), load_params(ROOT / "params.yaml")
     for section, values in now.items():
-        for key, how in changes(shipped.get(section, {}), values).items():
+        for key, how in differences(shipped.get(section, {}), values).items():
             sys.stdout.write(f"{DEFAULTS.name}: {section}.{key} ({how})\n")
     atomic_copy(ROOT / "params.yaml", DEFAULTS)
     atomic_write(PAGE, page().encode())

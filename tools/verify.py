@@ -38,11 +38,11 @@ from lm.model.stored import require_finite, require_settings
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.runs.checkpoint import load_checkpoint, stored_weights, weights_sha256
 from lm.runs.manifest import verify
-from lm.runs.resume_directory import kept_checkpoints
+from lm.runs.run_folder import kept_checkpoints
 from lm.runs.saved_run import SavedIdentity, SavedRun, read_saved_run
 from lm.train.loop import train
 from lm.train.state import TrainState, new_state
-from stages.run import UNFINISHED
+from stages.run import RUNS_ROOT
 from tools.lock import LOCK, recorded_hashes, stages_of
 from tools.repository import opened
 
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "every output and dependency is as dvc.lock says": recorded_faults(repo),
                 "tokens, tokenizer, model and provenance belong together": belonging_faults(),
                 "the published checkpoints are whole and of this model": checkpoint_faults(),
-                "the checkpoints of unfinished runs are whole": unfinished_faults(UNFINISHED),
+                "the checkpoints of unfinished runs are whole": unfinished_faults(RUNS_ROOT),
             }
             number = 0
             for claim, faults in checks.items():

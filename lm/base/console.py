@@ -8,25 +8,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-tqdm.monitor_interval = 0  # no thread of its own: processes fork
+tqdm.monitor_interval = 0  # starts no thread: this process may fork
 _muted = False
 
 
 def mute() -> None:
-    """Say nothing from now on: of several processes that work together, one speaks."""
+    """Print nothing from now on: of several processes only rank 0 prints."""
     global _muted
     _muted = True
 
 
 def say(text: str) -> None:
-    """Print text now, above the progress bar if there is one, unless this process is muted."""
+    """Print text at once, above the progress bar, unless this process is muted."""
     if not _muted:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 class Progress:
-    """The progress of a training: every `interval` steps a line with speed and time left."""
+    """Show the progress of a training: a line with speed and time left every `interval` steps."""
 
     def __init__(self, step: int, max_steps: int, interval: int, tokens_per_step: int):
         self.first, self.max_steps, self.interval = step, max_steps, interval
@@ -36,7 +36,7 @@ class Progress:
         self.bar = tqdm(total=max_steps, initial=step, unit="step", disable=hidden, leave=False)
 
     def show(self, record: dict[str, Any], average_loss: float, remark: str = "") -> None:
-        """Report a finished step, with a remark behind its figures."""
+        """Count a finished step; print its figures, followed by `remark`, if a line is due."""
         self.bar.update(1)
         step = record["step"]
         if step % self.interval == 0 or step == self.max_steps:
@@ -61,7 +61,7 @@ class Progress:
 
 
 class ByteProgress:
-    """The progress over some bytes: every `interval_s` a line with speed and time left."""
+    """Show the progress through bytes: a line with speed and time left every `interval_s`."""
 
     def __init__(self, what: str, total_bytes: int, interval_s: float = 10.0):
         self.what, self.total, self.interval_s = what, total_bytes, interval_s
@@ -86,7 +86,7 @@ class ByteProgress:
             )
 
     def close(self) -> None:
-        """Remove the bar; say how fast it was if it took a second or more."""
+        """Remove the bar; print the speed if the work took a second or more."""
         self.bar.close()
         elapsed = time.perf_counter() - self.start
         if elapsed >= 1:
@@ -95,17 +95,17 @@ class ByteProgress:
 
 
 def count(n: int, what: str) -> str:
-    """Return a number of things in words: "1 run", "2,000 runs"."""
+    """Return a number with its noun: "1 run", "2,000 runs"."""
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def few(words: Sequence[str], most: int = 3) -> str:
-    """Join the first few words, with the number of the others: "a, b, c and 2 more"."""
+    """Join the first `most` words and count the others: "a, b, c and 2 more"."""
     rest = len(words) - most
     return ", ".join(words[:most]) + f" and {rest} more" * (rest > 0)
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys whose values differ between two mappings, each with "before -> now"."""
 
     def short(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The errors that come from outside this code, a class for each exit code, shown in one line.
+"""The errors that users and machines cause: a class for each exit code, printed as one line.
 
-A message says where, what was expected, what was found and what to do. Everything else
-that is raised is a defect of ours and keeps its traceback.
+A message says where, what was expected, what was found and what to do. Any other exception is
+a bug of this project and keeps its traceback.
 """
 
 import errno
@@ -17,7 +17,7 @@ OUT_OF_MEMORY = "error: out of memory; make the model or the batch smaller"
 
 
 class InputError(ValueError):
-    """The user's settings or data are at fault."""
+    """The user's settings or data are wrong."""
 
     exit_code = 2
 
@@ -35,13 +35,13 @@ class Diverged(ArithmeticError):
 
 
 class Busy(RuntimeError):
-    """Another process holds what this one needs."""
+    """Another process is using what this one needs."""
 
     exit_code = 75
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived and the work so far is safe."""
+    """SIGINT or SIGTERM arrived, and the work so far is saved."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
@@ -82,7 +82,7 @@ def one_line_errors() -> Iterator[None]:
 def _open_streams() -> None:
     """Open closed standard streams on /dev/null; escape what stdout cannot encode.
 
-    Otherwise a file that is opened later gets the free descriptor and the stream's output.
+    Otherwise the next file to be opened would get the free descriptor, and the stream's output.
     """
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(free, True)
@@ -95,7 +95,7 @@ def _open_streams() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether NumPy, torch, a mapping or a new thread found no memory."""
+    """Return whether memory ran out: in NumPy, in torch, in a mapping or for a new thread."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     texts = r"out of memory|allocate memory|not enough memory|bad_alloc|can't start new thread"
@@ -103,7 +103,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _leave(message: str, code: int) -> None:
-    # a name in it may come from a stranger: no line break or escape code reaches the terminal
+    # it may quote untrusted text: escape line breaks and terminal codes
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     print(line, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -13,51 +13,56 @@ from typing import Any
 from lm.base.errors import EnvironmentFault, InputError
 
 _CHUNK_BYTES = 1 << 20
-MAX_JSON_BYTES = 1 << 28  # of a file of ours: in memory it takes up to twenty times as much
+MAX_JSON_BYTES = 1 << 28  # of one of our files; parsed, it takes up to twenty times as much
 _TOO_LITTLE_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def atomic_write(path: Path, chunks: bytes | Iterable[bytes], durable: bool = True) -> None:
-    """Write `path`, its folder too, so that a crash or a power cut leaves the old file or the new.
+@contextmanager
+def replacing(path: Path, size_bytes: int | None = None, durable: bool = True) -> Iterator[Path]:
+    """Yield a scratch file to write, then rename it to `path`; make the folder of `path`.
 
-    The data reach the disk under another name first; the rename publishes them. Without `durable`
-    it does not wait for the disk, and a power cut may tear the file. Raises EnvironmentFault if
-    the data do not fit or cannot be written for another reason.
+    An error, a crash or a power cut leaves the old file or the new one. Without `durable` this
+    does not wait for the disk, and a power cut may tear the file. Raises EnvironmentFault if the
+    file does not fit on the disk (`size_bytes` is for the message) or cannot be written.
     """
     scratch = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path, size_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(scratch, "wb") as file:
-                for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
-                    file.write(chunk)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
+            yield scratch
+            if durable:
+                sync(scratch)
             scratch.replace(path)
         except BaseException:
             scratch.unlink(missing_ok=True)
             raise
         if durable:
-            sync_directory(path.parent)
+            sync(path.parent)
+
+
+def atomic_write(path: Path, chunks: bytes | Iterable[bytes], durable: bool = True) -> None:
+    """Write bytes to `path`; see `replacing`."""
+    with replacing(path, durable=durable) as scratch, open(scratch, "wb") as file:
+        for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+            file.write(chunk)
 
 
 def atomic_copy(source: Path, target: Path) -> None:
-    """Copy a file as `atomic_write` writes one."""
+    """Copy a file; see `replacing`."""
     with open(source, "rb") as file:
         atomic_write(target, iter(lambda: file.read(_CHUNK_BYTES), b""))
 
 
 @contextmanager
 def writing(path: Path, size_bytes: int | None = None) -> Iterator[None]:
-    """Raise EnvironmentFault for an OSError: which file, why, how much it needs, what is free."""
+    """Turn an OSError into an EnvironmentFault that names file, cause, needed and free space."""
     try:
         yield
     except OSError as error:
         space = _space(path.parent, size_bytes) if error.errno in _TOO_LITTLE_SPACE else ""
         raise EnvironmentFault(
-            f"{path}: {error.strerror or error}{space}; what was finished before is intact: "
-            "fix it and run again"
+            f"{path}: {error.strerror or error}{space}; earlier results are intact: fix the "
+            "cause and run again"
         ) from None
 
 
@@ -69,9 +74,9 @@ def _space(folder: Path, size_bytes: int | None) -> str:
     return f" ({needed}{free / 1e6:,.1f} MB are free in {folder})"
 
 
-def sync_directory(path: Path) -> None:
-    """Make the renames in a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file, or the renames in a folder, to the disk, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # never wait for a pipe's writer
     try:
         os.fsync(descriptor)
     finally:
@@ -84,7 +89,7 @@ def to_json(value: Any) -> bytes:
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
-    """Write a JSON file as `atomic_write` does."""
+    """Write a JSON file; see `replacing`."""
     atomic_write(path, to_json(value), durable)
 
 

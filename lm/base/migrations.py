@@ -20,7 +20,7 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 def migrated(section: str, settings: Any) -> Any:
-    """Return the settings of a file with those that it lacks, or what is no section as it is."""
+    """Add to the settings of a file those that it lacks; return anything but a dict unchanged."""
     if not isinstance(settings, dict):
         return settings
     return settings | {key: v for key, v in ADDED[section].items() if key not in settings}

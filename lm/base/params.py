@@ -14,9 +14,9 @@ import yaml
 from lm.base.errors import InputError
 from lm.base.sections import brief, suggest
 
-MAX_BYTES = 1 << 18  # of params.yaml: reading as much takes seconds
+MAX_BYTES = 1 << 18  # of params.yaml: parsing as much takes seconds
 SECTIONS = ("corpus", "data", "tokenizer", "model", "train", "evaluate", "export", "runtime")
-RENAMED = {  # settings that have moved: a line each
+RENAMED = {  # settings that have moved: old name, new name
     "data.source": "corpus.source",
     "data.packages": "corpus.packages",
     "data.grammar_bytes": "corpus.grammar_bytes",
@@ -24,7 +24,7 @@ RENAMED = {  # settings that have moved: a line each
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add the option -S, the `overrides` of load_params."""
+    """Add the option -S; its values are the `overrides` of load_params."""
     parser.add_argument(
         "-S",
         dest="overrides",
@@ -48,8 +48,8 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str
         base = path.parent / str(params.pop("extends"))
         if not base.is_file():
             raise InputError(
-                f"{path}: extends {base}, which is not there; a preset names only what differs: "
-                "`make preset NAME=...` writes a complete params.yaml from it"
+                f"{path}: extends {base}, which does not exist; a preset names only what differs "
+                "from that file: run `make preset NAME=...` to write a complete params.yaml"
             )
         changes, params = _require_sections(params, path), _parse_file(base)
         _require_sections(params, base)
@@ -75,7 +75,7 @@ def _parse_file(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise InputError(f"{path}: longer than {MAX_BYTES:,} bytes; settings are short")
+        raise InputError(f"{path}: longer than {MAX_BYTES:,} bytes; keep only settings in it")
     try:
         params = parse_yaml(raw.decode(), str(path))
     except UnicodeDecodeError as error:
@@ -86,7 +86,7 @@ def _parse_file(path: Path) -> dict[str, Any]:
 
 
 def _require_sections(params: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """Return `params`. Raise InputError for an unknown section and for one without keys."""
+    """Return `params`. Raise InputError for an unknown section or one without keys."""
     for name, section in params.items():
         if name not in SECTIONS:
             raise InputError(f"{path}: unknown section {brief(name)}{suggest(name, SECTIONS)}")
@@ -99,7 +99,7 @@ def _require_sections(params: dict[str, Any], path: Path) -> dict[str, dict[str,
 
 
 def _replace(params: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set a key, spelt with dots, to another value. Raise InputError if it is not there."""
+    """Set a key, spelt with dots, to another value. Raise InputError if it does not exist."""
     known = dict(_keys(params))
     if key not in known:
         raise InputError(f"{where}: unknown key {brief(key)}{suggest(key, known)}")
@@ -118,7 +118,7 @@ def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[
 # --- YAML 1.2 scalars -------------------------------------------------------------------
 # PyYAML follows YAML 1.1, where 1e-3 and DVC's own 2e-05 are text, yes is true and 0777 is
 # octal. DVC reads YAML 1.2. This loader reads what DVC writes, and nothing unsafe. It refuses
-# what DVC takes for a number or a date and other readers do not.
+# text that DVC reads as a number or a date and other readers do not.
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,7 +127,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor or event.tag:
-            # an alias of aliases of aliases is a bomb, and a tag asks for a Python type
+            # aliases of aliases can fill the memory, and a tag can ask for any Python type
             raise yaml.YAMLError(
                 f"line {event.start_mark.line + 1}: anchors, aliases and tags are not supported"
             )
@@ -171,7 +171,7 @@ _AMBIGUOUS = (  # other texts that DVC, by ruamel.yaml, reads as a number or a d
 for _tag, _pattern, _first in (  # the first match counts
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9]\d{,99})", list("-+0123456789")),  # Python converts no endless ones
+    ("int", r"[-+]?(0|[1-9]\d{,99})", list("-+0123456789")),  # Python converts no longer ones
     ("float", _FLOAT, list("-+.0123456789")),
     ("ambiguous", _AMBIGUOUS, list("-+.0123456789")),
 ):
@@ -187,10 +187,10 @@ _Loader.add_constructor("tag:yaml.org,2002:ambiguous", _Loader.refuse_ambiguous)
 
 
 def _override(text: str, where: str) -> Any:
-    """Return the value of an option -S, as DVC's own -S reads it where both accept it.
+    """Return the value of an option -S; where DVC's own -S accepts it, both read the same.
 
-    Lists, mappings and quoted text are YAML, as they are Hydra's grammar, which DVC reads. All
-    else is a number, true, false, null or text. Raises InputError for a backslash in double
+    Lists, mappings and quoted text are read as YAML; DVC reads them by Hydra's grammar. All else
+    is a number, true, false, null or text. Raises InputError for a backslash in double
     quotes: DVC reads a backslash, YAML an escape.
     """
     if not text:

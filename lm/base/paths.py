@@ -1,7 +1,7 @@
-"""The places of the pipeline's files, as dvc.yaml has them.
+"""The paths of the pipeline's files, the same as in dvc.yaml.
 
-Stages, tools, command lines and the checks of settings read them here. All else in lm/ gets
-folders as arguments.
+Stages, tools, command lines and the checks of settings take them from here. All other code in
+lm/ gets folders as arguments.
 """
 
 from pathlib import Path
@@ -15,5 +15,5 @@ TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
 METRICS, MODELS = Path("metrics"), Path("models")
 MODEL, HUGGINGFACE = MODELS / "model", MODELS / "huggingface"
 LAST, BEST = (MODELS / "checkpoints" / f"{name}.safetensors" for name in ("last", "best"))
-# where a user puts tokenizers and models of others
+# where users put tokenizers and models that were made elsewhere
 OWN_TOKENIZERS, PRETRAINED = Path("data/tokenizers"), MODELS / "pretrained"

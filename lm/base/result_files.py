@@ -1,6 +1,6 @@
-"""The shape of each result file, which every reader of one checks.
+"""The shape of each result file: which keys it has, and which values. Every reader checks it.
 
-Results come through DVC from other machines and revisions, so none is trusted.
+Results may come through DVC from other machines and revisions, so none is trusted.
 """
 
 import re
@@ -22,7 +22,7 @@ def _is_text(value: Any) -> bool:
 
 NUMBER = Bound(_is_number, "a number")
 MAYBE = Bound(lambda x: x is None or _is_number(x), "a number or null")
-POSITIVE = Bound(lambda x: _is_number(x) and x > 0, "a number > 0")
+ABOVE_ZERO = Bound(lambda x: _is_number(x) and x > 0, "a number > 0")
 COUNT = Bound(lambda x: type(x) is int and 0 <= x < 1 << 63, "a count")
 SOME = Bound(lambda x: type(x) is int and 1 <= x < 1 << 63, "a count of 1 or more")
 FLAG = Bound(lambda x: isinstance(x, bool), "true or false")
@@ -40,8 +40,8 @@ _SOURCE = {
 }
 _TEXT_FILE = {"bytes": COUNT, "sha256": TEXT}
 _SPLIT = {"documents bytes": COUNT, "tokens": SOME}
-# the keys that are read, several in one text: "key?" may be missing, "*" is any key; of several
-# shapes in a tuple the value has the one whose first key it has
+# Only keys that are read are listed, several in one text. "key?" may be missing, "*" is any key.
+# A tuple holds alternatives: a value must have the shape whose first key it has.
 SHAPES: dict[str, Any] = {
     "data.json": {
         **_SOURCE,
@@ -56,7 +56,7 @@ SHAPES: dict[str, Any] = {
         "train_loss valid_loss best_valid_loss": NUMBER,
     },
     "eval.json": {
-        "loss_nats bits_per_byte": POSITIVE,
+        "loss_nats bits_per_byte": ABOVE_ZERO,
         "perplexity accuracy calibration_error floor_bits_per_byte? distance_to_floor?": NUMBER,
         "tokens bytes": SOME,
         "baseline_loss_nats": {"uniform unigram bigram": NUMBER},
@@ -85,7 +85,7 @@ SHAPES: dict[str, Any] = {
 
 
 def require_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise InputError unless a JSON value has this shape; it may hold more."""
+    """Raise InputError unless a JSON value has this shape; further keys are allowed."""
     if isinstance(shape, tuple):
         kinds = {next(iter(kind)): kind for kind in shape}
         found = [kinds[key] for key in kinds if isinstance(value, dict) and key in value]

@@ -1,7 +1,7 @@
 """Randomness without state: every random number is a function of (seed, purpose, step).
 
 Nothing has to be saved to resume, and drawing for one purpose cannot disturb another.
-The arithmetic is our own because NumPy may change its streams between versions.
+It is computed here, because NumPy may change its streams between versions.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def random_uniforms(key: int, count: int) -> NDArray[np.float64]:
 def permuted(key: int, indices: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """Return the images of indices under a random permutation of range(size), without a table.
 
-    A Feistel network permutes the next even power of two; an image outside of range(size) is
+    A Feistel network permutes the next power of four numbers; an image outside of range(size) is
     permuted again until it lands inside ("cycle walking", Black and Rogaway 2002).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)

@@ -1,8 +1,8 @@
 """Turn a section of settings into its frozen dataclass, and check every type and bound.
 
-A dataclass has no defaults, because DVC cannot see a default that lives in code: every
-setting stands in params.yaml. An annotation holds the type, bounds and the description, from
-which `python -m tools.settings` makes docs/SETTINGS.md:
+The dataclasses have no defaults, because DVC cannot see a default in code: every setting stands
+in params.yaml. An annotation holds the type, the bounds and the description;
+`python -m tools.settings` makes docs/SETTINGS.md from them:
 
     lr: Annotated[float, POSITIVE, "peak learning rate of AdamW"]
 """
@@ -24,14 +24,14 @@ ROOT = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A condition on a value and the words that state it."""
+    """A condition on a value, and its words for a message."""
 
     holds: Callable[[Any], bool]
     text: str
 
 
 def key_of(file: str, registry: str) -> Bound:
-    """Return the bound "a key of this dict", as of ACTIVATIONS in lm/model/activations.py.
+    """Return the bound that a value is a key of a dict, such as ACTIVATIONS in activations.py.
 
     The file is parsed, not imported: settings are checked before torch is loaded, and by stages
     that do not depend on the file.
@@ -58,7 +58,7 @@ INSIDE_ONE = Bound(lambda x: 0 < x < 1, "must be in (0, 1)")
 SEED = Bound(lambda x: 0 <= x < 2**63, "must be in [0, 2**63)")
 
 UP_TO_1024 = Bound(lambda x: 1 <= x <= 1024, "must be in [1, 1024]")
-BELOW_2_31 = Bound(lambda x: x < 2**31, "must be < 2**31")  # what torch counts with
+BELOW_2_31 = Bound(lambda x: x < 2**31, "must be < 2**31")  # torch counts in 32 bits
 
 Count = Annotated[int, AT_LEAST_ONE, BELOW_2_31]
 
@@ -72,8 +72,8 @@ def read_section(
 ) -> Config:
     """Return section `name` as the dataclass `kind`; `derived` values are not set by the user.
 
-    Raises InputError naming the key for an unknown or missing key, a wrong type, a value out
-    of bounds, and for whatever the dataclass itself refuses in __post_init__.
+    Raises InputError that names the key: for an unknown or missing key, a wrong type, a value out
+    of bounds, and for what the dataclass refuses in __post_init__.
     """
     try:
         if name not in params:
@@ -100,7 +100,7 @@ def _build(kind: type[Config], values: Mapping[str, Any], section: str) -> Confi
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """Return `value` as the type `hint`. Raise InputError: key = value, what is wrong with it."""
+    """Return `value` as the type `hint`. Raise InputError that names key, value and problem."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         value = _convert(value, arguments[0], key)
@@ -152,12 +152,12 @@ def _show(value: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """Return the beginning of a value's text."""
+    """Return a value as text, cut after 80 characters."""
     text = str(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return the known word that is most like a mistyped one, in brackets; nothing if none is."""
+    """Return " (did you mean WORD?)" for the known word that is most similar, or "" if none is."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {match[0]}?)" if match else ""

@@ -1,8 +1,8 @@
-"""The settings: a dataclass for each section of params.yaml, with what its keys must be together.
+"""The settings: a dataclass for each section of params.yaml, and checks of several keys together.
 
 They stand apart from the code that they configure, so that checking them imports neither torch nor
-another stage's wing. The sections `data`, `tokenizer` and `export` stand beside their
-code, which loads none: lm/prepare/sources.py, lm/data/tokenizer.py, lm/export/card.py.
+another stage's wing. The sections `data`, `tokenizer` and `export` stand beside their code, which
+imports neither: lm/prepare/sources.py, lm/data/tokenizer.py, lm/export/card.py.
 """
 
 import math
@@ -33,13 +33,13 @@ WindowOrder = Literal["random", "epochs", "documents"]
 
 @dataclass(frozen=True, kw_only=True)
 class DtypeKind:
-    """All that depends on the choice of a dtype, but for data sheets: lm/machine/gauges.py."""
+    """All that depends on the choice of a dtype, except data sheets (lm/machine/gauges.py)."""
 
     size_bytes: int
-    autocast: bool  # products alone are computed in it, all else in float32
-    scaled: bool  # the loss is, since small gradients would become zero
-    cpu_gains: bool  # where it has instructions for 16-bit products
-    cuda_gains: float  # from this compute capability on a GPU multiplies it natively
+    autocast: bool  # only matrix products are computed in it, all else in float32
+    scaled: bool  # the loss is scaled up, or small gradients would become zero
+    cpu_gains: bool  # faster on a CPU that has instructions for 16-bit products
+    cuda_gains: float  # the lowest compute capability of a GPU that multiplies it natively
 
 
 DTYPES: dict[Dtype, DtypeKind] = {
@@ -64,9 +64,9 @@ class ModelConfig:
     """The section `model`, and the vocabulary size, which the tokenizer decides."""
 
     vocab_size: Count
-    context_length: Annotated[Count, "tokens in a window: as many as the model sees at once"]
+    context_length: Annotated[Count, "tokens in a window: the model sees no more at once"]
     d_model: Annotated[Count, "width of the residual stream"]
-    num_layers: Annotated[Count, "blocks"]
+    num_layers: Annotated[Count, "Transformer blocks"]
     num_heads: Annotated[Count, "attention heads; must divide d_model"]
     num_kv_heads: Annotated[
         Count | None,
@@ -76,18 +76,22 @@ class ModelConfig:
     d_ff: Annotated[Count, "width of the feed-forward layer"]
     rope_theta: Annotated[float, POSITIVE, "base of the rotary positions"]
     norm_eps: Annotated[float, POSITIVE, "epsilon of RMSNorm"]
-    dropout: Annotated[float, BELOW_ONE, "on embeddings, attention and residual branches"]
+    dropout: Annotated[float, BELOW_ONE, "rate, on embeddings, attention and residual branches"]
     qk_norm: Annotated[bool, "RMSNorm on queries and keys"]
     tie_embeddings: Annotated[bool, "one matrix for embedding and head"]
-    norm: Annotated[Literal["rmsnorm", "none"], "for ablations"]
+    norm: Annotated[Literal["rmsnorm", "none"], "none: without norms, for ablations"]
     norm_position: Annotated[
         Literal["pre", "post"],
-        "norm before each layer, or after it and its residual; for ablations",
+        "pre: norm before each layer; post: after the layer and its residual, for ablations",
     ]
-    position_embedding: Annotated[Literal["rope", "none"], "for ablations"]
-    ffn: Annotated[str, key_of("lm/model/activations.py", "ACTIVATIONS"), "for ablations"]
+    position_embedding: Annotated[Literal["rope", "none"], "none: no positions, for ablations"]
+    ffn: Annotated[
+        str,
+        key_of("lm/model/activations.py", "ACTIVATIONS"),
+        "activation of the feed-forward layer; silu: without a gate, for ablations",
+    ]
     intra_document_masking: Annotated[
-        bool, "attend within the document alone, not across its end token"
+        bool, "attend only within a document, not across its end token"
     ]
     zero_init: Annotated[bool, "residual branches start at zero: each block begins as the identity"]
 
@@ -136,9 +140,9 @@ class ScheduleConfig:
     schedule: Annotated[
         str,
         key_of("lm/train/schedule.py", "SCHEDULES"),
-        "of the learning rates, after a linear warm-up",
+        "curve of the learning rates after a linear warm-up",
     ]
-    max_steps: Annotated[Count, "updates"]
+    max_steps: Annotated[Count, "steps, each one update of the weights"]
     warmup_steps: Annotated[int, NOT_NEGATIVE, "steps in which the rates rise to their peak"]
     decay_steps: Annotated[int, NOT_NEGATIVE, "wsd: steps of the linear decay at the end"]
     min_lr_ratio: Annotated[float, UP_TO_ONE, "the last learning rate as a share of the peak"]
@@ -168,20 +172,20 @@ class OptimizerConfig:
         "muon: Muon for the matrices of the blocks, AdamW for the rest",
     ]
     lr: Annotated[float, POSITIVE, "peak learning rate of AdamW"]
-    beta1: Annotated[float, BELOW_ONE, "of AdamW"]
-    beta2: Annotated[float, BELOW_ONE, "of AdamW"]
-    eps: Annotated[float, POSITIVE, "of AdamW"]
-    weight_decay: Annotated[float, NOT_NEGATIVE, "decoupled; never on norms"]
-    decay_embeddings: Annotated[bool, "weight decay on the embedding too"]
+    beta1: Annotated[float, BELOW_ONE, "decay rate of AdamW's first moment"]
+    beta2: Annotated[float, BELOW_ONE, "decay rate of AdamW's second moment"]
+    eps: Annotated[float, POSITIVE, "epsilon of AdamW"]
+    weight_decay: Annotated[float, NOT_NEGATIVE, "decoupled weight decay; never on norms"]
+    decay_embeddings: Annotated[bool, "apply weight decay to the embedding too"]
     muon_lr: Annotated[float, POSITIVE, "peak learning rate of Muon"]
-    muon_momentum: Annotated[float, BELOW_ONE, "of Muon"]
+    muon_momentum: Annotated[float, BELOW_ONE, "momentum of Muon"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelMode:
-    """All that depends on the choice of train.parallel, but for its gradients: lm/train/step.py."""
+    """All that depends on train.parallel, except how gradients are added up (lm/train)."""
 
-    several: bool  # processes; blocks are compiled one by one
+    several: bool  # several processes may train; blocks are compiled one by one
     sharded: bool  # each process keeps some rows of every parameter, and their optimizer state
 
 
@@ -190,7 +194,7 @@ PARALLEL = {
     "ddp": ParallelMode(several=True, sharded=False),
     "fsdp": ParallelMode(several=True, sharded=True),
 }
-BY_TREE = {"sum": False, "tree": True}  # of train.reduction: gradients are added in one fixed order
+BY_TREE = {"sum": False, "tree": True}  # train.reduction: are gradients added in a fixed order?
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,47 +206,50 @@ class TrainSection(ScheduleConfig, OptimizerConfig):
         "start from the Llama or Qwen3 in `models/pretrained/NAME/` (docs/HUGGINGFACE.md); "
         "null: random weights",
     ]
-    seed: Annotated[int, SEED, "of weights, batches and dropout"]
+    seed: Annotated[int, SEED, "seed of weights, batches and dropout"]
     num_threads: Annotated[
         Annotated[int, UP_TO_1024] | None,
-        "of a CPU; a number lets machines with other numbers of cores agree; null: torch's choice, "
-        "with ddp and fsdp one a process (or `OMP_NUM_THREADS`)",
+        "CPU threads; with a number, machines with different numbers of cores agree; null: torch's "
+        "choice, but one per process with ddp and fsdp (or `OMP_NUM_THREADS`)",
     ]
-    batch_size: Annotated[Count, "windows per update"]
+    batch_size: Annotated[Count, "windows per step"]
     micro_batch_size: Annotated[
         Count | None,
-        "windows per backward pass; must divide batch_size; less needs less memory, with the same "
-        "result up to rounding (dropout draws other masks); null: as many as fit into memory, at "
-        "most 65,536 tokens, halved where they do not after all (with ddp and fsdp an error that "
-        "says what to set)",
+        "windows per forward and backward pass; must divide batch_size; fewer need less memory and "
+        "give the same result up to rounding (dropout draws other masks); null: as many as fit "
+        "into memory, at most 65,536 tokens, halved if memory runs out (with ddp and fsdp an error "
+        "then says what to set)",
     ]
     parallel: Annotated[
         Literal["none", "ddp", "fsdp"],
-        "several processes, each with the whole model (ddp) or with a share of it (fsdp, not with "
-        "float16): docs/SCALE.md",
+        "how several processes train together (docs/SCALE.md): each holds the whole model (ddp) or "
+        "a share of it (fsdp, not with float16); none: one process",
     ]
     reduction: Annotated[
         Literal["sum", "tree"],
-        "how gradients are added up: tree gives the same bytes for 1, 2, 4, 8, ... processes; it "
-        "needs `train.micro_batch_size`, and `batch_size` 1, 2, 4, 8, ... times that",
+        "how gradients are added up: tree gives the same bytes with 1, 2, 4, 8, ... processes; it "
+        "needs `train.micro_batch_size`, and a `batch_size` that is 1, 2, 4, 8, ... times as large",
     ]
     max_grad_norm: Annotated[Annotated[float, POSITIVE] | None, "global L2 clipping; null: none"]
     on_nonfinite: Annotated[
-        Literal["stop", "skip"], "at a step whose loss or gradient norm is nan or infinite"
+        Literal["stop", "skip"],
+        "what to do with a step whose loss or gradient norm is nan or infinite",
     ]
     max_skipped_steps: Annotated[
-        Count, "in a row, before `skip` stops too; metrics/train.json counts all"
+        Count,
+        "with `skip`: stop after this number of skipped steps in a row; metrics/train.json counts "
+        "all skipped steps",
     ]
     sampling: Annotated[
         WindowOrder,
-        "windows anywhere; adjoining ones, each exactly once an epoch; the same with every "
-        "document cut from its start",
+        "random: windows from anywhere; epochs: windows side by side, each exactly once per epoch; "
+        "documents: as epochs, but every document is cut from its start",
     ]
     dtype: Annotated[
         Literal["auto", Dtype],
-        "of matrix products; auto: bfloat16 where the device multiplies it natively (a GPU from "
-        "compute capability 8 on, a CPU with AMX or avx512_bf16 if model.d_model >= 128), else "
-        "float32, on a GPU without TF32; float16 with loss scaling",
+        "dtype of matrix products; auto: bfloat16 if the device multiplies it natively (a GPU of "
+        "compute capability 8 or more; a CPU with AMX or avx512_bf16 if model.d_model >= 128), "
+        "else float32; float32 never uses a GPU's TF32; float16 scales the loss",
     ]
     compile: Annotated[
         Literal["auto", True, False],
@@ -250,11 +257,11 @@ class TrainSection(ScheduleConfig, OptimizerConfig):
         "repays it",
     ]
     gradient_checkpointing: Annotated[bool, "compute activations again: less memory, more time"]
-    eval_interval: Annotated[Count, "steps between two validations"]
-    eval_batches: Annotated[Count, "batches of a validation, spread over the split"]
+    eval_interval: Annotated[Count, "steps from one validation to the next"]
+    eval_batches: Annotated[Count, "batches per validation, spread over the validation split"]
     early_stopping: Annotated[
         Count | None,
-        "stop after this number of validations without a new best; the best model is published; "
+        "stop after this number of validations without a new best, and publish the best model; "
         "null: never",
     ]
 
@@ -280,8 +287,8 @@ class TrainSection(ScheduleConfig, OptimizerConfig):
     def threads(self) -> int | None:
         """The number of a CPU's threads; None: torch's choice.
 
-        Each of several processes takes one unless a number is set: with a share of the cores a run
-        could not go on with another number of processes in the same environment.
+        With ddp and fsdp each process takes one thread unless a number is set. If it took a share
+        of the cores, a run could not be resumed with another number of processes.
         """
         chosen = self.num_threads is not None or "OMP_NUM_THREADS" in os.environ
         return self.num_threads if chosen or not PARALLEL[self.parallel].several else 1
@@ -295,7 +302,7 @@ class TrainConfig(TrainSection):
 
 
 def share_of_batch(config: TrainSection, num_processes: int) -> int:
-    """Return the windows of an update that each process computes: batch_size / num_processes.
+    """Return the windows of a step that each process computes: batch_size / num_processes.
 
     Raises InputError if the settings do not allow this number of processes.
     """
@@ -307,14 +314,14 @@ def share_of_batch(config: TrainSection, num_processes: int) -> int:
         )
     if mode.sharded and config.dtype != "auto" and DTYPES[config.dtype].scaled:
         raise InputError(
-            f"train.parallel = {config.parallel} does not scale the loss of "
+            f"train.parallel = {config.parallel} has no loss scaling, as needed by "
             f"train.dtype = {config.dtype}; use bfloat16"
         )
     if BY_TREE[config.reduction]:
         if micro is None:
             raise InputError(
-                "train.reduction = tree needs train.micro_batch_size, the leaves of the tree; "
-                "set it to a number of windows that fits"
+                "train.reduction = tree needs train.micro_batch_size, since micro-batches are the "
+                "leaves of the tree; set it to a number of windows that fits into memory"
             )
         leaves, rest = divmod(batch_size, micro)
         if rest or leaves & (leaves - 1):
@@ -339,33 +346,34 @@ class CorpusConfig:
         "the default text: source code of installed packages, or stories of known entropy "
         "(`make preset NAME=grammar`)",
     ]
-    packages: Annotated[list[str], "packages: which ones, as name==version"]
-    grammar_bytes: Annotated[Count, "grammar: bytes of stories, or just more"]
+    packages: Annotated[list[str], "packages: their names and versions, as name==version"]
+    grammar_bytes: Annotated[Count, "grammar: bytes of stories; the last story may exceed it"]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """The section `evaluate`."""
 
-    batch_size: Annotated[Count, "windows at a time; changes memory and speed alone"]
+    batch_size: Annotated[Count, "windows computed at once; affects only memory and speed"]
     stride: Annotated[
         Count | None,
-        "new tokens per window, as it slides; null: context_length, windows do not overlap",
+        "tokens by which the window slides, each scored once; null: context_length, so windows do "
+        "not overlap",
     ]
-    prompts: Annotated[list[str], NOT_EMPTY, "of the samples"]
-    max_new_tokens: Annotated[int, SAMPLE_TOKENS, "of a sample"]
+    prompts: Annotated[list[str], NOT_EMPTY, "prompts of the samples"]
+    max_new_tokens: Annotated[int, SAMPLE_TOKENS, "tokens to generate per sample"]
     temperatures: Annotated[
         list[Annotated[float, NOT_NEGATIVE]],
         NOT_EMPTY,
-        "of the samples, each prompt at each; 0: always the most probable token; "
+        "temperatures of the samples, each prompt at each; 0: always the most probable token; "
         "`metrics/summary.md` shows the first",
     ]
-    top_k: Annotated[Count | None, "of the samples: from the most probable tokens; null: from all"]
+    top_k: Annotated[Count | None, "draw samples from this number of top tokens; null: from all"]
     top_p: Annotated[
         Annotated[float, ABOVE_ZERO_UP_TO_ONE] | None,
-        "of the samples: from the most probable tokens that hold this share; null: from all",
+        "draw samples from the top tokens that together have this probability; null: from all",
     ]
-    seed: Annotated[int, SEED, "of the samples"]
+    seed: Annotated[int, SEED, "seed of the samples"]
 
     def __post_init__(self) -> None:
         if (samples := len(self.prompts) * len(self.temperatures)) > MAX_SAMPLES:
@@ -377,28 +385,28 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """The section `runtime`: where and how visibly to run. No DVC stage depends on it."""
+    """The section `runtime`: where to run and what to print and keep. No stage depends on it."""
 
     device: Annotated[
-        str, DEVICE, "auto: CUDA, else MPS, else CPU; a GPU by its number: for one process"
+        str, DEVICE, "auto: CUDA, else MPS, else CPU; a GPU's number is for a single process"
     ]
-    log_interval: Annotated[Count, "steps between two lines on the console"]
-    checkpoint_interval: Annotated[Count, "steps between two checkpoints"]
+    log_interval: Annotated[Count, "steps from one line on the console to the next"]
+    checkpoint_interval: Annotated[Count, "steps from one checkpoint to the next"]
     keep_checkpoints: Annotated[
-        int, Bound(lambda x: x >= 2, "must be >= 2"), "of an unfinished run"
+        int, Bound(lambda x: x >= 2, "must be >= 2"), "number kept of an unfinished run"
     ]
     num_workers: Annotated[
-        Annotated[int, UP_TO_1024] | None, "processes that prepare data; null: one a core"
+        Annotated[int, UP_TO_1024] | None, "processes that prepare data; null: one per core"
     ]
     num_processes: Annotated[
         Annotated[int, UP_TO_1024] | Literal["auto"],
-        "processes that train, on this machine; auto: with ddp and fsdp one for each GPU, else "
-        "one; `torchrun` says it instead",
+        "processes that train, on this machine; auto: with ddp and fsdp one per GPU, else one; "
+        "under `torchrun` its number counts",
     ]
     process_timeout_s: Annotated[
         Count,
-        "a process that the others have awaited for longer counts as hung; with `num_processes` "
-        "also the time to save after a signal",
+        "seconds that processes wait for another before it counts as hung; with `num_processes` "
+        "also the seconds to save after a signal",
     ]
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""End in order: after the step at a signal, and soon after the parent."""
+"""End in order: after the current step at a signal, and soon after the parent's death."""
 
 import ctypes
 import os
@@ -12,18 +12,18 @@ from types import FrameType
 from lm.base.errors import Interrupted
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# not SIGTERM: a kill of the whole group sends that as well, and a second one ends without saving
+# not SIGTERM: killing the whole group sends it too, and a second one ends without saving
 _PARENT_DIED = signal.SIGUSR2
 _REPEATED_S = 5
-_ORPHAN_SECONDS = 4  # a step may take longer: an orphan does not wait for its end
+_ORPHAN_SECONDS = 4  # then an orphan ends, even within a step
 
 
 class CatchSignals:
     """Within this context note the first SIGINT or SIGTERM; let a second one end the process.
 
-    A launcher passes signals on that its processes may have received as well, and torch's sends
-    them twice: in a launched process repetitions within some seconds count as one. The parent's
-    death counts as a SIGTERM, and ends the process some seconds later.
+    A launcher passes on signals that its processes may also have received, and torch's launcher
+    sends them twice. So in a launched process repetitions within some seconds count as one. The
+    parent's death counts as a SIGTERM, and ends the process some seconds later.
     """
 
     def __init__(self) -> None:
@@ -79,10 +79,11 @@ def sigterm_raises() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Ask Linux for a signal at the parent's death, so that a killed dvc leaves no training."""
+    """Ask Linux for a signal at the parent's death: a killed dvc must leave no training behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _PARENT_DIED)
-        # another session: the parent died before we asked. torchrun gives each a session of its own
+        # a parent in another session: ours died before we asked, or is torchrun, which gives each
+        # process a session of its own
         apart = os.getsid(os.getppid()) != os.getsid(0)
         if apart and os.getsid(0) != os.getpid():
             os.kill(os.getpid(), _PARENT_DIED)

@@ -1,7 +1,7 @@
-"""What must be in place before torch is imported: lm/__init__.py imports this file first.
+"""Prepare the process before torch is imported: lm/__init__.py imports this file first.
 
-A command that is stopped, or finds no memory, while torch is loaded says so in one line. A user
-whose number has no name, as in a container, gets one: DVC and torch.compile name folders after it.
+If a command is stopped or runs out of memory while torch is loaded, one line says so. A user id
+without a name, as in a container, gets one: DVC and torch.compile name folders after it.
 """
 
 import os
@@ -10,7 +10,7 @@ import resource
 import sys
 from types import TracebackType
 
-if sys.argv[:1] == ["-m"]:  # a command is starting; what can happen while torch is imported
+if sys.argv[:1] == ["-m"]:  # a command is starting: it may fail while torch is imported
 
     def _report(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None

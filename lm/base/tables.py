@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-WORSE = 0.01  # a share of the best validation loss: up to here worse is noise
-DIVERGED = "diverged_at_step"  # in metrics/train.json of a run that has curves and no results
+WORSE = 0.01  # relative to the best validation loss: a smaller difference is noise
+DIVERGED = "diverged_at_step"  # a key of metrics/train.json if the run diverged
 ROWS = {
     "uniform": "uniform guess",
     "unigram": "unigram",
@@ -27,7 +27,7 @@ class Predictor(NamedTuple):
 
 
 def predictors(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> list[Predictor]:
-    """Return the baselines, the model and the floor, if there is one, with their losses."""
+    """Return the losses of the baselines, of the model, and the floor if there is one."""
     bits = metrics["tokens"] / (math.log(2) * metrics["bytes"])  # nats/token to bits/byte
     losses = {**baselines, "loss_nats": metrics["loss_nats"]}
     if "floor_bits_per_byte" in metrics:
@@ -56,7 +56,7 @@ def loss_table(metrics: Mapping[str, Any], baselines: Mapping[str, float]) -> st
 
 
 def plain(text: str) -> str:
-    """Return a text with escapes for its control characters; a model may generate any.
+    """Escape the control characters in a text; a model may generate any.
 
     A terminal would obey them, and Markdown ends a line at a carriage return.
     """
@@ -64,7 +64,7 @@ def plain(text: str) -> str:
 
 
 def data_table(report: Mapping[str, Any]) -> str:
-    """Return a report on the tokens, by source and in all, as Markdown."""
+    """Return the figures of metrics/data.json, by source and in all, as Markdown."""
     rows = [*report["sources"].items(), *([("all", report)] if len(report["sources"]) > 1 else [])]
     lines = [
         "| source | documents | bytes | tokens | held out | bytes per token | longest document "
@@ -101,7 +101,7 @@ def remarks_on(
     training: Mapping[str, Any] | None,
     stops_early: bool,
 ) -> list[str]:
-    """Return what is wrong with the model; `training` is its metrics/train.json if it has one."""
+    """Return warnings about the model; `training` is its metrics/train.json if it has one."""
     found = []
     loss, bigram = metrics["loss_nats"], baselines["bigram"]
     if loss > bigram:
@@ -116,7 +116,7 @@ def remarks_on(
 def ended_worse(train: Mapping[str, Any], publishes_best: bool) -> str | None:
     """Return a remark if a training, by its metrics/train.json, ended worse than its best.
 
-    With early stopping the best model is published, so there is none.
+    With early stopping the best model is published, so no remark is needed.
     """
     best, last = train["best_valid_loss"], train["valid_loss"]
     if publishes_best or last <= (1 + WORSE) * best:

@@ -29,7 +29,8 @@ from lm.export.card import MARK, TEXT_LICENSES, ExportConfig, Results, card
 from lm.export.curve import loss_curve
 from lm.generate.decoder import require_same_logits
 from lm.model.huggingface import not_stock, stock_config, stock_weights
-from lm.model.model_folder import load_model, read_provenance, write_checkpoint
+from lm.model.model_folder import load_model, read_provenance
+from lm.model.safetensors_file import write_safetensors
 
 NAMES = ("data.json", "train.json", "eval.json", "samples.md", "curves.csv")
 MEASURED = [METRICS / name for name in NAMES]
@@ -100,7 +101,7 @@ def write(folder: Folder, out: Path) -> None:
     for name, content in folder.files.items():
         atomic_write(out / name, content)
     if folder.weights:
-        write_checkpoint(folder.weights, {"format": "pt"}, out / WEIGHTS)
+        write_safetensors(folder.weights, {"format": "pt"}, out / WEIGHTS)
         say(f"Model in {out}")
     else:
         say(f"Model card in {out}, no weights: {folder.why_no_weights}")

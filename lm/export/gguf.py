@@ -16,10 +16,11 @@ import torch
 
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
+from lm.base.files import replacing
 from lm.base.paths import MODEL
 from lm.data.tokenizer import GPT2_PATTERN, Tokenizer
 from lm.model.huggingface import model_type, not_stock, stock_weights
-from lm.model.model_folder import load_model, replacing
+from lm.model.model_folder import load_model
 from lm.model.transformer import ModelConfig, TransformerLM
 
 MAGIC = b"GGUF"

@@ -19,7 +19,7 @@ from lm.base.errors import InputError
 from lm.base.files import require_file
 from lm.data.tokenizer import Tokenizer, open_tokenizer_json
 from lm.model.kernels import evens_first
-from lm.model.model_folder import open_safetensors
+from lm.model.safetensors_file import open_safetensors
 from lm.model.stored import FLOATS, require_finite
 from lm.model.transformer import ModelConfig, TransformerLM
 

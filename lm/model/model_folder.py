@@ -5,98 +5,24 @@
 Files are written whole and checked when they are read. Reading them runs no code.
 """
 
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lm.base.errors import InputError
-from lm.base.files import read_json, require_file, sync_directory, write_json, writing
+from lm.base.files import read_json, write_json
 from lm.base.migrations import ADDED, migrated
 from lm.base.sections import UP_TO_1024, read_section
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.gauges import free_memory_bytes
+from lm.model.safetensors_file import open_safetensors, unshared, write_safetensors
 from lm.model.stored import FLOATS, as_stored, require_finite, require_settings, require_weights
 from lm.model.transformer import ModelConfig, TransformerLM
 
-MAX_HEADER_BYTES = 1 << 24  # of a safetensors file with 100,000 tensors
 PROBED = 16  # ids whose logits are computed when a model is opened
 PROVENANCE = ("model", "train", "inputs", "code", "environment")
-
-
-def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file, for use by `with`. Raises InputError if it is not one."""
-    require_file(path)
-    with open(path, "rb") as file:
-        require_short_header(str(path), file.read(8))
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a safetensors file ({error})") from None
-
-
-def require_short_header(name: str, head: bytes) -> None:
-    """Raise InputError if the first bytes of a safetensors file announce a huge header."""
-    if (length := int.from_bytes(head[:8], "little")) > MAX_HEADER_BYTES:
-        raise InputError(
-            f"{name}: not a safetensors file (a header of {length:,} bytes; no model needs more "
-            f"than {MAX_HEADER_BYTES:,})"
-        )
-
-
-def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, contiguous, each with memory of its own, as safetensors needs them."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        if tensor.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.data_ptr())
-        result[name] = tensor
-    return result
-
-
-@contextmanager
-def replacing(path: Path, size_bytes: int) -> Iterator[Path]:
-    """Yield a scratch file to write, which then replaces `path`; an error leaves `path` as it was.
-
-    Raises EnvironmentFault if it cannot be written, as to a full disk.
-    """
-    scratch = path.with_name(path.name + ".tmp")
-    with writing(path, size_bytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield scratch
-            with open(scratch, "rb") as file:
-                os.fsync(file.fileno())
-            scratch.replace(path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
-
-
-def write_checkpoint(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Write tensors that share no memory to `path`; see `replacing`."""
-    with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
-        scratch.touch()
-        mode = scratch.stat().st_mode  # safetensors would make it readable by the owner alone
-        try:
-            safetensors.torch.save_file(tensors, scratch, metadata)
-        except SafetensorError as error:  # "I/O error: ... (os error 28)"
-            if not (number := re.search(r"os error (\d+)", str(error))):
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-        scratch.chmod(mode)
 
 
 def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None:
@@ -104,7 +30,7 @@ def save_model(model: TransformerLM, tokenizer: Tokenizer, folder: Path) -> None
     tokenizer.save(folder)
     write_json(folder / "config.json", asdict(model.config))
     weights = unshared(model.state_dict())
-    write_checkpoint(weights, {"format": "pt"}, folder / "model.safetensors")
+    write_safetensors(weights, {"format": "pt"}, folder / "model.safetensors")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

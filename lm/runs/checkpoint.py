@@ -1,8 +1,8 @@
 """The whole state of a training as one file that is verified and safe to open.
 
 A checkpoint is one safetensors file: model and optimizer tensors, and everything else as JSON in
-its metadata; opening it runs no code. One that several processes write is a folder, see
-sharded_checkpoint.py. Beside either stands its manifest, see manifest.py.
+its metadata; opening it runs no code. If several processes write it, it is a folder instead: see
+sharded_checkpoint.py. Its manifest stands beside it: see manifest.py.
 
     save_checkpoint   contents -> file
     load_checkpoint   file or folder -> header and tensors -> do all fit? -> model and optimizer
@@ -26,14 +26,19 @@ from lm.base.errors import InputError
 from lm.base.sections import NOT_NEGATIVE, Count, read_section
 from lm.machine.processes import ALONE, Processes
 from lm.machine.sharded_tensors import cut_like, whole
-from lm.model.model_folder import open_safetensors, require_short_header, unshared, write_checkpoint
+from lm.model.safetensors_file import (
+    open_safetensors,
+    require_short_header,
+    unshared,
+    write_safetensors,
+)
 from lm.model.stored import Stored, as_stored, finite_keys, require_finite, require_weights
 from lm.runs import sharded_checkpoint as sharded
 from lm.runs.optimizer_state import State, fitting_groups, parameters_of, place, require_state
 
 FORMAT = 1
 BinaryFile = io.BufferedIOBase | io.RawIOBase
-Source = str | os.PathLike[str] | BinaryFile
+PathOrFile = str | os.PathLike[str] | BinaryFile
 Extra = dict[str, Any]
 Value = TypeVar("Value")
 
@@ -41,7 +46,7 @@ Value = TypeVar("Value")
 @dataclass(frozen=True)
 class _OptimizerPart:
     param_groups: list[Extra]
-    values: dict[str, Extra]  # by parameter and name: what is no tensor
+    values: dict[str, Extra]  # by parameter and name: values that are not tensors
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     iteration: int,
-    out: Source,
+    out: PathOrFile,
     extra: Extra | None = None,
 ) -> None:
     """Write model, optimizer, iteration and JSON-able extras to a path or a binary file.
@@ -67,7 +72,7 @@ def save_checkpoint(
     """
     tensors, metadata = contents(model, optimizer, iteration, extra)
     if isinstance(out, str | os.PathLike):
-        write_checkpoint(unshared(tensors), metadata, Path(out))
+        write_safetensors(unshared(tensors), metadata, Path(out))
     else:
         out.write(safetensors.torch.save(unshared(tensors), metadata))
 
@@ -91,23 +96,23 @@ def contents(
         "optimizer": {"param_groups": state["param_groups"], "values": values},
         "extra": extra or {},
     }
-    # numbers of NumPy and torch become Python's; one metadata key, for safetensors writes several
-    # in random order
+    # numbers of NumPy and torch become Python's; one metadata key, because safetensors writes
+    # several in random order
     text = json.dumps(header, sort_keys=True, default=lambda number: number.item())
     return tensors, {"checkpoint": text}
 
 
 def load_checkpoint(
-    src: Source,
+    src: PathOrFile,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     processes: Processes = ALONE,
 ) -> int:
     """Restore model and optimizer from a path or a binary file; return the iteration.
 
-    Raises InputError, on all of several processes, for a file that is torn, no checkpoint, of a
-    newer format, of another model or optimizer, or with numbers that are not finite; then neither
-    model nor optimizer has changed. Only `verify` sees a flipped bit among the weights.
+    Raises InputError, in all of several processes, if the file is torn, no checkpoint, of a newer
+    format, of another model or optimizer, or holds numbers that are not finite; then neither
+    model nor optimizer has changed. Only `verify` detects a flipped bit in the weights.
     """
     iteration, weights, state = processes.together(lambda: _read_fitting(src, model, optimizer))
     if optimizer is not None:
@@ -118,7 +123,7 @@ def load_checkpoint(
 
 
 def read_extra(path: Path) -> Extra:
-    """Return what was saved beside model and optimizer, with the "iteration"; read no tensor."""
+    """Return a checkpoint's extras and its "iteration" without reading a tensor."""
     if path.is_dir():
         header = _read_folder_header(path)
     else:
@@ -128,11 +133,11 @@ def read_extra(path: Path) -> Extra:
 
 
 def _read_fitting(
-    src: Source, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    src: PathOrFile, model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[int, dict[str, Tensor], Extra]:
     """Read iteration, weights and optimizer state. Raises InputError unless all of them fit.
 
-    Neither model nor optimizer changes. Without an optimizer, that of the checkpoint is ignored.
+    Change neither model nor optimizer. Without an optimizer, ignore that of the checkpoint.
     """
     if isinstance(src, str | os.PathLike) and Path(src).is_dir():
         name, folder = str(src), Path(src)
@@ -168,7 +173,7 @@ def _require_fitting(
     """Return the parameter groups. Raises InputError for another model or optimizer."""
     weights, of_optimizer = _split(stored)
     if odd := [key for key in stored if not key.startswith(("model.", "optimizer."))]:
-        raise InputError(f"{name}: {odd[0]} is neither of a model nor of an optimizer")
+        raise InputError(f"{name}: {odd[0]} belongs neither to a model nor to an optimizer")
     require_weights(name, model.state_dict(), weights)
     if optimizer is None:
         return []
@@ -178,7 +183,7 @@ def _require_fitting(
 
 
 def _split(tensors: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
-    """Return the weights by their names in the model, and the optimizer's by their whole names."""
+    """Split into the model's tensors, by their names there, and the optimizer's, by whole names."""
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     return weights, {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
 
@@ -186,7 +191,7 @@ def _split(tensors: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Va
 def _read_folder_header(folder: Path) -> _Header:
     file = folder / sharded.HEADER
     if not file.is_file():
-        raise InputError(f"{folder}: no {sharded.HEADER} in it: no checkpoint of this project")
+        raise InputError(f"{folder}: holds no {sharded.HEADER}: not a checkpoint of this project")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -200,7 +205,7 @@ def _read_folder(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, Tensor]:
-    """Read the rows of each tensor that this process keeps, cut as its parameter is."""
+    """Read this process's rows of each tensor; the optimizer's are cut as their parameters are."""
     tensors = {f"model.{key}": sharded.blank(t) for key, t in model.state_dict().items()}
     if optimizer is not None:
         parameters = parameters_of(optimizer)
@@ -212,7 +217,7 @@ def _read_folder(
     return tensors
 
 
-def _read_file(src: Source) -> tuple[str, _Header, dict[str, Tensor]]:
+def _read_file(src: PathOrFile) -> tuple[str, _Header, dict[str, Tensor]]:
     """Return the name, the header and the tensors of a path or a binary file."""
     if isinstance(src, str | os.PathLike):
         with open_safetensors(Path(src)) as file:
@@ -230,7 +235,7 @@ def _read_file(src: Source) -> tuple[str, _Header, dict[str, Tensor]]:
 
 
 def _parse_header(name: str, metadata: dict[str, str] | None) -> _Header:
-    """Return the header that metadata hold. Raises InputError for one that no version wrote."""
+    """Return the header in a file's metadata. Raises InputError if no version of ours wrote it."""
     if not metadata or "checkpoint" not in metadata:
         raise InputError(f"{name}: holds tensors but no checkpoint of this project")
     try:
@@ -252,13 +257,13 @@ def _parse_header(name: str, metadata: dict[str, str] | None) -> _Header:
 
 
 def stored_weights(path: Path) -> dict[str, Stored]:
-    """Return shape and type of the weights that a checkpoint holds."""
+    """Return the shape and type of each weight in a checkpoint."""
     with open_safetensors(path) as file:
         return _split(as_stored({k: file.get_tensor(k) for k in file.keys()}))[0]  # noqa: SIM118
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Return one hash of all weights, bit for bit, with their names."""
+    """Return the SHA-256 of all weights, bit for bit, and of their names."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

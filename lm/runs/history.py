@@ -1,4 +1,4 @@
-"""The curves of a training run, in bounded space and as a pure function of its steps."""
+"""The curves of a training run: bounded in size, and a pure function of its steps."""
 
 import csv
 import io
@@ -13,12 +13,12 @@ _SMOOTHING = 0.95  # of the average loss: it looks back about 20 steps
 
 
 class History:
-    """One row per `interval` steps; when MAX_ROWS is reached, neighbours merge and it doubles.
+    """One row per `interval` steps; at MAX_ROWS rows neighbours merge and the interval doubles.
 
     Losses and gradient norms are means over the row's steps (of its two halves, where rows have
     merged), in nats and as L2 norms; the step, the learning rate and the validation loss are the
-    row's last. Means leave out skipped steps. The rows depend on the steps alone: not on the
-    planned length, not on where a run was interrupted.
+    row's last. Means leave out skipped steps. The rows depend only on the steps: not on the
+    planned length, and not on where a run was interrupted.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class History:
     def to_csv(self, clock: "Clock | None" = None) -> bytes:
         """Return the rows as CSV; with a clock, add their times.
 
-        A row without a validation, or without a time, has nan there, which plots leave out.
+        A missing validation loss or time becomes nan, which plots leave out.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -82,7 +82,7 @@ class Clock:
     """
 
     def __init__(self, elapsed_s: Mapping[int, float] | None = None, runs: bool = True):
-        """Go on from the last of the times until now, by step."""
+        """Go on from the last of these seconds by step; with `runs` False record no more."""
         self.elapsed_s, self.runs = dict(elapsed_s or {}), runs
         self._before_s = max(self.elapsed_s.values(), default=0.0)
 
@@ -97,7 +97,7 @@ class Clock:
 
     @classmethod
     def from_csv(cls, text: bytes, resumed_at: int | None = None) -> "Clock":
-        """Read the clock that History.to_csv wrote, up to a step; without times if it is torn."""
+        """Read the times that History.to_csv wrote, up to a step; read none from a torn file."""
         times: dict[int, float] = {}
         with suppress(KeyError, TypeError, ValueError, csv.Error):
             for row in csv.DictReader(text.decode().splitlines()):

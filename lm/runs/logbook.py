@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lm.base.errors import Diverged
-from lm.base.run_folders import MICRO_BATCH_SIZES, NUM_PROCESSES
+from lm.base.run_id import MICRO_BATCH_SIZES, NUM_PROCESSES
 from lm.base.settings import BY_TREE, PARALLEL, TrainConfig
 from lm.base.tables import DIVERGED
 from lm.runs.checkpoint import Extra, weights_sha256
@@ -17,8 +17,8 @@ from lm.train.state import Record, TrainState
 class Logbook:
     """The identity of a run, its changes, its curves and its best validation, up to a step.
 
-    `changes` are the micro-batch sizes, which memory decides, and the numbers of processes where
-    they move the last bits; each value by the first step that had it.
+    `changes` holds the micro-batch sizes, which memory decides, and the numbers of processes where
+    they change the rounding; each value by the first step that had it.
     """
 
     def __init__(self, state: TrainState, config: TrainConfig, identity: Identity):
@@ -26,7 +26,7 @@ class Logbook:
         self.history, self.clock = History(), Clock()
         self.best = Best(valid_loss=None, step=None, misses=0)
         self.valid_loss: float | None = None
-        self.weights: dict[str, str] = {}  # their hash at each validation, by step
+        self.weights: dict[str, str] = {}  # hash of the weights at each validation, by step
         self.begin_changes()
 
     def begin_changes(self) -> None:
@@ -66,7 +66,7 @@ class Logbook:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done or validation has stopped improving."""
+        """True once the last step is done or validation has stopped improving."""
         patience = self.config.early_stopping
         stopped_early = patience is not None and self.best.misses >= patience
         return self.state.step >= self.config.max_steps or stopped_early
@@ -78,7 +78,7 @@ class Logbook:
         return int(rows[-1]["step"]) if rows else self.state.step
 
     def extra(self) -> Extra:
-        """Return what a checkpoint keeps of it."""
+        """Return the part of the record that a checkpoint keeps."""
         return {
             "identity": self.provenance(),
             "scaler": self.state.scaler.state_dict(),
@@ -90,7 +90,7 @@ class Logbook:
         }
 
     def restore(self, saved: SavedRun) -> None:
-        """Take over what a checkpoint kept, but for identity and changes."""
+        """Restore the record from a checkpoint, except identity and changes."""
         if saved.scaler is not None:
             self.state.scaler.load_state_dict(asdict(saved.scaler))
         self.history = History.restore(asdict(saved.history))

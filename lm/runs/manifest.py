@@ -1,10 +1,9 @@
-"""The manifest beside a checkpoint: sizes and hashes of its files. Without it nothing counts.
+"""The manifest beside a checkpoint: sizes and hashes. A checkpoint without one does not count.
 
 last.safetensors   written first
 last.json          its rename is the commit
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,19 @@ from lm.machine.processes import ALONE, Processes
 
 
 def commit(path: Path) -> None:
-    """Write the manifest of a checkpoint that is on disk: from now on it counts."""
+    """Write the manifest of a checkpoint that is on disk: from now on the checkpoint counts."""
     write_json(path.with_suffix(".json"), size_and_hash(path))
 
 
-def size_and_hash(file: Path, sync: bool = False) -> dict[str, Any]:
-    """Return the size and the hash of a file, for a manifest; `sync` puts it on disk before."""
-    if sync:
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
+def size_and_hash(file: Path) -> dict[str, Any]:
+    """Return the size and the hash of a file, for a manifest."""
     return {"size_bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 def verify(path: Path, processes: Processes = ALONE) -> None:
     """Raise InputError unless a checkpoint, a file or a folder, is what its manifest describes.
 
-    Several processes share the files of a folder: it is sound if none of them raises.
+    Several processes divide the files of a folder: the folder is intact if none of them raises.
     """
     file = path.with_suffix(".json")
     if not path.is_dir():
@@ -67,7 +63,7 @@ def _is_description(value: Any) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint, if there is one; first its manifest, without which it does not count."""
+    """Delete a checkpoint if it exists, its manifest first: a half-deleted one must not count."""
     path.with_suffix(".json").unlink(missing_ok=True)
     if path.is_dir():
         shutil.rmtree(path)

@@ -34,10 +34,10 @@ def place(key: str) -> tuple[int, str]:
 def fitting_groups(
     name: str, saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of a file, each value of the type it has in this optimizer.
+    """Return the parameter groups of a file, each value as the type it has in this optimizer.
 
-    JSON knows neither tuples nor the floats of NumPy. Raises InputError if they are of another
-    optimizer, or have something else where this one has a number.
+    JSON has neither tuples nor the floats of NumPy. Raises InputError if the groups are of another
+    optimizer, or a value is not of the kind that it has in this one.
     """
     own = optimizer.state_dict()["param_groups"]
     if len(saved) != len(own):
@@ -57,7 +57,7 @@ def fitting_groups(
 
 
 def _like(saved: Any, own: Any, where: str) -> Any:
-    """Return a value from JSON as the type that this optimizer has in its place."""
+    """Return a value from JSON as the type of this optimizer's own value."""
     if own is None or (isinstance(own, bool) and (saved is None or isinstance(saved, bool))):
         return saved
     if isinstance(own, tuple | list) and isinstance(saved, list) and len(saved) == len(own):
@@ -67,7 +67,7 @@ def _like(saved: Any, own: Any, where: str) -> Any:
         if abs(saved) <= sys.float_info.max or saved == own:
             if isinstance(own, Tensor):
                 return torch.full_like(own, saved)
-            return saved if isinstance(own, int) else type(own)(saved)  # 1 may be 0.5 by now
+            return saved if isinstance(own, int) else type(own)(saved)  # 1 may have become 0.5
     elif isinstance(own, str | dict) and isinstance(saved, type(own)):
         return saved
     raise InputError(f"{where} = {str(saved)[:40]!r}, expected {type(own).__name__}")
@@ -80,11 +80,11 @@ def require_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Raise InputError unless the state in a file can be that of this optimizer's parameters.
+    """Raise InputError unless the state in a file fits this optimizer's parameters.
 
-    `values` are entries that are not tensors. Our optimizers say which entries a parameter has. In
-    another optimizer all parameters of a group have the same known entries, or none before a
-    gradient came.
+    `values` are entries that are not tensors. Our optimizers name the entries of a parameter. In
+    another optimizer all parameters of a group have the same known entries, or none before their
+    first gradient.
     """
     parameters, found = parameters_of(optimizer), defaultdict[int, set[str]](set)
     names_of = getattr(optimizer, "state_names", None)  # of ours
@@ -102,7 +102,7 @@ def require_state(
             if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
                 raise InputError(f"{name}: {key} = {str(value)[:40]!r}, expected a number")
     if names_of and values:
-        raise InputError(f"{other}: all of its state are tensors")
+        raise InputError(f"{other}: expected only tensors in its state")
     first = 0
     for group in optimizer.param_groups:
         indices = range(first, first + len(group["params"]))
@@ -120,12 +120,12 @@ def require_state(
             expected = Stored((), tensor.dtype)
         elif not names_of and entry not in LIKE_PARAMETER:
             continue
-        elif not names_of and tensor.dtype.is_floating_point:  # which torch turns into its own
+        elif not names_of and tensor.dtype.is_floating_point:  # torch converts it
             expected = expected._replace(dtype=tensor.dtype)
         if tensor != expected:
             there, here = (f"{each.shape} {word_of(each.dtype)}" for each in (tensor, expected))
             raise InputError(f"{other}: {key} is {there}, expected {here}")
-    if found and names_of and isinstance(model, TransformerLM):  # which uses all of its weights
+    if found and names_of and isinstance(model, TransformerLM):  # it uses all of its weights
         for index, parameter in enumerate(parameters):
             if parameter.requires_grad and index not in found:
                 raise InputError(f"{other}: no state of parameter {index}")

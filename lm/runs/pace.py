@@ -1,4 +1,4 @@
-"""How fast a run is, and which of its processes holds the others up."""
+"""Measure the speed of a run, and find the process that the others wait for."""
 
 import statistics
 from collections import deque
@@ -13,11 +13,11 @@ from lm.machine.gauges import (
 )
 from lm.train.state import Record, TrainState
 
-WATCHED, SLOW = 20, 0.5  # steps; a rank is slow if its forward pass takes so much longer
+WATCHED, SLOW = 20, 0.5  # last steps; a slow rank's forward pass takes longer by this share
 
 
 class Pace:
-    """The seconds of the steps, and those of the forward passes by rank."""
+    """The seconds of each step, and of its forward pass by rank."""
 
     def __init__(self) -> None:
         self.step_seconds: list[float] = []
@@ -29,7 +29,7 @@ class Pace:
         self.forward_seconds.append(forward_seconds)
 
     def slow_rank(self) -> str:
-        """Name the rank that holds the others up; return nothing if none does."""
+        """Return a remark on the rank that the others wait for, or "" if there is none."""
         latest = list(self.forward_seconds)[-WATCHED:]
         if len(latest) < WATCHED or len(latest[0]) == 1:
             return ""
@@ -45,10 +45,10 @@ class Pace:
     def measured(self, state: TrainState, config: TrainConfig) -> dict[str, Any]:
         """Return speed and memory of a finished run, for metrics/performance.json.
 
-        MFU is a share of the peak of all devices, by the data sheet or, where none is known, by a
-        measured product. Memory and the peaks are of one device. The forward seconds of a rank are
-        its own work under ddp; under fsdp they include waiting for the others' weights, so a slow
-        rank cannot be read from them.
+        MFU is relative to the peak of all devices, by the data sheet or, if none is known, by a
+        measured matrix product. Memory and the peaks are of one device. The forward seconds of a
+        rank are its own work under ddp; under fsdp they include waiting for the others' weights,
+        so they do not show a slow rank.
         """
         model, num_devices = state.model, state.processes.size
         device = model.head.device

@@ -1,4 +1,4 @@
-"""The outputs of a run: written from its checkpoints, and again if a kill came between."""
+"""Write the outputs of a run from its checkpoints; after a kill this can be repeated."""
 
 import fcntl
 from collections.abc import Iterator
@@ -14,36 +14,36 @@ from lm.model.transformer import TransformerLM
 from lm.runs.checkpoint import load_checkpoint
 from lm.runs.logbook import Logbook
 from lm.runs.manifest import commit, verify
-from lm.runs.resume_directory import ResumeDirectory
+from lm.runs.run_folder import RunFolder
 from lm.runs.sharded_checkpoint import as_one_file
 
 
 def publish(
     logbook: Logbook,
-    directory: ResumeDirectory,
+    folder: RunFolder,
     tokenizer: Tokenizer,
     models: Path,
     metrics: Path,
     progress: Progress,
 ) -> None:
-    """Write models/model, models/checkpoints and the metrics, one run after the other.
+    """Write models/model, models/checkpoints and the metrics, only one run at a time.
 
     models/model holds the last weights, or with early stopping the best.
     """
     state, checkpoints = logbook.state, models / "checkpoints"
     best_step, early_stopping = logbook.best.step, logbook.config.early_stopping is not None
     assert best_step is not None  # the last step is always validated
-    last, best = directory.path(state.step), directory.path(best_step)
-    with publishing(directory.folder.parent):
+    last, best = folder.checkpoint(state.step), folder.checkpoint(best_step)
+    with publishing(folder.path.parent):
         verify(best)
         verify(last)
         _copy_as_file(best, checkpoints / "best.safetensors")
         write_metrics(logbook, metrics)
-        model = TransformerLM(state.model.config)  # state.model may be a share of it
+        model = TransformerLM(state.model.config)  # with fsdp state.model is only a share of it
         load_checkpoint(best if early_stopping else last, model)
         save_model(model, tokenizer, models / "model")
         write_json(models / "model" / "provenance.json", logbook.provenance())
-        # at the end: a continued run that is killed before still finds what it continues
+        # last of all: a run that continues this very file still finds it after a kill
         _copy_as_file(last, checkpoints / "last.safetensors")
         say(
             f"Final loss {logbook.history.average_loss:.4f}, validation {logbook.valid_loss:.4f}, "
@@ -55,9 +55,9 @@ def publish(
 
 
 @contextmanager
-def publishing(unfinished: Path) -> Iterator[None]:
-    """Let one run after the other write the outputs, which all runs of a workspace share."""
-    with open(unfinished.with_name("lm-publish.lock"), "a") as lock:
+def publishing(runs_root: Path) -> Iterator[None]:
+    """Let only one run at a time write the outputs, which all runs of a workspace share."""
+    with open(runs_root.with_name("lm-publish.lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -72,7 +72,7 @@ def write_metrics(
 
 
 def _copy_as_file(checkpoint: Path, target: Path) -> None:
-    """Copy a checkpoint, as one file if several processes have written it as a folder."""
+    """Copy a checkpoint to one file, even if several processes have written it as a folder."""
     if checkpoint.is_dir():
         as_one_file(checkpoint, target)
     else:

@@ -1,37 +1,37 @@
-"""Where a run begins: at its own newest checkpoint, at another run's, or at the first step."""
+"""Choose where a run begins: at its newest checkpoint, at another run's, or at the first step."""
 
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lm.base.console import changes, count, few, say
+from lm.base.console import count, differences, few, say
 from lm.base.errors import InputError
 from lm.base.files import atomic_copy, require_file
-from lm.base.run_folders import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, decided
+from lm.base.run_id import MICRO_BATCH_SIZES, NUM_PROCESSES, clock_file, fixed_parts
 from lm.base.settings import TrainConfig
 from lm.runs.checkpoint import load_checkpoint
 from lm.runs.history import Clock
 from lm.runs.logbook import Logbook
 from lm.runs.manifest import commit, verify
-from lm.runs.resume_directory import ResumeDirectory, kept_checkpoints, newest_first
+from lm.runs.run_folder import RunFolder, kept_checkpoints, newest_first
 from lm.runs.saved_run import Identity, SavedRun, read_saved_run
 
-MOST_NAMED = 4  # differences of two runs in a line
+MOST_NAMED = 4  # differences of two runs that a line names
 
 
-def resume(logbook: Logbook, directory: ResumeDirectory) -> bool:
+def resume(logbook: Logbook, folder: RunFolder) -> bool:
     """Restore the newest intact checkpoint of this very run; return whether there is one."""
     state = logbook.state
-    for path, fault in kept_checkpoints(directory.folder, state.processes):
+    for path, fault in kept_checkpoints(folder.path, state.processes):
         try:
             if fault is not None:
                 raise InputError(fault)
             saved = read_saved_run(path)
-            _require_own(logbook, directory, path, saved)
-            _restore(logbook, directory, path, saved)
+            _require_own(logbook, folder, path, saved)
+            _restore(logbook, folder, path, saved)
         except InputError as error:
-            say(f"warning: {error}; passed over")
+            say(f"warning: {error}; skipped")
             continue
         _keep_micro_batch_size(logbook, saved.identity.micro_batch_sizes)
         if saved.identity.num_processes is not None:
@@ -42,33 +42,33 @@ def resume(logbook: Logbook, directory: ResumeDirectory) -> bool:
     return False
 
 
-def _require_own(logbook: Logbook, directory: ResumeDirectory, path: Path, saved: SavedRun) -> None:
-    """Raise InputError unless a sound checkpoint is of this run and its best one is sound too."""
-    theirs, ours = decided(saved.identity.parts()), logbook.identity.parts()
+def _require_own(logbook: Logbook, folder: RunFolder, path: Path, saved: SavedRun) -> None:
+    """Raise InputError unless a checkpoint is of this run, and its best checkpoint is intact."""
+    theirs, ours = fixed_parts(saved.identity.parts()), logbook.identity.parts()
     if theirs != ours:
-        raise InputError(f"{path}: of another run: {few(_differences(theirs, ours), MOST_NAMED)}")
+        raise InputError(f"{path}: of another run: {few(_disagreements(theirs, ours), MOST_NAMED)}")
     step, best_step = saved.step, saved.best.step
-    if path.stem != directory.path(step).stem or step > logbook.config.max_steps:
+    if path.stem != folder.checkpoint(step).stem or step > logbook.config.max_steps:
         raise InputError(
-            f"{path}: is at step {step}: not that of its name, or beyond train.max_steps"
+            f"{path}: is at step {step}: not the step in its name, or above train.max_steps"
         )
     if best_step is not None:
-        best, processes = directory.path(best_step), logbook.state.processes
+        best, processes = folder.checkpoint(best_step), logbook.state.processes
         processes.together(lambda: verify(best, processes))
 
 
-def _restore(logbook: Logbook, directory: ResumeDirectory, path: Path, saved: SavedRun) -> None:
-    """Bring everything to where a checkpoint was; `saved` was saved beside the state."""
+def _restore(logbook: Logbook, folder: RunFolder, path: Path, saved: SavedRun) -> None:
+    """Restore state, logbook and clock from a checkpoint; `saved` is the record in it."""
     state = logbook.state
     state.step = load_checkpoint(path, state.model, state.optimizer, state.processes)
     logbook.restore(saved)
-    times = clock_file(directory.folder.parent, saved.identity.parts())
+    times = clock_file(folder.path.parent, saved.identity.parts())
     text = times.read_bytes() if times.is_file() else b""
     logbook.clock = Clock.from_csv(text, resumed_at=state.step)
 
 
 def _keep_micro_batch_size(logbook: Logbook, sizes: dict[str, int]) -> None:
-    """Go on with the micro-batch size that the run had, or with what fits if that is less."""
+    """Keep the micro-batch size that the run had, or lower it to one that fits."""
     state = logbook.state
     before, fitting = sizes[max(sizes, key=int)], state.micro_batch_size
     share = logbook.config.batch_size // state.processes.size  # another number may not divide it
@@ -88,7 +88,7 @@ def _keep_micro_batch_size(logbook: Logbook, sizes: dict[str, int]) -> None:
 
 
 def require_continuable(path: Path, identity: Identity, config: TrainConfig) -> None:
-    """Raise InputError unless a checkpoint is a file, whole, of the same model and data."""
+    """Raise InputError unless a checkpoint is an intact file of the same model and data."""
     require_file(path)
     verify(path)
     saved = read_saved_run(path)
@@ -107,17 +107,17 @@ def require_continuable(path: Path, identity: Identity, config: TrainConfig) -> 
         )
 
 
-def continue_from(path: Path, logbook: Logbook, directory: ResumeDirectory) -> None:
+def continue_from(path: Path, logbook: Logbook, folder: RunFolder) -> None:
     """Start from another run's checkpoint, with the settings of this one."""
     state, saved = logbook.state, read_saved_run(path)
     groups = state.optimizer.param_groups
     settings = [{k: value for k, value in group.items() if k != "params"} for group in groups]
-    _restore(logbook, directory, path, saved)
+    _restore(logbook, folder, path, saved)
     for group, ours in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(ours)
     logbook.best = replace(logbook.best, misses=0)
     if (step := logbook.best.step) is not None:
-        kept = directory.folder / f"step-{step:08d}.safetensors"
+        kept = folder.path / f"step-{step:08d}.safetensors"
 
         def adopt_best() -> None:
             atomic_copy(_best_beside(path, saved), kept)
@@ -129,9 +129,9 @@ def continue_from(path: Path, logbook: Logbook, directory: ResumeDirectory) -> N
 
 
 def _best_beside(path: Path, saved: SavedRun) -> Path:
-    """Return the best checkpoint of the run that `path` is of: itself or a file beside it.
+    """Return the best checkpoint of the run that saved `path`: itself or a file beside it.
 
-    Raises InputError if none has the weights that `path` names: it decides what is published.
+    Raises InputError if none has the weights that `path` records: they may be published.
     """
     step = saved.best.step
     names = (path.name, "best.safetensors", f"step-{step:08d}.safetensors")
@@ -147,42 +147,43 @@ def _best_beside(path: Path, saved: SavedRun) -> Path:
     )
 
 
-def report_others(folder: Path, begins_anew: Identity | None) -> None:
-    """Say how much disk space unfinished runs with other settings, data or code take.
+def report_others(own: Path, begins_anew: Identity | None) -> None:
+    """Print how much disk space unfinished runs with other settings, data or code take.
 
-    If this run begins anew, say too why it does not go on with the one that is most like it.
+    If this run begins anew, print why it does not go on with the most similar of them.
     """
-    others = [f for f in folder.parent.iterdir() if f != folder and any(f.glob("step-*"))]
+    others = [f for f in own.parent.iterdir() if f != own and any(f.glob("step-*"))]
     if not others:
         return
     size, found = 0, []
     for other in others:
-        with suppress(InputError, OSError, IndexError):  # its trainer may drop files meanwhile
+        with suppress(InputError, OSError, IndexError):  # its process may delete files meanwhile
             for file in other.rglob("*"):
                 with suppress(OSError):
                     size += file.stat().st_size if file.is_file() else 0
             if begins_anew is not None:
                 path = newest_first(other)[0]
                 saved, written = read_saved_run(path), path.stat().st_mtime
-                why = _differences(decided(saved.identity.parts()), begins_anew.parts())
+                why = _disagreements(fixed_parts(saved.identity.parts()), begins_anew.parts())
                 found.append((len(why), -written, saved.step, few(why, MOST_NAMED)))
     keep, which = ("keeps", "that") if len(others) == 1 else ("keep", "the nearest")
-    line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {folder.parent}"
+    line = f"{count(len(others), 'other run')} {keep} {size / 1e6:.0f} MB in {own.parent}"
     if found:
         _, _, step, words = min(found)
         line += f"; {which}, at step {step}, is not resumed because of {words}"
     say(line)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _disagreements(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return how two identities differ, in words such as "train.lr 0.001 -> 0.003"."""
     found = []
     for part in dict.fromkeys(("model", "train", *sorted({**before, **now}))):
         of_before, of_now = before.get(part), now.get(part)
         if part in ("inputs", "code"):  # hashes by file
-            found += list(changes(of_before or {}, of_now or {}))
+            found += list(differences(of_before or {}, of_now or {}))
         elif isinstance(of_before, dict) and isinstance(of_now, dict):
-            found += [f"{part}.{name} {how}" for name, how in changes(of_before, of_now).items()]
+            differing = differences(of_before, of_now)
+            found += [f"{part}.{name} {how}" for name, how in differing.items()]
         elif of_before != of_now:
             found.append(part)
     return found

@@ -1,4 +1,4 @@
-"""Read the record of a run from a checkpoint, and check it before any of it is used."""
+"""Read the record of a run from a checkpoint, and check all of it before use."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,7 +37,7 @@ class _History:
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation up to a step, and how many have missed it since."""
+    """The best validation up to a step, and the number of later ones that were not better."""
 
     valid_loss: float | None
     step: Count | None
@@ -83,7 +83,7 @@ class SavedIdentity(Identity):
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What stage train saves beside model and optimizer, and their step: see lm.runs.logbook."""
+    """The record that stage train saves beside model and optimizer: see lm.runs.logbook."""
 
     step: Number
     identity: SavedIdentity
@@ -96,10 +96,10 @@ class SavedRun:
 
 
 def read_saved_run(path: Path) -> SavedRun:
-    """Return what stage train saved beside the state; read no tensor.
+    """Return the record of a run from a checkpoint without reading a tensor.
 
-    Settings that an earlier version did not have are added. Raises InputError for what no training
-    saves.
+    Add settings that an earlier version did not have. Raises InputError for a record that no
+    training saves.
     """
     extra = read_extra(path)
     identity = extra.get("identity")
@@ -122,7 +122,7 @@ def read_saved_run(path: Path) -> SavedRun:
     if (best.step is None) != (best.valid_loss is None) or (
         best.step is not None and not (best.step <= step and str(best.step) in run.weights)
     ):
-        raise InputError(f"{path}: extra.best = {extra['best']}: of no step of its {step}")
+        raise InputError(f"{path}: extra.best = {extra['best']}: not one of its {step} steps")
     skipped, in_a_row = run.skipped
     if not in_a_row <= skipped <= step:
         raise InputError(f"{path}: extra.skipped = {run.skipped}: more than its {step} steps")

@@ -1,10 +1,10 @@
-"""Checkpoints as folders that several processes write and any number reads.
+"""Checkpoints as folders, which several processes write and any number of processes reads.
 
-By torch.distributed.checkpoint, which plans who writes and who reads what, in its safetensors
-format: opening a folder runs no code, where that library's own format is a pickle.
+torch.distributed.checkpoint plans which process writes and reads what. Its safetensors format is
+used: opening a folder runs no code, while the library's own format is a pickle.
 
     shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote, and so on
-    header.json                                    what is no tensor: see checkpoint.py
+    header.json                                    all but the tensors: see checkpoint.py
 """
 
 import math
@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lm.base.errors import EnvironmentFault, InputError
-from lm.base.files import atomic_write, sync_directory, write_json, writing
+from lm.base.files import atomic_write, sync, write_json, writing
 from lm.machine.processes import Processes, common, of_rank
-from lm.model.model_folder import write_checkpoint
+from lm.model.safetensors_file import write_safetensors
 from lm.model.stored import Stored
 from lm.runs.manifest import discard, size_and_hash
 
@@ -32,9 +32,9 @@ HEADER = "header.json"
 def write_folder(
     tensors: dict[str, Tensor], metadata: dict[str, str], folder: Path, writers: Processes
 ) -> None:
-    """Write and commit a checkpoint that several processes hold, all of them together.
+    """Write and commit a checkpoint that several processes hold; all of them must call this.
 
-    Each process writes its rows of shared tensors; one process writes a tensor that all have.
+    Each process writes its rows of sharded tensors; one process writes a tensor that all have.
     Neither a process that dies nor a full disk leaves a torn checkpoint. Raises
     EnvironmentFault, in all of them, if the disk of one is full.
     """
@@ -50,16 +50,18 @@ def write_folder(
             atomic_write(scratch / HEADER, metadata["checkpoint"].encode())
 
     def own_files() -> dict[str, Any]:
-        own = scratch.glob(f"shard-{writers.rank + 1:05d}-*.safetensors")
-        return {file.name: size_and_hash(file, sync=True) for file in own}
+        own = list(scratch.glob(f"shard-{writers.rank + 1:05d}-*.safetensors"))
+        for file in own:
+            sync(file)
+        return {file.name: size_and_hash(file) for file in own}
 
     def finish() -> None:
         with writing(folder):
             files[HEADER] = size_and_hash(scratch / HEADER)
-            sync_directory(scratch)
-            discard(folder)  # a damaged one, which was passed over
+            sync(scratch)
+            discard(folder)  # a damaged one that was skipped
             scratch.replace(folder)
-            sync_directory(folder.parent)
+            sync(folder.parent)
             write_json(folder.with_suffix(".json"), {"files": dict(sorted(files.items()))})
 
     try:
@@ -71,7 +73,7 @@ def write_folder(
         files = {name: entry for part in parts for name, entry in part.items()}
         writers.lead(finish)
     finally:
-        if writers.leads:  # after a failure, what it left on a full disk
+        if writers.leads:  # a failure may leave files on a full disk
             shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -95,12 +97,12 @@ def stored(folder: Path) -> dict[str, Stored]:
 
 
 def blank(like: Tensor) -> Tensor:
-    """Return a tensor of this kind to read into; it stays nan where no file has anything."""
+    """Return a tensor like this one to read into; rows that no file holds stay nan."""
     return torch.full_like(like, math.nan if like.is_floating_point() else 0)
 
 
 def read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
-    """Fill tensors in place, shared ones with the rows of this process; no process waits."""
+    """Fill tensors in place, sharded ones with this process's rows; wait for no other process."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -117,14 +119,14 @@ def as_one_file(folder: Path, path: Path) -> None:
     }
     read_tensors(tensors, folder)
     metadata = {"checkpoint": (folder / HEADER).read_text(encoding="utf-8")}
-    write_checkpoint(tensors, metadata, path)
+    write_safetensors(tensors, metadata, path)
 
 
 @contextmanager
 def _errors_in_one_line(folder: Path, by_all: bool = False) -> Iterator[None]:
     """Turn the library's errors, with a traceback of each rank, into faults of one line.
 
-    With by_all, all processes are here and all raise the fault, with the rank that caused it.
+    With `by_all` all processes are here, and all raise the fault and name the rank that caused it.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 

@@ -22,9 +22,9 @@ from dvc_render import VegaRenderer, render_html
 from lm.base.console import say
 from lm.base.errors import InputError, one_line_errors
 from lm.base.files import atomic_write
-from lm.base.run_folders import clock_file
+from lm.base.run_id import clock_file
 from lm.runs.history import Clock
-from stages.run import UNFINISHED
+from stages.run import RUNS_ROOT
 from tools.report.vega import VEGA_LITE, script
 from tools.repository import opened
 
@@ -75,7 +75,7 @@ def clock(repo: Repo, revision: str) -> Clock:
         files, root = (there.fs, there.root_dir) if in_folder else (there.dvcfs, "")
         try:
             provenance = files.read_text(Path(root, "models/model/provenance.json").as_posix())
-            times = clock_file(UNFINISHED, json.loads(provenance))
+            times = clock_file(RUNS_ROOT, json.loads(provenance))
         except (FileNotFoundError, DataIndexDirError, ValueError):  # not in the cache, or torn
             if not in_folder:
                 return Clock()

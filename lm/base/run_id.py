@@ -1,4 +1,8 @@
-"""The folders of training runs: one for each run, named by the hash of its identity."""
+"""The id of a training run, a hash of all that decides its result, and the paths named by it.
+
+.dvc/tmp/lm-resume/RUN_ID/     the run folder: see lm/runs/run_folder.py
+.dvc/tmp/lm-clock/RUN_ID.csv   the times of the run's steps
+"""
 
 import fcntl
 import os
@@ -14,24 +18,29 @@ from lm.base.files import sha256_json, writing
 MICRO_BATCH_SIZES, NUM_PROCESSES = "micro_batch_sizes", "num_processes"
 
 
-def run_folder(unfinished: Path, identity: dict[str, Any]) -> Path:
-    """Return the folder of the run with this identity."""
-    return unfinished / sha256_json(decided(identity))[:32]
+def run_id(identity: dict[str, Any]) -> str:
+    """Return the id of the run with this identity."""
+    return sha256_json(fixed_parts(identity))[:32]
 
 
-def decided(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity of a run without the parts that may change on its way."""
+def fixed_parts(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity of a run without the parts that may change during it."""
     may_change = (MICRO_BATCH_SIZES, NUM_PROCESSES)
     return {part: value for part, value in identity.items() if part not in may_change}
 
 
-def clock_file(unfinished: Path, identity: dict[str, Any]) -> Path:
-    """Return the file that keeps the times of a run's steps, longer than the run's folder."""
-    return unfinished.with_name("lm-clock") / f"{run_folder(unfinished, identity).name}.csv"
+def run_folder(runs_root: Path, identity: dict[str, Any]) -> Path:
+    """Return the run folder; `runs_root` is the folder above all of them."""
+    return runs_root / run_id(identity)
+
+
+def clock_file(runs_root: Path, identity: dict[str, Any]) -> Path:
+    """Return the file of the times of a run's steps; it outlives the run folder."""
+    return runs_root.with_name("lm-clock") / f"{run_id(identity)}.csv"
 
 
 def remove_finished(folder: Path) -> None:
-    """Delete the folder of a run whose outputs are recorded, unless a process uses it."""
+    """Delete the folder of a run whose outputs are recorded, unless a process is using it."""
     if folder.is_dir():
         with suppress(Busy):
             lock = locked(folder)
@@ -40,7 +49,7 @@ def remove_finished(folder: Path) -> None:
 
 
 def locked(folder: Path) -> Any:
-    """Make and lock a run's folder; return the open file that holds the lock.
+    """Make and lock a run folder; return the open file that holds the lock.
 
     Raises Busy if another process holds it.
     """
@@ -54,7 +63,7 @@ def locked(folder: Path) -> Any:
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise Busy(f"{folder}: process {holder} is training this run; wait or stop it") from None
-    if os.fstat(lock.fileno()).st_nlink == 0:  # the folder was removed in this very moment
+    if os.fstat(lock.fileno()).st_nlink == 0:  # the folder was removed just now
         lock.close()
         return locked(folder)
     with writing(folder / "lock"):
