@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import sys
+from textwrap import indent
 
 import pytest
 
@@ -19,7 +20,20 @@ PAGES = {
 }
 MAKEFILE = (ROOT / "Makefile").read_text()
 HISTORY = {"CHANGELOG.md", "docs/LOG.md"}  # tell of what was there
-CURRENT = {name: text for name, text in PAGES.items() if name not in HISTORY}
+
+
+def with_indented_commands(text):
+    """A page with its blocks of a shell, or of no language, as indented lines."""
+
+    def indented(block):
+        return indent(block[2], "    ") if block[1] in ("", "sh", "bash", "console") else block[0]
+
+    return re.sub(r"^```(\w*)\n(.*?)^```$", indented, text, flags=re.M | re.S)
+
+
+CURRENT = {
+    name: with_indented_commands(text) for name, text in PAGES.items() if name not in HISTORY
+}
 # processes that others start, which nobody types
 INTERNAL = {
     "benchmarks.gpu.equality",
@@ -180,6 +194,24 @@ def test_every_link_leads_somewhere(page):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text()), link
+
+
+def test_readme_is_read_to_its_end():
+    assert PAGES["README.md"].count("\n") <= 150
+
+
+@pytest.mark.parametrize("page", [page for page in CURRENT if page.startswith("docs/")])
+def test_a_page_begins_with_whom_it_is_for(page):
+    title, _, text = PAGES[page].partition("\n\n")
+    first = " ".join(re.split(r"[.:]\s", text)[0].split())
+    assert title.startswith("# ")
+    assert re.match(r"For |.* (is|are) for ", first), first
+
+
+def test_the_entrance_leads_to_every_page():
+    links = set(re.findall(r"\]\((\w+\.md)[)#]", PAGES["docs/index.md"]))
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    assert pages - {"index.md"} <= links
 
 
 def shortened(argument):
