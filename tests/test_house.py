@@ -75,6 +75,18 @@ def test_the_wings_are_those_of_the_page():
     assert {wing(file) for file in FILES} - {"lm/__init__.py", *ABOVE_LM} == set(WINGS)
 
 
+def test_the_picture_names_every_tool():
+    """A file of tools/ with a command line, or a folder with a __main__.py."""
+    files = [ROOT / file for file in FILES if wing(file) == "tools"]
+    folders = {path.parent.name for path in files if path.name == "__main__.py"}
+    single = {path.stem for path in files if path.parent.name == "tools"}
+    commands = {
+        name for name in single if "__main__" in (ROOT / "tools" / f"{name}.py").read_text()
+    }
+    (named,) = re.findall(r"^tools/ +([\w ]+):", ARCHITECTURE, re.M)
+    assert set(named.split()) == commands | folders
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_imports_only_go_to_earlier_wings(file):
     above = WINGS.index("stages")
