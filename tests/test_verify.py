@@ -150,7 +150,7 @@ def test_what_does_not_belong_together_is_named(project):
         "model.safetensors: its weights differ from those in models/checkpoints/last.safetensors",
         "model.safetensors: lm_head.weight: 1 of",
         "models/model/tokenizer.json: differs from data/tokenizer/tokenizer.json",
-        "models/checkpoints/last.safetensors: belongs to another run than models/model/provenance.json",
+        "checkpoints/last.safetensors: belongs to another run than models/model/provenance.json",
         "lm/train: differs from what the stages read",
         "lm/train/optim.py: changed since it made the model",
     ):
