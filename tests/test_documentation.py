@@ -232,6 +232,10 @@ def runnable():
     return sorted(found)
 
 
+def test_the_pages_have_commands_to_run():
+    assert len(runnable()) > 12
+
+
 @pytest.mark.parametrize("command", runnable(), ids=" ".join)
 def test_a_quick_command_runs_in_a_trained_project(command, baseline, tmp_path):
     project = copied(baseline, tmp_path / "project")
