@@ -1,9 +1,9 @@
-"""How long a batch takes beside nanoGPT's way to make one, and what share of a step it is.
+"""Time a batch beside one made in nanoGPT's way, and give its share of a training step.
 
     python -m benchmarks.batches
 
-32 windows of 1,024 tokens from a training split of 100 MB that lies in the page cache, and the
-batches and steps of presets/smoke.yaml on the same tokens. Calls alternate; medians count.
+Batches are 32 windows of 1,024 tokens from a training split of 100 MB in the page cache; then those
+of presets/smoke.yaml from the same tokens, beside its steps. Calls alternate; medians count.
 """
 
 import random
@@ -35,7 +35,7 @@ BASELINE = "nanoGPT's get_batch"
 
 
 def write(folder: Path, n_shards: int, weights: list[float | None]) -> Split:
-    """Random tokens with the end of a document every 500 or so, in equal shards."""
+    """Write random tokens, with the end of a document every 500 or so, in equal shards."""
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, N_TOKENS, dtype=np.uint16)
     ids[np.random.default_rng(1).integers(0, N_TOKENS, N_TOKENS // 500)] = END_ID
     shards = []
@@ -59,7 +59,7 @@ def write(folder: Path, n_shards: int, weights: list[float | None]) -> Split:
 
 
 def as_nanogpt(file: Path) -> None:
-    """The plain way: map the file anew, cut 2 x 32 slices, turn each into int64, stack them."""
+    """Make a batch plainly: map the file anew, cut 2 x 32 slices, stack them as int64."""
     data = np.memmap(file, dtype=np.uint16, mode="r")
     starts = torch.randint(len(data) - CONTEXT_LENGTH, (BATCH_SIZE,)).tolist()
     for shift in (0, 1):
@@ -70,7 +70,7 @@ def as_nanogpt(file: Path) -> None:
 def batches(
     split: Split, sampling: WindowOrder, size: int = BATCH_SIZE, length: int = CONTEXT_LENGTH
 ) -> Callable[[], object]:
-    """A call that makes the next batch, as tensors."""
+    """Return a call that makes the next batch, as tensors."""
     steps = count()
 
     def following() -> object:
@@ -81,7 +81,7 @@ def batches(
 
 
 def interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, one call of each in turn, in another order every time."""
+    """Return the median milliseconds of each; call them in turns, in another order each time."""
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
@@ -94,7 +94,7 @@ def interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> di
 
 
 def smoke_step() -> tuple[dict[str, Callable[[], object]], tuple[int, int]]:
-    """A call that trains one step of the preset, on one thread, and the shape of its batches."""
+    """Return a call that trains one step of the preset, on one thread; and its batches' shape."""
     torch.set_num_threads(1)
     params = load_params(Path("presets/smoke.yaml"))
     config = replace(read_section(TrainConfig, params, "train"), max_steps=10**9)

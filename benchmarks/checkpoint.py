@@ -1,9 +1,9 @@
-"""How long a checkpoint keeps training waiting, for GPT-2's size (124M parameters, AdamW).
+"""Time how long training waits for a checkpoint, at GPT-2's size (124M parameters, AdamW).
 
     python -m benchmarks.checkpoint [FOLDER]
 
-Beside it: a copy of the same bytes in memory, the limit of what is meant; and a save that waits
-for the disk. Training steps are timed with and without a write behind them.
+Beside it: a copy of the same bytes in memory, which no save can beat; and a save that waits for the
+disk. Training steps are timed with and without a write in the background.
 """
 
 import statistics

@@ -1,8 +1,8 @@
-"""Who is compared: training loops as generators, a step and its loss each time they are asked.
+"""The contestants: training loops as generators, which take a step and yield its loss.
 
     CONTESTANTS[name](shape, file of token ids, device) -> Contest
 
-Imports of what is compared stand in the functions, so that each process holds its own alone.
+Each function imports what it compares, so that a process holds only its own contestant.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Shape(NamedTuple):
-    """Of a model and its batch."""
+    """Sizes of a model and its batch."""
 
     vocab_size: int
     d_model: int
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of one step."""
+        """Return the tokens of one step."""
         return self.context_length * self.batch_size
 
 
@@ -58,12 +58,12 @@ class Contest:
     """One contestant, ready for its first step."""
 
     parameters: int
-    flops_per_token: float  # 6 a weight that multiplies, 12 L C T of attention
+    flops_per_token: float  # 6 for each weight that multiplies, 12 L C T for attention
     steps: Iterator[float]  # the loss of each
 
 
 class Missing(Exception):
-    """A contestant that is not on this machine."""
+    """A contestant is not on this machine."""
 
 
 # --- nanoGPT ------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class NanoGPTSettings:
-    """What its train.py calls by these names."""
+    """Settings of its train.py, under its names."""
 
     learning_rate: float = 1e-3
     min_lr: float = 1e-4
@@ -87,7 +87,7 @@ class NanoGPTSettings:
 
 
 def nanogpt_file() -> Path:
-    """Its model.py, in the folder that the variable NANOGPT names. Raises Missing."""
+    """Return its model.py, in the folder that the variable NANOGPT names. Raises Missing."""
     file = Path(os.environ.get("NANOGPT", "nanoGPT"), "model.py")
     if not file.is_file():
         raise Missing(f"{file} is missing; set NANOGPT to a clone of nanoGPT")
@@ -95,7 +95,7 @@ def nanogpt_file() -> Path:
 
 
 def nanogpt_module() -> ModuleType:
-    """That file, imported."""
+    """Import that file."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt_file())
     assert spec is not None
     assert spec.loader is not None
@@ -105,7 +105,7 @@ def nanogpt_module() -> ModuleType:
 
 
 def nanogpt_model(shape: Shape, device: torch.device, settings: NanoGPTSettings) -> Any:
-    """Its GPT without bias and dropout; made as its train.py makes it."""
+    """Return its GPT without bias and dropout, made as its train.py does."""
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     module = nanogpt_module()
@@ -126,7 +126,7 @@ def nanogpt_model(shape: Shape, device: torch.device, settings: NanoGPTSettings)
 def nanogpt_steps(
     model: Any, shape: Shape, file: Path, device: torch.device, settings: NanoGPTSettings
 ) -> Iterator[float]:
-    """The loop of its train.py, on one device and without gradient accumulation."""
+    """Run the loop of its train.py, on one device and without gradient accumulation."""
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     with redirect_stdout(io.StringIO()):
         optimizer = model.configure_optimizers(
@@ -156,7 +156,7 @@ def nanogpt_steps(
 
 
 def nanogpt_batch(file: Path, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Its get_batch: the memmap is made anew each time."""
+    """Do as its get_batch: open the memmap anew each time."""
     data = np.memmap(file, dtype=np.uint16, mode="r")
     length = shape.context_length
     ix = torch.randint(len(data) - length, (shape.batch_size,))
@@ -170,7 +170,7 @@ def nanogpt_batch(file: Path, shape: Shape, device: torch.device) -> tuple[Tenso
 
 
 def nanogpt_lr(step: int, settings: NanoGPTSettings) -> float:
-    """Its get_lr: linear warm-up, cosine decay."""
+    """Do as its get_lr: linear warm-up, cosine decay."""
     if step < settings.warmup_iters:
         return settings.learning_rate * (step + 1) / (settings.warmup_iters + 1)
     if step > settings.lr_decay_iters:
@@ -191,7 +191,7 @@ def nanogpt(shape: Shape, file: Path, device: torch.device, **settings: Any) -> 
 
 
 def llama(shape: Shape, file: Path, device: torch.device) -> Contest:
-    """LlamaForCausalLM of transformers in a plain loop."""
+    """Train LlamaForCausalLM of transformers in a plain loop."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -227,7 +227,7 @@ def llama(shape: Shape, file: Path, device: torch.device) -> Contest:
 
 
 def textbook(shape: Shape, file: Path, device: torch.device) -> Contest:
-    """benchmarks/textbook.py in the loop that goes with it."""
+    """Train benchmarks/textbook.py in a loop of its kind."""
     from benchmarks.textbook import AdamW, Transformer, clip_gradients, cross_entropy
 
     torch.manual_seed(0)
@@ -251,10 +251,10 @@ def textbook(shape: Shape, file: Path, device: torch.device) -> Contest:
 
 
 def products(shape: Shape) -> list[tuple[int, int, int, int]]:
-    """The forward matrix products of a step: how many, (N, K) x (K, M) each.
+    """Return the forward matrix products of a step: their number, (N, K) x (K, M) each.
 
-    The backward pass has two for each: by the input and by the weight. Attention is counted
-    whole, as flops_per_token counts it: a loop that leaves out what the mask hides does less.
+    The backward pass has two for each: by the input and by the weight. Attention counts in full,
+    as in flops_per_token; a loop that leaves out what the mask hides computes less.
     """
     _, C, _, H, F, T, B = shape
     one_block = [(1, B * T, C, 3 * C), (1, B * T, C, C), (1, B * T, C, 2 * F), (1, B * T, F, C)]
@@ -263,7 +263,7 @@ def products(shape: Shape) -> list[tuple[int, int, int, int]]:
 
 
 def floor(shape: Shape, file: Path, device: torch.device, dtype: torch.dtype) -> Contest:
-    """Only the matrix products of a step, into memory that is there already."""
+    """Compute only the matrix products of a step, into memory that exists already."""
 
     def numbers(*size: int) -> Tensor:
         return torch.randn(size, dtype=dtype, device=device)
@@ -306,7 +306,7 @@ def _flops(weights: int, shape: Shape) -> float:
 
 
 def ours(shape: Shape, file: Path, device: torch.device, **train_settings: Any) -> Contest:
-    """`training`, watched for its losses alone."""
+    """Yield the losses of `training`."""
     state, records = training(shape, file, device, **train_settings)
     steps = (record["train_loss"] for record in records)
     return Contest(state.model.num_parameters(), state.model.flops_per_token(), steps)
@@ -319,10 +319,10 @@ def training(
     deterministic: bool = True,
     **train_settings: Any,
 ) -> tuple[Any, Iterator[dict[str, Any]]]:
-    """The TrainState and lm.train.loop.train as stage train has them, if deterministic.
+    """Return the TrainState and lm.train.loop.train as stage train has them, if deterministic.
 
-    The settings are those of params.yaml but for these. With parallel = ddp or fsdp the process is
-    joined to those that RANK and the like name.
+    `train_settings` replace those of params.yaml. With parallel = ddp or fsdp, join the processes
+    that RANK and the other variables of a launcher name.
     """
     from lm.base.files import sha256_file
     from lm.base.params import load_params
@@ -370,8 +370,8 @@ OURS: dict[str, Callable[..., Contest]] = {
         ours, optimizer="muon", dtype="bfloat16", compile=True
     ),
 }
-CHECKPOINTING = ", checkpointing"  # behind a name of ours
-PARALLEL = "ddp", "fsdp"  # likewise: of one process, if no launcher says more
+CHECKPOINTING = ", checkpointing"  # comes after a name of ours
+PARALLEL = "ddp", "fsdp"  # as well; one process, unless a launcher sets more
 CONTESTANTS: dict[str, Callable[..., Contest]] = {
     "nanoGPT": nanogpt,
     "nanoGPT, bfloat16": partial(nanogpt, dtype="bfloat16"),

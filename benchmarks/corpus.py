@@ -1,4 +1,4 @@
-"""A text of any size to measure with: Python source and its documentation, in documents."""
+"""Make a text of any size for benchmarks: Python source and its documentation, in documents."""
 
 import ast
 import sysconfig
@@ -11,9 +11,9 @@ MAX_FILE_BYTES = 200_000
 
 
 def documents(size_bytes: int) -> Iterator[bytes]:
-    """Source files of the installed packages, and after each the English of its docstrings.
+    """Yield source files of the installed packages, and after each the English of its docstrings.
 
-    Once round, the files come again with their words altered, so that no two are alike.
+    After the last file, begin again with altered words, so that no two documents are the same.
     """
     site = Path(sysconfig.get_paths()["purelib"])
     files = sorted(f for f in site.rglob("*.py") if f.stat().st_size <= MAX_FILE_BYTES)
@@ -28,7 +28,7 @@ def documents(size_bytes: int) -> Iterator[bytes]:
 
 
 def _texts(file: Path) -> list[bytes]:
-    """A file's source and its docstrings, if it is Python as we know it."""
+    """Return a file's source and its docstrings; nothing if this Python cannot parse it."""
     try:
         data = file.read_bytes()
         nodes = [
@@ -41,5 +41,5 @@ def _texts(file: Path) -> list[bytes]:
 
 
 def _altered(text: bytes, lap: int) -> bytes:
-    """The text with a mark on some words: another in each lap."""
+    """Return the text with a mark on some words, which differs in each lap."""
     return text if lap == 0 else text.replace(b"e ", b"e%d " % lap)

@@ -1,8 +1,8 @@
-"""What logging costs a step of the default run: curves, metrics and times that can be watched.
+"""Time what logging costs a step of the default run: curves, metrics, times.
 
     python -m benchmarks.curves
 
-The curves are at their longest, MAX_ROWS - 1 rows, so each refresh writes the most there can be.
+The curves have their greatest length, MAX_ROWS - 1 rows, so each refresh writes the most.
 """
 
 import statistics

@@ -1,10 +1,10 @@
-"""From a file of text to a file of token ids: ours beside the ways of others, in one run.
+"""Time the way from a file of text to a file of token ids: ours beside those of others.
 
     python -m benchmarks.data --megabytes 100 --rounds 3
 
-Each way is a process of its own, timed from its start to its end, and all make the same ids with
-the same vocabulary; they take turns. `nanogpt` needs the package datasets and is left out without.
-Memory is the peak of the resident set, summed over a process and its children.
+Each way is a process of its own, timed from start to end. All make the same ids with the same
+vocabulary, in turns. `nanogpt` needs the package datasets and is left out without it. Memory is the
+peak of the resident set, summed over a process and its children.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def raw(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
 
 
 def bare(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
-    """gigatoken as it is: the file to ids, without a split or a check."""
+    """Encode the file by gigatoken alone, without a split or a check."""
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     import gigatoken
 
@@ -59,18 +59,18 @@ def bare(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
 
 
 def tiktoken_pool(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
-    """tiktoken in a pool of processes over spans of documents, one writer."""
+    """Encode spans of documents by tiktoken in a pool of processes, with one writer."""
     write_in_order(file, out, cores, _tiktoken_span, _open_tiktoken, tokenizer)
 
 
 def tokenizers_pool(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
-    """Hugging Face tokenizers in a pool of processes over spans of documents, one writer."""
+    """Encode spans of documents by tokenizers in a pool of processes, with one writer."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     write_in_order(file, out, cores, _tokenizers_span, _open_tokenizers, tokenizer)
 
 
 def nanogpt(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
-    """datasets.map with tiktoken, then the arrow table to a memmap in batches: nanoGPT's way."""
+    """Do as nanoGPT: datasets.map with tiktoken, then the arrow table to a memmap in batches."""
     import datasets  # type: ignore[import-not-found]
 
     from benchmarks import data as this  # under this name its functions can be pickled
@@ -92,7 +92,7 @@ def nanogpt(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
 
 
 def learn_by_tokenizers(file: Path, tokenizer: Path, out: Path, cores: int) -> None:
-    """The vocabulary by Hugging Face tokenizers, from the training split that ours learns from."""
+    """Learn the vocabulary by Hugging Face tokenizers, from the training split that ours uses."""
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     from lm.base.params import load_params
     from lm.base.sections import read_section
@@ -120,7 +120,7 @@ WAYS: dict[str, Callable[[Path, Path, Path, int], None]] = {
 
 
 def spans(file: Path) -> Iterator[bytes]:
-    """The file in stretches of whole documents."""
+    """Yield the file in stretches of whole documents."""
     rest = b""
     with open(file, "rb") as stream:
         while chunk := stream.read(SPAN):
@@ -198,7 +198,7 @@ def _tokenized(row: dict[str, str]) -> dict[str, Any]:
 
 
 def measure(way: str, file: Path, tokenizer: Path, out: Path, cores: int) -> tuple[float, float]:
-    """Seconds and the peak resident set in MB of one way, as a process."""
+    """Run one way as a process; return its seconds and its peak resident set in MB."""
     options = {"way": way, "file": file, "tokenizer": tokenizer, "out": out, "cores": cores}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     command, folder = [sys.executable, "-m", "benchmarks.data", *words], ROOT
@@ -228,7 +228,7 @@ def measure(way: str, file: Path, tokenizer: Path, out: Path, cores: int) -> tup
 
 
 def stage(name: str, file: Path, settings: dict[str, Any]) -> list[str]:
-    """The command of a stage of this project, on a text of ours."""
+    """Return the command of a stage of this project, on a text of ours."""
     separator = END.decode() if file.suffix == ".txt" else "null"
     settings = {"data.path": file, "data.separator": separator, **settings}
     given = [word for key, value in settings.items() for word in ("-S", f"{key}={value}")]
@@ -236,7 +236,7 @@ def stage(name: str, file: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Of a process and its children; what they share is counted for each."""
+    """Return the resident set of a process and its children; what they share counts for each."""
     total = 0
     try:
         for process in [(top := psutil.Process(pid)), *top.children(recursive=True)]:
@@ -247,7 +247,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def digest(out: Path, way: str) -> tuple[int, int]:
-    """How many ids there are and their sum: the same for all ways, whatever was held out."""
+    """Return the number of ids and their sum: the same for all ways, whatever was held out."""
     files = [out]
     if way == OURS:
         files = sorted((out.parent / "project" / "data" / "tokens").glob("*/*.bin"))
@@ -274,7 +274,7 @@ def main() -> None:
 
 
 def compare(folder: Path, arguments: argparse.Namespace) -> None:
-    """All ways in turns, on 2 cores and on 1, and our formats; a table in Markdown."""
+    """Run all ways in turns, on 2 cores and on 1, and our formats; print Markdown tables."""
     texts = [text.strip(b"\r\n") for text in documents(int(arguments.megabytes * 1e6))]
     files = write_formats(folder, texts)
     size = sum(map(len, texts))
@@ -319,7 +319,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def write_formats(folder: Path, texts: list[bytes]) -> dict[str, Path]:
-    """The same documents in each format."""
+    """Write the same documents in each format."""
     import pyarrow
     from pyarrow import parquet
 
@@ -334,7 +334,7 @@ def write_formats(folder: Path, texts: list[bytes]) -> dict[str, Path]:
 
 
 def learn(file: Path, project: Path, vocabulary: int) -> Path:
-    """The vocabulary that all ways use, by our stage tokenizer."""
+    """Learn the vocabulary that all ways use, by our stage tokenizer."""
     (project / "data" / "tokenizers").mkdir(parents=True)
     command = stage("tokenizer", file, {"tokenizer.vocab_size": vocabulary})
     subprocess.run(command, cwd=project, check=True)

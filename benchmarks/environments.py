@@ -1,8 +1,8 @@
-"""Which environments give the same bits? 20 steps of the default model, weights compared by hash.
+"""Find environments that give the same bits: hash the weights after 20 steps of the default.
 
     python -m benchmarks.environments
 
-Each row is a process of its own. Rows that share a letter ended in the same bytes.
+Each row is a process of its own. Rows with the same letter ended in the same bytes.
 """
 
 import json

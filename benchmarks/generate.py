@@ -1,10 +1,10 @@
-"""Tokens a second of generation, beside `generate` of transformers with the same weights.
+"""Measure tokens per second of generation, beside `generate` of transformers.
 
     python -m benchmarks.generate [--shapes default L] [--batches 1 16]
 
 One process, greedy, prompts of 8 ids, caches on both sides, in turns; medians count. The other side
-is LlamaForCausalLM with its default settings. The last column tells for how many tokens all rows of
-both are the same: sums in another order may turn a near tie of random weights.
+is LlamaForCausalLM with the same weights and its default settings. The last column is the number of
+tokens for which all rows of both agree: the order of sums may decide a near tie of random weights.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def theirs(model: Any, n_tokens: int) -> Side:
 
 
 def as_llama(model: TransformerLM) -> Any:
-    """The same weights in transformers; no token ends a text."""
+    """Return the same weights in transformers; no token ends a text."""
     settings = stock_config(model.config, 0) | {"bos_token_id": None, "eos_token_id": None}
     llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
     llama.load_state_dict(stock_weights(model))
@@ -65,7 +65,7 @@ def as_llama(model: TransformerLM) -> Any:
 
 
 def compare(sides: list[Side], batch: int, vocab_size: int, rounds: int) -> tuple[list[float], int]:
-    """The median seconds of each side, and for how many tokens all rows agree."""
+    """Return the median seconds of each side, and the number of tokens for which all rows agree."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(vocab_size, (batch, PROMPT), generator=generator).tolist()
     first, second = (side(prompts) for side in sides)  # not counted
@@ -87,7 +87,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="+", default=["default", "L"], choices=SHAPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--tokens", type=int, default=128, help="new ones of a row")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens in each row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

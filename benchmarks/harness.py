@@ -1,8 +1,8 @@
-"""The exported model in lm-evaluation-harness, beside our own figures:  make lm-eval
+"""Evaluate the exported model in lm-evaluation-harness, beside our own figures:  make lm-eval
 
     data/tokens --documents--> benchmarks/tasks/validation.jsonl --lm_eval--> bits per byte
 
-The harness and its many dependencies have an environment of their own. No network is used.
+The harness and its many dependencies have an environment of their own. It uses no network.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def run_harness() -> float:
-    """Bits per byte as the harness has it, of all bytes of the documents."""
+    """Return bits per byte by the harness, over all bytes of the documents."""
     with tempfile.TemporaryDirectory() as scratch:
         command: list[str | Path] = [
             PROGRAM, "run", "--model", "hf", "--device", "cpu", "--batch_size", "8",
@@ -76,10 +76,10 @@ def run_harness() -> float:
 
 @torch.inference_mode()
 def document_nats(model: TransformerLM, ids: list[int], end_id: int) -> float:
-    """The loss of a document, in the windows of the harness (its get_rolling_token_windows).
+    """Return the loss of a document, in the windows of the harness (get_rolling_token_windows).
 
-    The end token stands before the first token and is no target. Windows do not overlap, but the
-    last is moved back to be full; of it only the new targets count.
+    The end token comes before the first token and is no target. Windows do not overlap, but the
+    last begins earlier to be full; only its new targets count.
     """
     row, length = torch.tensor([end_id, *ids]), model.config.context_length
     nats = 0.0

@@ -1,9 +1,9 @@
-"""Peak memory of training, ours and others', at the same micro-batch size.
+"""Measure peak memory of training, ours and others', at the same micro-batch size.
 
     python -m benchmarks.memory [--shapes L long] [--contestants NAME ...]
 
-Each contestant is a process of its own, alone on the machine, for a few steps. Peaks are of the
-process; "own" is what lies above importing torch: parameters, gradients, optimizer, activations.
+Each contestant is a process of its own, alone on the machine, for a few steps. "own" is the peak
+without the import of torch: parameters, gradients, optimizer, activations.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def one_shape(title: str, names: list[str], steps: int, threads: int) -> None:
-    """One table; ratios are of the own memory."""
+    """Print one table; ratios are of the own memory."""
     shape = SHAPES[title]
     print(f"\n| {title} {tuple(shape)} | peak MB | own MB | of leanest peer | of without | ms |")
     print("|---|--:|--:|--:|--:|--:|")

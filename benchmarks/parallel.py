@@ -1,4 +1,4 @@
-"""What training in several processes costs and gains on this machine: a table for each question.
+"""Measure what training in several processes costs and gains here: a table for each question.
 
     python -m benchmarks.parallel [--tables eager compiled checkpoint] [--shapes S M] [--rounds N]
 
@@ -6,10 +6,10 @@ eager       float32, not compiled: ddp and fsdp of one process and of two, by su
 compiled    bfloat16, compiled, of one process: none as one graph, ddp and fsdp block by block
 checkpoint  one process saves a file, two save a folder; 272 MB, whatever --shapes
 
-Every process is a worker of its own, with one thread unless the row says otherwise. All are there
-at once and take turns in slices of a few steps. The batch is the same in every row, shared by its
-processes; "each for itself" are trainings of half a batch that do not know each other: the ceiling.
-Ratios are of slices of the same round: median (smallest-largest).
+Every process is a worker of its own, with one thread unless the row says otherwise. All exist at
+once and take turns in slices of a few steps. The batch is the same in every row, shared by its
+processes. "each for itself" are independent trainings of half a batch: the ceiling. Ratios compare
+slices of the same round: median (smallest-largest).
 """
 
 import argparse
@@ -50,11 +50,11 @@ class Way:
 
     @property
     def together(self) -> bool:
-        """Whether the processes train one model, not each its own."""
+        """Return whether the processes train one model, not each its own."""
         return "parallel" in self.settings
 
     def places(self) -> list[Place]:
-        """What a launcher tells each process; nothing to one that trains for itself."""
+        """Return each process's variables of a launcher; none for one that trains for itself."""
         if self.processes == 1 or not self.together:
             return [{}] * self.processes
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -64,7 +64,7 @@ class Way:
 
 
 def eager_ways(batch_size: int) -> dict[str, Way]:
-    """Of a batch of at least four windows."""
+    """Return the rows for a batch of at least four windows."""
     ways = {
         FIRST: Way(),
         "none, once more": Way(),
@@ -98,13 +98,13 @@ SAVING_WAYS = {
 def measure(
     contestant: str, shape: Shape, ways: dict[str, Way], rounds: int, steps: int
 ) -> dict[str, list[float]]:
-    """Seconds of a step of each way: the median of its slice of each round."""
+    """Return seconds of a step of each way: the median of its slice in each round."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
 
     def worker(name: str, place: Place) -> Worker:
         way = ways[name]
         share = shape._replace(batch_size=shape.batch_size // way.processes)
-        told = shape if way.together else share  # those together share it out themselves
+        told = shape if way.together else share  # one training shares the batch by itself
         return Worker(contestant, told, file, "cpu", way.threads, place, **way.settings)
 
     with token_file(shape.vocab_size) as file, started(ways, worker) as (teams, _):
@@ -119,7 +119,7 @@ def measure(
 def started(
     ways: dict[str, Way], child_of: Callable[[str, Place], Child]
 ) -> Iterator[tuple[dict[str, list[Child]], dict[str, dict[str, Any]]]]:
-    """The processes of each way, and what its first one says first."""
+    """Start the processes of each way; yield them, and the first answer of its first one."""
     with ExitStack() as stack:
         teams = {
             name: [stack.enter_context(child_of(name, place)) for place in way.places()]
@@ -132,14 +132,14 @@ def started(
 
 
 def ask(team: list[Child], **question: Any) -> list[dict[str, Any]]:
-    """What all of them say to a question that they answer together."""
+    """Ask all of them a question that they answer together; return the answers."""
     for child in team:
         child.request(**question)
     return [child.answer() for child in team]
 
 
 def table(title: str, shape: Shape, ways: dict[str, Way], taken: dict[str, list[float]]) -> str:
-    """Markdown; "of" another row is the ratio of tokens/s to that row's."""
+    """Return Markdown; "of" another row is the ratio of tokens/s to that row's."""
     lines = [
         f"\n| {title} {tuple(shape)} | ms | tokens/s | of {FIRST} | of another row | which |",
         "|---|--:|--:|--:|--:|---|",
@@ -161,7 +161,7 @@ def _ratios(theirs: list[float], ours: list[float]) -> str:
 def measure_saving(
     shape: Shape, ways: dict[str, Way], parent: Path | None, rounds: int
 ) -> tuple[int, list[float], dict[str, list[dict[str, Any]]]]:
-    """Bytes of a checkpoint, seconds to write them plainly, and what benchmarks.saver says."""
+    """Return bytes of a checkpoint, seconds to write them plainly, and benchmarks.saver's times."""
     plain: list[float] = []
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
 
@@ -184,7 +184,7 @@ def measure_saving(
 
 
 def saving_table(size: int, plain: list[float], found: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown; a training loses what it waits for, and what slower steps take more."""
+    """Return Markdown; a training loses the time it waits and that which slower steps add."""
     plain_s = statistics.median(plain)
     lines = [
         f"\n| saving {size / 1e6:,.0f} MB | s | MB/s | of plain | a step waits s | "
@@ -207,7 +207,7 @@ def saving_table(size: int, plain: list[float], found: dict[str, list[dict[str, 
 
 
 def write_plainly(path: Path, data: bytes) -> float:
-    """Seconds in which one thread writes, syncs and hashes so much."""
+    """Return the seconds in which one thread writes, syncs and hashes the data."""
 
     def write() -> None:
         with open(path, "wb") as file:
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--shapes", nargs="+", default=["S", "M"], choices=["S", "S10k", "M"])
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=8, help="of a slice")
+    parser.add_argument("--steps", type=int, default=8, help="in a slice")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written")
     options = parser.parse_args()
     with one_line_errors():
@@ -238,7 +238,7 @@ def main() -> None:
 
 
 def one_table(name: str, options: argparse.Namespace) -> None:
-    """Measure and print it, for each shape."""
+    """Measure a table and print it, for each shape."""
     if name == "checkpoint":
         print(saving_table(*measure_saving(SAVED, SAVING_WAYS, options.folder, options.rounds)))
         return

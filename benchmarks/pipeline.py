@@ -1,9 +1,9 @@
-"""What DVC costs around the stages: with nothing to do, and around an experiment.
+"""Time what DVC adds to the stages: with nothing to do, and around an experiment.
 
     python -m benchmarks.pipeline
 
-HEAD in a temporary clone with presets/smoke.yaml, beside a DVC repository of as many stages that
-copy one small file each. Commands alternate; medians in seconds.
+It runs HEAD in a temporary clone with presets/smoke.yaml, beside a DVC repository with the same
+number of stages that copy one small file each. Commands alternate; medians in seconds.
 """
 
 import os
@@ -21,7 +21,7 @@ STAGES = len(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 
 
 def run(folder: Path, *command: str) -> str:
-    """The output of a command that must succeed."""
+    """Return the output of a command that must succeed."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -47,7 +47,7 @@ def ours(folder: Path) -> Path:
 
 
 def trivial(folder: Path) -> Path:
-    """A repository of stages that copy a file: what DVC takes by itself."""
+    """Make a repository of stages that copy a file: it shows what DVC takes by itself."""
     folder.mkdir()
     run(folder, "git", "init", "-q")
     run(folder, "dvc", "init", "-q")
@@ -69,7 +69,7 @@ def trivial(folder: Path) -> Path:
 
 
 def queued(folder: Path, name: str, override: str) -> float:
-    """From the call that queues an experiment to its result."""
+    """Return the seconds from the call that queues an experiment to its result."""
     start = time.monotonic()
     run(folder, "dvc", "exp", "run", "--queue", "-n", name, "-S", override)
     with open(os.devnull, "w") as nowhere:  # the worker would keep a pipe open

@@ -1,9 +1,9 @@
-"""The fitted constants of lm.plan.footprint, measured again; planned beside measured peaks.
+"""Measure the fitted constants of lm.plan.footprint again; compare planned and measured peaks.
 
     python -m benchmarks.plan [--cases NAME ...]
 
-Each row is a training of three steps on a CPU, one thread a process. The plan is linear in each
-constant, so the peak says to which value a constant would have to be set for this row to be exact.
+Each row is a training of three steps on a CPU, one thread per process. The plan is linear in each
+constant, so the peak gives the value of a constant that would make this row exact.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TINY = {"context_length": 64, "d_model": 32, "num_layers": 2, "num_heads": 2, "d
 
 
 class Case(NamedTuple):
-    """A training, and the constant that its peak decides."""
+    """A training, and the constant that its peak determines."""
 
     constant: str
     vocab_size: int
@@ -64,7 +64,7 @@ CASES = {
 
 
 def measure(case: Case) -> tuple[Plan, int]:
-    """Train in this process; its plan and its peak in bytes."""
+    """Train in this process; return its plan and its peak in bytes."""
     params = load_params(ROOT / "presets" / "default.yaml")
     short: dict[str, Any] = {"max_steps": 3, "warmup_steps": 0, "compile": False, "num_threads": 1}
     short["dtype"] = "float32"
@@ -83,7 +83,7 @@ def measure(case: Case) -> tuple[Plan, int]:
 
 
 def fitted(constant: str, plan: Plan, peak_bytes: int) -> float:
-    """The value of a constant with which the plan would be the peak."""
+    """Return the value of a constant with which the plan would equal the peak."""
     known = getattr(footprint, constant)
     setattr(footprint, constant, known + 1)
     slope = sum(plan.memory.values())

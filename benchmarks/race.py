@@ -1,11 +1,11 @@
-"""Validation loss by steps and by time: nanoGPT's published setting for a CPU, and ours.
+"""Compare validation loss by steps and by time: nanoGPT's published setting for a CPU, and ours.
 
     python -m benchmarks.race [--text FILE] [--preset presets/NAME.yaml] [-S section.key=value ...]
 
-nanoGPT: config/train_shakespeare_char.py with the README's changes for a CPU. Ours: a params file
-as it is, the vocabulary aside. Both learn the characters of the same text, the first 90 % of it,
-and are validated on the same windows of the rest. Each is a process of its own, one after the
-other; the clock stands still while they validate. Without --text: all files of data/raw.
+nanoGPT: config/train_shakespeare_char.py with its README's changes for a CPU. Ours: a params file
+as it is, except for the vocabulary. Both learn the characters of the first 90 % of a text and
+validate on the same windows of the rest. Each is a process of its own, one after the other; time
+for validation does not count. Without --text: all files of data/raw.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Curve(NamedTuple):
 
 
 def nanogpt(vocab_size: int, folder: Path, max_iters: int) -> tuple[Iterator[float], Any, int]:
-    """Steps, logits of (x, y), number of steps."""
+    """Return steps, a call for the logits of (x, y), and the number of steps."""
     import torch
 
     from benchmarks.contestants import NanoGPTSettings, Shape, nanogpt_model, nanogpt_steps
@@ -62,7 +62,7 @@ def nanogpt(vocab_size: int, folder: Path, max_iters: int) -> tuple[Iterator[flo
 
 
 def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> Any:
-    """The same of lm.train.loop.train with the settings of a params file."""
+    """Return the same for lm.train.loop.train with the settings of a params file."""
     import torch
 
     from lm.base.params import load_params
@@ -93,7 +93,7 @@ def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> An
 
 
 def validation_loss(logits: Callable[[Any, Any], Any], ids: NDArray[Any], length: int) -> float:
-    """Mean loss in nats over adjoining windows, in each of which every position counts."""
+    """Return the mean loss in nats over all positions of adjoining windows."""
     import torch
     import torch.nn.functional as F
 
@@ -112,7 +112,7 @@ def read_ids(file: Path) -> NDArray[np.int64]:
 
 
 def child() -> None:
-    """Train to the end; tell the first step, then each validation, then that it is the end."""
+    """Train to the end; report the first step, then each validation, then the end."""
     job, tell = begin()
     run(job, tell)
 
@@ -141,7 +141,7 @@ def run(job: dict[str, Any], tell: Tell) -> None:
 
 
 def race(job: dict[str, Any]) -> Curve:
-    """One side, alone on the machine. Raises Failed."""
+    """Run one side, alone on the machine. Raises Failed."""
     with Child("benchmarks.race", job) as side:
         start_s, points = side.start()["first_s"], []
         while "end" not in (said := side.answer()):
@@ -152,21 +152,21 @@ def race(job: dict[str, Any]) -> Curve:
 
 
 def text_of(file: Path | None) -> str:
-    """The text, or every file of data/raw."""
+    """Return the text, or that of every file of data/raw."""
     if file is not None and not file.is_file():
         raise InputError(f"{file}: no such file")
     files = sorted(Path("data/raw").rglob("*")) if file is None else [file]
     text = "".join(file.read_text() for file in files if file.is_file())
     if len(text) < 20 * SIZES[-2]:
         raise InputError(
-            f"{file or 'data/raw'}: {len(text)} characters are too few; give --text FILE, "
-            "or make the default corpus: dvc repro corpus"
+            f"{file or 'data/raw'}: {len(text)} characters, expected {20 * SIZES[-2]} or more; "
+            "give --text FILE, or make the default corpus: dvc repro corpus"
         )
     return text
 
 
 def report(theirs: Curve, ours: Curve) -> str:
-    """Markdown: loss at equal steps, and who is where when."""
+    """Return Markdown: the loss at equal steps, and at equal times."""
     lines = ["| step | nanoGPT s | nanoGPT loss | ours s | ours loss |", "|--:|--:|--:|--:|--:|"]
     by_step = {point.step: point for point in ours.points}
     for point in theirs.points:
@@ -205,7 +205,9 @@ def main() -> None:
     parser.add_argument("--preset", type=Path, default=Path("params.yaml"))
     add_overrides(parser)
     parser.add_argument("--every", type=int, default=50, help="steps between two validations")
-    parser.add_argument("--max-iters", type=int, default=2000, help="of nanoGPT, which are 2000")
+    parser.add_argument(
+        "--max-iters", type=int, default=2000, help="nanoGPT's steps, its own: 2000"
+    )
     options = parser.parse_args()
     with one_line_errors(), sigterm_raises(), tempfile.TemporaryDirectory() as folder:
         text = text_of(options.text)

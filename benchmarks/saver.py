@@ -1,12 +1,12 @@
-"""A training in a process of its own, alone or one of several, that saves when it is told so.
+"""Run a training in a process, alone or one of several, that saves on request.
 
     with Saver(shape, file, folder, parallel="none") as saver:
         size_bytes = saver.start()["size_bytes"]
         times = saver.ask(steps=4)
 
-alone_s       of each of some steps
-wait_s        a save of which the end is waited for
-held_s        a save in the background: the next step waits so long
+alone_s       seconds of each step without a save
+wait_s        of a save, until it is on disk
+held_s        for which the next step waits at a save in the background
 meanwhile_s   of each step until that save is on disk
 """
 
@@ -21,7 +21,7 @@ from benchmarks.worker import Child, begin
 
 
 class Saver(Child):
-    """`start` trains a step and saves once, unmeasured: that makes the buffers."""
+    """`start` trains a step and saves once, unmeasured, which makes the buffers."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Saver(Child):
 
 
 def main() -> None:
-    """Train, save, then answer questions until nobody asks any more."""
+    """Train, save, then answer questions until stdin ends."""
     (sizes, file, folder, settings), tell = begin()
     import torch
 
@@ -68,7 +68,7 @@ def main() -> None:
         step()
         held_s, meanwhile_s = seconds(save), []
         committed = run_folder.checkpoint(state.step).with_suffix(".json")
-        while not processes.lead(committed.exists):  # all take equally many steps
+        while not processes.lead(committed.exists):  # all take the same number of steps
             meanwhile_s.append(step())
         run_folder.wait()
         tell(alone_s=alone_s, wait_s=wait_s, held_s=held_s, meanwhile_s=meanwhile_s)

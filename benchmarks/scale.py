@@ -1,10 +1,10 @@
-"""The tables of docs/SCALE.md: what several GPUs would hold, send and take, by the plan.
+"""Print the tables of docs/SCALE.md: memory, traffic and time of several GPUs, by the plan.
 
     python -m benchmarks.scale
 
-Nothing is run: the formulas of lm.plan.footprint for models, batches and GPUs that are named
-here. "even at" is the bandwidth at which sending takes as long as computing: with less, it decides
-the speed.
+It runs no training: it applies the formulas of lm.plan.footprint to the models, batches and GPUs
+below. "even at" is the bandwidth at which sending takes as long as computing; below it, sending
+decides the speed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from lm.plan.plan import MARGIN, largest_micro_batch
 
 PRESET = Path(__file__).parent.parent / "presets" / "gpt2-124m.yaml"
 CUDA = torch.device("cuda")
-FREE_BYTES = 81_559 * 2**20  # of an H100 of 80 GB, as nvidia-smi tells
+FREE_BYTES = 81_559 * 2**20  # of an H100 of 80 GB, by nvidia-smi
 PEAKS = {"H100": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense, by the data sheets
 REACHED = 0.4  # of the peak, by the products that are computed
 PER_HOST = 8
@@ -47,7 +47,7 @@ class Run(NamedTuple):
 
 
 def models() -> dict[str, tuple[ModelConfig, TrainConfig]]:
-    """Name to the shape and to settings with a batch that was used for such a size."""
+    """Return shape and settings by name; the batch is one that was used for such a size."""
     params = load_params(PRESET)
     gpt2 = read_section(ModelConfig, params, "model", vocab_size=50257)
     train = read_section(TrainConfig, params, "train")
@@ -84,7 +84,7 @@ TORCHTITAN_GIB = {8: 77.0, 128: 62.0}
 
 
 class Step(NamedTuple):
-    """An update by one of several GPUs: micro-batches as large as fit."""
+    """One update of one of several GPUs, with the largest micro-batches that fit."""
 
     config: TrainConfig
     windows: int
@@ -96,12 +96,12 @@ class Step(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Where the shorter of both hides behind the longer."""
+        """Return the longer of both times: the shorter one runs beside it."""
         return max(self.computing_s, self.sending_s)
 
 
 def step(model: ModelConfig, config: TrainConfig, num_processes: int) -> Step:
-    """An update at REACHED of an H100's peak, through NVLink in one host, else the network."""
+    """Plan an update at REACHED of an H100's peak; NVLink within a host, else the network."""
     windows = largest_micro_batch(model, config, CUDA, FREE_BYTES, num_processes)
     share = share_of_batch(config, num_processes)
     flops = sum(map(sum, flops_per_token(model, config, CUDA).values()))
@@ -118,7 +118,7 @@ def step(model: ModelConfig, config: TrainConfig, num_processes: int) -> Step:
 
 
 def row(model: ModelConfig, config: TrainConfig, num_processes: int) -> str:
-    """A line of the first tables, with gradient checkpointing where only that fits or is faster."""
+    """Return a line of the first tables; checkpoint gradients if only that fits or is faster."""
     ways = [
         step(model, dataclasses.replace(config, gradient_checkpointing=again), num_processes)
         for again in (False, True)

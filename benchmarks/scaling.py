@@ -1,9 +1,9 @@
-"""How a step of ours grows with the model: one size changed at a time, its FLOPs beside its time.
+"""Measure how a step of ours grows with the model: vary one size; compare FLOPs and time.
 
     python -m benchmarks.scaling [--around M] [--contestant "ours, float32"] [--sizes d_model ...]
 
-Where GFLOP/s stays, time follows the FLOPs; where it falls, something else costs. d_ff and the
-number of heads follow d_model. Each row is a process of its own, compiled anew where it compiles.
+If GFLOP/s stay the same, time follows the FLOPs; if they fall, something else costs time. d_ff and
+the number of heads follow d_model. Each row is a process of its own and compiles anew if it does.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SIZES = ("d_model", "num_layers", "context_length", "batch_size", "vocab_size")
 
 
 def scaled(shape: Shape, size: str, factor: float) -> Shape:
-    """The shape with one size multiplied, and with it what is in proportion to it."""
+    """Return the shape with one size multiplied, and with it the sizes in proportion to it."""
     together = ("d_model", "num_heads", "d_ff") if size == "d_model" else (size,)
     return shape._replace(**{name: max(1, int(getattr(shape, name) * factor)) for name in together})
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--contestant", default="ours, float32", metavar="NAME")
     parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
     parser.add_argument("--factors", nargs="+", default=FACTORS, type=float)
-    parser.add_argument("--seconds", type=float, default=3, help="of measuring, each row")
+    parser.add_argument("--seconds", type=float, default=3, help="seconds to measure each row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     with one_line_errors():
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def one_size(base: Shape, size: str, options: argparse.Namespace) -> None:
-    """One table; ratios are to its first row."""
+    """Print one table; ratios are to its first row."""
     print(f"\n| {size} | ms | MFLOP a step | GFLOP/s | FLOPs, ratio | time, ratio |")
     print("|--:|--:|--:|--:|--:|--:|")
     first: tuple[float, float] | None = None

@@ -1,9 +1,9 @@
-"""How often is nothing called something? Sweeps of equal settings, their losses pure seed noise.
+"""Count false findings: sweeps of equal settings, whose losses are only seed noise.
 
     python -m benchmarks.seeds
 
-The share of sweeps in which at least one setting is "worse than the best", by how many comparisons
-the intervals allow for. tools/experiments/statistics.py takes the last row.
+It prints the share of sweeps in which at least one setting is "worse than the best", by the number
+of comparisons that the intervals allow for. tools/experiments/statistics.py uses the last row.
 """
 
 import math

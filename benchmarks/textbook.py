@@ -1,9 +1,8 @@
-"""A Transformer language model by the book: what one writes from the papers, formula by formula.
+"""A Transformer language model by the book: the papers' formulas, one by one.
 
 Separate layers, an explicit mask and softmax, cross-entropy by logsumexp, AdamW and clipping as
-loops over the parameters. The names of the parameters are those of
-lm.model.transformer, which lends it no line: whoever gives both the same weights has an
-independent oracle.
+loops over the parameters. The parameters have the names of lm.model.transformer, but no code is
+shared: with the same weights in both, this one is an independent check.
 """
 
 import math

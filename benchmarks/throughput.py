@@ -1,4 +1,4 @@
-"""Training speed beside nanoGPT, Hugging Face and the machine's own limit: one table a shape.
+"""Measure training speed beside nanoGPT, Hugging Face and the machine's limit, by shape.
 
     python -m benchmarks.throughput [--shapes S S10k M L] [--rounds N]      (make bench)
 
@@ -6,10 +6,10 @@ Each contestant is a process of its own and runs its real loop, from the batch t
 weights, on the same file of random token ids with the same number of threads. Slices of a few
 steps take turns, so that all see the same machine; medians count. NANOGPT names a clone of nanoGPT.
 
-floor       only the matrix products of a step of that shape, attention without regard to its mask
-share       of the floor's time for the same dtype in the contestant's
-peak MB     of the process's memory; "own" is that above importing torch
-first step  from the start of the process, compiling with an empty cache included
+floor           only the matrix products of a step of that shape, attention without its mask
+share of floor  time of the floor in the same dtype, divided by the contestant's
+peak MB         memory of the process; "own" is without the import of torch
+first step      from the start of the process; includes compiling with an empty cache
 """
 
 import argparse
@@ -44,9 +44,9 @@ HEADER = """
 def compare(
     shape: Shape, names: list[str], rounds: int, steps: int, threads: int
 ) -> dict[str, dict[str, Any]]:
-    """What each contestant took: what Worker.start says, the median step_s, and its memory.
+    """Return for each contestant what Worker.start says, the median step_s, and its memory.
 
-    One that fails is told in a line and left out.
+    Print a line for one that fails, and leave it out.
     """
     found: dict[str, dict[str, Any]] = {}
     with token_file(shape.vocab_size) as file, ExitStack() as stack:
@@ -75,12 +75,12 @@ def compare(
 
 
 def table(title: str, shape: Shape, found: dict[str, dict[str, Any]]) -> str:
-    """Markdown; a column is empty where what it compares with is missing."""
+    """Return Markdown; a cell is empty if what it compares with is missing."""
     lines = [HEADER.format(title=title)]
     for name, values in found.items():
         step_s = values["step_s"]
         floor = found.get("floor, bfloat16" if "bfloat16" in name else "floor, float32")
-        shared = floor and not name.startswith(("nanoGPT", "floor"))  # nanoGPT multiplies others
+        shared = floor and not name.startswith(("nanoGPT", "floor"))  # nanoGPT has others
         cells = [
             f"{step_s * 1e3:.1f}",
             f"{shape.tokens / step_s:,.0f}",
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["S", "S10k", "M", "L"], choices=SHAPES)
     parser.add_argument("--contestants", nargs="+", default=ALL, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=6, help="of a slice")
+    parser.add_argument("--steps", type=int, default=6, help="in a slice")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     with one_line_errors():

@@ -1,10 +1,10 @@
-"""A contestant in a process of its own, which takes n steps when it is told so.
+"""Run a contestant in a process of its own, which takes n steps on request.
 
     with Worker("ours, float32", shape, file) as worker:
         worker.start()
         seconds = worker.run(6)
 
-Nothing here imports torch before the clock runs: the process measures that, too.
+Import torch only after the clock has started: the process measures that, too.
 """
 
 import json
@@ -29,13 +29,13 @@ Tell = Callable[..., None]  # keyword arguments, to the parent as a line of JSON
 
 
 class Failed(Exception):
-    """A process could not start or did not go on; its last line of stderr."""
+    """A process could not start or go on; the message is its last line of stderr."""
 
 
 class Child:
-    """`python -m module JOB`; a context manager. Leaving it, for whatever reason, ends all of it.
+    """Runs `python -m module JOB`; a context manager, whose end kills the process and its children.
 
-    It compiles as the first time: its compile cache is empty.
+    The process compiles as if for the first time: its compile cache is empty.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Child:
         return self
 
     def start(self) -> dict[str, Any]:
-        """What it says first, and how long after its start: first_s."""
+        """Start it; return its first answer, and the seconds until then: first_s."""
         start = time.perf_counter()
         self.spawn()
         said = self.answer()
         return {"first_s": time.perf_counter() - start} | said
 
     def spawn(self) -> None:
-        """Start it, without waiting for what it says first."""
+        """Start it, without waiting for its first answer."""
         own_cache = {"TORCHINDUCTOR_CACHE_DIR": self.folder.name}
         with open(self._errors, "w") as errors:
             self.process = subprocess.Popen(
@@ -83,11 +83,11 @@ class Child:
 
     @property
     def log(self) -> str:
-        """All that it has printed."""
+        """Return all that it has printed."""
         return self._errors.read_text()
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """The answer to a line of JSON. Raises Failed if there is none."""
+        """Return the answer to a line of JSON. Raises Failed if there is none."""
         self.request(**question)
         return self.answer()
 
@@ -95,11 +95,11 @@ class Child:
         """Send a line of JSON, without waiting for the answer."""
         assert self.process is not None
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it ended; why, the answer tells
+        with suppress(BrokenPipeError):  # it ended; answer() raises the reason
             print(json.dumps(question), file=self.process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
-        """The next line that it says. Raises Failed if it ended instead."""
+        """Return its next answer. Raises Failed if it ended instead."""
         assert self.process is not None
         assert self.process.stdout is not None
         if line := self.process.stdout.readline():
@@ -124,7 +124,7 @@ class Child:
 class Worker(Child):
     """A contestant by its name in benchmarks.contestants; `start` takes its first step.
 
-    `settings` are further ones of section train, of a contestant that is ours.
+    `settings` are more settings of section train, for a contestant of ours.
     """
 
     def __init__(
@@ -141,20 +141,20 @@ class Worker(Child):
         super().__init__("benchmarks.worker", job, threads, environment)
 
     def run(self, steps: int) -> list[float]:
-        """The seconds of each of some steps; one before them is not counted."""
+        """Return the seconds of each of some steps; one step before them does not count."""
         return self.ask(steps=steps)["seconds"]
 
     def slice(self, seconds: float) -> tuple[int, float]:
-        """As many steps as take so long, and the seconds until the device was done with them."""
+        """Take steps for some seconds; return their number, and the seconds until all were done."""
         said = self.ask(seconds=seconds)
         return said["steps"], said["seconds"]
 
     def memory(self) -> dict[str, float]:
-        """The peak so far, in bytes; and without what importing torch had taken."""
+        """Return the peak so far in bytes, and the peak without the import of torch."""
         return self.ask(memory=True)
 
     def measure(self, seconds: float) -> dict[str, Any]:
-        """Start, run for so long, and say all that is known: the median step_s, the memory."""
+        """Start, run for some seconds; return all that is known: the median step_s, the memory."""
         said, taken = self.start(), self.run(2)
         while (left := seconds - sum(taken)) > 0:
             taken += self.run(max(1, min(1000, int(left / statistics.median(taken)))))
@@ -163,7 +163,7 @@ class Worker(Child):
 
 @contextmanager
 def token_file(vocab_size: int, count: int = 2_000_000) -> Iterator[Path]:
-    """A file of random token ids, the same each time."""
+    """Yield a file of random token ids, the same each time."""
     import numpy as np
 
     with sigterm_raises(), tempfile.TemporaryDirectory() as folder:
@@ -177,7 +177,7 @@ def token_file(vocab_size: int, count: int = 2_000_000) -> Iterator[Path]:
 
 
 def begin() -> tuple[Any, Tell]:
-    """The job, and how to answer. What a contestant prints goes to stderr; no orphan goes on."""
+    """Return the job and a call that answers. Send prints to stderr; end with the parent."""
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -185,7 +185,7 @@ def begin() -> tuple[Any, Tell]:
 
 
 def peak_resident_bytes() -> int:
-    """Of this process. On Linux ru_maxrss would count what the parent held when it started this."""
+    """Return this process's peak. On Linux, ru_maxrss would include what the parent held before."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = status.read_text().splitlines()
@@ -194,7 +194,7 @@ def peak_resident_bytes() -> int:
 
 
 def steps_within(seconds: float, steps: Iterator[float], device: Any) -> dict[str, float]:
-    """Take steps for so long; a step's own time means nothing where none waits for the device."""
+    """Take steps for some seconds; time only all, because a step does not wait for the device."""
     import torch
 
     synchronise = torch.get_device_module(device).synchronize
@@ -209,7 +209,7 @@ def steps_within(seconds: float, steps: Iterator[float], device: Any) -> dict[st
 
 
 def main() -> None:
-    """Build, take a step, then answer questions until nobody asks any more."""
+    """Build, take a step, then answer questions until stdin ends."""
     (name, sizes, file, device_name, settings), tell = begin()
     start = time.perf_counter()
     import torch

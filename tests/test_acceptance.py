@@ -105,7 +105,7 @@ def test_a_part_is_a_process_whose_figures_are_kept(run, tmp_path):
 
 def test_a_part_that_outlasts_the_budget_is_stopped(run):
     said, figures = run("--tiny", "--budget", "6", "--parts", "machine")
-    assert said == f"not as it should be: machine: {ITSELF}"
+    assert said == f"failed or not equal: machine: {ITSELF}"
     assert figures == [{"part": "machine", "name": ITSELF, "failed": "stopped after 1 s"}]
 
 
@@ -113,7 +113,7 @@ def test_a_part_that_the_budget_leaves_no_time_for_is_named(run):
     said, figures = run("--budget", "20", "--parts", "preset", "decode")
     assert said is None
     assert [f["left_out"] for f in figures] == [
-        f"15 s were left, it needs {needed}" for needed in (50, 20)
+        f"15 s left, {needed} s needed" for needed in (50, 20)
     ]
 
 

@@ -84,7 +84,7 @@ def test_results_of_changed_code_are_made_anew_and_stand_apart(project):
     code = project.folder / "stages" / "corpus.py"  # its output stays the same
     code.write_text(code.read_text() + "# changed\n")
     done = run(project, *sweep(project, SET="train.lr=1e-2", SEEDS="1"), timeout=300)
-    assert "Not committed, the experiments take it along: stages/corpus.py" in done.stdout
+    assert "Not committed, but the experiments use it: stages/corpus.py" in done.stdout
     assert "1 in the grid, 1 to queue" in done.stdout
     assert "Stage 'train' is cached" in logs(project)
     assert "The code differs" in done.stdout
@@ -289,7 +289,7 @@ def test_results_of_other_code_text_or_environment_are_not_mixed_in_silence():
     assert "The code differs" in text
     text, _ = report([*once, experiment(0.01, 3, 3.9, made_by={"text": "new"})], None)
     assert ["new", "0.01", "1"] in [cells[:3] for cells in cells_of(text)]
-    assert "losses on different texts do not compare" in text
+    assert "losses on two texts cannot be compared" in text
     for i, one in enumerate(once):
         one.environment = {"torch": "2", "device": "cpu" if i else "cuda"}
     assert "The environments differ in device" in report(once, None)[0]
@@ -314,7 +314,7 @@ def test_models_with_different_tokenizers_are_compared_in_bits_per_byte():
     once[0].tokenizer = once[1].tokenizer = "larger"
     text, _ = report(once, None)
     assert BITS in text
-    assert "figures per token do not compare; so these are bits per byte" in text
+    assert "figures per token cannot be compared; so these are bits per byte" in text
     assert "use --metric eval.bits_per_byte" in report(once, "eval.loss_nats")[0]
 
 
@@ -389,8 +389,8 @@ def test_a_stopped_sweep_goes_on_and_failures_are_named(project, how):
         assert "stopped, saved at step" in logs(project)
     done = run(project, *command, timeout=300)
     assert done.returncode != 0
-    assert "Not committed, the experiments take it along: params.yaml" in done.stdout
-    assert "Not in git, the experiments lack it: lm/new.py" in done.stdout
+    assert "Not committed, but the experiments use it: params.yaml" in done.stdout
+    assert "Not in git, so the experiments lack it: lm/new.py" in done.stdout
     assert "Resumed at step" in logs(project)
     failed = (
         r"error: 1 of 2 experiments failed: data.valid_fraction=2 train.seed=1 \(\S+\); `dvc queue"

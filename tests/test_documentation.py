@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import sys
+from textwrap import indent
 
 import pytest
 
@@ -19,7 +20,20 @@ PAGES = {
 }
 MAKEFILE = (ROOT / "Makefile").read_text()
 HISTORY = {"CHANGELOG.md", "docs/LOG.md"}  # tell of what was there
-CURRENT = {name: text for name, text in PAGES.items() if name not in HISTORY}
+
+
+def with_indented_commands(text):
+    """A page with its blocks of a shell, or of no language, as indented lines."""
+
+    def indented(block):
+        return indent(block[2], "    ") if block[1] in ("", "sh", "bash", "console") else block[0]
+
+    return re.sub(r"^```(\w*)\n(.*?)^```$", indented, text, flags=re.M | re.S)
+
+
+CURRENT = {
+    name: with_indented_commands(text) for name, text in PAGES.items() if name not in HISTORY
+}
 # processes that others start, which nobody types
 INTERNAL = {
     "benchmarks.gpu.equality",
@@ -182,6 +196,24 @@ def test_every_link_leads_somewhere(page):
             assert anchor in anchors(target.read_text()), link
 
 
+def test_readme_is_read_to_its_end():
+    assert PAGES["README.md"].count("\n") <= 150
+
+
+@pytest.mark.parametrize("page", [page for page in CURRENT if page.startswith("docs/")])
+def test_a_page_begins_with_whom_it_is_for(page):
+    title, _, text = PAGES[page].partition("\n\n")
+    first = " ".join(re.split(r"[.:]\s", text)[0].split())
+    assert title.startswith("# ")
+    assert re.match(r"For |.* (is|are) for ", first), first
+
+
+def test_the_entrance_leads_to_every_page():
+    links = set(re.findall(r"\]\((\w+\.md)[)#]", PAGES["docs/index.md"]))
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    assert pages - {"index.md"} <= links
+
+
 def shortened(argument):
     """An argument for a project of 20 steps."""
     argument = re.sub(r"^train.max_steps=\d+$", "train.max_steps=24", argument)
@@ -198,6 +230,10 @@ def runnable():
             if module not in ELSEWHERE and typed:
                 found.add((module, *map(shortened, arguments)))
     return sorted(found)
+
+
+def test_the_pages_have_commands_to_run():
+    assert len(runnable()) > 12
 
 
 @pytest.mark.parametrize("command", runnable(), ids=" ".join)
@@ -222,13 +258,41 @@ def names_in(path):
     return found
 
 
+def defined_in(body, prefix=""):
+    """The functions, classes and variables that statements define, members as Class.member."""
+    found = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= defined_in(node.body, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = (name for target in targets for name in ast.walk(target))
+            found |= {prefix + name.id for name in names if isinstance(name, ast.Name)}
+    return found
+
+
+def without_blocks(page):
+    """A page without its blocks of code, on one line."""
+    return " ".join(re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S).split())
+
+
+@pytest.mark.parametrize("page", CURRENT)
+def test_what_a_page_cites_with_its_file_is_defined_there(page):
+    """`name` (`file.py`), or `name` and `other` (`file.py`)."""
+    one = r"`[A-Za-z_][\w.]*`"
+    file = r"(?:lm|stages|tools|benchmarks|tests)/[\w/]+\.py"
+    cited = re.findall(rf"((?:{one}(?:, | and ))*{one}) \(`({file})`\)", without_blocks(page))
+    assert len(cited) > 15 or page not in ("docs/TOUR.md", "docs/ARCHITECTURE.md")
+    for names, path in cited:
+        defined = defined_in(ast.parse((ROOT / path).read_text()).body)
+        assert set(re.findall(r"`([\w.]+)`", names)) <= defined, (names, path)
+
+
 @pytest.mark.parametrize("page", ["docs/TOUR.md", "docs/ARCHITECTURE.md"])
-def test_what_a_page_cites_is_there(page):
-    text = " ".join(re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S).split())
-    cited = re.findall(r"`([A-Za-z_][\w.]*)` \(`((?:lm|stages|tools)/[\w/]+\.py)`\)", text)
-    assert len(cited) > 15
-    for name, path in cited:
-        assert set(name.split(".")) <= names_in(ROOT / path), (name, path)
+def test_what_a_page_names_is_there(page):
+    text = without_blocks(page)
     files = [f for folder in ("lm", "stages", "tools") for f in (ROOT / folder).rglob("*.py")]
     everything = set().union(*map(names_in, files))
     settings = {

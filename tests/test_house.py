@@ -71,6 +71,18 @@ def test_the_wings_are_those_of_the_page():
     assert {wing(file) for file in FILES} - {"lm/__init__.py", *ABOVE_LM} == set(WINGS)
 
 
+def test_the_picture_names_every_tool():
+    """A file of tools/ with a command line, or a folder with a __main__.py."""
+    files = [ROOT / file for file in FILES if wing(file) == "tools"]
+    folders = {path.parent.name for path in files if path.name == "__main__.py"}
+    single = {path.stem for path in files if path.parent.name == "tools"}
+    commands = {
+        name for name in single if "__main__" in (ROOT / "tools" / f"{name}.py").read_text()
+    }
+    (named,) = re.findall(r"^tools/ +([\w ]+):", ARCHITECTURE, re.M)
+    assert set(named.split()) == commands | folders
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_imports_only_go_to_earlier_wings(file):
     above = WINGS.index("stages")
@@ -313,11 +325,23 @@ def test_the_page_of_settings_explains_every_setting_and_is_up_to_date():
     for section, keys in load_params(ROOT / "params.yaml").items():
         for key in keys:
             (row,) = re.findall(rf"^\| `{section}.{key}` \|.*\|$", text, re.M)
-            values, default, what, stages = re.split(r" (?<!\\)\| ", row)[1:]
+            values, default, what, readers = re.split(r" (?<!\\)\| ", row.removesuffix(" |"))[1:]
             assert values, key
             assert default != "``", key
             assert len(what) > 5, key
-            assert (stages.strip("| ") == "") == (section == "runtime")
+            assert set(readers.split(", ")) <= PIPELINE.keys(), key
+
+
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_the_page_of_settings_names_the_stages_that_read_runtime(stage):
+    row = rf"^\| `runtime\.(\w+)` \|.*\| (?:\w+, )*{stage}(?:, \w+)* \|$"
+    named = set(re.findall(row, settings.PAGE.read_text(), re.M))
+    program = (ROOT / "stages" / f"{stage}.py").read_text()
+    read = set(re.findall(r'RuntimeConfig, "runtime"\)\.?(\w*)', program))
+    if read == {""}:  # it takes the whole section
+        reached = "".join((ROOT / file).read_text() for file in closure(f"stages.{stage}"))
+        read = set(re.findall(r"\bruntime\.(\w+)", reached))
+    assert named == read & load_params(ROOT / "params.yaml")["runtime"].keys()
 
 
 def test_the_loop_of_the_tour_runs(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def check(project):
 
 def test_a_fresh_clone_of_what_ran_is_up_to_date(clone):
     assert not (clone.folder / "models" / "model").exists()
-    assert check(clone) == (0, "dvc.lock is of this code and these settings")
+    assert check(clone) == (0, "dvc.lock belongs to this code and these settings")
 
 
 def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
@@ -43,9 +43,9 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
          "stage train: lm/train is only in one of dvc.yaml and dvc.lock"),
         ("dvc.yaml", files["dvc.yaml"].replace("stages:\n", f"stages:\n{NEW_STAGE}"),
          "stage new: never ran"),
-        ("dvc.lock", f"{lock}{OLD_STAGE}", "stage old: is only in dvc.lock"),
+        ("dvc.lock", f"{lock}{OLD_STAGE}", "stage old: in dvc.lock, but not in dvc.yaml"),
         ("dvc.lock", lock.replace(model, "0" * 32, 1),
-         "; ".join(f"stage {stage}: recorded with another models/model than was made"
+         "; ".join(f"stage {stage}: read another models/model than the recorded output"
                    for stage in ("evaluate", "export"))),
     ]:  # fmt: skip
         (clone.folder / name).write_text(changed)
@@ -65,13 +65,13 @@ def test_a_lock_that_is_not_of_this_code_or_these_settings_is_named(clone):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (b"", "not of DVC's form"),
-        (b"[]", "not of DVC's form"),
-        (b"\xff", "not of DVC's form"),
-        (b"schema: '2.0'\nstages:\n", "not of DVC's form"),
-        (b"schema: '2.0'\nstages: [train]\n", "not of DVC's form"),
-        (b"schema: '2.0'\nstages: {train: 1}\n", "stage train: not of DVC's form"),
-        (b"schema: '2.0'\nstages: {train: {outs: [a]}}\n", "stage train: not of DVC's form"),
+        (b"", "not in DVC's format"),
+        (b"[]", "not in DVC's format"),
+        (b"\xff", "not in DVC's format"),
+        (b"schema: '2.0'\nstages:\n", "not in DVC's format"),
+        (b"schema: '2.0'\nstages: [train]\n", "not in DVC's format"),
+        (b"schema: '2.0'\nstages: {train: 1}\n", "stage train: not in DVC's format"),
+        (b"schema: '2.0'\nstages: {train: {outs: [a]}}\n", "stage train: not in DVC's format"),
         (b"stages: [", "not valid YAML: while parsing a flow node"),
     ],
 )
@@ -81,7 +81,7 @@ def test_a_lock_of_another_form_is_named(tmp_path, monkeypatch, content, fault):
     with pytest.raises(InputError) as error:
         recorded_hashes()
     assert str(error.value).startswith(f"dvc.lock: {fault}")
-    assert str(error.value).endswith("; `git checkout dvc.lock` brings back the committed one")
+    assert str(error.value).endswith("; `git checkout dvc.lock` restores the committed one")
 
 
 @pytest.mark.parametrize("content", [b"", b"schema: '2.0'\nstages: [train]\n"])
@@ -89,7 +89,7 @@ def test_a_lock_of_another_form_is_one_line_and_brought_back(clone, content):
     (clone.folder / "dvc.lock").write_bytes(content)
     code, message = check(clone)
     assert (code, message.count("\n")) == (2, 0)
-    assert message.startswith("error: dvc.lock: not of DVC's form; `git checkout dvc.lock`")
+    assert message.startswith("error: dvc.lock: not in DVC's format; `git checkout dvc.lock`")
     git(clone, "checkout", "dvc.lock")
     assert check(clone)[0] == 0
 

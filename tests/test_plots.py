@@ -223,13 +223,13 @@ def test_a_run_of_another_machine_has_no_times_and_an_unknown_revision_is_one_li
     assert (project.folder / "metrics" / "wall_clock.csv").exists()
     said = draw(project, "HEAD", "workspace")
     for revision in ("HEAD", "workspace"):
-        assert f"{revision}: trained elsewhere, no times for the loss by wall-clock time" in said
+        assert f"{revision}: trained elsewhere, so no times for the loss by wall-clock time" in said
     assert "plots/loss.svg" in said
     assert "wall-clock.svg" not in said
     assert not (project.folder / "plots" / "loss_by_wall-clock.svg").exists()
     shutil.rmtree(project.folder / ".dvc" / "cache" / "files")
     said = draw(project, "HEAD", "workspace")
-    assert "HEAD: some results are not here" in said
+    assert "HEAD: some results are missing" in said
     assert "plots/loss.svg" in said
     curves = project.folder / "metrics" / "curves.csv"
     curves.write_text(curves.read_text() + "</script><script>,2,3,4,5,6\n")

@@ -86,7 +86,7 @@ def test_a_preset_is_written_out_as_a_complete_file(preset, tmp_path, monkeypatc
     (tmp_path / "params.yaml").write_text(whole(ROOT / "presets" / "smoke.yaml"))
     write_preset([preset.stem])  # over another one, of which nothing is left
     assert load_params(tmp_path / "params.yaml") == load_params(preset)
-    assert f"params.yaml: the settings of presets/{preset.name}\n" == capsys.readouterr().out
+    assert f"params.yaml now has the settings of presets/{preset.name}\n" == capsys.readouterr().out
     text = (tmp_path / "params.yaml").read_text()
     assert text.splitlines()[0] == preset.read_text().splitlines()[0]
     names = re.compile(r"^\n?\w+:$|^  \w+:", re.M)

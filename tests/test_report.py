@@ -323,7 +323,7 @@ def test_clocks_and_code_of_another_run_are_not_taken_for_its_own(project):
     code.write_text(code.read_text() + "\n# edited\n")
     report(project)
     text = project.read(PAGE).decode()
-    assert "No clocks: this run was not the last training on this machine" in text
+    assert "No times: this run was not the last training on this machine" in text
     assert "Predicted before the training" not in text
     assert "changed since: lm/train/schedule.py" in text
 

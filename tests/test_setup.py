@@ -54,7 +54,7 @@ def test_an_environment_that_cannot_have_pip_is_refused_in_a_line(folder):
     python.chmod(0o755)
     code, said = make(folder)
     assert code == 2
-    assert "error: .venv has no pip and none can be put there; run: rm -r .venv" in said
+    assert "error: .venv has no pip and ensurepip cannot install it; run: rm -r .venv" in said
 
 
 def test_a_moved_project_says_what_to_do(folder):
@@ -64,7 +64,7 @@ def test_a_moved_project_says_what_to_do(folder):
     moved = folder.rename(folder.with_name("moved"))
     code, said = make(moved, "repro")
     assert code == 2
-    assert f"error: .venv was made as {folder / '.venv'}; moved or copied" in said
+    assert f"error: .venv was made as {folder / '.venv'} and then moved or copied" in said
     assert "run: rm -r .venv && make setup" in said
 
 

@@ -66,7 +66,7 @@ def test_a_flipped_bit_in_the_workspace_is_found(project):
     assert "fault: text: differs from what the stages read" in out
     assert error.endswith(" faults found")
     flip(project.folder / "text" / "07.txt")
-    advice = re.findall(r"^fault: (\S+): md5 .*; delete it, then `dvc (.*)` brings", out, re.M)
+    advice = re.findall(r"^fault: (\S+): md5 .*; delete it, then `dvc (.*)` restores", out, re.M)
     assert {name for name, _ in advice} == set(names)
     for name, command in advice:
         (project.folder / name).unlink()
@@ -147,12 +147,12 @@ def test_what_does_not_belong_together_is_named(project):
     (project.folder / "lm" / "train" / "optim.py").write_text(code + "# another\n")
     out, _ = verify(project, code=2)
     for words in (
-        "model.safetensors: other weights than in models/checkpoints/last.safetensors",
+        "model.safetensors: its weights differ from those in models/checkpoints/last.safetensors",
         "model.safetensors: lm_head.weight: 1 of",
         "models/model/tokenizer.json: differs from data/tokenizer/tokenizer.json",
-        "models/checkpoints/last.safetensors: of another run than models/model/provenance.json",
+        "checkpoints/last.safetensors: belongs to another run than models/model/provenance.json",
         "lm/train: differs from what the stages read",
-        "lm/train/optim.py: not what the model was made with",
+        "lm/train/optim.py: changed since it made the model",
     ):
         assert words in out, words
 
@@ -208,7 +208,7 @@ def test_replay_finds_other_weights(project):
     edit = "        state.model.lm_head.weight.data[0, 0] += 1e-7\n"
     file.write_text(file.read_text().replace(before, edit + before))
     _, error = verify(project, "--replay", "8", code=2)
-    assert "replay from step 0: other weights at step 8" in error
+    assert "replay from step 0: weights differ at step 8" in error
 
 
 def test_without_a_lock_it_says_what_to_do(project):

@@ -1,6 +1,6 @@
-"""What a person runs beside the pipeline: heal, lock, verify, experiments, report.
+"""What a person runs beside the pipeline. docs/ARCHITECTURE.md lists the tools in its picture.
 
-The stages know nothing of it, and a change here runs no stage again.
+No stage imports from here, so a change here runs no stage again.
 """
 
 import stages  # noqa: F401 - says which Python is missing, and takes code from its source

@@ -1,7 +1,7 @@
-"""Check, without any data, that dvc.lock is of this code and these settings: for a fresh clone.
+"""Check that dvc.lock belongs to this code and these settings. Needs no data: for a fresh clone.
 
-`dvc repro --dry --allow-missing` ends with 0 even if it would run something, and `dvc status` calls
-everything changed where the outputs were not pulled yet.
+DVC has no such check: `dvc repro --dry --allow-missing` exits with 0 even if it would run a stage,
+and `dvc status` reports every output as changed that was not pulled yet.
 """
 
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ def changes(repo: Repo) -> Iterator[str]:
 
 
 def gaps(repo: Repo) -> Iterator[str]:
-    """Yield where dvc.lock does not fit dvc.yaml, the files that git has, or itself."""
+    """Yield each contradiction of dvc.lock to dvc.yaml, to the files in git, or to itself."""
     recorded, names = recorded_hashes(), {stage.name for stage in repo.index.stages if stage.cmd}
     for name in sorted(recorded.keys() - names):
-        yield f"stage {name}: is only in {LOCK}"
+        yield f"stage {name}: in {LOCK}, but not in dvc.yaml"
     made = {str(out): out.hash_info.value for stage in repo.index.stages for out in stage.outs}
     for stage in repo.index.stages:
         if not stage.cmd:  # a .dvc file
@@ -49,14 +49,14 @@ def gaps(repo: Repo) -> Iterator[str]:
                 yield f"stage {stage.name}: {path} is only in one of dvc.yaml and {LOCK}"
         for path, md5 in hashes["deps"].items():
             if made.get(path, md5) != md5:
-                yield f"stage {stage.name}: recorded with another {path} than was made"
+                yield f"stage {stage.name}: read another {path} than the recorded output"
             inside = not Path(path).is_absolute() and ".." not in Path(path).parts
             if path not in made and inside and not Path(path).exists():
                 yield f"{path}: deleted"
 
 
 def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield name and change; a file of settings has both for each of its sections."""
+    """Yield (name, change); of a file of settings, one for each changed section."""
     for name, what in found.items():
         if isinstance(what, dict):
             yield from ((f"{name}: {section}", change) for section, change in _flat(what))
@@ -67,18 +67,18 @@ def _flat(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def stages_of(file: Path) -> dict[str, Any]:
     """Return the stages of dvc.yaml or dvc.lock; none if it has no key `stages`.
 
-    Raises InputError for a file that is not YAML or not of DVC's form.
+    Raises InputError for a file that is not YAML or not in DVC's format.
     """
     try:
         return dict(parse_yaml(file.read_text(encoding="utf-8"), str(file)).get("stages", {}))
     except InputError as error:
         raise InputError(f"{error}{_restore(file)}") from None
     except (AttributeError, TypeError, ValueError):
-        raise InputError(f"{file}: not of DVC's form{_restore(file)}") from None
+        raise InputError(f"{file}: not in DVC's format{_restore(file)}") from None
 
 
 def _restore(file: Path) -> str:
-    return f"; `git checkout {file}` brings back the committed one"
+    return f"; `git checkout {file}` restores the committed one"
 
 
 def recorded_hashes() -> dict[str, dict[str, dict[str, str]]]:
@@ -91,12 +91,12 @@ def recorded_hashes() -> dict[str, dict[str, dict[str, str]]]:
                 for kind in ("deps", "outs")
             }
         except (LookupError, TypeError, AttributeError):
-            raise InputError(f"{LOCK}: stage {name}: not of DVC's form{_restore(LOCK)}") from None
+            raise InputError(f"{LOCK}: stage {name}: not in DVC's format{_restore(LOCK)}") from None
     return found
 
 
 def faults() -> list[str]:
-    """Return why dvc.lock is stale, if it is. Raises InputError if a file cannot be read."""
+    """Return the reasons why dvc.lock is stale. Raises InputError if a file cannot be read."""
     if not LOCK.is_file():
         raise InputError(f"{LOCK}: no such file; run `make repro` and commit it")
     with opened() as repo:
@@ -108,4 +108,4 @@ if __name__ == "__main__":
         if found := faults():
             shown = [*found[:5], *([f"{len(found) - 5} more"] if len(found) > 5 else [])]
             raise InputError(f"{LOCK} is stale: {'; '.join(shown)}; run `make repro` and commit it")
-        say(f"{LOCK} is of this code and these settings")
+        say(f"{LOCK} belongs to this code and these settings")

@@ -1,8 +1,8 @@
-"""Write a preset over params.yaml: the shipped settings with what the preset changes.
+"""Write a preset to params.yaml: the shipped settings with the changes of the preset.
 
-    python -m tools.preset NAME     of presets/NAME.yaml; `default` gives back the shipped settings
+    python -m tools.preset NAME     take presets/NAME.yaml; `default` restores the shipped settings
 
-Other programs read a preset where it is: `python -m lm.plan --params presets/NAME.yaml`.
+Other commands read a preset directly: `python -m lm.plan --params presets/NAME.yaml`.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from lm.base.params import load_params, parse_yaml
 from lm.base.paths import PARAMS
 
 PRESETS = Path("presets")
-# a section's own line, or a key with the lines of its value; and the blank line before a section
+# the line of a section and a blank line before it, or a key with the lines of its value
 PART = re.compile(r"^\n?(\w+):\n|^  (\w+):.*\n(?:  [- ].*\n)*", re.M)
 
 
 def whole(preset: Path) -> str:
-    """Return the text of a complete params.yaml, with the comment on top of the preset.
+    """Return the text of a complete params.yaml, with the comment at the preset's top.
 
     Raises InputError for a preset in another style than DVC's own, as `model: {d_model: 64}`.
     """
@@ -40,7 +40,7 @@ def whole(preset: Path) -> str:
 
 
 def _values(text: str) -> Iterator[tuple[tuple[str, str], str]]:
-    """Yield ((section, key), lines) in order; a section's own line has the key ""."""
+    """Yield ((section, key), lines) in order; the line of a section has the key ""."""
     section = ""
     for match in PART.finditer(text):
         section = match[1] or section
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         preset = PRESETS / f"{name}.yaml"
         atomic_write(PARAMS, whole(preset).encode())
-        say(f"{PARAMS}: the settings of {preset}")
+        say(f"{PARAMS} now has the settings of {preset}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The project as git and DVC know it, and their errors in one line with the cure."""
+"""Call git and DVC; turn their errors into one line that says what to do."""
 
 import os
 import re
@@ -11,14 +11,14 @@ from typing import Any
 
 from lm.base.errors import EnvironmentFault, InputError
 
-# git sets these for its hooks; there they lead to the repository of the hook, which may be another
+# git sets these for its hooks; they may name another repository
 OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
-CURES = {  # by the words of git or DVC
-    "dubious ownership": "the repository belongs to another user, so that git does not trust it; "
+CURES = {  # by words in the message of git or DVC
+    "dubious ownership": "the repository belongs to another user, so git refuses to read it; "
     "run: git config --global --add safe.directory {root}",
-    "not a git repository": "{root} is not under git; run `make heal` to let DVC work without",
-    "Only supported for Git": "{root} is not under git, which experiments and other revisions "
-    "need; run: git init && git add -A && git commit -m begin && make heal",
+    "not a git repository": "{root} is not under git; run `make heal`, then DVC works without",
+    "Only supported for Git": "{root} is not under git, but experiments and other revisions "
+    "need it; run: git init && git add -A && git commit -m begin && make heal",
     "name and email": "git does not know who you are; run: git config --global user.name NAME && "
     "git config --global user.email ADDRESS",
 }
@@ -31,7 +31,7 @@ def run_git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ["git", "-C", str(root), *arguments],
         capture_output=True,
         encoding="utf-8",
-        errors="surrogateescape",  # names of files need not be text
+        errors="surrogateescape",  # a file name may be any bytes
         check=False,
         env={k: v for k, v in os.environ.items() if k not in OF_A_HOOK} | {"LC_ALL": "C"},
     )
@@ -42,7 +42,7 @@ def git(*arguments: str) -> str:
     try:
         done = run_git(Path(), *arguments)
     except FileNotFoundError:
-        raise EnvironmentFault("git is not installed, and DVC's experiments need it") from None
+        raise EnvironmentFault("git is not installed, but DVC's experiments need it") from None
     if done.returncode != 0:
         raise _refusal(done.stderr)
     return done.stdout
@@ -64,15 +64,15 @@ def _refusal(said: str) -> EnvironmentFault:
 
 
 def cure(said: str) -> str | None:
-    """Return the fault and the command that fixes it, for an error of git or DVC in CURES."""
-    place = re.search("repository at '(.*)'", said)  # further up, if this is a subfolder
+    """Return what is wrong and the command that fixes it, if CURES has this error; else None."""
+    place = re.search("repository at '(.*)'", said)  # a folder above, if this is a subfolder
     root = shlex.quote(place[1] if place else str(Path.cwd()))
     return next((cure.format(root=root) for words, cure in CURES.items() if words in said), None)
 
 
 @contextmanager
 def opened() -> Iterator[Any]:
-    """Open the project with DVC; turn errors of git and DVC meanwhile into ours."""
+    """Open the project with DVC; turn errors of git and DVC in the block into ours."""
     from dvc.exceptions import DvcException  # takes a second
     from dvc.repo import Repo
     from dvc.scm import RevError

@@ -1,10 +1,10 @@
-"""Write docs/SETTINGS.md: each setting with its values, its default and the stages that it runs.
+"""Write docs/SETTINGS.md: type, range, default, meaning and readers of each setting.
 
-    python -m tools.settings    after a setting was added, changed or described anew
+    python -m tools.settings    after you added, changed or redescribed a setting
 
-Descriptions and bounds stand in the annotations of the dataclasses, defaults in params.yaml. They
-are copied into presets/default.yaml, because the other presets lie over defaults and not over
-params.yaml as it is now: run it while params.yaml holds the defaults.
+Types, bounds and descriptions come from the annotations of the dataclasses, defaults from
+params.yaml. The command also copies params.yaml to presets/default.yaml, which the other presets
+extend, so run it only while params.yaml holds the defaults.
 """
 
 import json
@@ -36,14 +36,18 @@ KINDS = {
     "export": ExportConfig,
     "runtime": RuntimeConfig,
 }
+READ_RUNTIME = {"device": "train, evaluate", "num_workers": "tokenizer, tokens"}  # else: train
 HEAD = """# Settings
 
-Every setting of `params.yaml`; `python -m tools.settings` makes this page from the dataclasses. A
-*count* is a whole number from 1 to 2³¹ - 1. The last column names the stages that run again after a
-change; later ones follow if their inputs changed. No stage depends on `runtime`.
+For those who edit `params.yaml`: every setting with its type and range, its default and what it
+does. `python -m tools.settings` makes this page from the code.
 
-The file is YAML without anchors, aliases and tags; what readers take for different numbers (0777,
-1_000, 2026-01-01) must be quoted.
+The last column names the stages that read a setting. A change runs them again, and later stages if
+their inputs changed. `runtime` is the exception: a change of it never runs a stage again. A *count*
+is a whole number from 1 to 2³¹ - 1.
+
+`params.yaml` is YAML without anchors, aliases and tags. Quote a text that looks like a number or a
+date, such as "0777", "1_000" or "2026-01-01", because YAML readers disagree about it.
 """
 NAMES = {int: "integer", float: "number", bool: "true, false", str: "text"}
 
@@ -53,7 +57,10 @@ def page() -> str:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     lines = [HEAD]
     for section, values in load_params(DEFAULTS).items():
-        lines += [f"## {section}\n", "| setting | values | default | what it does | stages |"]
+        lines += [
+            f"## {section}\n",
+            "| setting | type and range | default | what it does | read by |",
+        ]
         lines += ["|---|---|---|---|---|"]
         hints = get_type_hints(KINDS[section], include_extras=True)
         for key, default in values.items():
@@ -63,20 +70,22 @@ def page() -> str:
             name, words = f"{section}.{key}", re.sub(r"docs/(\w+\.md)", r"[\1](\1)", what[-1])
             read_by = [stage for stage in stages if {section, name} & {*stages[stage]["params"]}]
             cells = [f"`{name}`", allowed(hints[key]), f"`{_yaml(default)}`", words]
-            cells += [", ".join(read_by)]
+            cells += [", ".join(read_by) or READ_RUNTIME.get(key, "train")]
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def allowed(hint: Any) -> str:
-    """Return the values of an annotation in words, such as "number > 0, null"."""
+    """Return type and range of an annotation in words, such as "number > 0, null"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         bounds = [bound for bound in arguments[1:] if isinstance(bound, Bound)]
         words = allowed(arguments[0])
         if bounds[:2] == [AT_LEAST_ONE, BELOW_2_31]:
             words, bounds = "count", bounds[2:]
+        if choices := re.fullmatch("must be one of (.*)", bounds[0].text) if bounds else None:
+            return choices[1]
         return words + "".join(map(_condition, bounds))
     if origin in (Union, UnionType):
         return ", ".join(map(allowed, arguments))
@@ -87,13 +96,14 @@ def allowed(hint: Any) -> str:
     if origin is list:
         return f"list of {allowed(arguments[0])}"
     if origin is dict:
-        return f"name: {{{', '.join(get_type_hints(arguments[1]))}}}"
+        hints = get_type_hints(arguments[1], include_extras=True)
+        return f"name: {{{'; '.join(f'{key}: {allowed(hints[key])}' for key in hints)}}}"
     return NAMES[hint]
 
 
 def _condition(bound: Bound) -> str:
     text = bound.text.replace("must not be", "not").removeprefix("must be ")
-    text = text.removesuffix(", or null")  # which a message adds; here it stands behind all
+    text = text.removesuffix(", or null").replace("2**63", "2⁶³")  # null comes last in the cell
     return f" {text}" if text.startswith((">", "<", "in ")) else f", {text}"
 
 

@@ -1,9 +1,9 @@
-"""Check that the results are those of dvc.lock and belong together: `python -m tools.verify`.
+"""Check that the results match dvc.lock and each other: `python -m tools.verify`.
 
-DVC trusts size and modification time, so a byte that flipped on disk passes `dvc status`, and a
-damaged cache hands it out. This hashes every byte again, in the workspace and in the cache, and
-compares tokens, tokenizer, model and checkpoints with each other and with the model's provenance.
-With --replay N it trains N steps again and compares the weights.
+DVC trusts size and modification time: `dvc status` misses a byte that flipped on disk, and
+`dvc checkout` copies it from a damaged cache. This tool hashes every byte again, in workspace and
+cache. It compares tokens, tokenizer, model and checkpoints with each other and with the model's
+provenance. With --replay N it also trains N steps again and compares the weights.
 """
 
 import argparse
@@ -62,22 +62,22 @@ def recorded_faults(repo: Repo) -> Iterator[str]:
 
 
 def _output_faults(path: Path, md5: str, repo: Repo) -> Iterator[str]:
-    restore = f"`dvc checkout --force {path}` brings it back from the cache"
-    instead = f"delete it, then {restore}"  # DVC takes size and time for the content
+    restore = f"`dvc checkout --force {path}` restores {path} from the cache"
+    instead = f"delete it, then {restore}"  # DVC would only compare size and time
     files = {path: md5}
     listing = _cached(md5, repo)
     if md5.endswith(".dir") and listing.is_file() and not any(_cache_faults(md5, repo)):
         files = {path / item["relpath"]: item["md5"] for item in json.loads(listing.read_bytes())}
         for file in sorted(set(filter(Path.is_file, path.rglob("*"))) - files.keys()):
             yield f"{file}: not among the recorded files; {restore}"
-    elif path.is_dir():  # the list is damaged or was never here: what lies in the workspace
+    elif path.is_dir():  # its list is damaged or missing: check what the workspace has
         for file in sorted(filter(Path.is_file, path.rglob("*"))):
             yield from _cache_faults(_hash(file, repo), repo)
     for file, expected in files.items():
         if not file.exists():
             yield f"{file}: missing; {restore}"
         elif (found := _hash(file, repo)) != expected:
-            yield f"{file}: md5 {found}, dvc.lock says {expected}; {instead}"
+            yield f"{file}: md5 is {found}, dvc.lock says {expected}; {instead}"
         yield from _cache_faults(expected, repo)
 
 
@@ -85,9 +85,9 @@ def _cache_faults(md5: str, repo: Repo) -> Iterator[str]:
     file = _cached(md5, repo)
     if file.is_file() and (found := _hash(file, repo)) != md5.removesuffix(".dir"):
         yield (
-            f"{file}: md5 {found} is not its name: the cache is damaged; delete the file, then "
-            "`dvc commit --force` if the workspace is right, else delete the output too and `dvc "
-            "pull` or `dvc repro --force`"
+            f"{file}: md5 is {found}, its name says another: the cache is damaged; delete this "
+            "file; if the workspace is right, run `dvc commit --force`, else delete the output, "
+            "too, and run `dvc pull` or `dvc repro --force`"
         )
 
 
@@ -96,7 +96,7 @@ def _cached(md5: str, repo: Repo) -> Path:
 
 
 def _hash(path: Path, repo: Repo) -> str:
-    """Return DVC's hash of a file or folder, every byte read again."""
+    """Read every byte of a file or folder again; return the hash that DVC gives it."""
     forgetful = HashFileDB(localfs, repo.cache.local.path)  # without DVC's table of sizes and times
     place, ignore = str(path.absolute()), repo.dvcignore
     _, _, found = build(forgetful, place, localfs, "md5", dry_run=True, ignore=ignore)
@@ -104,7 +104,7 @@ def _hash(path: Path, repo: Repo) -> str:
 
 
 def belonging_faults() -> Iterator[str]:
-    """Yield where tokens, tokenizer, model and provenance do not belong together."""
+    """Yield the files that do not fit: tokens, tokenizer, model, or what provenance names."""
     ours, theirs = MODEL / "tokenizer.json", TOKENIZER / "tokenizer.json"
     yield from _raised(lambda: open_tokens(TOKENS, sha256_file(theirs), load_tokenizer(TOKENIZER)))
     yield from _raised(lambda: load_model(MODEL, torch.device("cpu")))
@@ -113,7 +113,7 @@ def belonging_faults() -> Iterator[str]:
     provenance = read_provenance(MODEL)
     for name, sha256 in {**provenance["inputs"], **provenance["code"]}.items():
         if not Path(name).is_file() or sha256_file(Path(name)) != sha256:
-            yield f"{name}: not what the model was made with; `dvc repro` makes it again"
+            yield f"{name}: changed since it made the model; `dvc repro` makes the model again"
 
 
 def checkpoint_faults() -> Iterator[str]:
@@ -122,11 +122,11 @@ def checkpoint_faults() -> Iterator[str]:
         verify(path)
     last, best = read_saved_run(LAST), read_saved_run(BEST)
     if last.identity.parts() != read_provenance(MODEL):
-        yield f"{LAST}: of another run than {MODEL / 'provenance.json'} says"
+        yield f"{LAST}: belongs to another run than {MODEL / 'provenance.json'}"
     step = last.best.step
     weights, named = best.weights.get(str(step)), last.weights.get(str(step))
     if best.step != step or weights != named:
-        yield f"{BEST}: not the best checkpoint that {LAST} names"
+        yield f"{BEST}: is not the best checkpoint that {LAST} names"
     source = LAST if last.identity.train.get("early_stopping") is None else BEST
     tensors, published = load_file(source), load_file(MODEL / "model.safetensors")
     for file, found in ((source, tensors), (MODEL / "model.safetensors", published)):
@@ -135,18 +135,18 @@ def checkpoint_faults() -> Iterator[str]:
     if expected != {name for name in tensors if name.startswith("model.")} or not all(
         torch.equal(tensor, tensors[f"model.{name}"]) for name, tensor in published.items()
     ):
-        yield f"{MODEL / 'model.safetensors'}: other weights than in {source}"
+        yield f"{MODEL / 'model.safetensors'}: its weights differ from those in {source}"
 
 
 def unfinished_faults(unfinished: Path) -> Iterator[str]:
     """Yield the checkpoints of unfinished runs that are damaged.
 
-    A file without a manifest is no checkpoint: kills and trainers leave such files.
+    A file without a manifest is no checkpoint: a kill leaves such files, and a save in progress.
     """
     for folder in sorted(filter(Path.is_dir, unfinished.glob("*"))):
         for path, fault in kept_checkpoints(folder):
             if fault is not None and path.with_suffix(".json").exists():
-                yield f"{fault}; the run would go on from the checkpoint before it"
+                yield f"{fault}; the run will resume from an earlier checkpoint"
 
 
 def _raised(action: Callable[[], object]) -> Iterator[str]:
@@ -157,7 +157,7 @@ def _raised(action: Callable[[], object]) -> Iterator[str]:
 
 
 def _complete(faults: Iterator[str]) -> list[str]:
-    """Return the faults, once each, with the one that kept the check from going on."""
+    """Return each fault once, and last the error that stopped the check, if one did."""
     found: list[str] = []
     try:
         found.extend(faults)
@@ -169,9 +169,9 @@ def _complete(faults: Iterator[str]) -> list[str]:
 def replay(steps: int, device: torch.device) -> str:
     """Train `steps` steps again and compare the weights with the recorded ones, bit for bit.
 
-    Begin at the best checkpoint if that many steps followed it, else at the untrained model.
-    Return what was shown. Raises InputError if the weights differ or nothing can be compared,
-    EnvironmentFault if this machine computes otherwise than the one that trained.
+    Start from the best checkpoint if that many steps followed it, else from the untrained model.
+    Return a sentence with the steps that agree. Raises InputError if the weights differ or cannot
+    be compared, EnvironmentFault if this environment gives other bits than the training's.
     """
     verify(LAST)
     recorded = read_saved_run(LAST)
@@ -188,7 +188,7 @@ def replay(steps: int, device: torch.device) -> str:
 
     known = {int(step): sha256 for step, sha256 in recorded.weights.items()}
     sizes = {int(step): size for step, size in identity.micro_batch_sizes.items()}
-    with joined(config.parallel, device, timeout_s=60) as processes:  # one: this
+    with joined(config.parallel, device, timeout_s=60) as processes:  # only this one
         state = new_state(model_config, config, device, processes, initialise)
         start = _restore_start(state, steps, recorded)
         compared = [step for step in sorted(known) if start < step <= start + steps]
@@ -197,13 +197,13 @@ def replay(steps: int, device: torch.device) -> str:
             if following is None:
                 raise InputError(f"--replay: no weights are recorded after step {start}")
             raise InputError(
-                f"--replay {steps}: from step {start} the next recorded weights are of step "
-                f"{following}; use --replay {following - start}"
+                f"--replay {steps}: it starts at step {start}, and the next recorded weights are "
+                f"of step {following}; use --replay {following - start}"
             )
         state.micro_batch_size = size_at(sizes, start + 1)
         for _ in train(state, open_tokens(TOKENS).train, config):
             if state.step in known and weights_sha256(state.model) != known[state.step]:
-                raise InputError(f"replay from step {start}: other weights at step {state.step}")
+                raise InputError(f"replay from step {start}: weights differ at step {state.step}")
             if state.step == start + steps:
                 break
             state.micro_batch_size = size_at(sizes, state.step + 1)
@@ -222,12 +222,12 @@ def _require_same_bits(identity: SavedIdentity, here: dict[str, Any]) -> None:
 
     if here != there:
         raise EnvironmentFault(
-            f"{LAST}: trained where {words(there)}; here {words(here)}: expect different bits"
+            f"{LAST}: trained where {words(there)}; here {words(here)}, which gives other bits"
         )
     if any(size > 1 for size in (identity.num_processes or {}).values()):
         raise InputError(
-            f"{LAST}: gradients of several processes were summed in any order, which one process "
-            "does not repeat; train.reduction: tree can be replayed"
+            f"{LAST}: several processes summed their gradients in no fixed order, so one process "
+            "cannot replay them; it can if they trained with train.reduction: tree"
         )
 
 
@@ -240,9 +240,11 @@ def _restore_start(state: TrainState, steps: int, recorded: SavedRun) -> int:
         if best.scaler is not None:
             state.scaler.load_state_dict(asdict(best.scaler))
     elif recorded.identity.resume_from is not None:
-        raise InputError(f"{LAST}: continues another run, whose beginning is not kept")
+        raise InputError(f"{LAST}: continues another run, whose start is not kept: no replay")
     elif steps > last_step:
-        raise InputError(f"--replay {steps}: the run had {count(last_step, 'step')}")
+        raise InputError(
+            f"--replay {steps}: the run had {count(last_step, 'step')}; use at most {last_step}"
+        )
     return state.step
 
 

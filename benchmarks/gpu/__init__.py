@@ -1,4 +1,4 @@
-"""The acceptance run on a GPU: everything that this project promises, shown by one command.
+"""The acceptance run on a GPU: one command that tests everything that this project promises there.
 
 Begin with parts.py, which lists what is run; __main__.py runs it within a budget of seconds.
 """

@@ -1,12 +1,12 @@
-"""All that this project promises on a GPU, shown by one command that stops itself.
+"""Test all that this project promises on a GPU, within a budget of seconds.
 
     make bench-gpu                       (python -m benchmarks.gpu)
-    make bench-gpu DEVICE=cpu TINY=1     does it run? tiny models, on any machine, in a minute
+    make bench-gpu DEVICE=cpu TINY=1     try it: tiny models, on any machine, in a minute
 
-It writes gpu.json, gpu.md for docs/BENCHMARKS.md, and what each part said besides. Nothing is
-fetched: nanoGPT's one file, model.py, lies in the folder that the variable NANOGPT names. torch,
-NumPy and what training imports are enough. Exits with 1 if a part failed or something is not equal;
-a goal of speed or memory that is missed is a row of the table.
+It writes gpu.json, gpu.md for docs/BENCHMARKS.md, and a log of each part. It downloads nothing:
+nanoGPT's one file, model.py, must be in the folder that the variable NANOGPT names. It needs torch,
+NumPy and what training imports. It exits with 1 if a part failed or something is not equal; a goal
+of speed or memory that is missed is only a row of the table.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def main() -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="models of no size")
-    parser.add_argument("--budget", type=float, default=470, help="seconds, then it stops")
+    parser.add_argument("--tiny", action="store_true", help="use tiny models")
+    parser.add_argument("--budget", type=float, default=470, help="seconds after which it stops")
     parser.add_argument("--out", type=Path, default=Path("metrics/gpu"), metavar="FOLDER")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART")
     options = parser.parse_args()
@@ -72,7 +72,7 @@ def main() -> None:
         figures = Acceptance(options).perform()
         print(f"\n{(options.out / 'gpu.md').read_text()}")
     if wrong := [f"{f['part']}: {f['name']}" for f in figures if is_wrong(f)]:
-        sys.exit(f"not as it should be: {'; '.join(wrong)}")
+        sys.exit(f"failed or not equal: {'; '.join(wrong)}")
 
 
 def is_wrong(figure: dict[str, Any]) -> bool:
@@ -81,13 +81,13 @@ def is_wrong(figure: dict[str, Any]) -> bool:
 
 
 class Acceptance:
-    """The parts, run until the end of the budget, and what they have found so far."""
+    """Runs the parts until the budget ends; keeps what they have found so far."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.figures, self.start = options, Figures(), time.monotonic()
 
     def perform(self) -> Figures:
-        """Run all parts, side by side if they may; write after each all that is known."""
+        """Run all parts, side by side if they may; after each, write all that is known."""
         names, tiny = self.options.parts, self.options.tiny
         together = [name for name in names if not PARTS[name].alone and not tiny]
         for name in names:
@@ -103,7 +103,7 @@ class Acceptance:
                     thread.join()
             write_json(self.options.out / "gpu.json", self.figures)
             text = markdown(self.figures, time.monotonic() - self.start)
-            text += "The models are of no size: the goals are not for them.\n" * tiny
+            text += "These are tiny models: the goals are not meant for them.\n" * tiny
             (self.options.out / "gpu.md").write_text(text)
         return self.figures
 
@@ -112,7 +112,7 @@ class Acceptance:
         options, part, start = self.options, PARTS[name], time.monotonic()
         left_s = self.start + options.budget - RESERVE_S - start
         if left_s < part.needed_s and not options.tiny:
-            why = f"{left_s:.0f} s were left, it needs {part.needed_s:g}"
+            why = f"{left_s:.0f} s left, {part.needed_s:g} s needed"
             self.add(name, {"name": ITSELF, "left_out": why})
         else:
             most_s = max(1.0, min(part.most_s, left_s))

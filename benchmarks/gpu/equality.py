@@ -1,4 +1,4 @@
-"""What must be equal, bit for bit or nearly: straight = resumed, not finite, beside the CPU.
+"""Test what must be equal, bit for bit or nearly: straight = resumed, not finite, beside the CPU.
 
 python -m benchmarks.gpu.equality JOB: one training, in a process of its own.
 """
@@ -24,7 +24,7 @@ from lm.runs.checkpoint import contents
 from lm.train.loop import train
 from lm.train.state import TrainState, new_state
 
-CASES: dict[str, dict[str, Any]] = {  # settings that the small model differs by
+CASES: dict[str, dict[str, Any]] = {  # changes to the settings of the small model
     "AdamW float32": {"train.optimizer": "adamw", "train.dtype": "float32"},
     "AdamW bfloat16": {"train.optimizer": "adamw"},
     "AdamW bfloat16 compiled": {"train.optimizer": "adamw", "train.compile": True},
@@ -43,7 +43,7 @@ MOST_APART = 0.02, 0.1  # nats beside float32 on a CPU: in float32, in bfloat16
 
 
 def equality(device: torch.device, tiny: bool, note: Note) -> None:
-    """Note of each case whether straight = resumed, and that a step not finite changes nothing."""
+    """Note whether straight = resumed in each case, and a step not finite changes nothing."""
 
     def one(case: str) -> None:
         try:
@@ -80,7 +80,7 @@ def _child(case: str, device: str, tiny: bool, folder: str, part: str) -> Any:
 
 
 def main() -> None:
-    """Train a part of a case; tell the hash of all that its last checkpoint holds."""
+    """Train a part of a case; report the hash of all that its last checkpoint holds."""
     (case, device_name, tiny, folder, part), tell = begin()
     device, steps = torch.device(device_name), 4 if tiny else STEPS
     run_settings = small(CASES[case], tiny, steps)

@@ -1,6 +1,6 @@
 """The parts of the acceptance run, most important first.
 
-python -m benchmarks.gpu.parts JOB: one of them, in a process of its own, a line of JSON a figure.
+python -m benchmarks.gpu.parts JOB: run one in a process of its own; print each figure as JSON.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from benchmarks.worker import begin
 
 @dataclass(frozen=True)
 class Part:
-    """What to run, and for how long."""
+    """A part: what to run, and for how long."""
 
     run: Callable[[torch.device, bool, Callable[..., None]], None]  # device, tiny, note
     most_s: float  # then it is stopped
     needed_s: float  # with less time left it is not begun
-    alone: bool = True  # on the machine; the others go side by side
+    alone: bool = True  # on the machine; the others run side by side
 
 
 PARTS = {
@@ -36,7 +36,7 @@ PARTS = {
 
 
 def main() -> None:
-    """Run a part; tell each figure, and last that all is done."""
+    """Run a part; report each figure, and last that all is done."""
     (name, device_name, tiny), tell = begin()
 
     def note(name: str, **figures: Any) -> None:

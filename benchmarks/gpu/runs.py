@@ -1,4 +1,4 @@
-"""Trainings as stage train has them, but for its files of tokens: what the parts measure."""
+"""Train as stage train does, but on tokens in memory: the parts measure these trainings."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ from lm.train.loop import fit
 from lm.train.state import Record, new_state
 
 PRESETS = Path(__file__).parents[2] / "presets"
-Note = Callable[..., None]  # takes the name of what was found, and its figures
+Note = Callable[..., None]  # takes the name of a finding, and its figures
 Settings = tuple[ModelConfig, TrainConfig, RuntimeConfig]
 
 
@@ -53,7 +53,7 @@ def small(changes: dict[str, Any], tiny: bool, steps: int) -> Settings:
 
 
 def split_of(model: ModelConfig, count: int = 400_000) -> Split:
-    """Return ids of which each is the one before plus 7, but for a fifth: losses that fall."""
+    """Return ids, four in five of which are the one before plus 7, so that losses fall."""
     rng = np.random.default_rng(0)
     ids = np.arange(count, dtype=np.uint32) * 7 % model.vocab_size
     noise = rng.random(count) < 0.2
@@ -62,7 +62,7 @@ def split_of(model: ModelConfig, count: int = 400_000) -> Split:
 
 
 class WatchedRun(Run):
-    """A run that keeps its records, and gets SIGTERM after a step if it is to stop there."""
+    """A run that keeps its records, and sends itself SIGTERM after step `stop_after`."""
 
     def __init__(self, *arguments: Any, stop_after: int | None):
         self.stop_after, self.records = stop_after, list[Record]()
@@ -85,7 +85,7 @@ def train_as_the_stage_does(
     processes: Processes = ALONE,
     split: Split | None = None,
 ) -> tuple[WatchedRun, Plan]:
-    """Train by plan, going on with what `folder` holds; a signal may end it after a step."""
+    """Train by plan from the state in `folder`, if there is one; stop after step `stop_after`."""
     model, asked, runtime = run_settings
     plan = make_plan(model, asked, device, processes.size)
     state = new_state(plan.model, plan.config, device, processes)

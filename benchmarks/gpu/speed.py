@@ -1,4 +1,4 @@
-"""How fast and how large: products, training beside nanoGPT, a preset, decoding."""
+"""Measure speed and memory: products, training beside nanoGPT, a preset, decoding."""
 
 import statistics
 import sys
@@ -34,7 +34,7 @@ STORY_TOKENS = 327_680_000
 COMPILED = "ours, bfloat16, compiled"
 NANOGPT = "nanoGPT, bfloat16, compiled"
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
-Contestants = dict[str, tuple[str, dict[str, Any]]]  # by label: a contestant, settings of ours
+Contestants = dict[str, tuple[str, dict[str, Any]]]  # by label: a contestant, our settings
 BESIDE_NANOGPT: Contestants = {
     "nanoGPT": (NANOGPT, {}),
     "ours": (COMPILED, {}),
@@ -96,7 +96,7 @@ def beside_nanogpt(device: torch.device, tiny: bool, note: Note) -> None:
 
 
 def stories(device: torch.device, tiny: bool, note: Note) -> None:
-    """Train 17M parameters; how long would all tokens of TinyStories take?"""
+    """Train 17M parameters; note how long all tokens of TinyStories would take."""
     few = {label: BESIDE_NANOGPT[label] for label in ("nanoGPT", "ours")}
     race(STORIES, few, device, tiny, note, in_all=STORY_TOKENS)
 
@@ -114,7 +114,7 @@ def race(
     note: Note,
     in_all: int | None = None,
 ) -> None:
-    """Compile all at once, measure in turns, then profile; `in_all` tokens take so many minutes."""
+    """Compile all at once, measure in turns, profile; note the minutes for `in_all` tokens."""
     shape, rounds, slice_s = (SHAPES["XS"], 1, 0.1) if tiny else (shape, 3, 2.5)
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
     if tiny:
@@ -139,7 +139,7 @@ def race(
         def answer(worker: Worker) -> dict[str, Any]:
             return worker.answer() | {"first_s": time.perf_counter() - start}
 
-        with ThreadPoolExecutor() as pool:  # one that compiles longer delays no other's clock
+        with ThreadPoolExecutor() as pool:  # a slow compilation delays no other's clock
             answers = {label: pool.submit(answer, worker) for label, worker in workers.items()}
         for label, answered in answers.items():
             try:

@@ -1,4 +1,4 @@
-"""Experiments of DVC: read, compared, drawn, swept.
+"""Read, compare, draw and sweep experiments of DVC.
 
 Begin with read.py.
 """

@@ -1,8 +1,8 @@
 """Measure what each part of the model is worth: `python -m tools.experiments.ablations`.
 
-No stage of dvc.yaml: `make ablations` calls it, after tools.heal. Each variant is params.yaml with
-some settings changed, run with every seed in the queue of tools.experiments.sweep and compared by
-tools.experiments.compare. A variant that diverges is a result too.
+`make ablations` calls it after tools.heal. Each variant is params.yaml with some settings changed.
+The queue of tools.experiments.sweep runs it with every seed, and tools.experiments.compare compares
+the results. A variant that diverges counts as a result.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def variants(model: Mapping[str, Any]) -> dict[str, Point]:
 
 
 def ablations(seeds: list[str]) -> None:
-    """Run the missing points, and write the page. Raises InputError if an experiment failed."""
+    """Run the missing points and write the page. Raises InputError if an experiment failed."""
     params = load_params(PARAMS)
     changes = variants(params["model"])
     grid = {(name, seed): (*changes[name], f"{SEED}={seed}") for seed in seeds for name in changes}

@@ -1,12 +1,12 @@
 """Compare settings over seeds: `python -m tools.experiments.compare [--metric KEY] [REV ...]`.
 
-No stage of dvc.yaml: it reads HEAD and its finished experiments (or other revisions and theirs, or
-single experiments by name), prints a table and draws the results.
+It reads HEAD and its finished experiments, or other revisions and theirs, or single experiments by
+name. It prints a table and draws the results.
 
     read.py --> Experiment --group--> ComparedSetting --statistics.py--> table, figure.py
 
-A setting is all settings but the seed, and the code and the text too: results of different code
-are never averaged. What cannot be used is named.
+Two results have the same setting if they agree in all settings but the seed, in code and in text:
+results of different code are never averaged. A note names each result that cannot be used.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TABLE, PLOT = Path("metrics/compare.md"), Path("metrics/compare.svg")
 def report(experiments: list[Experiment], metric: str | None) -> tuple[str, dict[str, Any]]:
     """Return the table with notes on it (Markdown), and the plot (Vega-Lite).
 
-    Raises InputError for an unknown metric, or if there are no two results to compare.
+    Raises InputError for an unknown metric, or for fewer than two results.
     """
     finished = [e for e in experiments if e.state == "success" or e.metrics]
     tokenizers = {e.tokenizer for e in finished if e.metrics}
@@ -80,7 +80,7 @@ def choose_metric(experiments: list[Experiment], wanted: str) -> str:
     found = [n for n in known if wanted in (n, short[n], n.partition(":")[2])]
     if len(found) == 1 or not known:
         return found[0] if found else wanted
-    problem = f"can be {' or '.join(short[n] for n in found)}" if found else "unknown metric"
+    problem = f"could be {' or '.join(short[n] for n in found)}" if found else "unknown metric"
     raise InputError(f"--metric {wanted}: {problem}; there are {', '.join(short.values())}")
 
 
@@ -113,7 +113,7 @@ def group(experiments: list[Experiment], metric: str) -> tuple[list[ComparedSett
             values = ", ".join(f"{value} ({', '.join(who)})" for value, who in found.items())
             notes.append(
                 f"**{label(row.setting, names)}, seed {seed} gave different results, left out: "
-                f"{values}.** Code, settings and text agree: another environment?"
+                f"{values}.** Code, settings and text agree; did the environment change?"
             )
     for names, what in ((missing, f"without {metric}"), (infinite, f"{metric} is not finite")):
         if names:
@@ -124,9 +124,9 @@ def group(experiments: list[Experiment], metric: str) -> tuple[list[ComparedSett
 def diverged(
     experiments: list[Experiment], rows: list[ComparedSetting]
 ) -> list[tuple[dict[str, Any], dict[int, str]]]:
-    """Return the settings with which a training diverged, and how, by seed.
+    """Return each setting with which a training diverged, and by seed how it did.
 
-    They have no dvc.lock: what else made them is what made the rows, where those agree.
+    Such a run has no dvc.lock: take what it lacks from the rows, where those agree.
     """
     several = varying(row.setting for row in rows)
     rest = {k: "?" if k in several else show(v) for row in rows for k, v in row.setting.items()}
@@ -145,7 +145,7 @@ def table(
     metric: str,
     without: Iterable[tuple[Mapping[str, Any], Mapping[int, str]]],
 ) -> list[str]:
-    """Return the rows as a Markdown table, under the metric's name, then those without a result."""
+    """Return a Markdown table under the metric's name: the rows, then settings without a result."""
     n = decimals(rows)
     head = [*(names or ["setting"]), "seeds", "mean", "standard deviation", "range", "verdict"]
     lines = [
@@ -180,7 +180,7 @@ def title(metric: str) -> str:
 
 
 def decimals(rows: list[ComparedSetting]) -> int:
-    """Return how many decimals show five digits of the largest result."""
+    """Return the number of decimals that shows five digits of the largest result."""
     largest = max(abs(loss) for row in rows for loss in row.losses.values())
     return max(0, 4 - math.floor(math.log10(largest))) if largest else 0
 
@@ -202,7 +202,7 @@ def verdict(row: ComparedSetting, n: int) -> str:
 
 
 def conclusions(rows: list[ComparedSetting], names: list[str]) -> list[str]:
-    """Return notes on how the verdicts come about, and what they do not say."""
+    """Return notes on how the verdicts were found, and on what they do not say."""
     compared = [row.difference for row in rows if row.difference]
     if not compared:
         return ["Nothing can be compared: it takes two settings with two seeds each."]
@@ -230,19 +230,19 @@ def conclusions(rows: list[ComparedSetting], names: list[str]) -> list[str]:
 
 
 def mixtures(experiments: list[Experiment], names: list[str], metric: str) -> list[str]:
-    """Return notes on what differs between the experiments besides settings."""
+    """Return notes on differences between the experiments other than settings."""
     notes = []
     if len({e.tokenizer for e in experiments if e.metrics}) > 1:
         unit = "so these are bits per byte" if metric == BITS else "use --metric eval.bits_per_byte"
-        notes.append(f"The tokenizers differ: figures per token do not compare; {unit}.")
+        notes.append(f"The tokenizers differ: figures per token cannot be compared; {unit}.")
     if TEXT in names or any(name.startswith("data.") for name in names):
-        notes.append("The text or its split differs: losses on different texts do not compare.")
+        notes.append("The text or its split differs: losses on two texts cannot be compared.")
     if CODE in names:
-        notes.append("The code differs (see the column): a difference may be the code's.")
+        notes.append("The code differs (see the column): it may explain a difference.")
     environments = [flat(e.environment) for e in experiments if e.environment]
     if differing := varying(environments):
         notes.append(
-            f"The environments differ in {', '.join(differing)}: a seed is not the same run."
+            f"The environments differ in {', '.join(differing)}: one seed gives different runs."
         )
     return notes
 

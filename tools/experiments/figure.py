@@ -1,4 +1,4 @@
-"""The results of a comparison as a picture: figure.json, filled in (Vega-Lite)."""
+"""Draw the results of a comparison: fill in figure.json (Vega-Lite)."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from tools.experiments.statistics import CONFIDENCE, ComparedSetting, t_interval
 def figure(rows: list[ComparedSetting], names: list[str], title: str) -> dict[str, Any]:
     """Return each seed, and each setting's mean with its own confidence interval (Vega-Lite).
 
-    The x axis has the setting with the most numbers, to scale, or else the first setting. The other
-    settings that differ have colours.
+    The x axis shows the setting with the most numbers, to scale, or else the first setting. Colours
+    show the other settings that differ.
     """
     numeric = [n for n in names if all(is_number(row.setting.get(n)) for row in rows)]
     x = max(numeric, key=lambda n: len({row.setting[n] for row in rows}), default=None)
@@ -52,7 +52,7 @@ def figure(rows: list[ComparedSetting], names: list[str], title: str) -> dict[st
 def domain(seeds: list[dict[str, Any]], means: list[dict[str, Any]]) -> list[float]:
     """Return a range with all seeds, and with the intervals unless they dwarf the seeds.
 
-    With two seeds an interval is 12 times as wide as they are apart.
+    With two seeds an interval is 12 times as wide as the distance between them.
     """
     losses = [point["loss"] for point in seeds]
     low, high = min(losses), max(losses)

@@ -1,9 +1,9 @@
-"""The experiments that git and DVC know: what each gave, and what made it.
+"""Read the experiments that git and DVC know: their results, and what made each.
 
-    python -m tools.experiments [REV ...]    a table: results, and the settings that differ
+    python -m tools.experiments [REV ...]    print results and the settings that differ
 
-What made a result is read from its dvc.lock, which DVC writes with it; params.yaml may have been
-edited since.
+Settings, code and text of a result come from its dvc.lock, which DVC writes with it: params.yaml
+may have been edited since.
 """
 
 import argparse
@@ -34,7 +34,7 @@ RESULTS = {  # the columns of the table, and where they come from
 
 @dataclass
 class Experiment:
-    """A row of `dvc exp show`, and what its dvc.lock says of it."""
+    """A row of `dvc exp show`, with the facts from its dvc.lock."""
 
     name: str
     rev: str
@@ -50,7 +50,7 @@ class Experiment:
 def read_experiments(revisions: list[str]) -> list[Experiment]:
     """Return revisions and their experiments, as `dvc exp show` does; HEAD's if none is given.
 
-    Raises InputError for what git and DVC do not know.
+    Raises InputError for a revision that git and DVC do not know.
     """
     with opened() as repo:
         return [_read(repo, *row) for row in _rows(repo, revisions, hide_workspace=True)]
@@ -59,9 +59,8 @@ def read_experiments(revisions: list[str]) -> list[Experiment]:
 def _rows(repo: Any, revisions: list[str], hide_workspace: bool) -> list[tuple[str, Any, str]]:
     """Return name, content and state of each row of `dvc exp show`, named as asked for.
 
-    It fails while a worker makes or removes the folder of a task: it looks into a git repository
-    there, which has no commit or no files yet ("Empty git repo"), and reads notes that the worker
-    writes in place.
+    Try again if `dvc exp show` fails, as it does while a worker makes or removes the folder of a
+    task: the git repository there may be empty ("Empty git repo"), and notes half written.
     """
     from dvc.exceptions import NotDvcRepoError
     from dvc.scm import SCMError
@@ -69,7 +68,7 @@ def _rows(repo: Any, revisions: list[str], hide_workspace: bool) -> list[tuple[s
     from scmrepo.exceptions import SCMError as InnerSCMError
 
     if repo.scm.no_commits:
-        raise InputError("git has no commit, and an experiment starts from one: commit")
+        raise InputError("git has no commit, and an experiment starts from one; run: git commit")
     names = {commit_of(repo, revision): revision for revision in revisions}
     for _ in range(20):
         with suppress(OSError, NotDvcRepoError, SCMError, InnerSCMError, ParseError):
@@ -119,7 +118,7 @@ def last_lines(tasks: Any, rev: str) -> list[str]:
 
 
 def divergence(lines: list[str]) -> str | None:
-    """Return how a training diverged that wrote these last lines; None if it did not."""
+    """Return how the training that wrote these last lines diverged; None if it did not."""
     text = "\n".join(lines)
     found = re.search(r"^error: ([a-z ]+ is \S+) at step (\d+)", text, re.M)
     if found is None or f"exited with {Diverged.exit_code}" not in text:
@@ -128,7 +127,7 @@ def divergence(lines: list[str]) -> str | None:
 
 
 def _read_lock(repo: Any, experiment: Experiment, lock: dict[str, Any]) -> None:
-    """Add the settings and files of the results, unless later stages still have older ones."""
+    """Add the settings and files that made the results, unless stages contradict each other."""
     facts: dict[str, set[str]] = defaultdict(set)
     read, made, settings = set[str](), set[str](), dict[str, Any]()
     for stage in lock.get("stages", {}).values():
@@ -168,7 +167,7 @@ def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a setting or a metric is a number: true and false are none."""
+    """Return whether a setting or a metric is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -192,7 +191,7 @@ def varying(settings: Iterable[Mapping[str, Any]]) -> list[str]:
 def table(revisions: list[str]) -> Any:
     """Return revisions and their experiments as a table; workspace and HEAD if none is given.
 
-    A baseline shows all settings that differ anywhere, an experiment those that it changed.
+    A baseline shows all settings that differ anywhere, an experiment only those that it changed.
     """
     from rich.table import Table
 

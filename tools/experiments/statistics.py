@@ -5,7 +5,7 @@ the best, and every other one is compared with it:
 
 - Pairwise over the seeds that both have (paired t test, Student 1908), if more than half of the
   smaller setting's seeds are shared, at least two. The same seed means the same initial weights and
-  the same batches, and what these do to both settings cancels; the rule looks at no loss.
+  the same batches, whose effect on both settings cancels. The rule does not look at the losses.
 - Else by Welch's t test, which does not assume equal variances (large learning rates scatter more):
   Welch 1947, degrees of freedom after Satterthwaite 1946.
 - With Bonferroni's correction over all k (k - 1) / 2 pairs of settings (Dunn 1961, "Multiple
@@ -16,8 +16,9 @@ the best, and every other one is compared with it:
   that agrees with each verdict.
 - A difference is shown if its interval leaves out zero.
 
-The mean of the best, picked because it is low, is too low on average (the winner's curse); seeds
-that took no part in the choice tell its true mean. The t tests take seed noise to be about normal.
+The best was picked for its low mean, so that mean is too low on average (the winner's curse); only
+seeds that took no part in the choice show the true one. The t tests assume that seed noise is about
+normal.
 """
 
 import math
@@ -60,12 +61,12 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Return whether the difference is larger than the seed noise explains."""
+        """Return whether seed noise does not explain the difference."""
         return self.low > 0 or self.high < 0
 
     @property
     def seeds_needed(self) -> int | None:
-        """Return how many seeds of each would show a true difference of this size.
+        """Return the number of seeds of each that would show a true difference of this size.
 
         None stands for more than MAX_SEEDS. With n seeds of each, Satterthwaite's degrees of
         freedom are (n - 1) (sum of variances)^2 / (sum of their squares).
@@ -81,7 +82,7 @@ class Difference:
 
 @dataclass
 class ComparedSetting:
-    """A setting, and what it gave."""
+    """A setting and its results."""
 
     setting: dict[str, Any]
     losses: dict[int, float]  # by seed
@@ -97,8 +98,8 @@ class ComparedSetting:
 def compare(settings: Sequence[Losses]) -> tuple[int | None, list[Difference | None]]:
     """Return the position of the best setting and each one's difference to it.
 
-    A setting with one seed says nothing of its noise: it is never the best and has no difference.
-    Nor has the best itself; it is None if no setting has two seeds.
+    A setting with one seed shows no noise, so it is never the best and has no difference. The best
+    has none either. The position is None if no setting has two seeds.
     """
     several = [i for i, losses in enumerate(settings) if len(losses) > 1]
     if not several:
@@ -112,7 +113,7 @@ def compare(settings: Sequence[Losses]) -> tuple[int | None, list[Difference | N
 
 
 def difference(ours: Losses, best: Losses, comparisons: int = 1) -> Difference:
-    """Return the difference of two settings, its interval corrected for several comparisons."""
+    """Return the difference of two settings; correct its interval for several comparisons."""
     shared = sorted(ours.keys() & best.keys())
     samples = [[*ours.values()], [*best.values()]]
     if len(shared) > 1 and 2 * len(shared) > min(len(ours), len(best)):

@@ -1,9 +1,9 @@
 """Run a grid of settings and seeds: `make sweep SET=train.lr=3e-3,6e-3 SEEDS=1,2,3`.
 
-No stage of dvc.yaml: `make sweep` calls it, after tools.heal. Queue each point of the grid
-(`dvc exp run --queue`) unless HEAD's experiments have it, so that a stopped sweep goes on. Let one
-worker run them (several race: treeverse/dvc#10673), and report what they show; one that diverged is
-a result too. Ctrl-C and SIGTERM stop the worker too; its training saves its state.
+`make sweep` calls it after tools.heal. Queue each point of the grid that HEAD's experiments lack
+(`dvc exp run --queue`), so that a stopped sweep goes on. Let one worker run them (several would
+race: treeverse/dvc#10673). Then compare the results; a run that diverged counts as one. Ctrl-C and
+SIGTERM stop the worker, too, and its training saves its state.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from tools.repository import git, opened
 
 Point = tuple[str, ...]  # of the grid: settings as `dvc exp run -S` takes them
 DONE, UNDER_WAY = ("success", "baseline"), ("queued", "running")
-ENDED = (*DONE, "diverged")  # with a result: again it would end in the same way
-# what may differ between commits that give the same results; a queued one has DVC's arguments
+ENDED = (*DONE, "diverged")  # with a result: another run would end in the same way
+# may differ between commits with one code; a queued commit has DVC's arguments in .dvc/tmp
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!docs", ":!*.md", ":!.dvc/tmp")
 STOP_SECONDS, MAX_STARTS = 30, 3
 # the lines of its log that say how an experiment ended
@@ -51,7 +51,7 @@ LAST_WORDS = ("Validation loss", "Stage 'evaluate' is cached", "error:", "stoppe
 
 
 def sweep(axes: list[str]) -> None:
-    """Run the missing points, and report. Raises InputError if an experiment failed."""
+    """Run the missing points and compare all. Raises InputError if an experiment failed."""
     grid = points(axes)
     after = run_all(grid)
     try:
@@ -64,7 +64,7 @@ def sweep(axes: list[str]) -> None:
 
 
 def require_results(experiments: list[Experiment], grid: Collection[Point], command: str) -> None:
-    """Raise InputError if an experiment of the grid failed: which, and the command to repeat."""
+    """Raise InputError if an experiment of the grid failed; name it and the command to repeat."""
     failed = []
     for point in grid:
         if not find(experiments, point, ENDED):
@@ -78,7 +78,7 @@ def require_results(experiments: list[Experiment], grid: Collection[Point], comm
 
 
 def run_all(grid: list[Point]) -> list[Experiment]:
-    """Run the points that have no result yet; return all experiments of HEAD after it.
+    """Run the points that have no result yet; then return all experiments of HEAD.
 
     Raises Interrupted once Ctrl-C has stopped the worker.
     """
@@ -86,15 +86,15 @@ def run_all(grid: list[Point]) -> list[Experiment]:
 
     before = read_experiments([])
     if changed := git("diff", "--name-only", "HEAD", "--", ".", ":!dvc.lock").split("\n")[:-1]:
-        say(f"Not committed, the experiments take it along: {', '.join(changed)}")
+        say(f"Not committed, but the experiments use it: {', '.join(changed)}")
     if new := git("ls-files", "-o", "--exclude-standard", *FOLDERS).split("\n")[:-1]:
-        say(f"Not in git, the experiments lack it: {', '.join(new)}")
+        say(f"Not in git, so the experiments lack it: {', '.join(new)}")
     missing = [p for p in grid if not find(before, p, ENDED + UNDER_WAY)]
     say(f"{len(grid)} in the grid, {len(missing)} to queue")
     stale = [e.rev for p in missing for e in find(before, p, ("failed",))]
     with opened() as repo:
         tasks = repo.experiments.celery_queue
-        for rev in stale * 2:  # what was killed early leaves DVC's stash first, then its list
+        for rev in stale * 2:  # a task killed early is in DVC's stash and in its list: remove both
             with suppress(UnresolvedExpNamesError):
                 tasks.remove([rev])
         for point in missing:
@@ -111,7 +111,7 @@ def run_all(grid: list[Point]) -> list[Experiment]:
 
 
 def points(axes: list[str]) -> list[Point]:
-    """Return every combination, as section.key=value; seed by seed, so each round is complete."""
+    """Return every combination, as section.key=value, sorted by seed: each round is complete."""
     several = []
     for axis in axes:
         key, _, values = axis.partition("=")
@@ -123,7 +123,7 @@ def points(axes: list[str]) -> list[Point]:
 
 
 def find(experiments: list[Experiment], point: Point, states: tuple[str, ...]) -> list[Experiment]:
-    """Return the experiments in a state, of these settings and the code of the workspace."""
+    """Return the experiments in these states that have these settings and the workspace's code."""
     wanted = deciding(flat(load_params(PARAMS, point)))
     return [
         e
@@ -139,19 +139,19 @@ def find(experiments: list[Experiment], point: Point, states: tuple[str, ...]) -
 def follow(tasks: Any, labels: dict[str, str]) -> None:
     """Let a worker run the queue until the experiments of these revisions have ended.
 
-    Say how each ended. A worker that dies is started again.
+    Print how each ended. Restart a worker that dies.
     """
     left, began = dict(labels), dict[str, float]()
-    starts = 0  # without a result since
+    starts = 0  # since the last result
     bar = tqdm(total=len(left), unit="experiment", disable=not sys.stderr.isatty(), leave=False)
     while left:
         if not has_worker():
             if starts == MAX_STARTS:
                 where = Path(tasks.wdir, "dvc-exp-worker-1.out")
-                raise EnvironmentFault(f"DVC's worker ends before its work, see {where}")
+                raise EnvironmentFault(f"DVC's worker ends before its work is done; see {where}")
             starts += 1
             start_worker()
-        queued = {entry.stash_rev for entry in tasks.iter_queued()}  # first, since they move on
+        queued = {entry.stash_rev for entry in tasks.iter_queued()}  # first: they become active
         active = {entry.stash_rev for entry in tasks.iter_active()}
         for rev in list(left):
             if rev in active:
@@ -171,9 +171,9 @@ def follow(tasks: Any, labels: dict[str, str]) -> None:
 
 
 def start_worker() -> None:
-    """Start a worker after healing: one that died has left its task "Running".
+    """Heal, since a worker that died has left its task "Running"; then start a worker.
 
-    Start it in silence, because it keeps our output open. DVC starts none while one is ending.
+    Discard its output, because it would keep ours open. DVC starts none while another is ending.
     """
     for line in heal(Path.cwd()):
         say(f"healed: {line}")
@@ -195,7 +195,7 @@ def has_worker() -> bool:
 
 
 def stop_worker(tasks: Any) -> None:
-    """Stop the worker and kill its tasks: it may begin another one before it listens."""
+    """Stop the worker and kill its tasks: it may begin one more before it obeys."""
     from dvc.exceptions import DvcException
 
     tasks.shutdown()

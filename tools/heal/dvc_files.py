@@ -1,6 +1,6 @@
-"""The files that DVC writes in place: dvc.lock, and its lists of readers and writers, the rwlocks.
+"""Repair what DVC writes in place: dvc.lock and its lists of readers and writers, the rwlocks.
 
-A cut one stops every command.
+While one of them is cut off, every dvc command fails.
 """
 
 import json
@@ -19,9 +19,9 @@ MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 def heal_dvc_lock(project: Project) -> Iterator[str]:
-    """Bring back git's dvc.lock in place of a cut one; what it lacks the run cache fills in.
+    """Replace a dvc.lock that is cut off by git's; DVC's run cache fills in what that lacks.
 
-    The cut one is kept: an editor may have left out the last line break.
+    Keep the old one: perhaps an editor only left out its last line break.
     """
     path = project.root / "dvc.lock"
     with locked(project.tmp / "lock") as free:  # DVC holds it whenever it may write dvc.lock
@@ -37,19 +37,19 @@ def heal_dvc_lock(project: Project) -> Iterator[str]:
             path.unlink()
             cure = "removed, DVC writes it again"
         where = kept.relative_to(project.root)
-        yield f"dvc.lock was torn ({fault}): {cure}; the torn one is {where}"
+        yield f"dvc.lock was torn ({fault}): {cure}; the torn file is kept as {where}"
 
 
 def fault_of_dvc_lock(content: bytes) -> str | None:
-    """Return what shows that a dvc.lock was not written to its end, or None.
+    """Return the sign that a dvc.lock was not written to its end, or None.
 
-    A cut can leave valid YAML: a short hash, a size with fewer digits, an entry without its size.
-    So the last entry may be unfinished. A merge conflict is the user's to resolve.
+    What is left can be valid YAML: a short hash, a size with fewer digits, an entry without its
+    size. So look at the last entry. Leave a merge conflict to the user.
     """
     if re.search(rb"^(<<<<<<<|=======|>>>>>>>)", content, re.MULTILINE):
         return None
     if not content.endswith(b"\n"):
-        return "cut in a line" if content else "empty"
+        return "it ends within a line" if content else "empty"
     try:
         lock = yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
         if lock["schema"] != "2.0":
@@ -59,7 +59,7 @@ def fault_of_dvc_lock(content: bytes) -> str | None:
             if "cmd" not in stage or (last in ("deps", "outs") and not is_whole(stage[last][-1])):
                 return f"stage {name} is unfinished"
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, LookupError, TypeError):
-        return "not of DVC's form"
+        return "not in DVC's format"
     return None
 
 
@@ -74,9 +74,9 @@ def is_whole(entry: dict[str, Any]) -> bool:
 def heal_rwlocks(project: Project) -> Iterator[str]:
     """Remove unreadable lists of readers and writers, and entries that would block DVC.
 
-    DVC refuses every command while such a list is unreadable, or names a living pid: that of a
-    zombie, or of another program that was given the number of a killed DVC. Entries of pids that
-    are gone DVC removes itself where they are in its way: they may live in another container.
+    DVC refuses every command while such a list is unreadable or names a living pid, which may be a
+    zombie, or another program that got the number of a killed DVC. Leave the entry of a pid that
+    is gone: its process may live in another container, and DVC removes the entry if it must.
     """
     for path in (project.tmp / "rwlock", project.experiments / "rwlock"):
         with locked(path.with_name("rwlock.lock")) as free:  # DVC's own guard, held for an instant
@@ -99,7 +99,7 @@ def heal_rwlocks(project: Project) -> Iterator[str]:
 
 
 def read_rwlock(path: Path) -> dict[str, Any] | None:
-    """Return the list, or None unless it has the form that DVC wants (dvc.rwlock.SCHEMA)."""
+    """Return the list, or None if it is not in DVC's format (dvc.rwlock.SCHEMA)."""
     if not path.exists():
         return {}
     try:
@@ -117,14 +117,14 @@ def claims(entries: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def dead_claims(path: Path) -> list[int]:
-    """Return the pids in a list that are not, or not any more, the DVC that claimed."""
+    """Return the pids in a list that are no longer the DVC that made the claim."""
     return sorted({c["pid"] for c in claims(read_rwlock(path) or {}) if not is_held(c, path)})
 
 
 def is_held(claim: dict[str, Any], listed_in: Path) -> bool:
     """Return whether the process of a claim lives and may be the DVC that made it.
 
-    One that is not Python, or that began after the list was written, has only inherited the number.
+    A process that is no Python, or that began after the list was written, only got its number.
     """
     import psutil
 

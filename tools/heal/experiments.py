@@ -1,4 +1,4 @@
-"""Give back what a killed experiment had borrowed: git's HEAD and stash, a task of the queue."""
+"""Undo what a killed experiment left: a detached HEAD, stashed changes, a task without worker."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ RUN_EXPERIMENT = "dvc.repo.experiments.queue.tasks.run_exp"
 
 
 def heal_workspace(project: Project) -> Iterator[str]:
-    """Give back what a killed `dvc exp run` had borrowed: branch, index and uncommitted changes."""
+    """Restore branch, index and uncommitted changes after a killed `dvc exp run`."""
     if not experiment_died(project) or project.has_living_dvc():
         return
     with locked(project.tmp / "lock") as free:
@@ -43,7 +43,7 @@ def experiment_died(project: Project) -> bool:
 
 
 def set_up_at(project: Project) -> list[int]:
-    """Return when the dead experiment began to borrow from git, as far as its traces tell."""
+    """Return when the dead experiment began to change HEAD and stash, a time for each trace."""
     path = project.experiments / "rwlock"
     traces = [folder / EXEC_REFS[0] for folder in project.git_folders()]
     traces += [path] if claims(read_rwlock(path) or {}) else []
@@ -51,12 +51,12 @@ def set_up_at(project: Project) -> list[int]:
 
 
 def happened_then(began: list[int], seconds: str) -> bool:
-    """Return whether something of this time is the experiment's, and not the user's after it."""
+    """Return whether the experiment did what has this time, not the user later."""
     return seconds.isdigit() and any(-1 <= int(seconds) - t <= SET_UP_SECONDS for t in began)
 
 
 def drop_git_locks(project: Project) -> Iterator[str]:
-    """Remove git's lock files; no git and no DVC is there to own them."""
+    """Remove git's lock files: no git or DVC process is there that could hold them."""
     for folder in project.git_folders():
         for lock in sorted([*folder.glob("*.lock"), *folder.glob("refs/**/*.lock")]):
             lock.unlink()
@@ -64,7 +64,7 @@ def drop_git_locks(project: Project) -> Iterator[str]:
 
 
 def reattach_head(project: Project, began: list[int]) -> Iterator[str]:
-    """Return from the commit that DVC checked out to the branch it came from, as DVC does.
+    """Switch from the commit that DVC checked out back to the user's branch, as DVC would.
 
     Leave HEAD where it is if the user has moved or detached it, or moved the branch, since.
     """
@@ -84,10 +84,10 @@ def reattach_head(project: Project, began: list[int]) -> Iterator[str]:
 
 
 def return_stash(project: Project, began: list[int]) -> Iterator[str]:
-    """Take the user's changes out of the stash where DVC puts them while it sets up an experiment.
+    """Restore the user's changes, which DVC keeps in git's stash while it sets up an experiment.
 
-    First stash the workspace, if it is not clean. A stash with a message of its own, with
-    untracked files, or of another time is the user's: keep it.
+    First stash the workspace, if it is not clean. Keep a stash with a message of its own, with
+    untracked files or of another time: the user made it.
     """
     while EXPERIMENT.match(project.git(*STASHED, "--format=%s") or ""):
         project.git("stash", "drop", "-q")
@@ -102,22 +102,22 @@ def return_stash(project: Project, began: list[int]) -> Iterator[str]:
     if project.git("rev-parse", "-q", "--verify", "stash@{0}^3") is not None:
         return
     if project.git("diff", "--quiet", "stash@{0}") is not None:
-        yield "git's newest stash equals the workspace: left there, it may be your own"
+        yield "git's newest stash equals the workspace: kept, it may be yours"
         return
     kept, place = "", "stash@{0}"
     if project.git("diff", "--quiet", "HEAD") is None:
         project.git("stash", "push", "-q", "-m", "left by a killed experiment")
-        kept, place = "; git's stash has what the experiment made of them", "stash@{1}"
+        kept, place = "; git's stash has the experiment's version", "stash@{1}"
     if project.git("stash", "pop", "--index", "-q", place) is not None:
         yield f"your uncommitted changes were in git's stash: back in the workspace{kept}"
     else:
-        yield f"your uncommitted changes are in git's stash ({place}): take them with git stash pop"
+        yield f"your uncommitted changes are in git's stash ({place}): run git stash pop {place}"
 
 
 def heal_queue(project: Project) -> Iterator[str]:
-    """Queue a task again whose worker was killed: for DVC it would be "Running" for ever.
+    """Queue a task again if its worker was killed: for DVC it would be "Running" for ever.
 
-    Return the message to the folder it was taken from, and the experiment to DVC's stash.
+    Move the message back to the folder it came from, and the experiment back to DVC's stash.
     """
     celery = project.experiments / "celery"
     for path in sorted(celery.glob("broker/processed/*.celery.msg")):
@@ -132,7 +132,7 @@ def heal_queue(project: Project) -> Iterator[str]:
         if stash_again(project, entry):
             path.rename(celery / "broker" / "in" / path.name)
             name = entry["name"] or entry["stash_rev"][:7]
-            yield f"experiment {name} was left running: queued again, `dvc queue start` goes on"
+            yield f"experiment {name} lost its worker: queued again, `dvc queue start` runs it"
 
 
 def stash_again(project: Project, entry: dict[str, Any]) -> bool:
@@ -147,7 +147,7 @@ def stash_again(project: Project, entry: dict[str, Any]) -> bool:
 
 
 def drop_dead_folders(project: Project) -> Iterator[str]:
-    """Remove the temporary workspaces of killed experiments: their work is not kept there."""
+    """Remove the temporary workspaces of killed experiments: they hold no results."""
     folders = [*project.experiments.glob("tmp*"), *project.experiments.glob("standalone/tmp*")]
     if folders and not project.has_living_dvc():
         for folder in sorted(folders):
@@ -156,10 +156,10 @@ def drop_dead_folders(project: Project) -> Iterator[str]:
 
 
 def taken_back(project: Project) -> list[str]:
-    """Return the files that `dvc exp apply` took back to the older commit it started from.
+    """Return the files that `dvc exp apply` reset to the commit that the experiment started from.
 
-    They were committed since, and lie here as the experiment has them. Leave out results and
-    settings: those are what one applies an experiment for.
+    They have newer commits, but the workspace has the experiment's version. Leave out results and
+    settings: a user applies an experiment to get those.
     """
     if project.git("rev-parse", "-q", "--verify", APPLIED) is None:
         return []

@@ -1,11 +1,11 @@
-"""Repair what a killed DVC leaves torn, so that the next command goes on: `python -m tools.heal`.
+"""Repair what a killed DVC leaves torn, so that the next command works: `python -m tools.heal`.
 
-No stage of dvc.yaml: `make repro` calls it before `dvc repro`, `make heal` before anything else.
-DVC writes its locks and dvc.lock in place, and an experiment borrows HEAD and stash from git;
-SIGKILL and SIGTERM end DVC at once, so whatever it was doing stays half done. Each function that
-heal() calls repairs one such thing and yields a line for it. It leaves alone what a living DVC
-holds, and keeps what may be the user's own work. A DVC in another container or on another machine
-is seen only while it trains: then heal() repairs nothing and raises Busy.
+`make repro` calls it before `dvc repro`; run `make heal` before other dvc commands. DVC writes its
+locks and dvc.lock in place, and an experiment moves git's HEAD and stashes changes. SIGKILL and
+SIGTERM end DVC at once and leave this half done. Each function that heal() calls repairs one such
+thing and yields a line about it. None touches what a living DVC holds or what may be the user's own
+work. A DVC in another container or on another machine is visible only while it trains: then heal()
+repairs nothing and raises Busy.
 """
 
 import os
@@ -24,13 +24,13 @@ from tools.heal.project import Project, locked
 from tools.repository import is_under_git
 
 DVC_TMP_FILE = re.compile(r"\.[\w-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname
-DYING_SECONDS = 3  # a killed process holds its locks until its memory has been given back
+DYING_SECONDS = 3  # a killed process holds its locks until its memory is freed
 NO_SCM = re.compile(r"^\s*no_scm\s*=\s*true\s*$", re.MULTILINE)
-NO_GIT = "set, so that DVC works without git (its experiments need one)"
+NO_GIT = "set, so that DVC works without git (its experiments do not)"
 
 
 def heal(root: Path) -> Iterator[str]:
-    """Repair all that a killed DVC left torn in a project; yield a line for each thing.
+    """Repair all that a killed DVC left torn in a project; yield a line for each repair.
 
     Raises Busy if a training runs in the project whose process cannot be seen from here, and
     EnvironmentFault if git refuses to work in it.
@@ -81,7 +81,7 @@ def refuse_unseen_training(project: Project) -> None:
                 if free:
                     break
             if time.monotonic() > end:
-                message = "a process that cannot be seen from here trains; wait for it"
+                message = "a process in another container or on another machine trains; wait for it"
                 raise Busy(f"{path}: {message}")
             time.sleep(0.1)
 
@@ -97,12 +97,12 @@ def is_seen(project: Project, pid: str) -> bool:
 
 
 def drop_temporary_files(project: Project) -> Iterator[str]:
-    """Remove the half copied files of a killed DVC from its cache and from the workspace."""
+    """Remove files that a killed DVC copied only in part, from its cache and the workspace."""
     shown = [path for path in project.root.iterdir() if not path.name.startswith(".")]
     for place in (project.root / ".dvc/cache", project.tmp, *filter(Path.is_dir, shown)):
         if place.is_symlink():  # others may be writing there
             continue
-        for folder, _, names in os.walk(place):  # passes over what vanishes meanwhile
+        for folder, _, names in os.walk(place):  # skips what vanishes meanwhile
             for path in (Path(folder, name) for name in filter(DVC_TMP_FILE.fullmatch, names)):
                 path.unlink(missing_ok=True)
                 yield f"{path.relative_to(project.root)} was left behind: removed"
@@ -115,6 +115,6 @@ def main() -> None:
             sys.stdout.write(f"healed: {line}\n")
         if files := " ".join(taken_back(Project(Path.cwd()))):
             sys.stdout.write(
-                "note: `dvc exp apply` took these back to an older commit; bring them up to date "
-                f"by: git checkout HEAD -- {files}\n"
+                "note: `dvc exp apply` reset files to an older commit; to get the newest, run: "
+                f"git checkout HEAD -- {files}\n"
             )

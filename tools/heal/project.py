@@ -1,4 +1,4 @@
-"""The project to be healed: its folders, its git, its locks and the processes in it."""
+"""The project that is healed: its folders, its git, its locks and the processes in it."""
 
 import fcntl
 import re
@@ -17,7 +17,7 @@ class Project:
 
     def has_living_dvc(self) -> bool:
         """Return whether a dvc or git process has its working directory here, in any worktree."""
-        import psutil  # 0.04 s, and most of the time nothing is torn
+        import psutil  # takes 0.04 s, and most often nothing is torn
 
         listed = self.git("worktree", "list", "--porcelain") or ""
         worktrees = re.findall("^worktree (.*)", listed, re.MULTILINE)
@@ -44,7 +44,7 @@ class Project:
         return done.stdout.rstrip("\n") if done.returncode == 0 else None
 
     def git_folders(self) -> set[Path]:
-        """Return where git keeps index and refs: of a worktree or a subfolder not in .git here."""
+        """Return the folders of git's index and refs: not ./.git in a worktree or a subfolder."""
         found = self.git("rev-parse", "--git-dir", "--git-common-dir") or ""
         return {(self.root / path).resolve() for path in found.splitlines()}
 
@@ -53,7 +53,7 @@ class Project:
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file as DVC holds its own (zc.lockfile is flock); yield False if it is taken.
 
-    A lock that is missing is not made: with core.hardlink_lock its mere existence means taken.
+    Never create a lock that is missing: with core.hardlink_lock, a lock that exists is taken.
     """
     try:
         file = open(path, "r+")  # noqa: SIM115 - closed below

@@ -1,4 +1,4 @@
-"""A run on a page, and its curves.
+"""Write a page of a run, and draw its curves.
 
 Begin with report.py.
 """

@@ -1,5 +1,5 @@
 "use strict";
-// The charts, and the guesses behind each token of the held-out text.
+// Draw the charts; show the guesses for the chosen token of the held-out text.
 
 const data = JSON.parse(document.getElementById("page-data").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -140,7 +140,7 @@ if (tokens.length) {
   const chooseTarget = event => { if (number(event) >= 0) choose(number(event)); };
   text.addEventListener("focusin", chooseTarget);
   text.addEventListener("click", chooseTarget);
-  let pointer = "";  // where it was: text that scrolls under it at rest is not pointed at
+  let pointer = "";  // its last place: text that scrolls under a resting pointer is not chosen
   text.addEventListener("pointermove", event => {
     const place = `${event.clientX} ${event.clientY}`;
     if (place !== pointer) chooseTarget(event);

@@ -1,10 +1,9 @@
-"""The page of a run, or of two beside each other, as HTML that holds all it needs.
+"""Make the page of a run, or of two beside each other: HTML that holds all it needs.
 
     RunResults --what the functions here compute--> page.html --charts drawn by page.js--> browser
 
-The template escapes whatever comes from outside. Beside that, the page's policy lets a browser run
-its own two scripts alone, known by their hashes, and load nothing: what a corpus might smuggle in
-stays text.
+The template escapes all that comes from outside. The page's policy also lets a browser run only the
+page's own two scripts, known by their hashes, and load nothing. So code in a corpus stays text.
 """
 
 import base64
@@ -36,13 +35,13 @@ SECTIONS = {
 }
 OF_ONE_RUN_ALONE = ("held-out", "plan")
 OF_A_DIVERGED_RUN = ("curves", "data", "settings")
-LEVELS = 8  # of colour, a nat each; the last for all above
+LEVELS = 8  # of colour, one for each nat; the last also for all above
 Rows = list[dict[str, float]]
 
 
 @dataclass
 class RunResults:
-    """What is known of a run; each part as its file has it. One that diverged has no results."""
+    """The results of a run; each part as its file has it. A run that diverged has few of them."""
 
     name: str
     commit: str
@@ -56,8 +55,8 @@ class RunResults:
     calibration: Rows = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     held_out: list[dict[str, Any]] = field(default_factory=list)
-    performance: dict[str, Any] | None = None  # the clocks; None if they are not of this run
-    changed_code: list[str] = field(default_factory=list)  # files that are not what trained it
+    performance: dict[str, Any] | None = None  # the times; None if they are not of this run
+    changed_code: list[str] = field(default_factory=list)  # files that changed since the training
 
 
 def page(runs: list[RunResults], vega: str) -> str:
@@ -86,9 +85,9 @@ def page(runs: list[RunResults], vega: str) -> str:
 
 
 def policy(*scripts: str) -> str:
-    """Return the policy that lets a browser run these scripts alone and load nothing.
+    """Return the policy that lets a browser run only these scripts and load nothing.
 
-    Vega compiles its expressions: 'unsafe-eval'. Its pictures have styles of their own.
+    Vega compiles its expressions ('unsafe-eval') and gives its pictures styles of their own.
     """
     digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
     hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
@@ -99,15 +98,15 @@ def policy(*scripts: str) -> str:
 
 
 def without_control_characters(value: Any) -> Any:
-    """Write out the control characters of what the template puts in, but for its own HTML."""
+    """Make control characters visible in all that the template inserts, except in its HTML."""
     return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def charts(runs: list[RunResults]) -> dict[str, Any]:
-    """Return what page.js draws, by the name of the chart."""
+    """Return the points and titles of each chart that page.js draws, by its name."""
 
     def lines(part: str, x: str, y: str, columns: dict[str, str]) -> dict[str, Any]:
-        """Return columns of a part of each run as points, without the cells without a number."""
+        """Return columns of a part of each run as points; leave out cells that are no number."""
         points = [
             {"x": row[x], "y": float(f"{row[column]:.6g}"), "kind": kind, "run": run.name}
             for column, kind in columns.items()
@@ -132,7 +131,7 @@ def charts(runs: list[RunResults]) -> dict[str, Any]:
                 for run in runs
                 for row in run.calibration
             ],
-            "x": "probability of the first guess", "y": "share that came", "calibration": True,
+            "x": "probability of the first guess", "y": "share that was right", "calibration": True,
         },
     }  # fmt: skip
 
@@ -147,7 +146,7 @@ def guesses(run: RunResults) -> list[Any]:
 
 
 def visible(text: str) -> Markup:
-    """Return a token with its line breaks marked; a piece of a character to come is a dot."""
+    """Return a token with its line breaks marked; show a part of a character as a dot."""
     line_break = Markup('<i aria-hidden="true">↵</i>\n')
     return line_break.join(plain(text).split("\n")) or Markup("<i>·</i>")
 
@@ -163,13 +162,13 @@ def completions_by_prompt(runs: list[RunResults]) -> dict[str, list[tuple[float,
 
 
 def used_settings(run: RunResults) -> dict[str, Any]:
-    """Return the settings by section.key, model and training as recorded with the model."""
+    """Return the settings by section.key; those of model and train as recorded with the model."""
     recorded = {name: run.provenance[name] for name in ("model", "train") if run.provenance}
     return flat({**run.params, **recorded})
 
 
 def settings_by_section(run: RunResults) -> dict[str, list[tuple[str, str, str | None]]]:
-    """Return key and value of each setting, and the value in params.yaml if it is another."""
+    """Return key and value of each setting, and the value in params.yaml if that differs."""
     found: dict[str, list[tuple[str, str, str | None]]] = {section: [] for section in run.params}
     in_params = flat(run.params)
     for name, value in used_settings(run).items():
@@ -181,7 +180,7 @@ def settings_by_section(run: RunResults) -> dict[str, list[tuple[str, str, str |
 
 
 def differing_settings(runs: list[RunResults]) -> tuple[int, dict[str, list[str]]]:
-    """Return how many settings there are, and the values of each that differs between runs."""
+    """Return the number of settings, and the values of each that differs between runs."""
     used = [used_settings(run) for run in runs]
     total = len({name for settings in used for name in settings})
     return total, {name: [show(each.get(name, "-")) for each in used] for name in varying(used)}

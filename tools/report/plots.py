@@ -1,10 +1,10 @@
-"""Every curve as SVG, and one page that needs no network; revisions lie over each other.
+"""Draw every curve as SVG and on a page that needs no network; several revisions share a chart.
 
-    python -m tools.report.plots [REV ...]    experiments, commits, workspace (the default): plots/
-    python -m tools.report.plots --template   the page that DVC's own `plots show` and `diff` fill
+    python -m tools.report.plots [REV ...]    draw experiments, commits, workspace (the default)
+    python -m tools.report.plots --template   write the page that DVC's `plots show` and `diff` fill
 
-DVC draws what dvc.yaml and .dvc/plots/curve.json say. This adds the loss by wall-clock time: times
-do not reproduce, so no stage may declare them, and DVC has them for no other revision.
+DVC draws what dvc.yaml and .dvc/plots/curve.json say. This adds the loss by wall-clock time. Times
+do not reproduce, so no stage may declare them, and DVC has none for other revisions.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PLOTS, TEMPLATE = Path("plots"), Path(".dvc/plots-page.html")
 
 
 def write_template() -> None:
-    """Write the page that DVC puts its plots in; it holds Vega instead of loading it."""
+    """Write the page into which DVC puts its plots; it contains Vega instead of loading it."""
     page = Path(__file__).with_name("plots.html").read_text()
     atomic_write(TEMPLATE, page.replace("VEGA", script()).encode())
 
@@ -45,13 +45,13 @@ def draw(revisions: list[str]) -> list[Path]:
         )
         clocks = {revision: clock(repo, revision) for revision in revisions}
     for revision in sorted({revision for each in found for revision in each.source_errors}):
-        say(f"{revision}: some results are not here: still to come, or for `dvc pull` to get")
+        say(f"{revision}: some results are missing; run `dvc pull` or `dvc repro` to get them")
     plots = [each.renderer for each in found if each.renderer.datapoints]
     if not plots:
-        raise InputError(f"nothing to draw of {', '.join(revisions)}; run `dvc repro`")
+        raise InputError(f"no curves of {', '.join(revisions)}; run `dvc repro`")
     for plot in plots:
         if "<" in json.dumps([plot.name, plot.datapoints]):  # the page would run it as HTML
-            raise InputError(f"{plot.name}: '<' in the data or in a revision's name; not drawn")
+            raise InputError(f"{plot.name}: '<' in the data or in a revision's name: not drawn")
     by_time = [by_wall_clock(plot, clocks) for plot in plots if plot.name == "loss"]
     plots[1:1] = [plot for plot in by_time if plot.datapoints]
     PLOTS.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def draw(revisions: list[str]) -> list[Path]:
 
 
 def clock(repo: Repo, revision: str) -> Clock:
-    """Return the times of a revision's training, as far as they are known on this machine."""
+    """Return the times of a revision's training; empty if this machine does not have them."""
     with switch_repo(repo, revision) as (there, _):
         in_folder = isinstance(there.fs, LocalFileSystem)  # a workspace, or else a commit
         files, root = (there.fs, there.root_dir) if in_folder else (there.dvcfs, "")
@@ -84,7 +84,7 @@ def clock(repo: Repo, revision: str) -> Clock:
 
 
 def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRenderer:
-    """Return the plot of the losses again, by the time of training."""
+    """Return the plot of the losses by the time of training."""
     points = []
     for point in losses.datapoints:
         step = int(point["step"]) if point["step"].isdecimal() else -1
@@ -93,7 +93,7 @@ def by_wall_clock(losses: VegaRenderer, clocks: dict[str, Clock]) -> VegaRendere
     known = [revision for revision in losses.get_revs() if clocks[revision].elapsed_s]
     for revision in losses.get_revs():
         if revision not in known:
-            say(f"{revision}: trained elsewhere, no times for the loss by wall-clock time")
+            say(f"{revision}: trained elsewhere, so no times for the loss by wall-clock time")
     texts = {"title": "Loss by wall-clock time", "x": "elapsed_s", "x_label": "seconds of training"}
     properties = {**losses.properties, **texts, "revs_with_datapoints": known}
     return VegaRenderer(points, "loss by wall-clock", **properties)

@@ -1,9 +1,9 @@
-"""One page with all results of a run: `python -m tools.report` writes metrics/report.html.
+"""Write all results of a run to one page: `python -m tools.report` writes metrics/report.html.
 
     python -m tools.report --compare REV    beside another run: metrics/report-compare.html
 
-No stage of dvc.yaml: it shows clocks, which do not reproduce. It reads the stages' outputs without
-torch, in a second. DVC has all of another revision but its clocks.
+No stage of dvc.yaml does this, because the page shows times, which do not reproduce. It reads the
+stages' outputs without torch, in a second. DVC has all of another revision but its times.
 
     metrics/, params.yaml, provenance --> RunResults --page.py, page.html--> metrics/report.html
 """
@@ -29,7 +29,7 @@ from tools.report.vega import script
 from tools.repository import commit_of, git, is_under_git, opened, run_git
 
 ONE, TWO = Path("metrics/report.html"), Path("metrics/report-compare.html")
-CURVES_ALONE = {  # of metrics/train.json of a run that diverged, perhaps in its first step
+CURVES_ALONE = {  # keys of metrics/train.json if the run diverged, perhaps in its first step
     **dict.fromkeys(("step", "tokens"), COUNT),
     **dict.fromkeys(("parameters", DIVERGED), SOME),
     **dict.fromkeys(("train_loss", "valid_loss"), MAYBE),
@@ -62,14 +62,14 @@ def read_run(name: str, read: Read, commit: str, clocks: bool) -> RunResults:
     curves, train = rows("metrics/curves.csv", COLUMNS), parsed("metrics/train.json")
     params = parse_yaml(read("params.yaml").decode(), "params.yaml")
     run = RunResults(name, commit, params, parsed("metrics/data.json"), train, curves)
-    if DIVERGED in train:  # other results that lie there are not of this run
+    if DIVERGED in train:  # other results there are not of this run
         return run
     run.provenance = parsed("models/model/provenance.json")
     run.evaluation = parsed("metrics/eval.json")
     run.positions = rows("metrics/loss_by_position.csv", ("position", "loss_nats"))
     run.calibration = rows("metrics/calibration.csv", CALIBRATION)
     run.samples, run.held_out = parsed("metrics/samples.json"), parsed("metrics/held_out.json")
-    # clocks are of the last training here; DVC may have put another run's results in place since
+    # times are of the last training here; DVC may have restored another run's results since
     last = ""
     with suppress(InputError):
         read("metrics/performance.json")
@@ -80,7 +80,7 @@ def read_run(name: str, read: Read, commit: str, clocks: bool) -> RunResults:
 
 
 def workspace() -> RunResults:
-    """Return the run whose results lie here."""
+    """Return the run whose results are in the workspace."""
 
     def read(name: str) -> bytes:
         require_file(Path(name), "; run `make repro`")
@@ -112,8 +112,8 @@ def revision(name: str) -> RunResults:
                     return bytes(repo.dvcfs.read_bytes(file))
                 except (FileNotFoundError, DataIndexDirError):
                     raise InputError(
-                        f"{name}: {file}: not in git or DVC's cache; `dvc pull`, or evaluate that "
-                        "revision with this code"
+                        f"{name}: {file}: not in git or DVC's cache; run `dvc pull`, or evaluate "
+                        "that revision with this code"
                     ) from None
 
             return read_run(name, read, commit, clocks=False)

@@ -1,4 +1,4 @@
-"""Vega, Vega-Lite and Vega-Embed as one script for pages that load nothing."""
+"""Bundle Vega, Vega-Lite and Vega-Embed into one script for pages that load nothing."""
 
 from importlib.metadata import version
 
@@ -11,7 +11,7 @@ VEGA_LITE = "6.4"  # version 6, as the $schema of .dvc/plots/curve.json says
 
 
 def script() -> str:
-    """Return the script that defines vegaEmbed; it is kept, since bundling takes a second."""
+    """Return the script that defines vegaEmbed; keep it, because bundling takes a second."""
     kept = SCRATCH / f"vega-lite-{VEGA_LITE}-by-{version('vl-convert-python')}.js"
     if not kept.exists():
         bundle = vl_convert.javascript_bundle(
