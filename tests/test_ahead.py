@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lm.base.errors import Diverged, Interrupted
-from lm.data.batches import Tokens
+from lm.data.splits import Tokens
 from lm.runs.run import Run
 from lm.train.ahead import AHEAD
 from lm.train.loop import fit, train

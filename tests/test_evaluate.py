@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm.base.errors import InputError
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.evaluate.metrics import METRICS, bits_per_byte, calibration, loss_by_position
 from lm.model.transformer import TransformerLM
 from lm.model.validation import evaluate

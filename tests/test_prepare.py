@@ -28,8 +28,8 @@ from lm.base.errors import InputError
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.tables import data_table
-from lm.data.batches import open_tokens
 from lm.data.shards import SPLITS
+from lm.data.splits import open_tokens
 from lm.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from lm.prepare.collect import collect
 from lm.prepare.documents import cut_into_shards, split_documents, with_train_bytes

@@ -21,7 +21,7 @@ from lm.base.migrations import ADDED
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.settings import RuntimeConfig, TrainConfig
-from lm.data.batches import Split, Tokens
+from lm.data.splits import Split, Tokens
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.transformer import ModelConfig
 from lm.runs.checkpoint import read_extra

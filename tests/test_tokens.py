@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from lm.base import rng
 from lm.base.errors import InputError
 from lm.base.files import sha256_file
-from lm.data.batches import OPEN_FILES, Split, open_tokens, windows
 from lm.data.order import DocumentWindows, deal
 from lm.data.shards import ShardWriter, write_manifest
+from lm.data.splits import Split, open_tokens, windows
+from lm.data.token_stream import OPEN_FILES
 from lm.data.tokenizer import Tokenizer, byte_tokenizer
 from lm.evaluate.baselines import Bigram
 from lm.prepare.learn import train_bpe

@@ -19,7 +19,7 @@ import torch
 
 from lm.base.errors import Diverged, EnvironmentFault, InputError
 from lm.base.settings import DTYPES, Dtype, share_of_batch
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.machine.device import (
     autocast,
     choose_device,

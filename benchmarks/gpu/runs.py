@@ -14,7 +14,7 @@ from lm.base.errors import Interrupted
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.settings import RuntimeConfig, TrainConfig
-from lm.data.batches import Split, Tokens
+from lm.data.splits import Split, Tokens
 from lm.machine.device import environment
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import ModelConfig

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.data.batches import Tokens, TokenStream
+from lm.data.splits import Tokens
+from lm.data.token_stream import TokenStream
 
 CHUNK_TOKENS = 1 << 22
 Ids = NDArray[Any] | TokenStream

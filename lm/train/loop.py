@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lm.base.errors import Diverged
 from lm.base.settings import TrainConfig, WindowOrder
-from lm.data.batches import Split, Tokens
+from lm.data.splits import Split, Tokens
 from lm.machine.device import to_device
 from lm.model.transformer import Ids
 from lm.model.validation import evaluate, loss_nats
