@@ -31,7 +31,7 @@ from lm.base.tables import data_table
 from lm.data.shards import SPLITS
 from lm.data.splits import open_tokens
 from lm.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
-from lm.prepare.collect import collect
+from lm.prepare.collect import collect_shards
 from lm.prepare.documents import cut_into_shards, split_documents, with_train_bytes
 from lm.prepare.encode_shards import (
     Job,
@@ -80,7 +80,7 @@ class Desk:
         """Run as stage tokens does; what then stands in the folder, and the report."""
         job, done = encode_all(self.job(**changes), self.shards(num_workers), num_workers)
         tokenizer = load_tokenizer(job.tokenizer)
-        report = collect(self.tokens, job, tokenizer, self.shards(), done)
+        report = collect_shards(self.tokens, job, tokenizer, self.shards(), done)
         return self.files(), report
 
     def shards(self, num_workers=1):

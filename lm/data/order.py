@@ -79,14 +79,14 @@ def _rounded(numbers: Numbers, share: Fraction) -> Numbers:
     return ((exact * top + share.denominator) // bottom).astype(np.int64)
 
 
-def drawn(seed: int, steps: range, batch_size: int, size: int) -> Numbers:
+def random_places(seed: int, steps: range, batch_size: int, size: int) -> Numbers:
     """Draw places in range(size), with replacement, for the batches of some steps."""
     return np.concatenate(
         [rng.random_integers(rng.seed(seed, "batch", step), batch_size, size) for step in steps]
     )
 
 
-def ordered(seed: int, numbers: Numbers, size: int, *stream: int) -> Numbers:
+def epoch_places(seed: int, numbers: Numbers, size: int, *stream: int) -> Numbers:
     """Return entries `numbers` of an endless walk through range(size).
 
     Each epoch visits every place once, in an order of its own; walks differ by `stream`.

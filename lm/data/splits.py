@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lm.base.errors import InputError
 from lm.base.settings import WindowOrder
-from lm.data.order import DocumentWindows, Numbers, deal, drawn, ordered
+from lm.data.order import DocumentWindows, Numbers, deal, epoch_places, random_places
 from lm.data.shards import MANIFEST, REMEDY, SPLITS, read_manifest
 from lm.data.token_stream import TokenStream
 from lm.data.tokenizer import Tokenizer
@@ -115,9 +115,9 @@ class Split:
             size, start_of = self._windows_of(source, context_length, sampling)
             match sampling:
                 case "random":
-                    places = drawn(seed, steps, batch_size, size)[mine]
+                    places = random_places(seed, steps, batch_size, size)[mine]
                 case "epochs" | "documents":
-                    places = ordered(seed, numbers[mine], size, *stream)
+                    places = epoch_places(seed, numbers[mine], size, *stream)
                 case _:
                     assert_never(sampling)
             starts[mine] = source.start + start_of(places)
@@ -165,7 +165,7 @@ def windows(
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Splits:
     """An opened data/tokens folder."""
 
     train: Split
@@ -175,7 +175,7 @@ class Tokens:
 
 def open_tokens(
     folder: Path, tokenizer_sha256: str | None = None, tokenizer: Tokenizer | None = None
-) -> Tokens:
+) -> Splits:
     """Open data/tokens and verify its files by tokens.json.
 
     Raises InputError if one is missing, truncated, extended or edited, has ids beyond the
@@ -191,7 +191,7 @@ def open_tokens(
                 f"{getattr(tokenizer, name)}; {REMEDY}"
             )
     train, valid = (_open_split(folder, split, manifest) for split in SPLITS)
-    return Tokens(train, valid, manifest["vocab_size"])
+    return Splits(train, valid, manifest["vocab_size"])
 
 
 def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:

@@ -1,6 +1,6 @@
 """Collect done shards in a folder of tokens, without duplicates, and report on them.
 
-KEPT/KEY.train ... --collect--> data/tokens/train/SOURCE-00000.bin ... tokens.json, and a report
+KEPT/KEY.train ... --collect_shards--> data/tokens/train/SOURCE-00000.bin ... tokens.json
 """
 
 import os
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lm.base.files import writing
 from lm.data.shards import COUNTS, SPLITS, ShardWriter, sums, token_dtype, write_manifest
 from lm.data.tokenizer import Tokenizer
-from lm.prepare.documents import REPLACED, Shard, require_both_splits
+from lm.prepare.documents import REPLACED, TextShard, require_both_splits
 from lm.prepare.encode_shards import FINGERPRINT, DoneShard, Job, kept_file
 from lm.prepare.readers import reader_of, suffix_of
 from lm.prepare.sources import in_words, weights
@@ -32,8 +32,12 @@ SHOWN_KINDS = 20  # of files, in a table
 FEW = 3  # texts beside tables: a README, a license
 
 
-def collect(
-    folder: Path, job: Job, tokenizer: Tokenizer, shards: Sequence[Shard], done: Sequence[DoneShard]
+def collect_shards(
+    folder: Path,
+    job: Job,
+    tokenizer: Tokenizer,
+    shards: Sequence[TextShard],
+    done: Sequence[DoneShard],
 ) -> dict[str, Any]:
     """Fill `folder` with the shards, in their order; return a report on them.
 
@@ -134,8 +138,8 @@ def _write_without(
     table = _fingerprints(kept, done, split)
     wanted = np.ones(len(table), dtype=bool)
     wanted[surplus] = False
-    source = kept_file(kept, done["key"], split)
-    with ShardWriter(target, dtype) as writer, open(source, "rb") as stream:
+    whole = kept_file(kept, done["key"], split)
+    with ShardWriter(target, dtype) as writer, open(whole, "rb") as stream:
         for low in range(0, len(table), ROWS):
             rows, keep = table[low : low + ROWS], wanted[low : low + ROWS]
             ids = np.fromfile(stream, dtype=dtype, count=int(rows["tokens"].sum()))
@@ -182,7 +186,7 @@ def _summary(collected: Sequence[Collected]) -> dict[str, Any]:
     }
 
 
-def files_table(shards: Sequence[Shard], left_out: Counter[str]) -> str:
+def files_table(shards: Sequence[TextShard], left_out: Counter[str]) -> str:
     """Return a Markdown table: files of each suffix, how they were read, and how many were not."""
     kinds: dict[tuple[str, str, str], list[str]] = {}  # names by source, suffix and way of reading
     for shard in shards:

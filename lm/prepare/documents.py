@@ -1,7 +1,7 @@
 """The user's files as documents, and the shards that processes share among them.
 
     data.path, data.sources --find_sources--> files --cut_into_shards--> shards
-                       shards --documents--> (place, bytes) --assign_splits--> train or valid
+                       shards --read_documents--> (place, bytes) --assign_splits--> train or valid
 
 The order is fixed: sources as params.yaml lists them, files by path, documents by place.
 Nothing is repaired or left out in silence: text that cannot be read is an error that names its
@@ -41,7 +41,7 @@ class Stretch(NamedTuple):
     stop: int | None
 
 
-class Shard(NamedTuple):
+class TextShard(NamedTuple):
     """The text that one process reads for one shard of tokens."""
 
     source: str
@@ -71,7 +71,9 @@ class Document(NamedTuple):
 # --- shards -----------------------------------------------------------------------------
 
 
-def cut_into_shards(config: DataConfig, found: Sequence[SourceFiles] | None = None) -> list[Shard]:
+def cut_into_shards(
+    config: DataConfig, found: Sequence[SourceFiles] | None = None
+) -> list[TextShard]:
     """Cut the text into shards of about data.shard_bytes, in reading order.
 
     A long file is cut after multiples of that size, where a record begins. Short files share a
@@ -82,7 +84,7 @@ def cut_into_shards(config: DataConfig, found: Sequence[SourceFiles] | None = No
     root, found = text_root(config), find_sources(config) if found is None else found
     _require_separator(found)
     return [
-        Shard(source.name, source.options, tuple(stretches), size_bytes)
+        TextShard(source.name, source.options, tuple(stretches), size_bytes)
         for source in found
         for stretches, size_bytes in _grouped(source, root, config.shard_bytes)
     ]
@@ -134,7 +136,7 @@ def _require_separator(found: Sequence[SourceFiles]) -> None:
 
 
 def over_shards(
-    what: str, work: Callable[[Shard], Result], shards: Sequence[Shard], num_workers: int
+    what: str, work: Callable[[TextShard], Result], shards: Sequence[TextShard], num_workers: int
 ) -> Iterator[Result]:
     """Yield work(shard) for each shard, in their order, by several processes; show progress."""
     progress = ByteProgress(what, sum(shard.size_bytes for shard in shards))
@@ -153,8 +155,8 @@ def draw(data: bytes) -> float:
 # --- documents --------------------------------------------------------------------------
 
 
-def documents(
-    config: DataConfig, tally: Counter[str], shards: Iterable[Shard] | None = None
+def read_documents(
+    config: DataConfig, tally: Counter[str], shards: Iterable[TextShard] | None = None
 ) -> Iterator[Document]:
     """Yield every document with more than white space in it, of all shards or of some.
 
@@ -197,13 +199,15 @@ def split_documents(
 
 
 def shard_documents(
-    config: DataConfig, tally: Counter[str], shard: Shard
+    config: DataConfig, tally: Counter[str], shard: TextShard
 ) -> Iterator[tuple[SplitName, Document]]:
     """Yield the documents of one shard with their splits."""
-    return assign_splits(documents(config, tally, [shard]), config, shard.train_bytes)
+    return assign_splits(read_documents(config, tally, [shard]), config, shard.train_bytes)
 
 
-def with_train_bytes(config: DataConfig, shards: Sequence[Shard], num_workers: int) -> list[Shard]:
+def with_train_bytes(
+    config: DataConfig, shards: Sequence[TextShard], num_workers: int
+) -> list[TextShard]:
     """Set `train_bytes` of each shard, if the tail is held out: that reads all of the text."""
     match config.split:
         case "hash":
@@ -220,8 +224,8 @@ def with_train_bytes(config: DataConfig, shards: Sequence[Shard], num_workers: i
             assert_never(config.split)
 
 
-def _text_bytes(config: DataConfig, shard: Shard) -> int:
-    return sum(len(document.data) for document in documents(config, Counter(), [shard]))
+def _text_bytes(config: DataConfig, shard: TextShard) -> int:
+    return sum(len(document.data) for document in read_documents(config, Counter(), [shard]))
 
 
 def assign_splits(

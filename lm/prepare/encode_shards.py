@@ -1,6 +1,6 @@
 """Text to token shards, by several processes, on several machines, in several attempts.
 
-    shard --encode_shard--> KEPT/KEY.train, KEY.valid, KEY.json --collect--> data/tokens
+    shard --encode_shard--> KEPT/KEY.train, KEY.valid, KEY.json --collect_shards--> data/tokens
 
 A shard that is done is kept under a key of all that decides its bytes: text, settings, tokenizer,
 code. A later run finds it there: after a kill, after files were added, or to collect what other
@@ -28,7 +28,7 @@ from lm.base.errors import InputError
 from lm.base.files import read_json, sha256_file, sha256_json, write_json, writing
 from lm.data.shards import SPLITS, ShardWriter, SplitName, token_dtype
 from lm.data.tokenizer import load_tokenizer
-from lm.prepare.documents import Document, Shard, over_shards, shard_documents
+from lm.prepare.documents import Document, TextShard, over_shards, shard_documents
 from lm.prepare.encoder import DocumentRefused, Encoder, Library
 from lm.prepare.file_bytes import compression
 from lm.prepare.gigatoken_guard import EncodersDiffer
@@ -80,7 +80,7 @@ class Job:
         return sha256_json(decides)
 
 
-def select_part(shards: Sequence[Shard], part: str) -> list[Shard]:
+def select_part(shards: Sequence[TextShard], part: str) -> list[TextShard]:
     """Return the shards of one of several machines; "2/4" is the second of four."""
     number, _, total = part.partition("/")
     if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
@@ -88,7 +88,7 @@ def select_part(shards: Sequence[Shard], part: str) -> list[Shard]:
     return list(shards[int(number) - 1 :: int(total)])
 
 
-def require_done(job: Job, shards: Sequence[Shard], num_workers: int) -> None:
+def require_done(job: Job, shards: Sequence[TextShard], num_workers: int) -> None:
     """Raise InputError unless every shard is kept."""
     done = list(ordered_map(partial(_is_done, job), shards, num_workers))
     absent = [shard for shard, is_done in zip(shards, done, strict=True) if not is_done]
@@ -100,11 +100,13 @@ def require_done(job: Job, shards: Sequence[Shard], num_workers: int) -> None:
         )
 
 
-def _is_done(job: Job, shard: Shard) -> bool:
+def _is_done(job: Job, shard: TextShard) -> bool:
     return find_done(job.kept, shard_key(job, shard)) is not None
 
 
-def encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> tuple[Job, list[DoneShard]]:
+def encode_all(
+    job: Job, shards: Sequence[TextShard], num_workers: int
+) -> tuple[Job, list[DoneShard]]:
     """Encode all shards, in their order; return the job, too, since its library may change."""
     encoder = open_encoder(job)  # before the processes fork, so that they have it
     if encoder.why_not is not None:
@@ -123,7 +125,7 @@ def encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> tuple[Job
 # --- one shard --------------------------------------------------------------------------
 
 
-def encode_shard(job: Job, shard: Shard) -> DoneShard:
+def encode_shard(job: Job, shard: TextShard) -> DoneShard:
     """Return a done shard, found where it was kept or made now.
 
     Raises InputError for text that cannot be read or that the tokenizer alters, EncodersDiffer if
@@ -149,7 +151,7 @@ def encode_shard(job: Job, shard: Shard) -> DoneShard:
     return done
 
 
-def _write_shard(job: Job, shard: Shard, encoder: Encoder, folder: Path) -> DoneShard:
+def _write_shard(job: Job, shard: TextShard, encoder: Encoder, folder: Path) -> DoneShard:
     """Write both splits of a shard into a folder; return their counts."""
     tally, dtype = Counter[str](), token_dtype(encoder.tokenizer.vocab_size)
     used, longest = np.zeros(encoder.tokenizer.vocab_size, dtype=bool), 0
@@ -220,7 +222,7 @@ def _encoder(folder: Path, identity: str, library: Library | None) -> Encoder:
 # --- done shards ------------------------------------------------------------------------
 
 
-def shard_key(job: Job, shard: Shard) -> str:
+def shard_key(job: Job, shard: TextShard) -> str:
     """Return a hash of all that decides the bytes of a shard; the place of its text does not."""
     contents = []
     for file, start, stop in shard.stretches:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lm.data.shards import SplitName
 from lm.prepare.documents import (
-    Shard,
+    TextShard,
     cut_into_shards,
     over_shards,
     require_both_splits,
@@ -57,7 +57,7 @@ def learning_sample(config: DataConfig, limit_bytes: int, num_workers: int) -> b
     return sample.getvalue()
 
 
-def _measure(config: DataConfig, shard: Shard) -> tuple[Counter[SplitName], NDArray[np.int64]]:
+def _measure(config: DataConfig, shard: TextShard) -> tuple[Counter[SplitName], NDArray[np.int64]]:
     """Return the number of documents in each split, and the bytes for training by bin, (BINS,)."""
     counts: Counter[SplitName] = Counter()
     n_bytes = np.zeros(BINS, dtype=np.int64)
@@ -68,7 +68,7 @@ def _measure(config: DataConfig, shard: Shard) -> tuple[Counter[SplitName], NDAr
     return counts, n_bytes
 
 
-def _part(config: DataConfig, n_bins: int, shard: Shard) -> bytes:
+def _part(config: DataConfig, n_bins: int, shard: TextShard) -> bytes:
     """Return the documents of one shard that are in the sample, joined by NUL."""
     found = shard_documents(config, Counter(), shard)
     texts = (document.data for split, document in found if split == "train")

@@ -83,19 +83,19 @@ def _table(file: Path, options: ReadOptions) -> Iterator[tuple[Any, list[Any]]]:
 
     with ExitStack() as stack:
         if compression(file):
-            source: Any = stack.enter_context(tempfile.TemporaryFile())
+            stream: Any = stack.enter_context(tempfile.TemporaryFile())
             unpacked = stack.enter_context(Decompressed(file, options.max_expansion))
-            shutil.copyfileobj(unpacked, source, limits.CHUNK_BYTES)
+            shutil.copyfileobj(unpacked, stream, limits.CHUNK_BYTES)
         else:
             refuse_pointer(file)
-            source = stack.enter_context(open(file, "rb"))
+            stream = stack.enter_context(open(file, "rb"))
         try:
-            metadata = read_metadata(source)
+            metadata = read_metadata(stream)
             number = _column(file, metadata.schema, options.text_field)
             columns = [metadata.row_group(i).column(number) for i in range(metadata.num_row_groups)]
             # buffered: a row group is not read as a whole
             table = ParquetFile(
-                source,
+                stream,
                 metadata=metadata,
                 buffer_size=1 << 20,
                 pre_buffer=False,
