@@ -56,7 +56,7 @@ def test_a_folder_that_is_not_as_listed_is_refused_by_name(listed):
 def test_what_cannot_be_listed_or_is_no_listing_is_told(tmp_path):
     for folder, name, words in (
         ("missing", "x.listing", "missing: no such folder"),
-        (".", "x.json", r"x.json: the name of a listing ends in .listing"),
+        (".", "x.json", r"x.json: the name of a listing must end in .listing"),
         (".", "x.listing", r"x.listing: lies in the folder that it lists"),
         ("file", "x.listing", r"file: not a folder"),
     ):

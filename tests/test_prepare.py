@@ -438,7 +438,9 @@ def test_the_parts_together_are_all_tasks_once(desk):
 def test_a_part_that_is_missing_is_named(desk):
     job, todo = desk.job(), desk.shards()
     encode_all(job, select_part(todo, "1/2"), 1)
-    message = rf"{len(todo) // 2} of {len(todo)} shards were not made; the first begins with .*txt"
+    message = (
+        rf"{len(todo) // 2} of {len(todo)} shards are not made yet; the first begins with .*txt"
+    )
     with pytest.raises(InputError, match=message):
         require_done(job, todo, 1)
     encode_all(job, select_part(todo, "2/2"), 1)
@@ -730,7 +732,7 @@ def test_four_processes_make_the_parts_and_one_collects_them(large):
     stage = ("python", "-m", "stages.tokens")
     alone = large.run(*stage, "--merge")
     assert alone.returncode == 2
-    assert "shards were not made; the first begins with text/00.txt" in one_line(alone)
+    assert "shards are not made yet; the first begins with text/00.txt" in one_line(alone)
     assert not tokens_of(large)
     parts = [large.start(*stage, "--shard", f"{i}/4", "-S", "runtime.num_workers=1")
              for i in (1, 2, 3, 4)]  # fmt: skip

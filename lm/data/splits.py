@@ -1,4 +1,4 @@
-"""Token shards, opened and verified, and batches dealt from them.
+"""Both splits of data/tokens, opened and verified, and batches dealt from them.
 
     data/tokens --open_tokens--> Split, Split --Split.batch(step)--> x, y
 
@@ -21,13 +21,13 @@ from lm.data.shards import MANIFEST, REMEDY, SPLITS, read_manifest
 from lm.data.token_stream import TokenStream
 from lm.data.tokenizer import Tokenizer
 
-WINDOWS_AHEAD = 1024  # whose starts are computed at once
+WINDOWS_AHEAD = 1024  # computed at once
 SCANNED_TOKENS = 1 << 22  # read at once to find the ends of documents
 
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """A part of a split that has a share of the windows of its own."""
+    """The tokens from `start` to before `stop` of a split, which get their own share of windows."""
 
     name: str
     start: int
@@ -39,7 +39,7 @@ class WeightedSource:
 class Split:
     """The tokens of one split, and the batches dealt from them.
 
-    If no source has a weight, windows come from all the tokens alike.
+    If no source has a weight, all tokens are dealt as one source.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Split:
     n_bytes: int
     end_id: int | None = None
     weighted: tuple[WeightedSource, ...] = ()
-    # kept from call to call: the windows of documents, and the starts of the batches to come
+    # caches: the windows of documents, and the starts of the next batches
     _documents: dict[tuple[int, int], DocumentWindows] = field(default_factory=dict, repr=False)
     _ahead: dict[tuple[Any, ...], tuple[int, Numbers]] = field(default_factory=dict, repr=False)
 
@@ -55,15 +55,17 @@ class Split:
         """Raise InputError unless one window and its shifted targets fit, in each source too."""
         if len(self.tokens) < context_length + 1:
             raise InputError(
-                f"{self.name} split has {len(self.tokens)} tokens, needs at least "
-                f"{context_length + 1}; lower model.context_length or add text"
+                f"the {self.name} split has {len(self.tokens):,} tokens, but one window needs "
+                f"model.context_length + 1 = {context_length + 1:,}; lower model.context_length or "
+                "add text"
             )
         for source in self.weighted:
             if source.stop - source.start < context_length + 1:
                 raise InputError(
-                    f"source {source.name} has {source.stop - source.start} tokens in the "
-                    f"{self.name} split, needs at least {context_length + 1}; lower "
-                    "model.context_length, add text or leave the source out"
+                    f"source {source.name} has {source.stop - source.start:,} tokens in the "
+                    f"{self.name} split, but one window needs model.context_length + 1 = "
+                    f"{context_length + 1:,}; lower model.context_length, add text or leave the "
+                    "source out"
                 )
 
     def batch(
@@ -88,14 +90,14 @@ class Split:
         """Return the place of the first token of each window of a batch, (batch_size,).
 
         A pure function of (seed, step). "random" draws windows anywhere, with replacement.
-        "epochs" deals adjoining windows and "documents" windows that cut each document from its
-        start: each window once an epoch, in a new order each time. Sources with weights have
-        exact shares of the windows, and epochs of their own.
+        "epochs" deals adjoining windows, "documents" deals windows cut from the start of each
+        document; both deal each window once an epoch, in a new order each time. Each weighted
+        source gets its exact share of the windows and has its own epochs.
         """
         kind = batch_size, context_length, seed, sampling
         first, ahead = self._ahead.get(kind, (step, np.empty((0, batch_size), dtype=np.int64)))
         if not 0 <= step - first < len(ahead):
-            # many batches cost little more than one, but a single call may be all there is
+            # many steps cost little more than one, but the first call may be the only one
             n_steps = max(1, WINDOWS_AHEAD // batch_size) if kind in self._ahead else 1
             first, ahead = step, self._compute_starts(range(step, step + n_steps), *kind)
             self._ahead[kind] = first, ahead
@@ -104,7 +106,7 @@ class Split:
     def _compute_starts(
         self, steps: range, batch_size: int, context_length: int, seed: int, sampling: WindowOrder
     ) -> NDArray[np.int64]:
-        """Compute `starts` of some steps at once, (len(steps), batch_size)."""
+        """Return the starts of several steps at once, (len(steps), batch_size)."""
         self.require(context_length)
         numbers = steps.start * batch_size + np.arange(len(steps) * batch_size)
         sources = self.weighted or (WeightedSource("", 0, len(self.tokens), 1.0),)
@@ -126,7 +128,7 @@ class Split:
     def _windows_of(
         self, source: WeightedSource, context_length: int, sampling: WindowOrder
     ) -> tuple[int, Callable[[Numbers], Numbers]]:
-        """Return the number of windows of a source, and a function of their numbers to starts."""
+        """Return the number of windows of a source, and a function from their numbers to starts."""
         last = source.stop - source.start - context_length - 1
         match sampling:
             case "random":
@@ -143,7 +145,9 @@ class Split:
         key = source.start, context_length
         if key not in self._documents:
             if self.end_id is None:
-                raise InputError("sampling = documents: the id that ends a document is not known")
+                raise InputError(
+                    "train.sampling = documents: the id that ends a document is unknown; use epochs"
+                )
             starts = range(source.start, source.stop, SCANNED_TOKENS)
             chunks = (self.tokens[i : min(i + SCANNED_TOKENS, source.stop)] for i in starts)
             self._documents[key] = DocumentWindows(chunks, self.end_id, context_length)
@@ -166,7 +170,7 @@ def windows(
 
 @dataclass(frozen=True)
 class Splits:
-    """An opened data/tokens folder."""
+    """Both splits of an opened data/tokens folder."""
 
     train: Split
     valid: Split
@@ -178,8 +182,8 @@ def open_tokens(
 ) -> Splits:
     """Open data/tokens and verify its files by tokens.json.
 
-    Raises InputError if one is missing, truncated, extended or edited, has ids beyond the
-    vocabulary, or if the tokens were made with another tokenizer than the given one.
+    Raises InputError if a file is missing, truncated, extended or edited, if it has ids beyond the
+    vocabulary, or if the tokens were made with another tokenizer.
     """
     manifest = read_manifest(folder)
     if tokenizer_sha256 not in (None, manifest["tokenizer_sha256"]):
@@ -187,7 +191,7 @@ def open_tokens(
     for name in ("vocab_size", "end_id") if tokenizer is not None else ():
         if manifest[name] != getattr(tokenizer, name):
             raise InputError(
-                f"{folder / MANIFEST}: {name} = {manifest[name]}, the tokenizer's is "
+                f"{folder / MANIFEST}: {name} = {manifest[name]}, but the tokenizer's is "
                 f"{getattr(tokenizer, name)}; {REMEDY}"
             )
     train, valid = (_open_split(folder, split, manifest) for split in SPLITS)
@@ -199,12 +203,12 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> Split:
     entries = [shard[name] for shard in manifest["shards"]]
     files = [folder / entry["file"] for entry in entries]
     tokens = TokenStream(files, entries, dtype, manifest["vocab_size"])
-    weighted = _weighted(name, manifest) if name == "train" else ()  # shares are of the training
+    weighted = _weighted(name, manifest) if name == "train" else ()  # shares of training alone
     return Split(name, tokens, manifest[name]["bytes"], manifest["end_id"], weighted)
 
 
 def _weighted(split: str, manifest: dict[str, Any]) -> tuple[WeightedSource, ...]:
-    """Return the place of each source in a split, if sources have weights."""
+    """Return the sources of a split and their places, if they have weights."""
     sources, start = [], 0
     for source in manifest["sources"]:
         shards = [shard for shard in manifest["shards"] if shard["source"] == source["name"]]

@@ -13,14 +13,14 @@ from lm.base.errors import InputError
 from lm.data.shards import REMEDY
 
 HASHED_TOKENS = 1 << 18  # read at once to verify a file
-OPEN_FILES = 100  # of a split at a time: with two splits less than the 256 that macOS allows
+OPEN_FILES = 100  # at a time for each of two splits: macOS allows a process 256
 
 
 class TokenStream:
     """Shards as one 1-D array of ids that stay on disk: len(), slices, rows of equal length.
 
-    Files are read, not mapped: an access to a mapped file that somebody has truncated ends the
-    process by SIGBUS without a message. Copying a window costs no more than mapping it.
+    Files are read, not memory-mapped: access to a mapped file that was truncated ends the process
+    by SIGBUS without a message. Copying a window costs no more than mapping it.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class TokenStream:
         dtype: np.dtype[Any],
         vocab_size: int,
     ):
-        """Verify the files by their entries of tokens.json.
+        """Verify the files by their entries in tokens.json.
 
-        Raises InputError if one is missing, truncated, extended or edited, or has an id beyond the
-        vocabulary.
+        Raises InputError if a file is missing, truncated, extended or edited, or has an id beyond
+        the vocabulary.
         """
         self._descriptors: dict[int, int] = {}  # by number of the file, the oldest first
         self._verified: dict[int, tuple[int, int, int]] = {}  # inode, size, time of change
@@ -50,8 +50,8 @@ class TokenStream:
     def __getitem__(self, place: slice) -> NDArray[Any]:
         """Return the ids of a slice without a step. Raises InputError if a file has changed.
 
-        Every id is compared with the vocabulary, in case a file was rewritten in place: that costs
-        next to nothing, and the model would end in an IndexError.
+        Every id is compared with the vocabulary, in case a file was rewritten in place. This costs
+        next to nothing; the model would fail with an IndexError.
         """
         start, stop, _ = place.indices(len(self))
         ids = np.empty(max(0, stop - start), dtype=self.dtype)
@@ -72,7 +72,7 @@ class TokenStream:
         return ids
 
     def rows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
-        """Return `length` ids from each start, (len(starts), length); raises as a slice does."""
+        """Return `length` ids from each start, (len(starts), length). Raises as a slice does."""
         width, size = length * self.dtype.itemsize, self.dtype.itemsize
         files = np.searchsorted(self._bounds, starts, side="right") - 1
         offsets = (starts - self._bounds[files]) * size
@@ -81,7 +81,7 @@ class TokenStream:
         read = [os.pread(self._descriptor(f), size, offset) for f, size, offset in places]
         if min(map(len, read), default=width) < width:
             for row, start in enumerate(starts.tolist()):
-                if len(read[row]) < width:  # it goes on in the next file, or this one has shrunk
+                if len(read[row]) < width:  # continues in the next file, or the file has shrunk
                     read[row] = self[start : start + length].tobytes()
         rows = np.frombuffer(b"".join(read), dtype=self.dtype).reshape(-1, length)
         if rows.size and rows.max() >= self._vocab_size:
@@ -90,16 +90,16 @@ class TokenStream:
         return rows
 
     def _beyond_vocabulary(self, ids: NDArray[Any], start: int) -> InputError:
-        """Return the error for the first id beyond the vocabulary; `ids` begin at `start`."""
+        """Return the error for the first of some ids, from `start` on, beyond the vocabulary."""
         at = int((ids >= self._vocab_size).argmax())
         file = int(np.searchsorted(self._bounds, start + at, side="right")) - 1
         return InputError(
-            f"{self._files[file]}: token {start + at - self._bounds[file]} has the id {ids[at]}, "
-            f"the vocabulary {self._vocab_size} ids; {REMEDY}"
+            f"{self._files[file]}: token {start + at - self._bounds[file]} has id {ids[at]}, but "
+            f"the vocabulary has {self._vocab_size} ids; {REMEDY}"
         )
 
     def _descriptor(self, number: int) -> int:
-        """Return an open file; beyond OPEN_FILES close the one that was opened first."""
+        """Return an open file; if OPEN_FILES are open, close the one that was opened first."""
         descriptor = self._descriptors.get(number)
         if descriptor is None:
             if len(self._descriptors) == OPEN_FILES:
@@ -108,7 +108,7 @@ class TokenStream:
         return descriptor
 
     def _open(self, number: int) -> int:
-        """Open a file, and verify its content unless this very file was verified before."""
+        """Open a file; verify its content unless it has not changed since it was verified."""
         if not self._files[number].is_file():
             raise InputError(f"{self._files[number]}: no such file; {REMEDY}")
         descriptor = os.open(self._files[number], os.O_RDONLY)
@@ -127,7 +127,7 @@ class TokenStream:
         file, entry = self._files[number], self._entries[number]
         size = entry["tokens"] * self.dtype.itemsize
         if (found := os.fstat(descriptor).st_size) != size:
-            raise InputError(f"{file}: {found} bytes, tokens.json says {size}; {REMEDY}")
+            raise InputError(f"{file}: {found} bytes, but tokens.json says {size}; {REMEDY}")
         digest, beyond, start = hashlib.sha256(), None, int(self._bounds[number])
         buffer = np.empty(HASHED_TOKENS, dtype=self.dtype)
         view = buffer.view(np.uint8).data
