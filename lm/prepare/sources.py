@@ -83,9 +83,7 @@ class DataConfig:
         if self.sources is None:
             return
         if not self.sources:
-            raise InputError(
-                "data.sources = {}: name at least one source, or set null for one of all"
-            )
+            raise InputError("data.sources = {}: name a source, or set null to make all text one")
         for name in self.sources:
             if not SOURCE_NAME.fullmatch(name):
                 raise InputError(
