@@ -230,11 +230,7 @@ def shard_key(job: Job, shard: TextShard) -> str:
         content = hashlib.sha256()
         for chunk in reader.content(start, stop):
             content.update(chunk)
-        form = (
-            type(reader).__name__,
-            compression(file),
-            start > 0,
-        )  # only a file's first bytes can be refused
+        form = type(reader).__name__, compression(file), start > 0  # only a head can be refused
         contents.append([*form, content.hexdigest()])
     separator = shard.options.separator
     options = asdict(shard.options) | {"separator": separator and separator.hex()}

@@ -37,10 +37,7 @@ def from_tiktoken(name: str, texts: Iterable[str], end_token: str = END_TOKEN) -
 
     known = {*tiktoken.list_encoding_names(), *tiktoken.registry.ENCODINGS}
     if name not in known:
-        names = ", ".join(sorted(known))
-        raise InputError(
-            f"tokenizer.source = {name}: not an encoding of tiktoken, which has {names}"
-        )
+        raise InputError(f"tokenizer.source = {name}: tiktoken has only {', '.join(sorted(known))}")
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # requests' errors; the hash is wrong
@@ -104,9 +101,7 @@ def foreign_tokenizer(file: Path, texts: Iterable[str], end_token: str = END_TOK
     if trial.returncode != 0:
         *_, last = trial.stderr.decode("utf-8", "replace").strip().split("\n")
         if not last.startswith("error: "):
-            raise InputError(
-                f"{file}: crashed in a trial; choose another tokenizer {last}".rstrip()
-            )
+            raise InputError(f"{file}: crashed in a trial ({last}); choose another tokenizer")
         raise InputError(last.removeprefix("error: "))
     return open_tokenizer_json(file, end_token)
 

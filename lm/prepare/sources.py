@@ -21,7 +21,7 @@ ONE_SOURCE = "text"  # the name of all text, without data.sources
 SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # becomes part of file names
 OUTPUTS = (TOKENIZER, TOKENS, METRICS, MODELS)  # of the stages, which must not read them as text
 REPLACES = {"strict": False, "replace": True}  # by data.encoding_errors
-MIN_SHARD_BYTES = 1 << 16
+SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
 
 
 @dataclass(frozen=True)
@@ -42,41 +42,37 @@ class DataConfig:
         NOT_EMPTY,
         "the text: a file, a folder or a listing (docs/SCALE.md); `data/raw` is the default text",
     ]
-    glob: Annotated[str, "which files of the folder"]
+    glob: Annotated[str, "pattern of the files to read in the folder"]
     text_field: Annotated[str, "the field of JSON objects, the column of tables"]
     sources: Annotated[
         dict[str, SourceConfig] | None,
         "parts of `data.path` (a file, folder or pattern in it), each with its share of the "
-        "training windows; weight null: by size; null: all of it is one",
+        "training windows (weight null: by size); null: all text is one source",
     ]
     separator: Annotated[
         Annotated[str, NOT_EMPTY] | None,
         'cuts text files into documents, e.g. `<|endoftext|>`, or `"\\n\\n"` in double quotes; '
-        "must occur in one of them; null: one file, one document",
+        "one file at least must hold it; null: one document per file",
     ]
     encoding_errors: Annotated[
         Literal["strict", "replace"],
-        "stop at NUL and at bytes that are not UTF-8, or count and replace them",
+        "NUL and bytes that are not UTF-8: stop (strict), or replace and count them",
     ]
     on_bad_document: Annotated[
         Literal["stop", "skip"],
-        "at what is not text (a null, bad JSON, bytes, too long): stop, or leave it out and count",
+        "a document that is not text (null, bad JSON, bad bytes) or too long: stop, or skip it",
     ]
     deduplicate: Annotated[bool, "leave out exact duplicates"]
     split: Annotated[
         Literal["hash", "tail"],
-        "by a hash of each document (stable when others come and go), or the last part of the text",
+        "hash: by a hash of each document, whatever others come or go; tail: the last part of the text",
     ]
     valid_fraction: Annotated[float, INSIDE_ONE, "the share held out for validation"]
-    shard_bytes: Annotated[
-        Count,
-        Bound(lambda x: x >= MIN_SHARD_BYTES, f"must be >= {MIN_SHARD_BYTES}"),
-        "text in one shard of tokens, about",
-    ]
+    shard_bytes: Annotated[Count, SHORTEST_SHARD, "text in one shard of tokens, about"]
     max_expansion: Annotated[
         Count,
-        "stop where a `.gz`, a `.zst` or the column of a parquet table holds more than this many "
-        f"times its size (and than {limits.MAX_DOCUMENT_BYTES >> 20} MiB)",
+        "stop if a `.gz`, a `.zst` or the column of a parquet table holds more than this many "
+        f"times its size (and more than {limits.MAX_DOCUMENT_BYTES >> 20} MiB)",
     ]
 
     def __post_init__(self) -> None:

@@ -66,9 +66,7 @@ def _unusual_line(offset: int, data: bytes, options: ReadOptions) -> Found | Bad
     except (ValueError, RecursionError) as error:
         return Bad(offset, "not JSON", f"not valid JSON ({error}); correct the line {SKIP}")
     if not isinstance(record, dict):
-        return Bad(
-            offset, "no text", f"not a JSON object with a field '{field}'; correct it {SKIP}"
-        )
+        return Bad(offset, "no text", f"not an object with field '{field}'; correct it {SKIP}")
     remedy = f"{NAME_ANOTHER} {SKIP}"
     if field not in record:
         has = ", ".join(record)[:200]
