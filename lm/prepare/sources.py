@@ -65,7 +65,7 @@ class DataConfig:
     deduplicate: Annotated[bool, "leave out exact duplicates"]
     split: Annotated[
         Literal["hash", "tail"],
-        "hash: by a hash of each document, whatever others come or go; tail: the last part of the text",
+        "hash: by a hash of each document, whatever others come or go; tail: the end of the text",
     ]
     valid_fraction: Annotated[float, INSIDE_ONE, "the share held out for validation"]
     shard_bytes: Annotated[Count, SHORTEST_SHARD, "text in one shard of tokens, about"]
