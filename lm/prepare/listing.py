@@ -3,8 +3,8 @@
     python -m lm.prepare.listing /data/corpus corpus.listing      # then data.path: corpus.listing
 
 A listing stands for a folder that is too large to be hashed. It names every file with its size and
-time of change; a file of which one of them differs is an error. The text itself is hashed when it
-is read, for the key of its shard.
+time of change; a file that differs in one of them is an error. The text itself is hashed when it is
+read, for the key of its shard.
 """
 
 import json

@@ -116,7 +116,9 @@ def _table(file: Path, options: ReadOptions) -> Iterator[tuple[Any, list[Any]]]:
             yield stack.enter_context(table), columns
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).split("\n")[0]
-            raise InputError(f"{file}: damaged or not a parquet table ({reason})") from None
+            raise InputError(
+                f"{file}: damaged or not a parquet table ({reason}); fetch it again"
+            ) from None
 
 
 def _is_shared(columns: Sequence[Any]) -> bool:
