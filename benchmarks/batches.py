@@ -22,8 +22,8 @@ import torch
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.settings import TrainConfig, WindowOrder
-from lm.data.batches import Split, open_tokens
 from lm.data.shards import ShardWriter, token_dtype, write_manifest
+from lm.data.splits import Split, open_tokens
 from lm.model.transformer import ModelConfig
 from lm.train.loop import train
 from lm.train.state import new_state

@@ -328,7 +328,8 @@ def training(
     from lm.base.params import load_params
     from lm.base.sections import read_section
     from lm.base.settings import TrainConfig
-    from lm.data.batches import Split, TokenStream
+    from lm.data.splits import Split
+    from lm.data.token_stream import TokenStream
     from lm.machine.device import prepare
     from lm.machine.processes import joined
     from lm.model.transformer import ModelConfig

@@ -16,7 +16,7 @@ import torch
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.settings import RuntimeConfig, TrainConfig
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.machine.device import describe, make_deterministic
 from lm.model.transformer import ModelConfig
 from lm.runs.history import COLUMNS, MAX_ROWS

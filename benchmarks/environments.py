@@ -18,7 +18,7 @@ from lm.base import rng
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.settings import TrainConfig
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.machine.device import choose_device, describe, make_deterministic
 from lm.model.transformer import ModelConfig
 from lm.runs.checkpoint import weights_sha256

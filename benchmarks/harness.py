@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import atomic_write, read_json, sha256_file
 from lm.base.paths import METRICS, MODEL, TOKENS
-from lm.data.batches import open_tokens
+from lm.data.splits import open_tokens
 from lm.evaluate.floor import document_texts
 from lm.model.model_folder import load_model
 from lm.model.transformer import TransformerLM

@@ -19,7 +19,7 @@ from lm.base.errors import one_line_errors
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.settings import ModelConfig, TrainConfig
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.machine.device import describe, prepare
 from lm.machine.gauges import peak_memory_bytes
 from lm.machine.processes import joined

@@ -68,7 +68,7 @@ def ours(vocab_size: int, folder: Path, preset: str, overrides: list[str]) -> An
     from lm.base.params import load_params
     from lm.base.sections import read_section
     from lm.base.settings import TrainSection
-    from lm.data.batches import Split
+    from lm.data.splits import Split
     from lm.machine.device import autocast, prepare
     from lm.model.transformer import ModelConfig
     from lm.plan.plan import make_plan

@@ -21,7 +21,7 @@ from lm.base.console import say
 from lm.base.errors import one_line_errors
 from lm.base.files import sha256_file
 from lm.corpus.grammar import STORIES, stories
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.evaluate.baselines import Bigram, uniform_loss_nats
 from lm.evaluate.metrics import METRICS
 from lm.generate.stream import generate

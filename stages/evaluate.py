@@ -13,7 +13,7 @@ from lm.base.result_files import read_result
 from lm.base.run_id import remove_finished, run_folder
 from lm.base.settings import CorpusConfig, EvaluateConfig, RuntimeConfig
 from lm.base.tables import remarks_on
-from lm.data.batches import open_tokens
+from lm.data.splits import open_tokens
 from lm.evaluate.baselines import baseline_losses_nats
 from lm.evaluate.excerpt import excerpt, excerpt_json
 from lm.evaluate.floor import floor

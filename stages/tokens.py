@@ -13,7 +13,7 @@ from lm.base.paths import METRICS, TOKENIZER, TOKENS
 from lm.base.settings import RuntimeConfig
 from lm.base.tables import data_table
 from lm.data.shards import MANIFEST
-from lm.prepare.collect import collect, files_table
+from lm.prepare.collect import collect_shards, files_table
 from lm.prepare.documents import cut_into_shards, with_train_bytes
 from lm.prepare.encode_shards import (
     Job,
@@ -51,7 +51,7 @@ def tokens_stage(inputs: Inputs) -> None:
     (TOKENS / MANIFEST).unlink(missing_ok=True)
     job, done = encode_all(job, shards, num_workers)
     inputs.check()
-    report = collect(TOKENS, job, tokenizer, shards, done)
+    report = collect_shards(TOKENS, job, tokenizer, shards, done)
     write_json(METRICS / "data.json", report)
     tables = f"{data_table(report)}\n{files_table(shards, left_out)}"
     atomic_write(METRICS / "data.md", tables.encode())

@@ -11,7 +11,7 @@ from lm.base.console import say
 from lm.base.files import sha256_file
 from lm.base.paths import METRICS, MODELS, PRETRAINED, TOKENIZER, TOKENS
 from lm.base.settings import PARALLEL, RuntimeConfig, TrainSection, share_of_batch
-from lm.data.batches import Tokens, open_tokens
+from lm.data.splits import Splits, open_tokens
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.machine.device import choose_device, describe, environment, prepare
 from lm.machine.processes import Processes, joined, number_of_processes
@@ -86,7 +86,7 @@ def _say_who_trains(
 
 def _read(
     inputs: Inputs, asked: TrainSection, device: torch.device, processes: Processes
-) -> tuple[Plan, Tokens, Tokenizer]:
+) -> tuple[Plan, Splits, Tokenizer]:
     """Open and verify the stage's inputs; return the plan, the tokens and their tokenizer."""
     inputs.watch(TOKENIZER, TOKENS)
     if asked.init_from is not None:

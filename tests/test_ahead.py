@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lm.base.errors import Diverged, Interrupted
-from lm.data.batches import Tokens
+from lm.data.splits import Splits
 from lm.runs.run import Run
 from lm.train.ahead import AHEAD
 from lm.train.loop import fit, train
@@ -95,7 +95,7 @@ def fitted(settings, folder, runs_ahead, at_step=None, happens=None):
 
     with Run(state, config, replace(runtime, checkpoint_interval=50), MADE_OF, folder) as this:
         state.model.layers[0].register_forward_pre_hook(forward)
-        fit(state, Tokens(SPLIT, SPLIT, 256), config, this)
+        fit(state, Splits(SPLIT, SPLIT, 256), config, this)
         return state, this.logbook
 
 

@@ -94,7 +94,7 @@ def test_both_libraries_and_both_ways_of_gigatoken_give_the_same(bpe, encoder, m
     monkeypatch.setattr(lm.prepare.gigatoken_guard, "SHORT_RUN", 0)
     batched = encoder.encode(documents)
     slow = Encoder(bpe, "tokenizers")
-    assert slow.why_not == "tokenizers was asked for"
+    assert slow.why_not == "tokenizers was requested"
     for ids, lengths in (batched, slow.encode(documents)):
         np.testing.assert_array_equal(ids, one_by_one[0])
         np.testing.assert_array_equal(lengths, one_by_one[1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.data.tokenizer import byte_tokenizer
 from lm.evaluate import excerpt as excerpts
 from lm.evaluate.excerpt import excerpt, excerpt_json

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lm.base.errors import InputError
-from lm.prepare.documents import cut_into_shards, documents
+from lm.prepare.documents import cut_into_shards, read_documents
 from lm.prepare.listing import listed_folder, write_listing
 from tests.project import ROOT
 
@@ -32,7 +32,7 @@ def test_the_text_behind_a_listing_is_that_of_the_folder(listed, data_config):
     direct, through = (replace(data_config, path=str(path)) for path in listed)
     assert listed_folder(listing) == folder
     assert cut_into_shards(direct) == cut_into_shards(through)
-    texts = [document.text for document in documents(through, Counter())]
+    texts = [document.text for document in read_documents(through, Counter())]
     assert texts == ["text of a/one.txt", "text of two.txt"]
 
 
@@ -56,7 +56,7 @@ def test_a_folder_that_is_not_as_listed_is_refused_by_name(listed):
 def test_what_cannot_be_listed_or_is_no_listing_is_told(tmp_path):
     for folder, name, words in (
         ("missing", "x.listing", "missing: no such folder"),
-        (".", "x.json", r"x.json: the name of a listing ends in .listing"),
+        (".", "x.json", r"x.json: the name of a listing must end in .listing"),
         (".", "x.listing", r"x.listing: lies in the folder that it lists"),
         ("file", "x.listing", r"file: not a folder"),
     ):

@@ -34,7 +34,7 @@ from lm.base.settings import (
     TrainSection,
     share_of_batch,
 )
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.evaluate.metrics import require_batch_fits
 from lm.machine.device import autocast
 from lm.machine.gauges import free_memory_bytes
@@ -372,7 +372,7 @@ from lm.machine.device import prepare
 from lm.machine.gauges import peak_memory_bytes
 from lm.model.transformer import ModelConfig
 from lm.plan.plan import make_plan
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.base.settings import TrainSection
 from lm.train.loop import train
 from lm.train.state import new_state

@@ -28,10 +28,10 @@ from lm.base.errors import InputError
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.tables import data_table
-from lm.data.batches import open_tokens
 from lm.data.shards import SPLITS
+from lm.data.splits import open_tokens
 from lm.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
-from lm.prepare.collect import collect
+from lm.prepare.collect import collect_shards
 from lm.prepare.documents import cut_into_shards, split_documents, with_train_bytes
 from lm.prepare.encode_shards import (
     Job,
@@ -80,7 +80,7 @@ class Desk:
         """Run as stage tokens does; what then stands in the folder, and the report."""
         job, done = encode_all(self.job(**changes), self.shards(num_workers), num_workers)
         tokenizer = load_tokenizer(job.tokenizer)
-        report = collect(self.tokens, job, tokenizer, self.shards(), done)
+        report = collect_shards(self.tokens, job, tokenizer, self.shards(), done)
         return self.files(), report
 
     def shards(self, num_workers=1):
@@ -438,7 +438,9 @@ def test_the_parts_together_are_all_tasks_once(desk):
 def test_a_part_that_is_missing_is_named(desk):
     job, todo = desk.job(), desk.shards()
     encode_all(job, select_part(todo, "1/2"), 1)
-    message = rf"{len(todo) // 2} of {len(todo)} shards were not made; the first begins with .*txt"
+    message = (
+        rf"{len(todo) // 2} of {len(todo)} shards are not made yet; the first begins with .*txt"
+    )
     with pytest.raises(InputError, match=message):
         require_done(job, todo, 1)
     encode_all(job, select_part(todo, "2/2"), 1)
@@ -730,7 +732,7 @@ def test_four_processes_make_the_parts_and_one_collects_them(large):
     stage = ("python", "-m", "stages.tokens")
     alone = large.run(*stage, "--merge")
     assert alone.returncode == 2
-    assert "shards were not made; the first begins with text/00.txt" in one_line(alone)
+    assert "shards are not made yet; the first begins with text/00.txt" in one_line(alone)
     assert not tokens_of(large)
     parts = [large.start(*stage, "--shard", f"{i}/4", "-S", "runtime.num_workers=1")
              for i in (1, 2, 3, 4)]  # fmt: skip

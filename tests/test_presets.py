@@ -14,7 +14,7 @@ from lm.base.errors import InputError
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.settings import EvaluateConfig, TrainSection
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.data.tokenizer import TokenizerConfig, byte_tokenizer
 from lm.model.transformer import ModelConfig, TransformerLM
 from lm.plan.__main__ import main

@@ -21,7 +21,7 @@ from lm.base.migrations import ADDED
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.settings import RuntimeConfig, TrainConfig
-from lm.data.batches import Split, Tokens
+from lm.data.splits import Split, Splits
 from lm.data.tokenizer import byte_tokenizer
 from lm.model.transformer import ModelConfig
 from lm.runs.checkpoint import read_extra
@@ -78,7 +78,7 @@ def test_fit_validates_where_due_saves_and_trains_a_finished_run_no_further(sett
     def fitted():
         state = new_state(model, config, torch.device("cpu"))
         with Run(state, config, runtime, MADE_OF, tmp_path) as run:
-            fit(state, Tokens(SPLIT, SPLIT, 256), config, run)
+            fit(state, Splits(SPLIT, SPLIT, 256), config, run)
             return state, run.logbook.history.rows
 
     (state, rows), (_, again) = fitted(), fitted()

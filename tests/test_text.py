@@ -25,7 +25,7 @@ from lm.corpus.packages import license_of, python_sources
 from lm.prepare.documents import (
     assign_splits,
     cut_into_shards,
-    documents,
+    read_documents,
     split_documents,
 )
 from lm.prepare.listing import write_listing
@@ -49,7 +49,7 @@ def folder(tmp_path, data_config):
 
 
 def texts(config):
-    return [document.text for document in documents(config, Counter())]
+    return [document.text for document in read_documents(config, Counter())]
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(folder):
@@ -136,7 +136,7 @@ def test_jsonl_gives_the_named_field_and_the_line(folder):
     path, config = folder
     lines = [{"body": "first", "id": 1}, {"body": "sec\nond \ud83d\ude00"}]
     (path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
-    got = list(documents(replace(config, text_field="body"), Counter()))
+    got = list(read_documents(replace(config, text_field="body"), Counter()))
     assert [(str(document.place), document.text) for document in got] == [
         (f"{path}/a.jsonl:1", "first"),
         (f"{path}/a.jsonl:3", "sec\nond \U0001f600"),
@@ -149,7 +149,7 @@ def test_empty_documents_are_counted(folder):
     (path / "b.txt").write_text(" \n\t")
     (path / "c.txt").write_text("")
     tally = Counter()
-    assert len(list(documents(config, tally))) == 1
+    assert len(list(read_documents(config, tally))) == 1
     assert tally == {"empty": 2}
 
 
@@ -160,7 +160,7 @@ def test_replaced_bytes_are_counted_on_request(folder):
     (path / "c.txt").write_bytes(b"zero \0")
     tally = Counter()
     config = replace(config, encoding_errors="replace")
-    got = [document.text for document in documents(config, tally)]
+    got = [document.text for document in read_documents(config, tally)]
     assert got == [
         "good \ufffd\ufffd bad \ufffd \ufffd",
         "half \ufffd\ufffd\ufffd pair",
@@ -257,7 +257,7 @@ def test_tail_split_loses_no_character(tmp_path_factory, text, fraction):
     config = read_section(DataConfig, load_params(SMOKE), "data")
     config = replace(config, path=str(file), split="tail", valid_fraction=fraction)
     boundary = int(len(text.encode()) * (1 - fraction))
-    got = list(assign_splits(documents(config, Counter()), config, boundary))
+    got = list(assign_splits(read_documents(config, Counter()), config, boundary))
     assert "".join(document.text for _, document in got) == text
     assert [side for side, _ in got] in (["train"], ["valid"], ["train", "valid"])
 
@@ -307,7 +307,7 @@ def test_every_document_is_in_one_shard_of_the_plan_and_in_order(folder):
     for size in (50, 500, 5_000, 1 << 20):
         config = replace(config, shard_bytes=size)
         shards = cut_into_shards(config)
-        found = [[d.text for d in documents(config, Counter(), [shard])] for shard in shards]
+        found = [[d.text for d in read_documents(config, Counter(), [shard])] for shard in shards]
         assert [text for shard in found for text in shard] == expected
         assert sum(shard.size_bytes for shard in shards) == pytest.approx(
             sum(file.stat().st_size for file in find_files(config)), abs=len(shards)
@@ -397,7 +397,7 @@ def test_what_is_read_is_what_dvc_watches(tmp_path, data_config, monkeypatch, hi
         watched = sorted(repo.dvcignore.find(repo.fs, str(tmp_path / root)))
     config = replace(data_config, path=root)
     if not watched or (hide is hide_from_within and root == "t"):  # which DVC refuses, too
-        with pytest.raises(InputError, match=r"not read|DVC takes none in a folder"):
+        with pytest.raises(InputError, match=r"not read|DVC allows none in a folder"):
             find_sources(config)
         return
     found, *_ = find_sources(config)
@@ -511,7 +511,7 @@ def test_a_document_keeps_no_memory_mapping_of_its_own(folder):
         return len(Path("/proc/self/maps").read_text().splitlines())
 
     before = mappings()
-    kept = list(documents(config, Counter()))
+    kept = list(read_documents(config, Counter()))
     assert len(kept) == 2000
     assert mappings() - before < 100  # the kernel allows 65,530
 
@@ -552,7 +552,7 @@ def test_the_licence_of_a_package_is_the_published_one():
 @pytest.mark.parametrize(
     ("requirement", "kind", "message"),
     [
-        ("networkx==3.0", EnvironmentFault, "networkx==3.0 wanted, 3.6.1 installed"),
+        ("networkx==3.0", EnvironmentFault, "expected networkx==3.0, found 3.6.1"),
         ("no-such-package==1", EnvironmentFault, "no-such-package is not installed"),
         ("networkx", InputError, "networkx pins no version"),
     ],

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from lm.base.errors import EnvironmentFault, InputError
 from lm.data.tokenizer import (
     END_TOKEN,
+    LONG_RUN,
     byte_characters,
     byte_tokenizer,
     load_tokenizer,
@@ -27,7 +28,7 @@ from lm.data.tokenizer import (
 )
 from lm.prepare.foreign import foreign_tokenizer, from_tiktoken
 from lm.prepare.gigatoken_guard import LARGE_BYTES, learn, split_at_nul
-from lm.prepare.learn import LONG_RUN, _with_long_runs_cut, train_bpe, train_bpe_large
+from lm.prepare.learn import _with_long_runs_cut, train_bpe, train_bpe_large
 from tests import reference
 from tests.project import ROOT
 
@@ -287,7 +288,7 @@ def test_an_encoding_that_cannot_be_kept_is_refused(encoding, monkeypatch):
 
 
 def test_an_unknown_encoding_is_named():
-    with pytest.raises(InputError, match="tokenizer.source = gpt9: tiktoken knows .*gpt2"):
+    with pytest.raises(InputError, match="tokenizer.source = gpt9: tiktoken has only .*gpt2"):
         from_tiktoken("gpt9", [])
 
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from lm.base import rng
 from lm.base.errors import InputError
 from lm.base.files import sha256_file
-from lm.data.batches import OPEN_FILES, Split, open_tokens, windows
 from lm.data.order import DocumentWindows, deal
 from lm.data.shards import ShardWriter, write_manifest
+from lm.data.splits import Split, open_tokens, windows
+from lm.data.token_stream import OPEN_FILES
 from lm.data.tokenizer import Tokenizer, byte_tokenizer
 from lm.evaluate.baselines import Bigram
 from lm.prepare.learn import train_bpe
@@ -86,8 +87,8 @@ def damage(file, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated", "train/text-00000.bin: 49 bytes, tokens.json says 52"),
-        ("extended", "train/text-00000.bin: 54 bytes, tokens.json says 52"),
+        ("truncated", "train/text-00000.bin: 49 bytes, but tokens.json says 52"),
+        ("extended", "train/text-00000.bin: 54 bytes, but tokens.json says 52"),
         ("flipped", "train/text-00000.bin: content differs from the hash"),
     ],
 )
@@ -150,8 +151,8 @@ NOT_ONE = r"tokens.json: not a token manifest; run `dvc repro tokens`"
         ("shards.0.valid.tokens", 0, NOT_ONE),  # of 8 bytes
         ("shards.0.train.sha256", 5, NOT_ONE),
         ("shards.0.source", "another", "shards do not stand in the order of its sources"),
-        ("shards.0.train.tokens", 25, "26 tokens in train, its shards have 25"),
-        ("valid.bytes", 9, "9 bytes in valid, its shards have 8"),
+        ("shards.0.train.tokens", 25, "26 tokens in train, but its shards have 25"),
+        ("valid.bytes", 9, "9 bytes in valid, but its shards have 8"),
         (
             "shards.0.train.file",
             "../../secret.bin",
@@ -188,7 +189,7 @@ def test_ids_beyond_the_vocabulary_are_found_when_opened_though_the_hash_agrees(
     folder, file, token_id
 ):
     rewrite(folder, file, 7, token_id, sealed=True)
-    message = f"{file}: token 7 has the id {token_id}, the vocabulary 256 ids; run `dvc repro tok"
+    message = f"{file}: token 7 has id {token_id}, but the vocabulary has 256 ids; run `dvc"
     with pytest.raises(InputError, match=message):
         open_tokens(folder)
     rewrite(folder, file, 7, 255, sealed=True)
@@ -201,7 +202,7 @@ def test_ids_beyond_the_vocabulary_are_found_in_files_rewritten_after_they_were_
     assert split.tokens[:].max() == 999  # from now on the files are open
     with open(tmp_path / "train" / "source0-00001.bin", "r+b") as shard:
         os.pwrite(shard.fileno(), b"\xe8\x03", 2 * 40)
-    message = "train/source0-00001.bin: token 40 has the id 1000, the vocabulary 1000 ids"
+    message = "train/source0-00001.bin: token 40 has id 1000, but the vocabulary has 1000 ids"
     for read in (
         lambda: windows(split.tokens, np.array([3, 530, 480]), 20),
         lambda: windows(split.tokens, np.array([495, 3]), 50),
@@ -218,7 +219,7 @@ def test_ids_beyond_the_vocabulary_are_found_in_files_rewritten_after_they_were_
 def test_tokens_and_tokenizer_must_have_one_vocabulary_and_one_end(folder, name, value):
     manifest = json.loads((folder / "tokens.json").read_text())
     (folder / "tokens.json").write_text(json.dumps(manifest | {name: value}))
-    message = rf"tokens.json: {name} = {value}, the tokenizer's is 25\d; run `dvc repro tokens`"
+    message = rf"tokens.json: {name} = {value}, but the tokenizer's is 25\d; run `dvc repro tokens`"
     with pytest.raises(InputError, match=message):
         open_tokens(folder, "tokenizer-hash", byte_tokenizer())
 
@@ -298,7 +299,7 @@ def test_a_shard_that_is_replaced_after_it_was_verified_is_verified_again(tmp_pa
     content = shard.read_bytes()
     for replacement, message in (
         (content[::-1], "source0-00000.bin: content differs from the hash"),
-        (content[:-2], "source0-00000.bin: 998 bytes, tokens.json says 1000"),
+        (content[:-2], "source0-00000.bin: 998 bytes, but tokens.json says 1000"),
         (content, None),  # as `dvc checkout` brings it back
     ):
         shard.rename(tmp_path / "old")
@@ -414,7 +415,9 @@ def test_windows_of_weighted_sources_stay_inside_their_source(tmp_path, sampling
 
 def test_a_source_shorter_than_a_window_is_refused_by_name(tmp_path):
     write_shards(tmp_path, [20], (1, 1))
-    with pytest.raises(InputError, match="source source0 has 20 tokens in the train split, needs"):
+    with pytest.raises(
+        InputError, match="source source0 has 20 tokens in the train split, but one"
+    ):
         open_tokens(tmp_path).train.batch(0, 4, 20, 0, "random")
 
 
@@ -453,7 +456,7 @@ def test_an_epoch_of_documents_has_each_of_their_windows_once():
 
 
 def test_sampling_documents_says_what_it_misses():
-    with pytest.raises(InputError, match="the id that ends a document is not known"):
+    with pytest.raises(InputError, match="the id that ends a document is unknown; use epochs"):
         SPLIT.batch(0, 4, 20, 0, "documents")
     empty = Split("train", np.zeros(100, dtype=np.uint16), 0, end_id=0)
     with pytest.raises(InputError, match="train: every document is empty; add text"):
@@ -488,7 +491,9 @@ def test_every_window_is_seen_once_an_epoch(n_tokens, context_length, batch_size
 
 
 def test_a_split_shorter_than_a_window_says_what_to_do():
-    with pytest.raises(InputError, match="train split has 1000 tokens, needs at least 1001; lower"):
+    with pytest.raises(
+        InputError, match=r"train split has 1,000 tokens, but .*\+ 1 = 1,001; lower"
+    ):
         SPLIT.batch(0, 1, 1000, 0, "random")
     assert SPLIT.batch(0, 1, 999, 0, "random")[0].shape == (1, 999)
 

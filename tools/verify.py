@@ -28,7 +28,7 @@ from lm.base.files import sha256_file
 from lm.base.paths import BEST, LAST, MODEL, PRETRAINED, TOKENIZER, TOKENS
 from lm.base.sections import read_section
 from lm.base.settings import TrainConfig
-from lm.data.batches import open_tokens
+from lm.data.splits import open_tokens
 from lm.data.tokenizer import load_tokenizer
 from lm.machine.device import choose_device, environment, make_deterministic
 from lm.machine.processes import joined

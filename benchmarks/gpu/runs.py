@@ -14,7 +14,7 @@ from lm.base.errors import Interrupted
 from lm.base.params import load_params
 from lm.base.sections import read_section
 from lm.base.settings import RuntimeConfig, TrainConfig
-from lm.data.batches import Split, Tokens
+from lm.data.splits import Split, Splits
 from lm.machine.device import environment
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import ModelConfig
@@ -95,5 +95,5 @@ def train_as_the_stage_does(
     run = WatchedRun(state, plan.config, runtime, made_of, folder, stop_after=stop_after)
     split = split or split_of(model)
     with suppress(Interrupted), run:
-        fit(state, Tokens(split, split, model.vocab_size), plan.config, run)
+        fit(state, Splits(split, split, model.vocab_size), plan.config, run)
     return run, plan

@@ -1,4 +1,4 @@
-"""The default texts: source code of installed packages, and stories of a grammar.
+"""Make the default texts: source code of installed packages, and stories of a grammar.
 
 Begin with grammar.py.
 """

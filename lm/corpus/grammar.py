@@ -3,15 +3,15 @@
     (seed, i) --story--> text --bits--> -log2 P(text), on average entropy_bits()
 
 The stories come from a probabilistic context-free grammar, the table below: `<place>` is one of the
-texts of `place`, drawn by its weight, and `{place}` says the last one again. A model has to
-remember these: the hero, the lost thing, and the friend and the food of each errand within an
-errand. They come from finite lists, so each symbol could carry them in its name: with more symbols,
+texts of `place`, drawn by its weight, and `{place}` repeats the last one drawn. A model has to
+remember these words: the hero, the lost thing, and the friend and the food of each errand within an
+errand. They come from finite lists, so symbols could carry them in their names: with more symbols,
 the grammar is context-free in the strict sense.
 
-No text has two derivations. Where there is a choice, each alternative begins with words of its own,
-none a prefix of another's (`Grammar` asserts it), so that a reader who goes from left to right sees
-which one was taken: the grammar is LL, hence unambiguous (Rosenkrantz and Stearns 1970). The
-probability of a text is the product of its choices', and no story is a prefix of another.
+No text has two derivations. At every choice each alternative begins with its own words, none a
+prefix of another's (`Rule` asserts it). Read from left to right, a text shows which one was taken:
+the grammar is LL, hence unambiguous (Rosenkrantz and Stearns 1970). The probability of a text is
+the product of its choices' probabilities, and no story is a prefix of another.
 """
 
 import math
@@ -24,9 +24,9 @@ import numpy as np
 
 from lm.base import rng
 
-# Alternatives with their weights; `/` begins a new line. The hero's line names what agrees with
-# {hero}: {he}, {him}, {his}. All that follows "a" begins with a consonant. Every story
-# begins with "Once": the first token of a split is no target, so it must not hold a choice.
+# Alternatives with their weights; `/` begins a new line. The line of `hero` also sets the pronouns
+# {he}, {him}, {his}. Words after "a" begin with a consonant. Every story begins with "Once": the
+# first token of a split is never a target, so it must not hold a choice.
 TABLE = """
 story    = 1 Once <opening> / {He} had a <hue> <thing>, <bond> / <plot> / <end>
 
@@ -127,7 +127,7 @@ season   = 4 spring | 4 summer | 3 winter | 2 year
 hours    = 6 hours | 4 days | 3 weeks | 1 years
 number   = 7 two | 7 three | 5 four | 5 five | 4 seven | 4 nine | 3 ten | 2 twelve | 1 thirty
 """
-SCOPED = frozenset({"way"})  # its words are forgotten at its end: the outer errand goes on
+SCOPED = frozenset({"way"})  # its words are forgotten at its end, where the outer errand goes on
 
 _PART = re.compile(r"(<\w+>|{\w+})")
 
@@ -137,8 +137,8 @@ class Rule:
 
     def __init__(self, names: str, alternatives: str):
         self.symbol, *agreeing = names.split()
-        self.parts: list[list[str]] = []  # text, <symbol> and {word}, of each alternative
-        self.says: list[dict[str, str]] = []  # the text of {word} from here on: of plain text only
+        self.parts: list[list[str]] = []  # text, <symbol> and {word} of each alternative
+        self.says: list[dict[str, str]] = []  # what {word} repeats, set by plain alternatives only
         weights = []
         for alternative in re.split(r"\n|\|", alternatives.strip()):
             weight, text = alternative.strip().split(maxsplit=1)
@@ -155,7 +155,7 @@ class Rule:
         self._lead = re.compile("|".join(f"({re.escape(lead)})" for lead in leads))
 
     def taken(self, text: str, offset: int) -> int:
-        """Return the number of the alternative with which the text goes on. Raises ValueError."""
+        """Return the number of the alternative that the text takes here, or raise ValueError."""
         if len(self.p) == 1:
             return 0
         match = self._lead.match(text, offset)
@@ -172,7 +172,7 @@ class Rule:
         return sum(p * sum(map(value, parts)) for p, parts in zip(self.p, self.parts, strict=True))
 
     def mean_bytes(self, name: str) -> float:
-        """Return the expected length of {name} as this symbol sets it by plain alternatives."""
+        """Return the expected length of {name}, which plain alternatives of this symbol set."""
         plain = [(p, says[name]) for p, says in zip(self.p, self.says, strict=True) if says]
         return sum(p * len(word) for p, word in plain) / sum(p for p, _ in plain)
 
@@ -193,7 +193,7 @@ class Grammar:
         }
 
     def pieces(self, choose: Callable[[Rule], int]) -> Iterator[str]:
-        """Make a text from left to right; `choose` gives the number of an alternative."""
+        """Yield the pieces of a text in order; `choose` returns the number of an alternative."""
         words: dict[str, str] = {}
         todo: list[str | dict[str, str]] = [f"<{self.root}>"]
         while todo:
@@ -243,7 +243,7 @@ class Grammar:
     def mean_bytes(self) -> float:
         """Return the expected length of a text, exactly, by the same recursion.
 
-        A {word} counts with its mean length: how often it is said does not depend on the word.
+        A {word} counts with its mean length, since the word does not change how often it repeats.
         """
 
         def length(part: str) -> float:
@@ -254,11 +254,11 @@ class Grammar:
         return self._expected({symbol: rule.mean(length) for symbol, rule in self.rules.items()})
 
     def bits_per_byte(self) -> float:
-        """Return the entropy rate of endless text: on average no model goes below."""
+        """Return the entropy rate of endless text: the lowest loss of any model, on average."""
         return self.entropy_bits() / self.mean_bytes()
 
     def _expected(self, own: Mapping[str, float]) -> float:
-        """Return the expected sum of a value over all choices: (I - M)^-1 own, at the root."""
+        """Return the expected sum of a value over all choices, (I - M)^-1 own, at the root."""
         symbols = list(self.rules)
         m = np.zeros((len(symbols), len(symbols)))
         for a, rule in enumerate(self.rules.values()):
@@ -283,7 +283,7 @@ def story(seed: int, number: int) -> str:
 
 
 def stories(seed: int, size_bytes: int) -> Iterator[str]:
-    """Return independent stories until there are `size_bytes` of them or just more."""
+    """Yield independent stories until they have `size_bytes` or just more."""
     written, numbers = 0, count()
     while written < size_bytes:
         text = story(seed, next(numbers))

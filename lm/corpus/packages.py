@@ -7,17 +7,17 @@ from importlib.metadata import PackageNotFoundError, PackagePath, distribution
 
 from lm.base.errors import EnvironmentFault, InputError
 
-# Tests repeat what the code says; benchmarks and _antlr are tables and parsers written by programs.
+# Tests repeat what the code says; benchmarks and _antlr are generated tables and parsers
 LEFT_OUT = {"tests", "conftest.py", "benchmarks", "_antlr"}
 LICENSE_FILES = ("licen", "copying", "notice")  # how their names begin: LICENSE, LICENCE.txt, ...
 
 
 def python_sources(requirement: str) -> Iterator[tuple[str, str]]:
-    """Return path and text of each .py file of an installed package, given as name==version.
+    """Yield path and text of each .py file of an installed package, name==version, by path.
 
-    Sorted by path. Files are checked against the hashes the package was published with, so the
-    same requirement gives the same bytes on every machine. Raises InputError for a malformed
-    requirement and EnvironmentFault when the package is not there as asked.
+    Files are checked against the hashes that the package was published with, so the same
+    requirement gives the same bytes on every machine. Raises InputError for a malformed
+    requirement, EnvironmentFault if the package is not installed in this version or was altered.
     """
 
     def wanted(file: PackagePath) -> bool:
@@ -56,7 +56,7 @@ def _files(requirement: str, wanted: Callable[[PackagePath], bool]) -> Iterator[
         raise EnvironmentFault(f"corpus.packages: {name} is not installed; {reinstall}") from None
     if package.version != version:
         raise EnvironmentFault(
-            f"corpus.packages: {requirement} wanted, {package.version} installed; {reinstall} "
+            f"corpus.packages: expected {requirement}, found {package.version}; {reinstall} "
             "or change params.yaml"
         )
     for file in sorted(package.files or [], key=lambda file: file.as_posix()):

@@ -1,4 +1,4 @@
 """Token ids: the tokenizer, shards on disk, batches. No torch.
 
-Begin with batches.py, then order.py.
+Begin with splits.py, then order.py.
 """

@@ -1,8 +1,8 @@
-"""Which windows make a batch: arithmetic on (seed, step), with no state and no files.
+"""Choose the windows of a batch: arithmetic on (seed, step), without state or files.
 
     window n of the run --deal--> window i of a source --random | epochs | documents--> its start
 
-Shares of sources are exact: see `deal`. An order is a permutation computed, not stored.
+Shares of sources are exact: see `deal`. Orders are permutations that are computed, not stored.
 """
 
 import heapq
@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from lm.base import rng
 
 Numbers = NDArray[np.int64]
-GROUP_DOCUMENTS = 64  # whose windows are counted anew for each look-up
-GROUPS_AT_ONCE = 4096  # whose counts are held as 8-byte numbers
+GROUP_DOCUMENTS = 64  # sums of windows are kept by group; a look-up counts those of one group
+GROUPS_AT_ONCE = 4096  # counted at once, in 8-byte numbers
 
 
 @dataclass(frozen=True)
 class Node:
-    """Some sources: their weight together, and their lighter and heavier half."""
+    """A set of sources: their total weight, and its lighter and heavier half."""
 
     weight: Fraction
-    source: int  # of a leaf
-    halves: tuple["Node", "Node"] | None  # of a branch
+    source: int  # its number, in a leaf
+    halves: tuple["Node", "Node"] | None  # in a branch
 
 
 @lru_cache
@@ -48,10 +48,11 @@ def tree(weights: tuple[float, ...]) -> Node:
 def deal(weights: tuple[float, ...], numbers: Numbers) -> tuple[Numbers, Numbers]:
     """Return the source of each window of the run, and its number among that source's windows.
 
-    At every branch of the tree the heavier half gets round(n q) of the first n windows, q its
-    exact share. The errors of at most 1/2 a branch shrink on the way down: after n windows the
-    count of a source differs from n times its share by at most 1/2 for two sources, by less than
-    1 for three, and by less than 1.68 for any number (half the sum of 1 / Fibonacci's numbers).
+    At every branch of the tree the heavier half gets round(n q) of the first n windows, where q is
+    its exact share. A branch adds an error of at most 1/2, which shrinks on the way down: after n
+    windows the count of a source differs from n times its share by at most 1/2 for two sources, by
+    less than 1 for three, and by less than 1.68 for any number (half the sum of 1 / Fibonacci's
+    numbers).
     """
     sources, within = np.empty_like(numbers), np.empty_like(numbers)
 
@@ -79,17 +80,17 @@ def _rounded(numbers: Numbers, share: Fraction) -> Numbers:
     return ((exact * top + share.denominator) // bottom).astype(np.int64)
 
 
-def drawn(seed: int, steps: range, batch_size: int, size: int) -> Numbers:
-    """Draw places in range(size), with replacement, for the batches of some steps."""
+def random_places(seed: int, steps: range, batch_size: int, size: int) -> Numbers:
+    """Return places in range(size), drawn with replacement, (len(steps) * batch_size,)."""
     return np.concatenate(
         [rng.random_integers(rng.seed(seed, "batch", step), batch_size, size) for step in steps]
     )
 
 
-def ordered(seed: int, numbers: Numbers, size: int, *stream: int) -> Numbers:
+def epoch_places(seed: int, numbers: Numbers, size: int, *stream: int) -> Numbers:
     """Return entries `numbers` of an endless walk through range(size).
 
-    Each epoch visits every place once, in an order of its own; walks differ by `stream`.
+    Each epoch visits every place once, in its own order; `stream` selects another walk.
     """
     epochs, within = np.divmod(numbers, size)
     places = np.empty_like(numbers)
@@ -102,9 +103,9 @@ def ordered(seed: int, numbers: Numbers, size: int, *stream: int) -> Numbers:
 class DocumentWindows:
     """The windows of a text cut document by document; takes 4.25 bytes a document.
 
-    A document of n tokens and its end token has ceil(n / T) windows, the first at its start: each
-    of its tokens but the first, and its end, is a target. The last window goes on into the text
-    that follows.
+    A document of n tokens and its end token has ceil(n / T) windows of T tokens, the first at its
+    start. So all its tokens but the first are targets, and its end token too. Its last window
+    continues into the text that follows.
     """
 
     def __init__(self, chunks: Iterable[NDArray[Any]], end_id: int, context_length: int):
@@ -141,7 +142,7 @@ class DocumentWindows:
         counts = self._counts(lengths)
         before = counts.cumsum(axis=1) - counts
         within = numbers - self._windows[groups]
-        # the last document that begins at or before the window and is not empty
+        # the last document that is not empty and begins at or before the window
         documents = ((before <= within[:, None]) & (counts > 0)).cumsum(axis=1).argmax(axis=1)
         rows = np.arange(len(numbers))
         tokens = lengths.cumsum(axis=1, dtype=np.int64) - lengths

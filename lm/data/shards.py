@@ -1,11 +1,11 @@
 """Token shards on disk, and the manifest that describes them.
 
     data/tokens/train/text-00000.bin   ids of source "text", little-endian; a document, its end, ...
-    data/tokens/valid/text-00000.bin   the held-out ids of the same shard of the text
-    data/tokens/tokens.json            the manifest, written last: without it nothing is finished
+    data/tokens/valid/text-00000.bin   the held-out ids of the same part of the text
+    data/tokens/tokens.json            the manifest, written last: it makes the shards valid
 
-A split is its shards in the manifest's order, source after source; the cuts mean nothing. Ids are
-uint16 where the vocabulary allows, else uint32.
+A split is its shards, joined in the manifest's order, source after source: windows
+cross from one to the next. Ids are uint16 where the vocabulary allows, else uint32.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class ShardWriter:
     """A context manager that writes, counts and hashes the ids of one shard.
 
-    Raises EnvironmentFault where the file cannot be written.
+    Raises EnvironmentFault if the file cannot be written.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]):
@@ -71,7 +71,7 @@ class ShardWriter:
             self._file.close()
 
     def append(self, ids: NDArray[Any], n_bytes: int, n_documents: int) -> None:
-        """Write the ids of documents, each with its end token; `n_bytes` is that of their text."""
+        """Write the ids of documents, each with its end token; `n_bytes` is that of the text."""
         assert not len(ids) or ids.max() <= np.iinfo(self.dtype).max
         data = np.ascontiguousarray(ids, dtype=self.dtype).view(np.uint8).data
         with writing(self.path):
@@ -81,7 +81,7 @@ class ShardWriter:
             self.counts[name] += count
 
     def entry(self) -> dict[str, Any]:
-        """Return the manifest's entry of this shard; its file stands in the folder of its split."""
+        """Return the manifest's entry of this file, which lies in the folder of its split."""
         file = f"{self.path.parent.name}/{self.path.name}"
         return {"file": file, **self.counts, "sha256": self._sha256.hexdigest()}
 
@@ -98,8 +98,8 @@ def write_manifest(
     """Write tokens.json, which finishes a folder of shards; return its content.
 
     `sources` are {"name", "weight"}; `shards` are {"source", "train", "valid"} with the entries
-    of their writers, grouped by source in the order of `sources`. Raises InputError for a manifest
-    that `read_manifest` would refuse.
+    of their writers, in the order of `sources`. Raises InputError for a manifest that
+    `read_manifest` would refuse.
     """
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -131,12 +131,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def sums(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Return the sum of each of COUNTS over some entries."""
+    """Return the sum over the entries of each of COUNTS."""
     return {name: sum(entry[name] for entry in entries) for name in COUNTS}
 
 
 def _check(manifest: Any, path: Path) -> None:
-    """Raise InputError for a manifest of another shape, or one that contradicts itself."""
+    """Raise InputError if a manifest lacks something or contradicts itself."""
     try:
         require_shape(manifest, SHAPE, "")
         is_one = manifest["dtype"] == token_dtype(manifest["vocab_size"]).name
@@ -166,8 +166,8 @@ def _check(manifest: Any, path: Path) -> None:
         for name, total in sums(entries).items():
             if manifest[split][name] != total:
                 raise InputError(
-                    f"{path}: {manifest[split][name]} {name} in {split}, its shards have {total}; "
-                    f"{REMEDY}"
+                    f"{path}: {manifest[split][name]} {name} in {split}, but its shards have "
+                    f"{total}; {REMEDY}"
                 )
 
 

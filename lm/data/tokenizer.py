@@ -22,8 +22,10 @@ from lm.base.files import atomic_write, read_json, to_json
 from lm.base.sections import AT_LEAST_ONE, NOT_EMPTY, Count
 
 END_TOKEN = "<|endoftext|>"  # noqa: S105 - a separator, not a password
-MAX_VOCAB_SIZE = 1 << 20  # the trainer reserves memory for all at once, and aborts without a word
-MAX_JSON_BYTES = 1 << 26  # of a tokenizer.json: takes 2 GB to open; Gemma's, a large one, has 33 MB
+MIN_BPE_SIZE = 257  # 256 bytes and the end token
+MAX_VOCAB_SIZE = 1 << 20  # the trainer reserves memory for all ids at once, and may abort silently
+MAX_FILE_BYTES = 1 << 26  # of a tokenizer.json: takes 2 GB to open; Gemma's, a large one, has 33 MB
+LONG_RUN = 1024  # characters without a word break: learning takes time by the square of such a word
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -33,14 +35,17 @@ class TokenizerConfig:
 
     kind: Annotated[
         Literal["bpe", "bytes", "file", "tiktoken"],
-        "learn byte-level BPE; plain bytes; a `tokenizer.json` of yours; an encoding by name",
+        "bpe: learnt from the text; bytes: one id a byte; file: a `tokenizer.json` of yours; "
+        "tiktoken: one of its encodings",
     ]
-    vocab_size: Annotated[Count, "bpe: from 257 to 2^20, the end token included"]
+    vocab_size: Annotated[
+        Count, f"bpe: {MIN_BPE_SIZE} to {MAX_VOCAB_SIZE:,}, the end token included"
+    ]
     sample_bytes: Annotated[
         int,
         AT_LEAST_ONE,
-        "bpe learns from this much of the training text at most, sampled by document; a word of "
-        "more than 1,024 characters counts as several",
+        "bpe: learnt from at most this much of the training text, sampled by document; a word of "
+        f"more than {LONG_RUN:,} characters counts as several",
     ]
     source: Annotated[
         str | None, "file: its name in `data/tokenizers/`; tiktoken: `gpt2`, `o200k_base`, ..."
@@ -48,9 +53,10 @@ class TokenizerConfig:
     end_token: Annotated[str, NOT_EMPTY, "the token that ends each document"]
 
     def __post_init__(self) -> None:
-        if self.kind == "bpe" and self.vocab_size < 257:
+        if self.kind == "bpe" and self.vocab_size < MIN_BPE_SIZE:
             raise InputError(
-                f"tokenizer.vocab_size = {self.vocab_size}: must be >= 257 (256 bytes, an end)"
+                f"tokenizer.vocab_size = {self.vocab_size}: must be >= {MIN_BPE_SIZE} (256 bytes "
+                "and the end token)"
             )
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise InputError(
@@ -75,18 +81,20 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._ids = Counter(vocabulary.values())
         if twice := [i for i, count in self._ids.items() if count > 1]:
-            raise InputError(f"id {twice[0]} stands for several tokens")
+            raise InputError(f"id {twice[0]} stands for several tokens; give each an id of its own")
         if max(self._ids, default=0) > 2 * len(self._ids):  # ids index tables, the embedding too
-            raise InputError(f"id {max(self._ids)} is too large for {len(self._ids)} tokens")
+            raise InputError(
+                f"id {max(self._ids)} is too large for {len(self._ids)} tokens; number them from 0"
+            )
         self.left_out = _drop_normalizer(backend)
         if backend.decoder is None or b"ByteLevel" not in backend.decoder.__getstate__():
-            raise InputError("not byte-level; bits per byte would not be exact")
+            raise InputError("not byte-level (its decoder is not ByteLevel); choose one that is")
         if dropout := getattr(backend.model, "dropout", None):
             raise InputError(f"drops merges at random (dropout {dropout}); set dropout to null")
         special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         if end_token not in special:
             raise InputError(
-                f"no special token {end_token!r}; set tokenizer.end_token to one that it has: "
+                f"no special token {end_token!r}; set tokenizer.end_token to one of these: "
                 f"{', '.join(list(special)[:20])[:400] or 'none'}"
             )
         backend.no_truncation()
@@ -95,16 +103,18 @@ class Tokenizer:
         self.end_token = end_token
         self.end_id: int = special[end_token]
         if self.end_id in self.encode(end_token):
-            raise InputError(f"tokenizer.end_token = {end_token}: plain text gives this token too")
+            raise InputError(
+                f"tokenizer.end_token = {end_token}: plain text gives this token; choose another"
+            )
 
     @cached_property
     def vocab_size(self) -> int:
-        """Return one more than the largest id, so that ids index a table of this size."""
+        """Return the largest id plus 1: the size of a table that ids index."""
         return max(self._ids) + 1
 
     @property
     def n_unused(self) -> int:
-        """Return the number of ids below the largest without a token; cl100k_base has some."""
+        """Return how many ids below the largest have no token; cl100k_base has some."""
         return self.vocab_size - len(self._ids)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
@@ -112,7 +122,7 @@ class Tokenizer:
         return self.encode_batch([text], allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
-        """Return the ids of texts, on all cores. Raises InputError if the library gives up."""
+        """Return the ids of texts, on all cores. Raises InputError if the library cannot."""
         self.backend.encode_special_tokens = not allow_special
         try:
             encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -134,7 +144,7 @@ class Tokenizer:
     def _bytes_of_id(self) -> dict[int, bytes]:
         special = self.backend.get_added_tokens_decoder()
         bytes_of_character = {c: bytes([b]) for b, c in enumerate(byte_characters())}
-        no_token = dict.fromkeys(range(self.vocab_size), b"")  # transformers passes over these, too
+        no_token = dict.fromkeys(range(self.vocab_size), b"")  # transformers skips these, too
         return no_token | {
             i: token.encode()
             if i in special
@@ -144,7 +154,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> NDArray[np.int64]:
-        """Return the bytes of text behind each id, (vocab_size,). Special tokens have none: 0."""
+        """Return the bytes of text behind each id, (vocab_size,); 0 for special tokens."""
         lengths = np.array([len(self._bytes_of_id[i]) for i in range(self.vocab_size)])
         lengths[[i for i, t in self.backend.get_added_tokens_decoder().items() if t.special]] = 0
         lengths[self.end_id] = 0
@@ -161,8 +171,8 @@ class Tokenizer:
 def _drop_normalizer(backend: tokenizers.Tokenizer) -> list[str]:
     """Remove a normalizer that does nothing or NFC; return the names of its parts.
 
-    Text in NFC has the same ids without it, and other text keeps its bytes. Raises InputError for
-    any other: its model knows normalized text alone.
+    Without it, text in NFC has the same ids, and other text keeps its bytes. Raises InputError for
+    any other normalizer, since the model was made for normalized text.
     """
     if backend.normalizer is None:
         return []
@@ -170,7 +180,7 @@ def _drop_normalizer(backend: tokenizers.Tokenizer) -> list[str]:
     kinds = [part["type"] for part in normalizer.get("normalizers", [normalizer])]
     for kind in kinds:
         if kind != "NFC":
-            raise InputError(f"its normalizer {kind} alters text; not supported")
+            raise InputError(f"its normalizer {kind} alters text; choose a tokenizer without it")
     backend.normalizer = None
     return kinds
 
@@ -188,8 +198,8 @@ def open_tokenizer_json(file: Path, end_token: str) -> Tokenizer:
     """Open any byte-level tokenizer.json. Raises InputError if it is missing or damaged."""
     if not file.is_file():
         raise InputError(f"{file}: {'not a file' if file.exists() else 'no such file'}")
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise InputError(f"{file}: longer than {MAX_JSON_BYTES >> 20} MiB; no tokenizer needs that")
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise InputError(f"{file}: longer than {MAX_FILE_BYTES >> 20} MiB; no tokenizer needs that")
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except BaseException as error:
@@ -203,7 +213,7 @@ def open_tokenizer_json(file: Path, end_token: str) -> Tokenizer:
 
 
 def _raised_by_library(error: BaseException) -> bool:
-    """Return whether `tokenizers` raised this: it has no narrower classes than these two."""
+    """Return whether `tokenizers` raised this error; it raises these two classes only."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
@@ -218,7 +228,7 @@ def byte_tokenizer(end_token: str = END_TOKEN) -> Tokenizer:
 
 
 def byte_level_backend(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:
-    """Return a model of merges that spells bytes; `use_regex` cuts text by GPT-2's pattern."""
+    """Return a byte-level tokenizer of a model; `use_regex` cuts text by GPT-2's pattern."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.decoder = decoders.ByteLevel()

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.data.batches import Tokens, TokenStream
+from lm.data.splits import Splits
+from lm.data.token_stream import TokenStream
 
 CHUNK_TOKENS = 1 << 22
 Ids = NDArray[Any] | TokenStream
 
 
-def baseline_losses_nats(tokens: Tokens) -> dict[str, float]:
+def baseline_losses_nats(tokens: Splits) -> dict[str, float]:
     """Return the losses of the baselines on the validation split, in nats per token."""
     vocab_size = tokens.vocab_size
     unigram, bigram = Bigram(tokens.train.tokens, vocab_size).losses_nats(tokens.valid.tokens)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.data.tokenizer import Tokenizer
 from lm.machine.device import to_device
 from lm.model.transformer import TransformerLM

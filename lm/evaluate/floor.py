@@ -7,7 +7,7 @@ import numpy as np
 
 from lm.base.errors import InputError
 from lm.corpus.grammar import STORIES
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.data.tokenizer import Tokenizer
 
 CHANCE = 0.001  # share of the floor by which a model may be below it: rounding

@@ -13,7 +13,7 @@ import torch
 
 from lm.base.errors import InputError
 from lm.base.settings import EvaluateConfig, ModelConfig
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.machine.gauges import free_memory_bytes, require_memory
 from lm.model.activations import ACTIVATIONS
 from lm.model.validation import CONFIDENCE_EDGES, Sums, loss_nats

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from lm.base.settings import Dtype
-from lm.data.batches import Split, windows
+from lm.data.splits import Split, windows
 from lm.machine.device import autocast, to_device
 from lm.machine.processes import ALONE, Processes
 from lm.model.transformer import TransformerLM

@@ -10,7 +10,7 @@ import torch
 
 from lm.base.console import count, duration, say
 from lm.base.settings import TrainSection
-from lm.data.batches import Split
+from lm.data.splits import Split
 from lm.machine.gauges import peak_memory_bytes
 from lm.plan.footprint import flops_per_token, peak_memory
 from lm.plan.plan import (

@@ -1,4 +1,4 @@
-"""From any text to token shards, and to a tokenizer. No torch.
+"""From any text to a tokenizer and to token shards. No torch.
 
 Begin with documents.py, then encode_shards.py.
 """

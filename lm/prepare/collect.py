@@ -1,6 +1,6 @@
-"""Collect done shards in a folder of tokens, without duplicates, and report on them.
+"""Collect done shards in data/tokens, without duplicates, and report on them.
 
-KEPT/KEY.train ... --collect--> data/tokens/train/SOURCE-00000.bin ... tokens.json, and a report
+KEPT/KEY.train ... --collect_shards--> data/tokens/train/SOURCE-00000.bin ... tokens.json
 """
 
 import os
@@ -18,28 +18,32 @@ from numpy.typing import NDArray
 from lm.base.files import writing
 from lm.data.shards import COUNTS, SPLITS, ShardWriter, sums, token_dtype, write_manifest
 from lm.data.tokenizer import Tokenizer
-from lm.prepare.documents import REPLACED, Shard, require_both_splits
+from lm.prepare.documents import REPLACED, TextShard, require_both_splits
 from lm.prepare.encode_shards import FINGERPRINT, DoneShard, Job, kept_file
 from lm.prepare.readers import reader_of, suffix_of
 from lm.prepare.sources import in_words, weights
 
-DOCUMENTS_AT_ONCE = 1 << 20  # compared with each other when duplicates are sought: 50 MB
-ROWS = 1 << 12  # documents, copied at once
-Duplicates = dict[tuple[int, str], NDArray[np.int64]]  # documents' numbers, by shard and split
-Collected = tuple[DoneShard, dict[str, Any]]  # and its entry in the manifest
+DOCUMENTS_AT_ONCE = 1 << 20  # compared at once to find duplicates: takes 50 MB
+ROWS = 1 << 12  # documents copied at once
+Duplicates = dict[tuple[int, str], NDArray[np.int64]]  # numbers of documents, by shard and split
+Collected = tuple[DoneShard, dict[str, Any]]  # a shard and its entry in the manifest
 SHOWN_SUFFIX = re.compile(r"none|\.[a-z0-9.+_-]{1,16}")
-SHOWN_KINDS = 20  # of files, in a table
-FEW = 3  # texts beside tables: a README, a license
+SHOWN_KINDS = 20  # rows of the table of files
+FEW = 3  # texts beside tables are suspicious: a README, a license
 
 
-def collect(
-    folder: Path, job: Job, tokenizer: Tokenizer, shards: Sequence[Shard], done: Sequence[DoneShard]
+def collect_shards(
+    folder: Path,
+    job: Job,
+    tokenizer: Tokenizer,
+    shards: Sequence[TextShard],
+    done: Sequence[DoneShard],
 ) -> dict[str, Any]:
     """Fill `folder` with the shards, in their order; return a report on them.
 
     Raises InputError if no document is left for training or for validation.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # DVC would take any other file there for an output
+    shutil.rmtree(folder, ignore_errors=True)  # DVC would record any other file there, too
     for split in SPLITS:
         (folder / split).mkdir(parents=True)
     duplicates = find_duplicates(job.kept, done) if job.config.deduplicate else {}
@@ -74,7 +78,7 @@ def collect(
 
 
 def _link(kept: Path, file: Path) -> None:
-    """Link a file, which costs no space; copy it where that is not possible."""
+    """Hard-link a file, which takes no space; copy it where links are not possible."""
     with writing(file):
         try:
             os.link(kept, file)
@@ -88,8 +92,8 @@ def _link(kept: Path, file: Path) -> None:
 def find_duplicates(kept: Path, done: Sequence[DoneShard]) -> Duplicates:
     """Return the documents that repeat another, by the first half of the SHA-256 of their text.
 
-    Of equal documents the first of the training split stays, else the first. Digests are compared
-    a slice of their values at a time, so memory does not grow with the corpus.
+    Of equal documents the first in the training split is kept, else the first. Digests are compared
+    one slice of their values at a time, so memory does not grow with the corpus.
     """
     places = [(i, split) for split in SPLITS for i in range(len(done))]
     counts = [done[i][split]["documents"] for i, split in places]
@@ -112,7 +116,7 @@ def find_duplicates(kept: Path, done: Sequence[DoneShard]) -> Duplicates:
 
 
 def _all_but_first(digests: NDArray[np.uint64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the numbers, sorted, of all but the first of each digest, (n, 2)."""
+    """Return the sorted numbers of all documents but the first of each digest, (n, 2)."""
     order = np.lexsort((numbers, digests[:, 0], digests[:, 1]))
     same = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
     return np.sort(numbers[order[1:][same]])
@@ -134,8 +138,8 @@ def _write_without(
     table = _fingerprints(kept, done, split)
     wanted = np.ones(len(table), dtype=bool)
     wanted[surplus] = False
-    source = kept_file(kept, done["key"], split)
-    with ShardWriter(target, dtype) as writer, open(source, "rb") as stream:
+    whole = kept_file(kept, done["key"], split)
+    with ShardWriter(target, dtype) as writer, open(whole, "rb") as stream:
         for low in range(0, len(table), ROWS):
             rows, keep = table[low : low + ROWS], wanted[low : low + ROWS]
             ids = np.fromfile(stream, dtype=dtype, count=int(rows["tokens"].sum()))
@@ -148,7 +152,7 @@ def _write_without(
 
 
 def _report(tokenizer: Tokenizer, collected: Sequence[Collected]) -> dict[str, Any]:
-    """Count the tokens, in all and by source: a JSON object without clock or path."""
+    """Return counts of all documents and by source, as JSON without clock or path."""
     by_source: dict[str, list[Collected]] = {}
     for done, entry in collected:
         by_source.setdefault(entry["source"], []).append((done, entry))
@@ -182,8 +186,8 @@ def _summary(collected: Sequence[Collected]) -> dict[str, Any]:
     }
 
 
-def files_table(shards: Sequence[Shard], left_out: Counter[str]) -> str:
-    """Return a Markdown table: files of each suffix, how they were read, and how many were not."""
+def files_table(shards: Sequence[TextShard], left_out: Counter[str]) -> str:
+    """Return a Markdown table: files by suffix and how they were read; files not read below it."""
     kinds: dict[tuple[str, str, str], list[str]] = {}  # names by source, suffix and way of reading
     for shard in shards:
         for file, start, _ in shard.stretches:

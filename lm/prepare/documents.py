@@ -1,11 +1,11 @@
-"""The user's files as documents, and the shards that processes share among them.
+"""Read the user's files as documents, cut into shards for several processes.
 
     data.path, data.sources --find_sources--> files --cut_into_shards--> shards
-                       shards --documents--> (place, bytes) --assign_splits--> train or valid
+                       shards --read_documents--> (place, bytes) --assign_splits--> train or valid
 
 The order is fixed: sources as params.yaml lists them, files by path, documents by place.
-Nothing is repaired or left out in silence: text that cannot be read is an error that names its
-place; documents and characters that are left out or replaced on request are counted.
+Text that cannot be read is an error that names its place. If the settings leave out documents or
+replace characters instead, these are counted.
 """
 
 import hashlib
@@ -30,29 +30,29 @@ from lm.prepare.workers import ordered_map
 
 Result = TypeVar("Result")
 STOPS = {"stop": True, "skip": False}  # by data.on_bad_document
-REPLACED = "replacement characters"  # beside the reasons for which documents are left out
+REPLACED = "replacement characters"  # counted beside the reasons for leaving out documents
 
 
 class Stretch(NamedTuple):
-    """A part of a file, in the unit of its reader; `stop` None means the end."""
+    """A part of a file, in the unit of its reader; stop = None means the end."""
 
     file: Path
     start: int
     stop: int | None
 
 
-class Shard(NamedTuple):
-    """The text that one process reads for one shard of tokens."""
+class TextShard(NamedTuple):
+    """The text of one shard of tokens: one process reads it."""
 
     source: str
     options: ReadOptions
     stretches: tuple[Stretch, ...]
-    size_bytes: int  # on the disk, about
-    train_bytes: int = 0  # if the tail is held out: the size of its text for training
+    size_bytes: int  # on disk, about
+    train_bytes: int = 0  # with data.split: tail, the size of its text for training
 
 
 class Document(NamedTuple):
-    """One text in UTF-8, and the reader and offset that it comes from."""
+    """One text in UTF-8, and where it comes from: a reader and an offset."""
 
     reader: Reader
     offset: int
@@ -71,18 +71,20 @@ class Document(NamedTuple):
 # --- shards -----------------------------------------------------------------------------
 
 
-def cut_into_shards(config: DataConfig, found: Sequence[SourceFiles] | None = None) -> list[Shard]:
+def cut_into_shards(
+    config: DataConfig, found: Sequence[SourceFiles] | None = None
+) -> list[TextShard]:
     """Cut the text into shards of about data.shard_bytes, in reading order.
 
     A long file is cut after multiples of that size, where a record begins. Short files share a
-    shard, and a hash of a file's name decides whether it is the last of its shard: a file that
-    comes or goes changes its own shard alone (content-defined chunking, Muthitacharoen et al. 2001,
-    by names).
+    shard, and a hash of a file's name decides whether it is the last of its shard. So adding or
+    removing a file changes only its own shard (content-defined chunking, Muthitacharoen et al.
+    2001, by names).
     """
     root, found = text_root(config), find_sources(config) if found is None else found
     _require_separator(found)
     return [
-        Shard(source.name, source.options, tuple(stretches), size_bytes)
+        TextShard(source.name, source.options, tuple(stretches), size_bytes)
         for source in found
         for stretches, size_bytes in _grouped(source, root, config.shard_bytes)
     ]
@@ -112,7 +114,7 @@ def _grouped(source: SourceFiles, root: Path, size: int) -> Iterator[tuple[list[
 
 
 def _require_separator(found: Sequence[SourceFiles]) -> None:
-    """Raise InputError if there are text files and data.separator stands in none of them."""
+    """Raise InputError if there are text files and none of them holds data.separator."""
     readers = (reader_of(file, source.options) for source in found for file in source.files)
     plain = [reader for reader in readers if isinstance(reader, Text) and reader.is_plain]
     separator = plain[0].options.separator if plain else None
@@ -122,7 +124,7 @@ def _require_separator(found: Sequence[SourceFiles]) -> None:
     hint = "set it to what stands between two documents, or to null"
     breaks = separator.replace(b"\\n", b"\n")
     for meant, cause in (
-        (breaks, "it is a backslash and an n, the text has line breaks"),
+        (breaks, "it is a backslash and an n, but the text has line breaks"),
         (breaks.replace(b"\n", b"\r\n"), "the text has Windows line ends"),
     ):
         if meant != separator and any(reader.holds(meant) for reader in plain):
@@ -134,7 +136,7 @@ def _require_separator(found: Sequence[SourceFiles]) -> None:
 
 
 def over_shards(
-    what: str, work: Callable[[Shard], Result], shards: Sequence[Shard], num_workers: int
+    what: str, work: Callable[[TextShard], Result], shards: Sequence[TextShard], num_workers: int
 ) -> Iterator[Result]:
     """Yield work(shard) for each shard, in their order, by several processes; show progress."""
     progress = ByteProgress(what, sum(shard.size_bytes for shard in shards))
@@ -146,21 +148,21 @@ def over_shards(
 
 
 def draw(data: bytes) -> float:
-    """Return a number in [0, 1) from the SHA-256 of some bytes."""
+    """Return a number in [0, 1) from the SHA-256 of the data."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") / 2**64
 
 
 # --- documents --------------------------------------------------------------------------
 
 
-def documents(
-    config: DataConfig, tally: Counter[str], shards: Iterable[Shard] | None = None
+def read_documents(
+    config: DataConfig, tally: Counter[str], shards: Iterable[TextShard] | None = None
 ) -> Iterator[Document]:
-    """Yield every document with more than white space in it, of all shards or of some.
+    """Yield every document that is not empty or white space, of all shards or of some.
 
     Counts in `tally` the documents left out, by reason, and the characters replaced. Raises
-    InputError, naming the place, for a document that is not text, unless data.on_bad_document
-    is "skip".
+    InputError, which names the place, for a document that is not text, unless
+    data.on_bad_document is "skip".
     """
     stops = STOPS[config.on_bad_document]
     for shard in cut_into_shards(config) if shards is None else shards:
@@ -180,7 +182,7 @@ def documents(
 
 
 def _is_blank(data: bytes) -> bool:
-    """Return whether a text is white space alone; for most texts the first byte decides."""
+    """Return whether a text is only white space; for most texts the first byte decides."""
     return not (data and 0x20 < data[0] < 0x80) and not data.decode().strip()
 
 
@@ -197,14 +199,16 @@ def split_documents(
 
 
 def shard_documents(
-    config: DataConfig, tally: Counter[str], shard: Shard
+    config: DataConfig, tally: Counter[str], shard: TextShard
 ) -> Iterator[tuple[SplitName, Document]]:
     """Yield the documents of one shard with their splits."""
-    return assign_splits(documents(config, tally, [shard]), config, shard.train_bytes)
+    return assign_splits(read_documents(config, tally, [shard]), config, shard.train_bytes)
 
 
-def with_train_bytes(config: DataConfig, shards: Sequence[Shard], num_workers: int) -> list[Shard]:
-    """Set `train_bytes` of each shard, if the tail is held out: that reads all of the text."""
+def with_train_bytes(
+    config: DataConfig, shards: Sequence[TextShard], num_workers: int
+) -> list[TextShard]:
+    """Set `train_bytes` of each shard if data.split is "tail"; this reads all of the text."""
     match config.split:
         case "hash":
             return list(shards)
@@ -220,8 +224,8 @@ def with_train_bytes(config: DataConfig, shards: Sequence[Shard], num_workers: i
             assert_never(config.split)
 
 
-def _text_bytes(config: DataConfig, shard: Shard) -> int:
-    return sum(len(document.data) for document in documents(config, Counter(), [shard]))
+def _text_bytes(config: DataConfig, shard: TextShard) -> int:
+    return sum(len(document.data) for document in read_documents(config, Counter(), [shard]))
 
 
 def assign_splits(
@@ -229,9 +233,9 @@ def assign_splits(
 ) -> Iterator[tuple[SplitName, Document]]:
     """Assign documents to training or validation by data.split.
 
-    "hash" draws from the SHA-256 of the text: a document keeps its split when others come or go,
-    and exact duplicates stay together. "tail" holds out the bytes from `train_bytes` on and cuts
-    the document that holds this place, at a line break where there is one.
+    "hash" uses the SHA-256 of the text: a document keeps its split when others are added or
+    removed, and exact duplicates stay together. "tail" holds out the bytes from `train_bytes` on.
+    It cuts the document that holds this place, at a line break if there is one.
     """
     match config.split:
         case "hash":
@@ -254,17 +258,17 @@ def assign_splits(
 def require_both_splits(n_train: int, n_valid: int, config: DataConfig) -> None:
     """Raise InputError unless there are documents for training and for validation."""
     if n_train == n_valid == 0:
-        raise InputError(f"data.path = {config.path}: no text")
+        raise InputError(f"data.path = {config.path}: no text; every document is empty or left out")
     for split, n_documents in (("train", n_train), ("valid", n_valid)):
         if n_documents == 0:
             raise InputError(
                 f"the {split} split has no documents; change data.valid_fraction, set data.split: "
-                "tail (for one file or a few), cut the text with data.separator, or add text"
+                "tail (for one or a few files), cut the text by data.separator, or add text"
             )
 
 
 def _cut_position(data: bytes, wanted: int) -> int:
-    """Return the place of a cut near a byte of UTF-8: after a line break, or after a character."""
+    """Return a place for a cut near byte `wanted`: after a line break, else after a character."""
     if wanted <= 0 or wanted >= len(data):
         return min(max(wanted, 0), len(data))
     after_line = data.find(b"\n", wanted) + 1

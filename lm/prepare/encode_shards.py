@@ -1,10 +1,10 @@
-"""Text to token shards, by several processes, on several machines, in several attempts.
+"""Encode text into token shards, by several processes, on several machines, in several runs.
 
-    shard --encode_shard--> KEPT/KEY.train, KEY.valid, KEY.json --collect--> data/tokens
+    shard --encode_shard--> KEPT/KEY.train, KEY.valid, KEY.json --collect_shards--> data/tokens
 
-A shard that is done is kept under a key of all that decides its bytes: text, settings, tokenizer,
-code. A later run finds it there: after a kill, after files were added, or to collect what other
-machines made. It is verified before it is used.
+A done shard is kept under a key, a hash of all that decides its bytes: text, settings, tokenizer,
+code. A later run finds it there after a kill, after files were added, or when it collects what
+other machines made. It is verified before it is used.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from lm.base.errors import InputError
 from lm.base.files import read_json, sha256_file, sha256_json, write_json, writing
 from lm.data.shards import SPLITS, ShardWriter, SplitName, token_dtype
 from lm.data.tokenizer import load_tokenizer
-from lm.prepare.documents import Document, Shard, over_shards, shard_documents
+from lm.prepare.documents import Document, TextShard, over_shards, shard_documents
 from lm.prepare.encoder import DocumentRefused, Encoder, Library
 from lm.prepare.file_bytes import compression
 from lm.prepare.gigatoken_guard import EncodersDiffer
@@ -36,7 +36,7 @@ from lm.prepare.readers import reader_of
 from lm.prepare.sources import DataConfig
 from lm.prepare.workers import ordered_map
 
-BATCH_BYTES = 1 << 21  # of text, encoded at once
+BATCH_BYTES = 1 << 21  # of text, passed to the encoder at once
 KEPT_DAYS = 7  # after the last use
 FINGERPRINT = np.dtype([("digest", "<u8", 2), ("tokens", "<u4"), ("bytes", "<u4")])
 DoneShard = dict[str, Any]  # the content of KEY.json
@@ -44,13 +44,13 @@ DoneShard = dict[str, Any]  # the content of KEY.json
 
 @dataclass(frozen=True)
 class Job:
-    """All that decides the bytes of every shard but its text, and the folder of done ones."""
+    """All but the text that decides the bytes of shards, and the folder of done shards."""
 
     config: DataConfig
     tokenizer: Path  # its folder
     code: str  # a hash of the code that runs
     kept: Path
-    library: Library | None = None  # to encode with; None: the fastest
+    library: Library | None = None  # encodes; None: the fastest
 
     @cached_property
     def tokenizer_sha256(self) -> str:
@@ -58,12 +58,12 @@ class Job:
 
     @cached_property
     def identity(self) -> str:
-        """Return a hash of tokenizer, code, and the settings that no other part of a key holds."""
+        """Return a hash of tokenizer, code, and the settings that the rest of a key leaves out."""
         config = self.config
         match config.split:
             case "hash":
                 split = [config.split, config.valid_fraction]
-            case "tail":  # each shard says where the tail begins
+            case "tail":  # train_bytes of a shard decides
                 split = [config.split, None]
             case other:
                 assert_never(other)
@@ -80,39 +80,41 @@ class Job:
         return sha256_json(decides)
 
 
-def select_part(shards: Sequence[Shard], part: str) -> list[Shard]:
-    """Return the shards of one of several machines; "2/4" is the second of four."""
+def select_part(shards: Sequence[TextShard], part: str) -> list[TextShard]:
+    """Return the shards for one of several machines; "2/4" is the second of four."""
     number, _, total = part.partition("/")
     if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
         raise InputError(f"--shard {part}: expected I/N with 1 <= I <= N, as in --shard 2/4")
     return list(shards[int(number) - 1 :: int(total)])
 
 
-def require_done(job: Job, shards: Sequence[Shard], num_workers: int) -> None:
+def require_done(job: Job, shards: Sequence[TextShard], num_workers: int) -> None:
     """Raise InputError unless every shard is kept."""
     done = list(ordered_map(partial(_is_done, job), shards, num_workers))
     absent = [shard for shard, is_done in zip(shards, done, strict=True) if not is_done]
     if absent:
         raise InputError(
-            f"{len(absent):,} of {len(shards):,} shards were not made; the first begins with "
-            f"{absent[0].stretches[0].file}; run the other --shard parts, on these very files, "
+            f"{len(absent):,} of {len(shards):,} shards are not made yet; the first begins with "
+            f"{absent[0].stretches[0].file}; run the other --shard parts with the same files, "
             "settings and code"
         )
 
 
-def _is_done(job: Job, shard: Shard) -> bool:
+def _is_done(job: Job, shard: TextShard) -> bool:
     return find_done(job.kept, shard_key(job, shard)) is not None
 
 
-def encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> tuple[Job, list[DoneShard]]:
-    """Encode all shards, in their order; return the job, too, since its library may change."""
-    encoder = open_encoder(job)  # before the processes fork, so that they have it
+def encode_all(
+    job: Job, shards: Sequence[TextShard], num_workers: int
+) -> tuple[Job, list[DoneShard]]:
+    """Encode all shards, in their order; return them and the job, whose library may change."""
+    encoder = open_encoder(job)  # before the workers fork, so that they inherit it
     if encoder.why_not is not None:
-        say(f"{encoder.why_not}: tokenizers encodes, which is slower")
+        say(f"{encoder.why_not}: encoding with tokenizers, which is slower")
     try:
         all_done = list(over_shards("encoding", partial(encode_shard, job), shards, num_workers))
     except EncodersDiffer as error:
-        say(f"{error}; the shards are made again with tokenizers, which is slower")
+        say(f"{error}; encoding again with tokenizers, which is slower")
         return encode_all(replace(job, library="tokenizers"), shards, num_workers)
     reused = sum(done.pop("reused", False) for done in all_done)
     if reused:
@@ -123,11 +125,11 @@ def encode_all(job: Job, shards: Sequence[Shard], num_workers: int) -> tuple[Job
 # --- one shard --------------------------------------------------------------------------
 
 
-def encode_shard(job: Job, shard: Shard) -> DoneShard:
-    """Return a done shard, found where it was kept or made now.
+def encode_shard(job: Job, shard: TextShard) -> DoneShard:
+    """Return a done shard: the kept one, or one made now.
 
     Raises InputError for text that cannot be read or that the tokenizer alters, EncodersDiffer if
-    gigatoken errs.
+    gigatoken gives wrong ids.
     """
     key = shard_key(job, shard)
     if (done := find_done(job.kept, key)) is not None:
@@ -135,7 +137,7 @@ def encode_shard(job: Job, shard: Shard) -> DoneShard:
     encoder = open_encoder(job)
     with writing(job.kept):
         job.kept.mkdir(parents=True, exist_ok=True)
-        scratch = Path(mkdtemp(".tmp", f"{key}.", job.kept))  # another run may make the same
+        scratch = Path(mkdtemp(".tmp", f"{key}.", job.kept))  # another run may make the same shard
     try:
         done = _write_shard(job, shard, encoder, scratch) | {"key": key}
         files = sorted(scratch.iterdir())
@@ -149,7 +151,7 @@ def encode_shard(job: Job, shard: Shard) -> DoneShard:
     return done
 
 
-def _write_shard(job: Job, shard: Shard, encoder: Encoder, folder: Path) -> DoneShard:
+def _write_shard(job: Job, shard: TextShard, encoder: Encoder, folder: Path) -> DoneShard:
     """Write both splits of a shard into a folder; return their counts."""
     tally, dtype = Counter[str](), token_dtype(encoder.tokenizer.vocab_size)
     used, longest = np.zeros(encoder.tokenizer.vocab_size, dtype=bool), 0
@@ -204,7 +206,7 @@ def _batches(
 
 
 def open_encoder(job: Job) -> Encoder:
-    """Return the encoder of a job, opened once. Raises InputError if its tokenizer is missing."""
+    """Return the encoder of a job, opened once. Raises InputError if the tokenizer is missing."""
     for file in (job.tokenizer / "tokenizer_config.json", job.tokenizer / "tokenizer.json"):
         if not file.is_file():
             raise InputError(f"{file}: no such file; run `dvc repro tokenizer`")
@@ -220,19 +222,19 @@ def _encoder(folder: Path, identity: str, library: Library | None) -> Encoder:
 # --- done shards ------------------------------------------------------------------------
 
 
-def shard_key(job: Job, shard: Shard) -> str:
-    """Return a hash of all that decides the bytes of a shard; the place of its text does not."""
+def shard_key(job: Job, shard: TextShard) -> str:
+    """Return a hash of all that decides the bytes of a shard; the path of its text does not."""
     contents = []
     for file, start, stop in shard.stretches:
         reader = reader_of(file, shard.options)
         content = hashlib.sha256()
         for chunk in reader.content(start, stop):
             content.update(chunk)
-        form = type(reader).__name__, compression(file), start > 0  # a head may be foreign
+        form = type(reader).__name__, compression(file), start > 0  # only a head can be refused
         contents.append([*form, content.hexdigest()])
     separator = shard.options.separator
     options = asdict(shard.options) | {"separator": separator and separator.hex()}
-    del options["max_expansion"]  # can only stop
+    del options["max_expansion"]  # can only stop the stage
     return sha256_json([job.identity, options, shard.train_bytes, contents])
 
 
@@ -242,7 +244,7 @@ def kept_file(kept: Path, key: str, name: str) -> Path:
 
 
 def find_done(kept: Path, key: str) -> DoneShard | None:
-    """Return a shard if it is kept and each of its files is whole."""
+    """Return a shard if it is kept and each of its files is intact, else None."""
     path = kept_file(kept, key, "json")
     try:
         done = read_json(path)
@@ -256,7 +258,7 @@ def find_done(kept: Path, key: str) -> DoneShard | None:
 
 
 def drop_unused(kept: Path, in_use: set[str]) -> None:
-    """Delete the shards, and parts of some, that no run has used for KEPT_DAYS."""
+    """Delete shards, and remains of unfinished ones, that no run has used for KEPT_DAYS."""
     limit = time.time() - KEPT_DAYS * 86400
     for path in kept.glob("*"):
         key = path.name.split(".")[0]

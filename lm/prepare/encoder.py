@@ -1,10 +1,10 @@
-"""Documents to token ids at a hundred megabytes a second and core.
+"""Encode documents to token ids, a hundred megabytes per second and core.
 
-    documents, as bytes --Encoder.encode--> the ids of all, and how many each has
+    documents, as bytes --Encoder.encode--> the ids of all, and the number of ids of each
 
 gigatoken encodes where it can (gigatoken_guard.py), else `tokenizers`. The bytes behind the ids of
-every document are counted, so that a tokenizer that alters text is noticed. All runs on the calling
-thread: this is made for worker processes.
+every document are counted, to notice a tokenizer that alters text. Everything runs on the calling
+thread, since worker processes use it.
 """
 
 import os
@@ -22,13 +22,13 @@ from lm.prepare.gigatoken_guard import Encoded, Gigatoken, Unusable, by_tokenize
 
 Library = Literal["gigatoken", "tokenizers"]
 
-GROUP_BYTES = 1 << 20  # encoded at once: `tokenizers` takes 140 bytes of memory for each
-RUN_BYTES = 1 << 24  # of a document that cannot be cut: gigatoken takes 25 bytes for each, too
+GROUP_BYTES = 1 << 20  # encoded at once: `tokenizers` takes 140 bytes of memory for each byte
+RUN_BYTES = 1 << 24  # encoded at once where no cut is possible: gigatoken takes 25 bytes for each
 AFTER_A_WORD = re.compile(rb"[^\s](?=[ \n]|\xe3\x80\x82|\xef\xbc\x8c)")  # the last two: 。，
 
 
 class DocumentRefused(InputError):
-    """Document number `index` of those given cannot be encoded."""
+    """The document at `index` of those given cannot be encoded."""
 
     def __init__(self, index: int, reason: str):
         super().__init__(index, reason)
@@ -41,7 +41,7 @@ class DocumentRefused(InputError):
 class Encoder:
     """Encodes documents with the fastest library that gives this tokenizer's ids.
 
-    `why_not` is the reason why gigatoken is not used, if it is not.
+    `why_not` says why gigatoken is not used, or is None.
     """
 
     def __init__(self, tokenizer: Tokenizer, library: Library | None = None):
@@ -52,7 +52,7 @@ class Encoder:
         self.why_not: str | None = None
         match library:
             case "tokenizers":
-                self.why_not = "tokenizers was asked for"
+                self.why_not = "tokenizers was requested"
             case "gigatoken" | None:
                 try:
                     self._gigatoken = Gigatoken(tokenizer)
@@ -66,9 +66,9 @@ class Encoder:
     def encode(self, documents: list[bytes]) -> Encoded:
         """Return the ids of documents one after the other, without end tokens, and their counts.
 
-        The documents are UTF-8 and not empty. Raises DocumentRefused if the tokens of one do not
-        spell it or if it cannot be cut within RUN_BYTES, EncodersDiffer if gigatoken gives other
-        ids than `tokenizers` for a sample.
+        The documents must be UTF-8 and not empty. Raises DocumentRefused if the tokens of one do
+        not spell its text or if it cannot be cut within RUN_BYTES. Raises EncodersDiffer if
+        gigatoken gives other ids than `tokenizers` for a sample.
         """
         if not documents:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
@@ -83,8 +83,8 @@ class Encoder:
             i = int((sizes != kept).argmax())
             raise DocumentRefused(
                 i,
-                f"{sizes[i]} bytes of text became tokens of {kept[i]} bytes; "
-                "this tokenizer alters text, choose another tokenizer.kind or source",
+                f"{sizes[i]} bytes of text became tokens of {kept[i]} bytes: this tokenizer "
+                "alters text; choose another tokenizer.kind or tokenizer.source",
             )
         if self._gigatoken:
             self._gigatoken.compare_sample(documents, ids, lengths)
@@ -93,7 +93,7 @@ class Encoder:
     def _encode(
         self, texts: list[bytes]
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the ids of texts, and for each text their number and the bytes they spell."""
+        """Return the ids of texts, and for each text their number and the bytes that they spell."""
         group = np.cumsum(_sizes(texts)) // GROUP_BYTES
         edges = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(texts)]
         found = []
@@ -114,8 +114,8 @@ class Encoder:
     def _pieces(self, index: int, document: bytes) -> list[bytes]:
         """Cut a document into pieces whose ids, one after the other, are the document's.
 
-        Byte-level patterns part a word from the white space after it; `_is_cut` tries that this
-        one does.
+        Byte-level patterns separate a word from the white space behind it; `_is_cut` tests that
+        this tokenizer's does.
         """
         places = [0]
         while len(document) - places[-1] > GROUP_BYTES:
@@ -124,15 +124,15 @@ class Encoder:
             if place - places[-1] > RUN_BYTES:
                 raise DocumentRefused(
                     index,
-                    f"{RUN_BYTES >> 20} MiB without a place where the tokenizer can cut it; "
-                    "break its lines, or leave it out if it is not text",
+                    f"{RUN_BYTES >> 20} MiB without a place where the tokenizer can cut it; insert "
+                    "line breaks, or leave the file out (data.glob) if it is not text",
                 )
             places.append(place)
         places += [len(document)] if places[-1] < len(document) else []
         return [document[start:end] for start, end in pairwise(places)]
 
     def _is_cut(self, document: bytes, at: int) -> bool:
-        """Return whether the text around a place has the same ids when it is cut there."""
+        """Return whether the text around a place has the same ids if it is cut there."""
         before, after = (
             part.decode("utf-8", "ignore").encode()  # whole characters
             for part in (document[max(0, at - 500) : at], document[at : at + 500])
@@ -142,7 +142,7 @@ class Encoder:
 
 
 def _word_ends(document: bytes, start: int, stop: int) -> Iterator[int]:
-    """Yield places for a cut, 100 in 64 KiB: each is costly to try, and all may be refused."""
+    """Yield places for a cut, 100 per 64 KiB at most: each is costly to try."""
     for at in range(start, min(stop, len(document)), 1 << 16):
         found = AFTER_A_WORD.finditer(document, at, at + (1 << 16))
         yield from (match.end() for match in islice(found, 100))

@@ -1,4 +1,4 @@
-"""The bytes of a file, decompressed if its suffix says so, and cut at separators.
+"""Read the bytes of a file, decompressed if its suffix says so, and cut them at separators.
 
 Memory holds one chunk and one record.
 """
@@ -13,7 +13,7 @@ from lm.base.errors import InputError
 from lm.prepare import limits
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-POINTERS = {  # beginnings of the small files that git keeps in place of large ones
+POINTERS = {  # first bytes of the small files that git keeps in place of large ones
     b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
     b"/annex/objects/": ("git-annex", "git annex get"),
 }
@@ -27,7 +27,7 @@ def compression(file: Path) -> str | None:
 def opened(file: Path, max_expansion: int) -> BufferedReader:
     """Open a file of text as a stream, decompressed if its suffix says so.
 
-    Raises InputError if the file is not here.
+    Raises InputError if it is a pointer to a file that is not here.
     """
     raw: Any = Decompressed(file, max_expansion) if compression(file) else open(file, "rb", 0)  # noqa: SIM115
     stream = BufferedReader(raw)
@@ -39,7 +39,7 @@ def opened(file: Path, max_expansion: int) -> BufferedReader:
 def chunks(stream: BufferedIOBase, size: int | None = None) -> Iterator[bytes]:
     """Yield the next `size` bytes of a stream, or all, in chunks."""
     left = sys.maxsize if size is None else size
-    # most files end in the first chunk; a long buffer for these would be mapped
+    # most files end in the first chunk: a large buffer for them would be a memory mapping
     at_once = min(limits.SEARCH_BYTES, limits.CHUNK_BYTES)
     while chunk := stream.read(min(at_once, left)):
         left -= len(chunk)
@@ -50,10 +50,9 @@ def chunks(stream: BufferedIOBase, size: int | None = None) -> Iterator[bytes]:
 def split_at(
     stream: BufferedIOBase, separator: bytes, start: int, end: int | None
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Yield offset and bytes of the records from here on; offsets count from `start`.
+    """Yield offset and bytes of the records from here on, which is offset `start`, to before `end`.
 
-    `end` is the offset of the first record that is not wanted. The bytes of a record that is too
-    long are None, since memory does not hold them.
+    The bytes of a record that is too long are None, since memory does not hold them.
     """
     offset, rest, dropped = start, b"", 0
     for chunk in chunks(stream, None if end is None else end - start):
@@ -70,10 +69,10 @@ def split_at(
 
 
 def next_record(stream: BufferedIOBase, separator: bytes, position: int) -> int:
-    """Return the first byte from `position` on where a record surely begins, or the file's end.
+    """Return the first place from `position` on where a record surely begins, or the file's end.
 
-    A reader from the start of the file finds the same separator: no other overlaps it from the
-    left, as in three line breaks where two separate.
+    The separator before it overlaps no other on its left, as in three line breaks where two
+    separate. So a reader from the start of the file finds it, too.
     """
     size = len(separator)
     base = max(0, position - 2 * size + 1)  # where the buffer begins
@@ -92,7 +91,7 @@ def next_record(stream: BufferedIOBase, separator: bytes, position: int) -> int:
 
 
 class Decompressed(RawIOBase):
-    """The content of a .gz or .zst file, its checksums verified; can be read once."""
+    """The content of a compressed file, its checksums verified; can be read once."""
 
     def __init__(self, file: Path, max_expansion: int):
         import pyarrow  # takes 0.1 s: only where it is needed
@@ -110,11 +109,9 @@ class Decompressed(RawIOBase):
         try:
             data = self.stream.read(len(buffer))
         except OSError as error:
-            problem = f"damaged or cut off ({error})"
+            problem = f"damaged or cut off ({error}); fetch or compress it again"
             if "requires too much memory" in str(error):  # zstd's message
-                problem = (
-                    "compressed with a window longer than 128 MiB; unpack it (zstd -d --long=31)"
-                )
+                problem = "compressed with a window above 128 MiB; unpack it (zstd -d --long=31)"
             raise InputError(f"{self.file}: {problem}") from None
         self.made += len(data)
         refuse_expansion(self.file, self.size, self.made, self.max_expansion)
@@ -127,7 +124,7 @@ class Decompressed(RawIOBase):
 
 
 def refuse_pointer(file: Path, head: bytes | None = None) -> None:
-    """Raise InputError if git has not brought the file but a pointer to it."""
+    """Raise InputError if the file is a pointer of git to the file itself."""
     if head is None:
         with open(file, "rb") as stream:
             head = stream.read(limits.HEAD_BYTES)
@@ -137,9 +134,9 @@ def refuse_pointer(file: Path, head: bytes | None = None) -> None:
 
 
 def refuse_expansion(file: Path, size: int, expanded: int, limit: int) -> None:
-    """Raise InputError if a file holds more than its size allows."""
+    """Raise InputError if a file of `size` bytes holds more than `limit` times as many."""
     if expanded > max(limits.MAX_DOCUMENT_BYTES, size * limit):
         raise InputError(
-            f"{file}: {size:,} bytes expand to {limit} times as many or more; raise "
-            "data.max_expansion if that is right"
+            f"{file}: {size:,} bytes expand to more than {limit} times as many; raise "
+            "data.max_expansion if the file is right"
         )

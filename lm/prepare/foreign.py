@@ -1,4 +1,4 @@
-"""Foreign tokenizers: an encoding of tiktoken, or a tokenizer.json, each tried on texts."""
+"""Open foreign tokenizers, a tiktoken encoding or a tokenizer.json, and try them on texts."""
 
 import json
 import signal
@@ -21,29 +21,29 @@ from lm.data.tokenizer import (
     spelled,
 )
 
-TRIED_CHARACTERS = 5000  # of a text on which a tokenizer from elsewhere is tried
-TRIAL_SECONDS = 60  # for a foreign tokenizer to encode a few megabytes
-# GPT-2's pattern as tiktoken spells it for speed; gigatoken knows the usual spelling alone
+TRIED_CHARACTERS = 5000  # of each text
+TRIAL_SECONDS = 60  # to encode a few megabytes
+# GPT-2's pattern as tiktoken spells it for speed; gigatoken knows only the usual spelling
 TIKTOKEN_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def from_tiktoken(name: str, texts: Iterable[str], end_token: str = END_TOKEN) -> Tokenizer:
-    """Return a named tiktoken encoding as a tokenizer, its ids compared on some texts.
+    """Return a named tiktoken encoding as a tokenizer; compare their ids on some texts.
 
-    tiktoken keeps the rank of each token; `_last_merge` finds the merge that makes it. Raises
-    InputError for an unknown name, EnvironmentFault if tiktoken cannot fetch its data.
+    tiktoken stores the rank of each token; `_last_merge` finds the merge that makes it. Raises
+    InputError for an unknown name or other ids, EnvironmentFault if tiktoken cannot fetch its data.
     """
     import tiktoken
 
     known = {*tiktoken.list_encoding_names(), *tiktoken.registry.ENCODINGS}
     if name not in known:
-        raise InputError(f"tokenizer.source = {name}: tiktoken knows {', '.join(sorted(known))}")
+        raise InputError(f"tokenizer.source = {name}: tiktoken has only {', '.join(sorted(known))}")
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # requests' errors; the hash is wrong
         raise EnvironmentFault(
             f"tokenizer.source = {name}: tiktoken could not fetch its data "
-            f"({type(error).__name__}); go online once or set TIKTOKEN_CACHE_DIR"
+            f"({type(error).__name__}); go online once, or set TIKTOKEN_CACHE_DIR to its cache"
         ) from None
     ranks = encoding._mergeable_ranks
     vocabulary = {spelled(token): rank for token, rank in ranks.items()} | encoding._special_tokens
@@ -66,7 +66,7 @@ def from_tiktoken(name: str, texts: Iterable[str], end_token: str = END_TOKEN) -
     for text in (text[:TRIED_CHARACTERS] for text in texts):
         if tokenizer.encode(text) != encoding.encode_ordinary(text):
             raise InputError(
-                f"tokenizer.source = {name}: ids differ from tiktoken's; cannot be used"
+                f"tokenizer.source = {name}: ids differ from tiktoken's; choose another encoding"
             )
     return tokenizer
 
@@ -82,10 +82,10 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def foreign_tokenizer(file: Path, texts: Iterable[str], end_token: str = END_TOKEN) -> Tokenizer:
-    """Open a foreign tokenizer.json, tried on hard texts and on beginnings of the user's.
+    """Open a foreign tokenizer.json; try it on hard texts and on the beginnings of the user's.
 
-    Raises InputError if it is damaged, alters text or takes too long. The trial is a process of its
-    own: a pattern may backtrack for years, and the library panics on stderr when it gives up.
+    Raises InputError if it is damaged, alters text or takes too long. The trial runs in its own
+    process: a pattern may backtrack for years, and the library panics on stderr when it gives up.
     """
     beginnings = json.dumps([text[:TRIED_CHARACTERS] for text in texts])
     trial = subprocess.run(
@@ -96,19 +96,19 @@ def foreign_tokenizer(file: Path, texts: Iterable[str], end_token: str = END_TOK
     if trial.returncode == -signal.SIGALRM:
         raise InputError(
             f"{file}: not done with a few megabytes of text after {TRIAL_SECONDS} s; its pattern "
-            "backtracks too much"
+            "backtracks too much: simplify it, or choose another tokenizer"
         )
     if trial.returncode != 0:
         *_, last = trial.stderr.decode("utf-8", "replace").strip().split("\n")
         if not last.startswith("error: "):
-            raise InputError(f"{file}: crashed when it was tried {last}".rstrip())
+            raise InputError(f"{file}: crashed in a trial ({last}); choose another tokenizer")
         raise InputError(last.removeprefix("error: "))
     return open_tokenizer_json(file, end_token)
 
 
 def _trial(file: str, end_token: str, seconds: str) -> None:
     """Encode every byte of UTF-8, long runs, added tokens amid spaces, and the texts on stdin."""
-    signal.alarm(int(seconds))  # ends the process even within the library
+    signal.alarm(int(seconds))  # ends the process even inside the library
     tokenizer = open_tokenizer_json(Path(file), end_token)
     added = tokenizer.backend.get_added_tokens_decoder().values()
     texts = [

@@ -1,14 +1,14 @@
-"""gigatoken, guarded: the ids and the merges of `tokenizers`, fifty times as fast.
+"""Use gigatoken with guards: the ids and the merges of `tokenizers`, fifty times as fast.
 
-`tokenizers` defines what a tokenizer.json means. gigatoken is young; this file alone knows its
+`tokenizers` defines what a tokenizer.json means. gigatoken is young; only this file knows its
 faults:
 
-- It is missing on some platforms, and refuses or misreads some tokenizers: it has to pass a trial.
+- It is missing on some platforms, and refuses or misreads some tokenizers: it must pass a trial.
 - It knows the characters of Unicode 17: texts with one of these go to `tokenizers`.
-- It keeps every word that it saw: it is opened anew when it has grown.
+- It keeps every word that it has seen: it is opened again when it has grown.
 - It loses empty texts: texts are counted.
-- When pairs run out it makes up merges: the last merge must occur.
-- It may have others: a sample of every call is compared.
+- When pairs run out it invents merges: the last merge must occur in the text.
+- It may have other faults: a sample of every call is compared.
 """
 
 import os
@@ -27,7 +27,7 @@ from tokenizers import models
 
 from lm.data.tokenizer import Tokenizer, byte_characters, byte_level_backend, spelled
 
-# Letters, marks and digits of Unicode 17, which gigatoken knows and tokenizers (16) does not.
+# Letters, marks and digits of Unicode 17, which gigatoken knows and tokenizers (16) does not
 NEWER_CHARACTERS = re.compile(
     "[\u088f\u0c5c\u0cdc\u1acf-\u1add\u1ae0-\u1aeb\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1"
     "\U00010940-\U00010959\U00010ec5-\U00010ec7\U00010efa\U00010efb\U00011b60-\U00011b67"
@@ -36,20 +36,20 @@ NEWER_CHARACTERS = re.compile(
     "\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6f5\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f"
     "\U0002cea2-\U0002cead\U000323b0-\U00033479]"
 )
-# their first two bytes in UTF-8
+# The first byte of these in UTF-8, and the second bytes that follow it
 NEWER_BEGINNINGS = {
     0xE0: [0xA2, 0xB1, 0xB3],
     0xE1: [0xAB],
     0xEA: [0x9F],
     0xF0: [0x90, 0x91, 0x96, 0x98, 0x9E, 0xAB, 0xAC, 0xB2, 0xB3],
 }
-Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # ids of all texts, count of each
+Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # ids of all texts, number of ids of each
 
-SAMPLED = 1 << 11  # both encode one byte of this many: 2 % of the time
-CACHE_BYTES = 250 << 20  # of words it saw: random ones take 6 times their size
-SHORT_RUN = 50_000  # texts; importing awkward, for batches, takes as long as they save on these
-LARGE_BYTES = 32 << 20  # of text: below, its training is slower, it is quadratic in ties
-LARGE_VOCAB_SIZE = (1 << 15) + 256  # above, ties are too many again
+SAMPLED = 1 << 11  # one byte of this many is compared: takes 2 % of the time
+CACHE_BYTES = 250 << 20  # of words seen: random ones take 6 times their size
+SHORT_RUN = 50_000  # texts: below, importing awkward takes longer than batches save
+LARGE_BYTES = 32 << 20  # of text: below, training is slower, since it is quadratic in ties
+LARGE_VOCAB_SIZE = (1 << 15) + 256  # above, there are too many ties again
 HARD_TEXTS = [
     "".join(map(chr, [*range(0x3000), *range(0x3000, 0xD800, 7), *range(0xE000, 0x110000, 0x400)])),
     *(character * n for character in " \n\t\r\0a1.é東🙂" for n in (1, 2, 3, 4, 15, 16, 17, 257)),
@@ -63,11 +63,11 @@ HARD_TEXTS = [
 
 
 class Unusable(Exception):
-    """gigatoken cannot be had or must not be used, for the reason given."""
+    """gigatoken is missing or must not be used; the message says why."""
 
 
 class EncodersDiffer(Exception):
-    """gigatoken gave other ids than `tokenizers`: start again with the latter."""
+    """gigatoken gave other ids than `tokenizers`: start again with `tokenizers`."""
 
 
 class Gigatoken:
@@ -104,9 +104,9 @@ class Gigatoken:
         self._resident_bytes = psutil.Process().memory_info().rss
 
     def encode(self, texts: list[bytes]) -> Encoded:
-        """Return the ids of texts one after the other, and the count of each.
+        """Return the ids of texts one after the other, and the number of ids of each.
 
-        Raises EncodersDiffer if a text got lost.
+        Raises EncodersDiffer if a text is lost.
         """
         if psutil.Process().memory_info().rss > self._resident_bytes + CACHE_BYTES:
             self._open()
@@ -146,13 +146,13 @@ class Gigatoken:
 
 
 def by_tokenizers(tokenizer: Tokenizer, texts: list[bytes]) -> Encoded:
-    """Return the ids that `tokenizers` gives, which are right by definition."""
+    """Return the ids that `tokenizers` gives: they are right by definition."""
     encoded = tokenizer.encode_batch([text.decode() for text in texts])
     return np.fromiter(chain(*encoded), np.uint32), np.fromiter(map(len, encoded), np.int64)
 
 
 def has_newer_characters(text: bytes) -> bool:
-    """Return whether UTF-8 holds one of NEWER_CHARACTERS, at gigabytes a second as a rule."""
+    """Return whether UTF-8 holds one of NEWER_CHARACTERS, for most texts at gigabytes a second."""
     data = np.frombuffer(text, np.uint8)
     for lead, followers in NEWER_BEGINNINGS.items():
         if lead in text and np.isin(data[np.flatnonzero(data == lead) + 1], followers).any():
@@ -161,10 +161,10 @@ def has_newer_characters(text: bytes) -> bool:
 
 
 def learn(joined: bytes, vocab_size: int) -> tokenizers.Tokenizer | None:
-    """Learn what `tokenizers` learns from documents joined by NUL; without an end token.
+    """Learn what `tokenizers` learns from documents joined by NUL, without an end token.
 
-    Returns None if gigatoken is missing or no faster, or if pairs run out before there are
-    `vocab_size` tokens. No document may hold a newer character.
+    Returns None if gigatoken is missing or not faster, or if pairs run out before there are
+    `vocab_size` tokens. No document may hold one of NEWER_CHARACTERS.
     """
     if len(joined) < LARGE_BYTES or vocab_size > LARGE_VOCAB_SIZE:
         return None
@@ -180,14 +180,14 @@ def learn(joined: bytes, vocab_size: int) -> tokenizers.Tokenizer | None:
         vocabulary.setdefault(left + right, len(vocabulary))
     backend = byte_level_backend(models.BPE(vocab=vocabulary, merges=merges), use_regex=True)
     encode = gigatoken.Tokenizer.from_json(backend.to_str()).encode
-    # when pairs run out it goes on with some that no longer occur: then nothing has the last id
+    # when pairs run out it merges some that no longer occur: then no text has the last id
     if not any(vocab_size - 1 in encode(document) for document in split_at_nul(joined)):
         return None
     return backend
 
 
 def split_at_nul(joined: bytes) -> Iterator[bytes]:
-    """Yield the documents between NULs one at a time, so that memory holds no second copy."""
+    """Yield the documents between NULs one at a time, without a second copy of all."""
     return (match[0] for match in re.finditer(rb"[^\0]+", joined))
 
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE, learnt from text: GPT-2's pre-tokenizer, the bytes, then the merges."""
+"""Learn byte-level BPE from text, with GPT-2's pre-tokenizer."""
 
 import re
 import unicodedata
@@ -10,18 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import models, pre_tokenizers, trainers
 
-from lm.data.tokenizer import END_TOKEN, Tokenizer, byte_level_backend
+from lm.data.tokenizer import END_TOKEN, LONG_RUN, Tokenizer, byte_level_backend
 from lm.prepare import gigatoken_guard
 from lm.prepare.gigatoken_guard import split_at_nul
-
-LONG_RUN = 1024  # characters without a word break: learning takes time by the square of such a word
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = END_TOKEN) -> Tokenizer:
     """Learn byte-level BPE (Sennrich et al. 2016) with GPT-2's pre-tokenizer from texts.
 
-    Ids: the 256 bytes in GPT-2's order, then the merges as learnt, the end token last. Of equally
-    frequent pairs the one with the smallest ids is merged first, whatever the thread count.
+    Ids: the 256 bytes in GPT-2's order, the merges as learnt, the end token. Of equally frequent
+    pairs the one with the smallest ids is merged first, whatever the number of threads.
     """
     backend = byte_level_backend(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
@@ -35,10 +33,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = END_TOKEN)
 
 
 def train_bpe_large(joined: bytes, vocab_size: int, end_token: str = END_TOKEN) -> Tokenizer:
-    """Learn the same from documents joined by NUL, which none holds: 32 MiB take seconds.
+    """Learn the same from documents joined by NUL, a byte that none holds: 32 MiB take seconds.
 
-    A word of more than LONG_RUN characters counts as several. Of a large text, documents with
-    characters that gigatoken alone knows are left out, so that both libraries learn the same.
+    A word of more than LONG_RUN characters counts as several. In a large text, documents with
+    characters that only gigatoken knows are left out, so that both libraries learn the same.
     """
     joined = _with_long_runs_cut(joined)
     is_newer = gigatoken_guard.has_newer_characters
@@ -54,7 +52,7 @@ def train_bpe_large(joined: bytes, vocab_size: int, end_token: str = END_TOKEN) 
 def _with_long_runs_cut(documents: bytes) -> bytes:
     """Cut words after each LONG_RUN characters, in documents joined by NUL; drop empty documents.
 
-    No word of a language is as long: DNA, tables of digits, rows of marks or of white space are.
+    DNA, tables of digits, rows of marks or of white space hold such words; languages do not.
     """
     half = LONG_RUN // 2
     blocks = np.frombuffer(documents, np.uint8)[: len(documents) // half * half].reshape(-1, half)
@@ -77,7 +75,7 @@ def _cut_long_runs(document: bytes) -> bytes:
     text = document.decode()
     kinds = _character_kinds()[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
     edges = np.concatenate([[0], np.flatnonzero(np.diff(kinds)) + 1, [len(text)]])
-    long = np.flatnonzero(np.diff(edges) > LONG_RUN)  # few, where words are many
+    long = np.flatnonzero(np.diff(edges) > LONG_RUN)  # few
     runs = zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True)
     cuts = [cut for a, b in runs for cut in range(a + LONG_RUN, b, LONG_RUN)]
     return "\0".join(text[a:b] for a, b in pairwise([0, *cuts, len(text)])).encode()
@@ -85,7 +83,7 @@ def _cut_long_runs(document: bytes) -> bytes:
 
 @cache
 def _byte_kinds() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return a mask of the bytes that end a word, and one of those in white space, (256,)."""
+    """Return masks of the bytes that end a word, and of those in white space, both (256,)."""
     spaces = "".join(filter(str.isspace, map(chr, range(0x3001))))
     is_break, is_space = np.zeros((2, 256), np.bool_)
     is_break[[0, *b" \t\n\v\f\r"]] = True

@@ -1,7 +1,7 @@
-"""The sample of the training text that a tokenizer learns from, of tokenizer.sample_bytes.
+"""Sample the training text that a tokenizer learns from, tokenizer.sample_bytes at most.
 
-A document is in it by its own SHA-256, so the sample is the same for any number of processes, and
-nearly the same after the text has grown.
+The SHA-256 of a document decides whether it is in the sample. So the sample is the same for any
+number of processes, and nearly the same after the text has grown.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lm.data.shards import SplitName
 from lm.prepare.documents import (
-    Shard,
+    TextShard,
     cut_into_shards,
     over_shards,
     require_both_splits,
@@ -27,13 +27,13 @@ from lm.prepare.gigatoken_guard import split_at_nul
 from lm.prepare.sources import DataConfig
 from lm.prepare.workers import ordered_map
 
-BINS = 1024  # the share of the documents that is taken is a multiple of 1 / BINS
+BINS = 1024  # documents fall into bins by their hash; the sample is the first bins
 
 
 def learning_sample(config: DataConfig, limit_bytes: int, num_workers: int) -> bytes:
-    """Return documents for training, joined by NUL, which none holds: `limit_bytes` or less.
+    """Return documents for training, joined by NUL, a byte that none holds: `limit_bytes` at most.
 
-    Returns all of them if they fit, and at least one. Raises InputError if a split stays empty.
+    Returns all if they fit, else at least one bin. Raises InputError if a split stays empty.
     """
     shards = with_train_bytes(config, cut_into_shards(config), num_workers)
     counts: Counter[SplitName] = Counter()
@@ -45,7 +45,7 @@ def learning_sample(config: DataConfig, limit_bytes: int, num_workers: int) -> b
     require_both_splits(counts["train"], counts["valid"], config)
     wanted = np.cumsum(n_bytes) <= limit_bytes
     n_bins = max(int(wanted.sum()), int(n_bytes.nonzero()[0][0]) + 1)
-    seen, sample = set[bytes](), BytesIO()  # which hands its bytes out without a copy
+    seen, sample = set[bytes](), BytesIO()  # gives its bytes without a copy
     with closing(ordered_map(partial(_part, config, n_bins), shards, num_workers)) as found:
         for text in chain.from_iterable(map(split_at_nul, found)):
             if config.deduplicate:
@@ -57,7 +57,7 @@ def learning_sample(config: DataConfig, limit_bytes: int, num_workers: int) -> b
     return sample.getvalue()
 
 
-def _measure(config: DataConfig, shard: Shard) -> tuple[Counter[SplitName], NDArray[np.int64]]:
+def _measure(config: DataConfig, shard: TextShard) -> tuple[Counter[SplitName], NDArray[np.int64]]:
     """Return the number of documents in each split, and the bytes for training by bin, (BINS,)."""
     counts: Counter[SplitName] = Counter()
     n_bytes = np.zeros(BINS, dtype=np.int64)
@@ -68,7 +68,7 @@ def _measure(config: DataConfig, shard: Shard) -> tuple[Counter[SplitName], NDAr
     return counts, n_bytes
 
 
-def _part(config: DataConfig, n_bins: int, shard: Shard) -> bytes:
+def _part(config: DataConfig, n_bins: int, shard: TextShard) -> bytes:
     """Return the documents of one shard that are in the sample, joined by NUL."""
     found = shard_documents(config, Counter(), shard)
     texts = (document.data for split, document in found if split == "train")
@@ -76,5 +76,5 @@ def _part(config: DataConfig, n_bins: int, shard: Shard) -> bytes:
 
 
 def _bin(text: bytes) -> int:
-    """Return the bin of a text, from other bits of its hash than the split is drawn from."""
+    """Return the bin of a text, from bits of its hash that the split does not use."""
     return int.from_bytes(hashlib.sha256(text).digest()[8:10], "little") % BINS

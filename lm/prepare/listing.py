@@ -1,10 +1,10 @@
-"""The files of a folder, as DVC watches it or as a listing names them.
+"""List the files of a folder: those that DVC watches, or those that a listing names.
 
-    python -m lm.prepare.listing /data/corpus corpus.listing      then data.path: corpus.listing
+    python -m lm.prepare.listing /data/corpus corpus.listing      # then data.path: corpus.listing
 
-A listing is for a folder too large to be hashed. It names every file with its size and time of
-change, and nothing is read through it unless they are the same. The text itself is hashed where it
-is read: for the key of its shard.
+A listing stands for a folder that is too large to be hashed. It names every file with its size and
+time of change; a file that differs in one of them is an error. The text itself is hashed when it is
+read, for the key of its shard.
 """
 
 import json
@@ -27,28 +27,28 @@ Entry = os.DirEntry[str]
 
 
 def write_listing(root: Path, file: Path) -> int:
-    """List the files of a folder, hidden ones left out; return how many there are."""
+    """List the files of a folder, except hidden ones; return their number."""
     if not root.is_dir():
         raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
     if file.suffix != SUFFIX:
-        raise InputError(f"{file}: the name of a listing ends in {SUFFIX}")
+        raise InputError(f"{file}: the name of a listing must end in {SUFFIX}")
     if file.resolve().is_relative_to(root.resolve()):
         raise InputError(f"{file}: lies in the folder that it lists; write it elsewhere")
     files = _found(root)
     listing = {"format": FORMAT, "root": str(root.absolute()), "files": files}
-    # ASCII alone: names that are not UTF-8 have escapes
+    # ASCII only: names that are not UTF-8 are escaped
     atomic_write(file, json.dumps(listing, indent=2).encode() + b"\n")
     return len(files)
 
 
 def listed_folder(file: Path) -> Path:
-    """Return the folder that a listing describes. Raises InputError if it is not as it was."""
+    """Return the folder that a listing describes. Raises InputError if a file has changed."""
     match read_json(file, MAX_BYTES):
         case {"format": int(), "root": str(folder), "files": dict(listed)}:
             root = Path(folder)
         case _:
             raise InputError(
-                f"{file}: not a listing; make one by python -m lm.prepare.listing FOLDER {file}"
+                f"{file}: not a listing; make one: python -m lm.prepare.listing FOLDER {file}"
             )
     if not root.is_dir():
         raise InputError(f"{file}: lists {root}, which is not a folder here; make it again")
@@ -74,8 +74,8 @@ def _found(root: Path) -> dict[str, Any]:
 def walk(root: Path) -> Iterator[tuple[str, list[Entry]]]:
     """Yield each folder from `root` down with its entries; the caller may remove some of these.
 
-    Enters no hidden folder and no link. Raises OSError for a folder that cannot be read, which
-    other walks pass over in silence.
+    Enters no hidden folder and no link. Raises OSError for a folder that cannot be read; os.walk
+    and Path.rglob skip it silently.
     """
     folders = [str(root)]
     while folders:
@@ -87,7 +87,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[Entry]]]:
 
 
 def is_file(entry: Entry) -> bool:
-    """Return whether an entry is a file or leads to one; a link in a circle leads nowhere."""
+    """Return whether an entry is a file or a link to one; a circular link is not."""
     return Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()
 
 
@@ -102,7 +102,7 @@ def visible(entries: list[Entry]) -> Iterator[Entry]:
 def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
     """Yield the entries that DVC watches, except hidden ones; count the others in `left_out`.
 
-    Raises InputError for an entry that DVC refuses without naming it or the cure.
+    Raises InputError for an entry that DVC would refuse without naming it or the remedy.
     """
     path = _absolute(root)
     inside = path.is_relative_to(Path.cwd())  # elsewhere DVC hides nothing
@@ -124,29 +124,29 @@ def watched(root: Path, left_out: Counter[str]) -> Iterator[Entry]:
             except UnicodeEncodeError:
                 raise InputError(
                     f"{str(os.fsencode(entry.path))[2:-1]}: a name that is not UTF-8, which DVC "
-                    "cannot record; rename it, or name the folder by a listing (docs/SCALE.md)"
+                    "cannot record; rename it, or make a listing of the folder (docs/SCALE.md)"
                 ) from None
             if entry.name == ".dvcignore":
                 raise InputError(
-                    f"{entry.path}: DVC takes none in a folder that it hashes; move its lines into "
-                    ".dvcignore of the project's root folder"
+                    f"{entry.path}: DVC allows none in a folder that it hashes; move its lines to "
+                    ".dvcignore in the project's root folder"
                 )
         yield from visible(entries)
 
 
 def is_hidden_from_dvc(file: Path) -> bool:
-    """Return whether DVC passes over this file when it hashes a folder above."""
+    """Return whether DVC ignores this file when it hashes a folder above it."""
     folder = _absolute(file.parent)
     ignores = _ignores(folder) if folder.is_relative_to(Path.cwd()) else None
     return ignores is not None and not any(ignores(str(folder), [], [file.name]))
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100 - like DVC, which follows no link here
+    return Path(os.path.abspath(path))  # noqa: PTH100 - as in DVC, links are not followed
 
 
 def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
-    """Return DVC's own filter, or None if nothing above a folder hides a part of it from DVC."""
+    """Return DVC's own filter, or None if no .dvcignore and no project above hides any file."""
     parts = path.relative_to(Path.cwd()).parts
     above = [path, *path.parents][: len(parts) + 1]
     is_nested = any((folder / ".dvc").exists() for folder in above[:-1])
@@ -156,7 +156,7 @@ def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
         if (file := folder / ".dvcignore").is_file()
         for line in file.read_text(encoding="utf-8").splitlines()
     ]
-    # lines such as /.venv matter in a hidden folder alone: hidden entries are never read
+    # lines such as /.venv matter only in a hidden folder: hidden entries are not read anyway
     idle = ("#",) if any(part.startswith(".") for part in parts) else ("#", "/.")
     if not is_nested and all(
         not line.strip() or line.startswith(idle) or _is_of_another(line, first)
@@ -171,7 +171,7 @@ def _ignores(path: Path) -> Callable[..., tuple[list[str], list[str]]] | None:
 
 
 def _is_of_another(line: str, first: tuple[str, ...]) -> bool:
-    """Return whether a line such as /lm/**/x is of another folder than the `first` on our way."""
+    """Return whether a line such as /lm/**/x names another folder than the path's `first`."""
     named = re.match(r"/([\w-]+)/", line)
     return named is not None and first not in ((), (named[1],))
 

@@ -1,4 +1,4 @@
-"""The files of the user's text: data.path and data.sources.
+"""Find the files of the user's text: data.path and data.sources.
 
 The order is fixed: sources as params.yaml lists them, files by path. Files left out are counted.
 """
@@ -14,11 +14,12 @@ from typing import Annotated, Literal, NamedTuple
 from lm.base.errors import InputError
 from lm.base.paths import METRICS, MODELS, TOKENIZER, TOKENS
 from lm.base.sections import INSIDE_ONE, NOT_EMPTY, POSITIVE, Bound, Count
-from lm.prepare import listing
+from lm.prepare import limits, listing
 from lm.prepare.records import ReadOptions
 
-SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # names files
-OUTPUTS = (TOKENIZER, TOKENS, METRICS, MODELS)  # of stages that read text
+ONE_SOURCE = "text"  # the name of all text, without data.sources
+SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # becomes part of file names
+OUTPUTS = (TOKENIZER, TOKENS, METRICS, MODELS)  # of the stages, which must not read them as text
 REPLACES = {"strict": False, "replace": True}  # by data.encoding_errors
 SHORTEST_SHARD = Bound(lambda x: x >= 1 << 16, f"must be >= {1 << 16}")
 
@@ -28,8 +29,8 @@ class SourceConfig:
     """One of `data.sources`: a part of the text."""
 
     path: Annotated[str, NOT_EMPTY]  # in data.path: a file, a folder or a pattern
-    text_field: str  # of JSON objects, the column of tables
-    weight: Annotated[float, POSITIVE] | None  # its share of the training windows; null: its size
+    text_field: str  # the field of JSON objects, the column of tables
+    weight: Annotated[float, POSITIVE] | None  # share of the training windows; null: by size
 
 
 @dataclass(frozen=True)
@@ -41,48 +42,48 @@ class DataConfig:
         NOT_EMPTY,
         "the text: a file, a folder or a listing (docs/SCALE.md); `data/raw` is the default text",
     ]
-    glob: Annotated[str, "which files of the folder"]
+    glob: Annotated[str, "pattern of the files to read in the folder"]
     text_field: Annotated[str, "the field of JSON objects, the column of tables"]
     sources: Annotated[
         dict[str, SourceConfig] | None,
         "parts of `data.path` (a file, folder or pattern in it), each with its share of the "
-        "training windows; weight null: by size; null: all of it is one",
+        "training windows (weight null: by size); null: all text is one source",
     ]
     separator: Annotated[
         Annotated[str, NOT_EMPTY] | None,
         'cuts text files into documents, e.g. `<|endoftext|>`, or `"\\n\\n"` in double quotes; '
-        "must occur in one of them; null: one file, one document",
+        "one file at least must hold it; null: one document per file",
     ]
     encoding_errors: Annotated[
         Literal["strict", "replace"],
-        "stop at NUL and at bytes that are not UTF-8, or count and replace them",
+        "NUL and bytes that are not UTF-8: stop (strict), or replace and count them",
     ]
     on_bad_document: Annotated[
         Literal["stop", "skip"],
-        "at what is not text (a null, bad JSON, bytes, too long): stop, or leave it out and count",
+        "a document that is not text (null, bad JSON, bad bytes) or too long: stop, or skip it",
     ]
     deduplicate: Annotated[bool, "leave out exact duplicates"]
     split: Annotated[
         Literal["hash", "tail"],
-        "by a hash of each document (stable when others come and go), or the last part of the text",
+        "hash: by a hash of each document, whatever others come or go; tail: the end of the text",
     ]
     valid_fraction: Annotated[float, INSIDE_ONE, "the share held out for validation"]
     shard_bytes: Annotated[Count, SHORTEST_SHARD, "text in one shard of tokens, about"]
     max_expansion: Annotated[
         Count,
-        "stop where a `.gz`, a `.zst` or the column of a parquet table holds more than this many "
-        "times its size (and than 64 MiB)",
+        "stop if a `.gz`, a `.zst` or the column of a parquet table holds more than this many "
+        f"times its size (and more than {limits.MAX_DOCUMENT_BYTES >> 20} MiB)",
     ]
 
     def __post_init__(self) -> None:
         if self.sources is None:
             return
         if not self.sources:
-            raise InputError("data.sources = {}: names no source; null makes all of data.path one")
+            raise InputError("data.sources = {}: name a source, or set null to make all text one")
         for name in self.sources:
             if not SOURCE_NAME.fullmatch(name):
                 raise InputError(
-                    f"data.sources.{name}: a source's name names files: a-z, 0-9, - and _ only"
+                    f"data.sources.{name}: a source's name is part of file names: a-z, 0-9, - and _"
                 )
         without = [name for name, source in self.sources.items() if source.weight is None]
         if 0 < len(without) < len(self.sources):
@@ -92,19 +93,19 @@ class DataConfig:
 
 
 class SourceFiles(NamedTuple):
-    """Files that are read alike."""
+    """The files of one source, and how they are read."""
 
     name: str
     files: list[Path]
     options: ReadOptions
-    left_out: Counter[str]  # files, by why they are not read
+    left_out: Counter[str]  # files that are not read, by reason
 
 
 def find_sources(config: DataConfig) -> list[SourceFiles]:
     """Return the sources with their files: all that DVC watches, except hidden ones.
 
-    Raises InputError when there is no file, and for a pipe, a device or a link to a folder: reading
-    the first two may never end, and DVC does not watch the files behind the third.
+    Raises InputError if there is no file, and for a pipe, a device or a link to a folder: reading
+    a pipe or a device may never end, and DVC does not watch files behind a link to a folder.
     """
     separator = None if config.separator is None else config.separator.encode()
     replaces = REPLACES[config.encoding_errors]
@@ -120,12 +121,12 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
             )
     if config.sources is None:
         files, left_out = _files(root, config.glob, "data.path", str(root), is_listed)
-        return [SourceFiles("text", files, options, left_out)]
+        return [SourceFiles(ONE_SOURCE, files, options, left_out)]
     if not root.is_dir():
-        what = "a file; data.sources needs the folder they are in"
+        what = "a file; with data.sources, name the folder that holds them"
         raise InputError(f"data.path = {root}: {what if root.exists() else 'no such folder'}")
     if not is_listed:
-        # DVC hashes the whole folder, whatever is read of it
+        # check all of the folder, since DVC hashes all of it
         deque(listing.watched(root, Counter()), maxlen=0)
     found = []
     for name, source in config.sources.items():
@@ -141,7 +142,9 @@ def find_sources(config: DataConfig) -> list[SourceFiles]:
                 "itself"
             )
         if not is_listed and listing.is_hidden_from_dvc(root / within):
-            raise InputError(f"{key} = {within}: hidden from DVC by .dvcignore or a nested project")
+            raise InputError(
+                f"{key} = {within}: hidden from DVC by .dvcignore or a nested project; name another"
+            )
         is_pattern = not (root / within).exists() and set("*?[") & set(source.path)
         folder, pattern = (root, source.path) if is_pattern else (root / within, config.glob)
         files, left_out = _files(folder, pattern, key, source.path, is_listed)
@@ -162,28 +165,28 @@ def find_files(config: DataConfig) -> list[Path]:
 
 
 def weights(config: DataConfig) -> dict[str, float | None]:
-    """Return each source's share of the training windows, without a look at any file."""
+    """Return the weight of each source, from the settings alone."""
     if config.sources is None:
-        return {"text": None}
+        return {ONE_SOURCE: None}
     return {name: source.weight for name, source in config.sources.items()}
 
 
 def in_words(left_out: Counter[str]) -> str:
-    """Return in words how much is not read, by reason."""
+    """Return the counts of what is not read in words, by reason."""
     return "; ".join(f"{reason}: {count:,}" for reason, count in sorted((+left_out).items()))
 
 
 def _files(
     path: Path, pattern: str, key: str, value: str, is_listed: bool
 ) -> tuple[list[Path], Counter[str]]:
-    """Return the file, or the matching files of the folder, and the number left out, by reason.
+    """Return the file, or the matching files of the folder, and counts of those left out.
 
-    `key` = `value` is the setting to blame. DVC need not watch the files of a listing.
+    Messages name the setting `key` = `value`. DVC need not watch the files of a listing.
     """
     left_out: Counter[str] = Counter()
     if path.is_file():
         if _is_of_dvc(path.name):
-            raise InputError(f"{key} = {value}: a file of DVC's own; name the text it stands for")
+            raise InputError(f"{key} = {value}: a file of DVC's own; name the text itself")
         return [path], left_out
     if not path.is_dir():
         kind = "a pipe or a device; name a file or a folder"
@@ -193,7 +196,7 @@ def _files(
     wanted = PurePosixPath(pattern).parts
     if not wanted or wanted[0] == "/" or any("**" in part and part != "**" for part in wanted):
         raise InputError(
-            f"{pattern_key} = {pattern}: not a pattern of paths in the folder, such as **/*.txt"
+            f"{pattern_key} = {pattern}: expected a pattern of paths in the folder, as **/*.txt"
         )
     at = len(f"{path}/")
     texts: list[str] = []
@@ -230,7 +233,7 @@ def _advice(value: str) -> str:
         return "; only a shell expands ~, write the full path"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value):
         return (
-            "; a data set of Hugging Face is not downloaded: "
+            "; a data set of Hugging Face must be downloaded first: "
             f"hf download {value} --repo-type dataset --local-dir FOLDER"
         )
     return ""
@@ -258,9 +261,9 @@ def _is_of_dvc(name: str) -> bool:
 
 
 def _different(links: list[str], texts: list[str]) -> list[str]:
-    """Return the links that lead to no text that is read already, each text once.
+    """Return the links to texts that are not read already, one link for each text.
 
-    DVC may store equal copies as links to one file in its cache (cache.type): these all count.
+    Equal texts that DVC stores as links to one file in its cache (cache.type) all count.
     """
     if not links:
         return []

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def number_of_workers(wanted: int | None) -> int:
-    """Return `wanted`, or for None one for each core that this process may use."""
+    """Return `wanted`, or if it is None, the number of cores that this process may use."""
     if wanted is not None:
         return wanted
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -27,13 +27,13 @@ def number_of_workers(wanted: int | None) -> int:
 def ordered_map(
     work: Callable[[Item], Result], items: Iterable[Item], num_workers: int
 ) -> Generator[Result, None, None]:
-    """Yield work(item) for each item, in their order; one worker is this process itself.
+    """Yield work(item) for each item, in their order; a single worker is this process itself.
 
-    Raises errors of `work`, EnvironmentFault if a process was killed, and Interrupted at SIGTERM;
-    all processes end then, and when the generator is closed. Use it in `closing` if you may fail
-    between two results.
+    Raises errors of `work`, EnvironmentFault if a worker was killed, and Interrupted at SIGTERM.
+    Then all workers end, and so they do when the generator is closed. Use it in `closing` if you
+    may fail between two results.
     """
-    # a fork has all that this process has imported and opened; it is safe on Linux alone
+    # a fork inherits all that this process has imported and opened; it is safe only on Linux
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with sigterm_raises():
         if num_workers == 1:
@@ -56,7 +56,7 @@ def ordered_map(
 
 
 def _begin() -> None:
-    """Ignore signals, which the parent handles; end when the parent ends."""
+    """Ignore signals, since the parent handles them; end when the parent ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()

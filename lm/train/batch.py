@@ -6,7 +6,8 @@ import torch
 from numpy.typing import NDArray
 
 from lm.base.settings import WindowOrder
-from lm.data.batches import Split, TokenStream
+from lm.data.splits import Split
+from lm.data.token_stream import TokenStream
 from lm.machine.device import to_device
 from lm.model.transformer import Ids
 

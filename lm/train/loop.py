@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lm.base.errors import Diverged
 from lm.base.settings import TrainConfig, WindowOrder
-from lm.data.batches import Split, Tokens
+from lm.data.splits import Split, Splits
 from lm.machine.device import to_device
 from lm.model.transformer import Ids
 from lm.model.validation import evaluate, loss_nats
@@ -34,7 +34,7 @@ class Run(Protocol):
     def save(self) -> None: ...
 
 
-def fit(state: TrainState, tokens: Tokens, config: TrainConfig, run: Run) -> None:
+def fit(state: TrainState, tokens: Splits, config: TrainConfig, run: Run) -> None:
     """Train to the end of a run; after each step validate, log and save what is due."""
 
     def validation_due(step: int) -> bool:

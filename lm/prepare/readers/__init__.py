@@ -1,7 +1,7 @@
-"""The formats of text files, by suffix: a new one is a new file in this folder, with READERS.
+"""The formats of text files, by suffix. To add one, add a file with READERS to this folder.
 
-The suffix decides the format. The first bytes of a file can only contradict it: then the file is
-one bad record, so that nothing becomes text that a person would not call text.
+The suffix decides the format. If the first bytes of a file contradict it, the file is one bad
+record, so that an image or an archive never becomes text.
 """
 
 from importlib import import_module
@@ -19,12 +19,12 @@ for module in iter_modules(__path__):
 
 
 def suffix_of(file: Path) -> str:
-    """Return the suffix in small letters, with that of its compression, as .txt or .txt.gz."""
+    """Return the suffix in lower case, as .txt, with that of a compression, as .txt.gz."""
     packed = file.suffix if compression(file) else ""
     return (Path(file.stem).suffix + packed if packed else file.suffix).lower()
 
 
 def reader_of(file: Path, options: ReadOptions) -> Reader:
-    """Return a reader of a file, by its suffix or the one before .gz or .zst."""
+    """Return the reader of a file, by its suffix or by the one before its compression's."""
     inner = file.stem if compression(file) else file.name
     return READERS.get(Path(inner).suffix.lower(), READERS[""])(file, options)

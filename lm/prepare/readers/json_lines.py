@@ -1,21 +1,21 @@
-"""JSON lines, and other JSON in order to refuse it with the reason."""
+"""Read JSON lines; refuse other JSON with the reason."""
 
 import json
 from collections.abc import Container
 from pathlib import Path
 
 from lm.prepare.readers.text import Text
-from lm.prepare.records import WHOLE, Bad, Found, ReadOptions, checked
+from lm.prepare.records import NAME_ANOTHER, SKIP, WHOLE, Bad, Found, ReadOptions, checked
 from lm.prepare.signatures import LEAVE_OUT
 
 
 class JsonLines(Text):
-    """One JSON object a line, the text in one of its fields."""
+    """One JSON object per line, the text in one of its fields."""
 
     description = "JSON lines, field {}"
     is_plain = False
     name_mark = ":"
-    wrong_json: Container[str | None] = ()  # each line is judged
+    wrong_json: Container[str | None] = ()  # instead, each line is checked
 
     def __init__(self, file: Path, options: ReadOptions):
         from orjson import loads
@@ -39,13 +39,13 @@ class JsonLines(Text):
 
 
 class Json(JsonLines):
-    """JSON lines, unless the content is one value over several lines."""
+    """JSON lines; an array or a value over several lines is one bad record."""
 
     wrong_json = ("array", "value")
 
 
 class Notebook(Text):
-    """Code and prose in JSON: one bad record."""
+    """A Jupyter notebook, code and prose in JSON: one bad record."""
 
     description = "no text: notebook"
     is_plain = False
@@ -56,7 +56,7 @@ class Notebook(Text):
 
 
 def _unusual_line(offset: int, data: bytes, options: ReadOptions) -> Found | Bad:
-    """Read a line in which orjson found no text; return it or the reason why it has none."""
+    """Read a line in which orjson found no text; return its record or what is wrong with it."""
     line = checked(offset, data, options, base=offset)
     if isinstance(line, Bad):
         return line
@@ -64,13 +64,16 @@ def _unusual_line(offset: int, data: bytes, options: ReadOptions) -> Found | Bad
     try:
         record = json.loads(line.data)
     except (ValueError, RecursionError) as error:
-        return Bad(offset, "not JSON", f"not valid JSON ({error})")
+        return Bad(offset, "not JSON", f"not valid JSON ({error}); correct the line {SKIP}")
     if not isinstance(record, dict):
-        return Bad(offset, "no text", f"not an object with a field '{field}'")
+        return Bad(offset, "no text", f"not an object with field '{field}'; correct it {SKIP}")
+    remedy = f"{NAME_ANOTHER} {SKIP}"
     if field not in record:
-        return Bad(offset, "no text", f"no field '{field}' (has: {', '.join(record)[:200]})")
+        has = ", ".join(record)[:200]
+        return Bad(offset, "no text", f"no field '{field}' (has: {has}); {remedy}")
     if not isinstance(record[field], str):
-        return Bad(offset, "no text", f"field '{field}' is not text; name one in data.text_field")
+        kind = "null" if record[field] is None else type(record[field]).__name__
+        return Bad(offset, "no text", f"field '{field}' is {kind}, not text; {remedy}")
     # JSON can spell half a surrogate pair; its bytes are not UTF-8
     found = checked(offset, record[field].encode("utf-8", "surrogatepass"), options)
     if isinstance(found, Bad):

@@ -1,4 +1,4 @@
-"""Parquet tables, read by row groups with about one chunk of the column in memory."""
+"""Read parquet tables by row groups, with about one chunk of the column in memory."""
 
 import shutil
 import tempfile
@@ -18,13 +18,22 @@ from lm.prepare.file_bytes import (
     refuse_expansion,
     refuse_pointer,
 )
-from lm.prepare.records import Bad, Reader, ReadOptions, Records, checked, not_one
+from lm.prepare.records import (
+    NAME_ANOTHER,
+    SKIP,
+    Bad,
+    Reader,
+    ReadOptions,
+    Records,
+    checked,
+    not_one,
+)
 
 ROWS = 1024  # at a time
 
 
 class Parquet(Reader):
-    """A table, the text in one of its columns; its stretches begin at row groups."""
+    """A table, the text in one of its columns. Stretches count in row groups, offsets in rows."""
 
     description = "table, column {}"
 
@@ -47,7 +56,9 @@ class Parquet(Reader):
             for i in range(len(columns))[start:stop]:
                 for data in _values(table, field, i, columns[i].total_uncompressed_size):
                     if data is None:
-                        yield Bad(row, "no text", f"column '{field}' is null")
+                        yield Bad(
+                            row, "no text", f"column '{field}' is null; remove the row {SKIP}"
+                        )
                     else:
                         made += len(data)
                         refuse_expansion(self.file, size, made, self.options.max_expansion)
@@ -55,7 +66,7 @@ class Parquet(Reader):
                     row += 1
 
     def content(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """Yield how the column is stored in these row groups, and its pages."""
+        """Yield how the column is stored in the row groups, and its pages."""
         if compression(self.file):
             yield from super().content()
             return
@@ -74,7 +85,7 @@ class Parquet(Reader):
 
 @contextmanager
 def _table(file: Path, options: ReadOptions) -> Iterator[tuple[Any, list[Any]]]:
-    """Open a parquet file; yield it with its column of text, which each row group has once.
+    """Open a parquet file; yield it with the text column of each row group.
 
     A compressed file is unpacked into a temporary file first.
     """
@@ -83,19 +94,19 @@ def _table(file: Path, options: ReadOptions) -> Iterator[tuple[Any, list[Any]]]:
 
     with ExitStack() as stack:
         if compression(file):
-            source: Any = stack.enter_context(tempfile.TemporaryFile())
+            stream: Any = stack.enter_context(tempfile.TemporaryFile())
             unpacked = stack.enter_context(Decompressed(file, options.max_expansion))
-            shutil.copyfileobj(unpacked, source, limits.CHUNK_BYTES)
+            shutil.copyfileobj(unpacked, stream, limits.CHUNK_BYTES)
         else:
             refuse_pointer(file)
-            source = stack.enter_context(open(file, "rb"))
+            stream = stack.enter_context(open(file, "rb"))
         try:
-            metadata = read_metadata(source)
+            metadata = read_metadata(stream)
             number = _column(file, metadata.schema, options.text_field)
             columns = [metadata.row_group(i).column(number) for i in range(metadata.num_row_groups)]
             # buffered: a row group is not read as a whole
             table = ParquetFile(
-                source,
+                stream,
                 metadata=metadata,
                 buffer_size=1 << 20,
                 pre_buffer=False,
@@ -105,16 +116,18 @@ def _table(file: Path, options: ReadOptions) -> Iterator[tuple[Any, list[Any]]]:
             yield stack.enter_context(table), columns
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).split("\n")[0]
-            raise InputError(f"{file}: damaged or no parquet table ({reason})") from None
+            raise InputError(
+                f"{file}: damaged or not a parquet table ({reason}); fetch it again"
+            ) from None
 
 
 def _is_shared(columns: Sequence[Any]) -> bool:
-    """Return whether all rows of a column refer to values that are stored once.
+    """Return whether all rows of a column refer to values in a dictionary.
 
-    Decoded, a thousand rows of one long value would take a thousand times its memory. Where most
-    values are stored one by one, reading them as a dictionary takes four times as long.
+    Read as plain values, a thousand rows of one long value take a thousand times its memory. Where
+    most values are not in a dictionary, reading them as one takes four times as long.
     """
-    size = 0  # outside of dictionaries: if these hold all values, 8 bytes a row at most
+    size = 0  # outside of dictionaries, beyond 8 bytes a row
     for column in columns:
         values = column.data_page_offset - (
             column.dictionary_page_offset or column.data_page_offset
@@ -124,7 +137,7 @@ def _is_shared(columns: Sequence[Any]) -> bool:
 
 
 def _column(file: Path, schema: Any, name: str) -> int:
-    """Return the number of a column of text among the columns that are stored."""
+    """Return the number of the text column among the stored columns."""
     from pyarrow import types
 
     arrow = schema.to_arrow_schema()
@@ -134,11 +147,9 @@ def _column(file: Path, schema: Any, name: str) -> int:
     kind = kind.value_type if types.is_dictionary(kind) else kind
     is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     if not any(test(kind) for test in (*is_text, types.is_string_view, types.is_binary_view)):
-        raise InputError(
-            f"{file}: column '{name}' is {kind}, not text; name one in data.text_field"
-        )
+        raise InputError(f"{file}: column '{name}' is {kind}, not text; {NAME_ANOTHER}")
     stored = [schema.column(i).path for i in range(len(schema))]
-    if problem := not_one(name, stored):  # the field b of a column a is stored as "a.b", too
+    if problem := not_one(name, stored):  # field b of column a is stored as "a.b", too
         raise InputError(f"{file}: {problem}")
     return stored.index(name)
 
@@ -146,7 +157,7 @@ def _column(file: Path, schema: Any, name: str) -> int:
 def _values(table: Any, name: str, group: int, size: int) -> Iterator[bytes | None]:
     """Yield the values of a column in a row group, None for a null, about one chunk in memory.
 
-    They come from Arrow's buffers, without a str in between. `size` is that of the column.
+    Takes the bytes from Arrow's buffers, without a str in between. `size` is the column's in bytes.
     """
     import pyarrow
 

@@ -1,4 +1,4 @@
-"""Tables as text: comma-separated and tab-separated values."""
+"""Read tables of comma-separated and of tab-separated values."""
 
 import csv
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from io import BufferedReader, TextIOWrapper
 from lm.base.errors import InputError
 from lm.prepare import limits
 from lm.prepare.readers.text import Text
-from lm.prepare.records import WHOLE, Bad, Records, checked, not_one
+from lm.prepare.records import SKIP, WHOLE, Bad, Records, checked, not_one
 
 
 class CommaSeparated(Text):
@@ -19,12 +19,12 @@ class CommaSeparated(Text):
     wrong_json = ()
 
     def starts(self, size: int) -> list[int]:
-        return [0]  # line breaks within quotes end no row, and quotes count from the beginning
+        return [0]  # a row may hold line breaks in quotes: only the start of the file tells
 
     def read_on(self, stream: BufferedReader, start: int, stop: int | None) -> Records:
-        """Yield the rows below the names; the offset of each is its first line, from 1."""
+        """Yield the rows below the header; the offset of a row is its first line, from 1."""
         csv.field_size_limit(limits.MAX_DOCUMENT_BYTES)
-        held, line = 0, 1  # of the row that is being read: its characters, its first line
+        held, line = 0, 1  # characters and first line of the row that is being read
 
         def lines() -> Iterator[str]:
             nonlocal held
@@ -34,9 +34,8 @@ class CommaSeparated(Text):
                     raise csv.Error(f"a row longer than {limits.MAX_DOCUMENT_BYTES >> 20} MiB")
                 yield text
 
-        with TextIOWrapper(
-            stream, "utf-8", "surrogateescape", newline=""
-        ) as wrapper:  # bytes as is
+        # surrogateescape keeps bytes that are not UTF-8
+        with TextIOWrapper(stream, "utf-8", "surrogateescape", newline="") as wrapper:
             rows = csv.reader(lines(), delimiter=self.delimiter, strict=True)
             try:
                 names = next(rows, [])
@@ -50,18 +49,21 @@ class CommaSeparated(Text):
                         text = row[column].encode("utf-8", "surrogateescape")
                         yield checked(line, text, self.options)
                     elif row:
-                        lengths = f"length {len(row)}, the first has length {len(names)}"
-                        yield Bad(line, "no text", f"a row of {lengths}")
+                        fields = f"{len(names)} fields as in the header, found {len(row)}"
+                        remedy = f"quote fields that hold {self.delimiter!r} {SKIP}"
+                        yield Bad(line, "no text", f"expected {fields}; {remedy}")
                     held, line = 0, rows.line_num + 1
             except csv.Error as error:
-                raise InputError(f"{self.file}:{line}: not a row of a table ({error})") from None
+                raise InputError(
+                    f"{self.file}:{line}: not a row of a table ({error}); check its quotes"
+                ) from None
 
     def name(self, offset: int) -> str:
         return f"{self.file}:{offset}"
 
 
 class TabSeparated(CommaSeparated):
-    """The same with tabs."""
+    """The same, separated by tabs."""
 
     delimiter = "\t"
 

@@ -1,4 +1,4 @@
-"""Plain text, and the base of the formats made of lines."""
+"""Read plain text; the base class of the formats made of lines."""
 
 from collections.abc import Container
 from io import BufferedReader
@@ -11,7 +11,7 @@ from lm.prepare.signatures import MARK, foreign
 
 
 class Text(Reader):
-    """Plain text: one record a file, or several between separators."""
+    """Plain text: one record per file, or several between separators."""
 
     description = "text"
     is_plain = True  # data.separator ends a record
@@ -23,11 +23,11 @@ class Text(Reader):
         return self.options.separator
 
     def foreign(self, head: bytes) -> Bad | None:
-        """Return the whole file as one bad record if its first bytes are not of this format."""
+        """Return the whole file as one bad record if its first bytes contradict this format."""
         return foreign(head, bool(compression(self.file)), self.wrong_json)
 
     def holds(self, part: bytes) -> bool:
-        """Return whether some bytes stand anywhere in the file."""
+        """Return whether the file holds these bytes."""
         rest = b""
         with opened(self.file, self.options.max_expansion) as stream:
             for chunk in chunks(stream):
@@ -64,10 +64,10 @@ class Text(Reader):
             yield from self.read_on(stream, start, stop)
 
     def read_on(self, stream: BufferedReader, start: int, stop: int | None) -> Records:
-        """Yield the records from the present place of a stream on, byte `start` of the file."""
+        """Yield the records from here on; the stream is at byte `start` of the file."""
         separator = self.separator()
         if separator is None:
-            # a large buffer remains a memory mapping, even when cut: first try a small one
+            # first try a small buffer: a large one stays a memory mapping, even when cut
             text = stream.read(limits.SEARCH_BYTES)
             if len(text) == limits.SEARCH_BYTES:
                 text += stream.read(limits.MAX_DOCUMENT_BYTES + 1 - limits.SEARCH_BYTES)
@@ -79,10 +79,10 @@ class Text(Reader):
                 yield record
 
     def record(self, offset: int, data: bytes) -> Found | Bad | None:
-        """Return the bytes between two separators as a record, or None if they hold none."""
+        """Return the record between two separators, or None if there is none."""
         found = checked(offset, data, self.options, base=offset)
         if isinstance(found, Found):
-            return found._replace(data=found.data.strip(b"\r\n"))  # they belong to the cut
+            return found._replace(data=found.data.strip(b"\r\n"))  # they belong to the separator
         return found
 
     def name(self, offset: int) -> str:
