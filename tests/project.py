@@ -92,10 +92,16 @@ class Project:
             process.stdout.close()
             process.stderr.close()
 
-    def train_until(self, text: str, *overrides: str, **environment: str) -> Any:
-        """Start stage train and wait until it has printed a line that begins so."""
+    def train_until(
+        self, text: str, *overrides: str, warm: bool = False, **environment: str
+    ) -> Any:
+        """Start stage train and wait until it has printed a line that begins so.
+
+        With `warm`, in a fork: it has another process id, and can only be killed or awaited.
+        """
         overrides = ("runtime.log_interval=1", *overrides)  # it waits for us within some steps
         given = [word for override in overrides for word in ("-S", override)]
+        environment = (self.environment(warm=True) if warm else {}) | environment
         process = self.start("python", "-m", "stages.train", *given, **environment)
         wait_for(process, text)
         return process

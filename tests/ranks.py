@@ -17,9 +17,11 @@ from tests.servers import reserved_port
 
 # not a fork of the process of the tests, which has threads by now
 _FORKS = get_context("forkserver")
+# also what the functions stand in: each rank would import it, and all of lm, with its checks
 _FORKS.set_forkserver_preload(
-    ["tests.conftest", "tests.ranks", "torch.distributed.fsdp", "torch._dynamo"]
-)
+    ["tests.conftest", "tests.test_parallel", "tests.test_processes", "tests.test_sharded",
+     "torch.distributed.fsdp", "torch._dynamo"]
+)  # fmt: skip
 
 
 def together(

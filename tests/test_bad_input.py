@@ -103,12 +103,12 @@ class Row(NamedTuple):
 
 
 def file(name, data):
-    """Put a file into the project."""
+    """Put a file into the project: its bytes, or a function that makes them, if that takes long."""
 
     def write(folder):
         path = folder / os.fsdecode(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        path.write_bytes(data() if callable(data) else data)
 
     return write
 
@@ -614,9 +614,9 @@ ROWS = [
     data("a.txt", b"a\r\n\r\nb", r'data.separator = "\\n\\n": does not occur in any text file; the text has Windows line ends: write "\r\n\r\n" in params.yaml', r"data.separator=\n\n"),
     Row("data", "tokenizer", [file("given/a.txt", b"a\n\nb"), "data.path=given", "data.separator=--"], 2,
         'data.separator = "--": does not occur in any text file; set it to what stands between two documents, or to null'),
-    data("a.gz", gzip.compress(bytes(100 << 20)), f"given/a.gz: …{EXPANDS}"),
-    data("a.jsonl.zst", zstandard.compress(b" " * (100 << 20)), f"given/a.jsonl.zst: …{EXPANDS}"),
-    data("a.parquet.gz", gzip.compress(bytes(100 << 20)), f"given/a.parquet.gz: …{EXPANDS}"),
+    data("a.gz", lambda: gzip.compress(bytes(100 << 20)), f"given/a.gz: …{EXPANDS}"),
+    data("a.jsonl.zst", lambda: zstandard.compress(b" " * (100 << 20)), f"given/a.jsonl.zst: …{EXPANDS}"),
+    data("a.parquet.gz", lambda: gzip.compress(bytes(100 << 20)), f"given/a.parquet.gz: …{EXPANDS}"),
     data("a.txt.gz.gz", gzip.compress(gzip.compress(b"text")), f"given/a.txt.gz.gz: compressed twice, not text; decompress it once {LEAVE_OUT}"),
     data("a.txt.zst", long_window(b"text"), "given/a.txt.zst: compressed with a window above 128 MiB; unpack it (zstd -d --long=31)"),
     data("a\nb\x1b[31m.txt", b"\xff", f"given/a\\nb\\x1b[31m.txt: byte 0xff at offset 0 is not UTF-8; {CONVERT}"),
@@ -651,7 +651,7 @@ ROWS = [
     data("a.parquet", two_columns("text"), f"given/a.parquet: 2 columns 'text'; {NAME_ANOTHER}"),
     data("a.parquet", table(**{"a": [{"text": 1}], "a.text": ["a"]}), f"given/a.parquet: 2 columns 'a.text'; {NAME_ANOTHER}", "data.text_field=a.text"),
     data("a.parquet", repeated("word " * 2_000_000, 1000), f"given/a.parquet: …{EXPANDS}"),
-    data("a.parquet.gz", gzip.compress(repeated("word " * 2_000_000, 1000)), f"given/a.parquet.gz: …{EXPANDS}"),
+    data("a.parquet.gz", lambda: gzip.compress(repeated("word " * 2_000_000, 1000)), f"given/a.parquet.gz: …{EXPANDS}"),
     data("a.parquet", altered(table(text=["a" * 5000]), 2500), "given/a.parquet: damaged or not a parquet table (could not verify page integrity, CRC checksum verification failed…); fetch it again"),
     data("a.parquet", table(id=[1], body=["a"]), f"given/a.parquet: no column 'text' (has: id, body); {NAME_ANOTHER}"),
     data("a.parquet", table(text=[1]), f"given/a.parquet: column 'text' is int64, not text; {NAME_ANOTHER}"),

@@ -8,8 +8,8 @@ import statistics
 
 import numpy as np
 import pytest
+import scipy  # its stats, which take seconds to import, when a test asks for them
 import vl_convert
-from scipy import stats
 
 from lm.base.errors import InputError
 from tests.kill import Victim, commit, git, living, run, survivors, versioned
@@ -65,7 +65,9 @@ def test_make_sweep_runs_the_grid_once_and_tells_what_dvc_recorded(project):
         assert table[lr][1:4] == ["2", f"{mean:.4f}", f"{spread:.4f}"]
     better, worse = sorted(losses, key=lambda lr: sum(losses[lr].values()))
     assert table[better][5] == "best"
-    theirs = stats.ttest_rel(*[[losses[lr][seed] for seed in (1, 2)] for lr in (worse, better)])
+    theirs = scipy.stats.ttest_rel(
+        *[[losses[lr][seed] for seed in (1, 2)] for lr in (worse, better)]
+    )
     ends = theirs.confidence_interval()
     assert f"(95% CI {ends.low:.4f} to {ends.high:.4f})" in table[worse][5]
     assert project.read("metrics/compare.md").decode() in done.stdout
@@ -132,7 +134,7 @@ def test_shared_seeds_are_compared_as_scipy_ttest_rel_does(comparisons):
     rng = np.random.default_rng(0)
     for n in (2, 3, 8):
         a, b = rng.normal(3.3, 0.02, (2, n))
-        theirs = stats.ttest_rel(a, b).confidence_interval(1 - 0.05 / comparisons)
+        theirs = scipy.stats.ttest_rel(a, b).confidence_interval(1 - 0.05 / comparisons)
         shuffled = {seed: runs(*a)[seed] for seed in range(n, 0, -1)}
         ours = difference(shuffled, runs(*b), comparisons)
         assert (ours.low, ours.high) == pytest.approx(tuple(theirs), rel=1e-9)
@@ -144,7 +146,7 @@ def test_other_seeds_are_compared_as_scipy_welch_does(comparisons):
     rng = np.random.default_rng(1)
     for n, m in ((2, 2), (3, 5), (9, 4)):
         a, b = rng.normal(3.3, 0.1, n), rng.normal(3.2, 0.01, m)
-        theirs = stats.ttest_ind(a, b, equal_var=False)
+        theirs = scipy.stats.ttest_ind(a, b, equal_var=False)
         theirs = theirs.confidence_interval(1 - 0.05 / comparisons)
         ours = difference(runs(*a), runs(*b, first=100), comparisons)
         assert (ours.low, ours.high) == pytest.approx(tuple(theirs), rel=1e-9)
@@ -153,7 +155,7 @@ def test_other_seeds_are_compared_as_scipy_welch_does(comparisons):
 
 def test_only_shared_seeds_are_paired_and_few_of_many_are_not_enough():
     a, b = runs(1.0, 2.0, 4.0), runs(0.9, 1.8, 3.7, 9.0, 9.0)
-    theirs = stats.ttest_rel([1.0, 2.0, 4.0], [0.9, 1.8, 3.7]).confidence_interval()
+    theirs = scipy.stats.ttest_rel([1.0, 2.0, 4.0], [0.9, 1.8, 3.7]).confidence_interval()
     assert (difference(a, b).low, difference(a, b).high) == pytest.approx(tuple(theirs))
     assert not difference(runs(1.0, 2.0, 4.0, 3.0), runs(1.0, 2.0, 4.0, 3.0, first=3)).paired
 
@@ -210,7 +212,9 @@ def test_without_a_correction_equal_settings_would_often_be_found_to_differ():
         values = np.array([list(losses.values()) for losses in sweep])
         best = values[values.mean(axis=1).argmin()]
         others = [row for row in values if not np.array_equal(row, best)]
-        found += bool((stats.ttest_rel(others, [best] * len(others), axis=1).pvalue < 0.05).any())
+        found += bool(
+            (scipy.stats.ttest_rel(others, [best] * len(others), axis=1).pvalue < 0.05).any()
+        )
     assert found / sweeps > 0.2
 
 
@@ -256,7 +260,9 @@ def test_the_report_says_what_the_numbers_allow():
     rows = {cells[0]: cells[1:] for cells in cells_of(text)}
     assert list(rows) == ["0.01", "0.03", "0.02", "0.04"]
     assert rows["0.01"][:5] == ["3", "3.1000", "0.1000", "3.0000 to 3.2000", "best"]
-    theirs = stats.ttest_rel([3.31, 3.41, 3.52], [3.0, 3.1, 3.2]).confidence_interval(1 - 0.05 / 3)
+    theirs = scipy.stats.ttest_rel([3.31, 3.41, 3.52], [3.0, 3.1, 3.2]).confidence_interval(
+        1 - 0.05 / 3
+    )
     interval = f"95% CI {theirs.low:.4f} to {theirs.high:.4f}"
     assert rows["0.02"][4] == f"worse than the best: +0.3133 ({interval})"
     assert rows["0.03"][4].startswith("no difference shown: +0.0333 (95% CI -")

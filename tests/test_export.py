@@ -461,8 +461,8 @@ def test_the_pipeline_ends_in_a_folder_with_a_card_that_is_true(baseline, tmp_pa
         "README.md", "config.json", "generation_config.json", "loss.svg", "model.safetensors",
         "provenance.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    by_hand = project.run("python", "-m", "lm.export", "--out", "again", "-S", "export.license=mit")
-    assert by_hand.returncode == 0, by_hand.stderr
+    by_hand = project.warm("lm.export", "--out", "again", "-S", "export.license=mit")
+    assert by_hand["status"] == 0, by_hand["err"]
     after = {file.name: file.read_bytes() for file in (project.folder / "again").iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"README.md"}
     assert b"license: mit\n" in after["README.md"]

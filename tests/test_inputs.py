@@ -141,7 +141,7 @@ def test_an_edit_during_training_is_no_wrong_record_and_loses_nothing(long):
     project, straight = long
     code = project.folder / "lm" / "train" / "optim.py"
     before = code.read_text()
-    process = project.train_until("step  40/")
+    process = project.train_until("step  40/", warm=True)
     code.write_text(before + "# an edit\n")
     project.set("train.lr", 0.5)
     edits = "lm/train/optim.py, params.yaml: train.lr (0.01 -> 0.5)"
@@ -189,7 +189,7 @@ def test_tokens_damaged_during_training_stop_it(long, damage):
     project, straight = long
     file = project.folder / "data" / "tokens" / "train" / "text-00000.bin"
     data = file.read_bytes()
-    process = project.train_until("step  40/")
+    process = project.train_until("step  40/", warm=True)
     damage(file)
     ends_with(process, "data/tokens/train/text-00000.bin")
     assert not (project.folder / "models" / "model").exists()

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from stages.launch import leave_with
-from tests.kill import copied, lent, living_ranks, outputs, share_out, survivors
+from tests.kill import copied, dvc, git, lent, living_ranks, outputs, share_out, survivors
 from tests.project import one_line, wait_for
 
 TWO = "runtime.num_processes=2"
@@ -68,15 +68,13 @@ def test_the_code_of_the_rank_that_failed_is_told_before_those_that_lost_it(code
 
 
 def test_dvc_repro_with_two_processes_ends_in_the_bytes_of_one(shared):
-    pytest.importorskip("dvc")
     project, straight = shared
     project.set("runtime.num_processes", 2)
-    assert project.run("git", "init", "-q").returncode == 0
-    done = project.run("dvc", "repro", "--single-item", "train")
-    assert done.returncode == 0, done.stderr
-    assert ", 2 processes\n" in done.stdout
-    assert done.stdout.count("Model has") == 1  # rank 0 alone speaks
-    assert done.stdout.count("step 48/48") == 1
+    git(project, "init", "-q")
+    said = dvc(project, "repro", "--single-item", "train")
+    assert ", 2 processes\n" in said
+    assert said.count("Model has") == 1  # rank 0 alone speaks
+    assert said.count("step 48/48") == 1
     found = outputs(project)
     assert found.pop("dvc.lock")
     assert found == straight

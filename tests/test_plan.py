@@ -409,15 +409,15 @@ def test_the_planned_memory_is_within_a_tenth_of_the_peak(vocab_size, changes):
 
 def test_the_command_tells_memory_time_and_cost(project):
     project.set("train.gradient_checkpointing", True)
-    done = project.run(sys.executable, "-m", "lm.plan", "-S", "train.max_steps=40", "--price", "2")
-    assert done.returncode == 0, done.stderr
+    done = project.warm("lm.plan", "-S", "train.max_steps=40", "--price", "2")
+    assert done["status"] == 0, done["err"]
     expected = ("| embedding | 9,600 |", "| all | 39,840 |", "| optimizer state | 0.3 |",
                 "gradient_checkpointing: false ", "40 steps, ", "EUR at 2 EUR an hour")  # fmt: skip
     for words in expected:
-        assert words in done.stdout, done.stdout
-    done = project.run(sys.executable, "-m", "lm.plan", "-S", "train.compile=maybe")
-    assert done.returncode == 2
-    assert "train.compile = maybe: must be one of auto, true, false" in done.stderr
+        assert words in done["out"], done["out"]
+    done = project.warm("lm.plan", "-S", "train.compile=maybe")
+    assert done["status"] == 2
+    assert "train.compile = maybe: must be one of auto, true, false" in done["err"]
 
 
 def test_processes_share_the_batch_evenly(train_config):

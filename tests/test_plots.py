@@ -159,14 +159,14 @@ def test_the_clock_goes_on_after_a_kill_and_is_in_no_output(shared, project):
 def test_by_hand_results_stay_until_the_end_and_a_continued_run_continues_their_times(project):
     names = ("metrics/curves.csv", "metrics/train.json", "metrics/wall_clock.csv")
     before = [project.read(name) for name in names]
-    process = project.train_until(f"step  50/{STEPS}", "train.lr=3e-3")
+    process = project.train_until(f"step  50/{STEPS}", "train.lr=3e-3", warm=True)
     process.kill()
     process.wait()
+    assert survivors(project) == []
     assert [project.read(name) for name in names] == before
     times = rows(project, "metrics/wall_clock.csv")
     last = "models/checkpoints/last.safetensors"
-    longer = ("-S", f"train.max_steps={STEPS + 5}")
-    done = project.run("python", "-m", "stages.train", "--resume-from", last, *longer)
+    done = project.stage("train", f"train.max_steps={STEPS + 5}", resume_from=last)
     assert done.returncode == 0, done.stderr
     continued = rows(project, "metrics/wall_clock.csv")
     assert continued[:STEPS] == times

@@ -22,7 +22,7 @@ from lm.base.sections import read_section
 from lm.prepare.documents import split_documents
 from lm.prepare.learn import train_bpe
 from lm.prepare.sources import DataConfig
-from tests.kill import copied, lent, outputs
+from tests.kill import copied, lent, outputs, survivors
 from tests.project import ROOT, one_line, wait_for
 from tests.test_baselines import by_hand
 
@@ -51,8 +51,9 @@ def killed(long_run, made_once, tmp_path):
 
     def make(folder):
         project = copied(long_run[0], folder / "project")
-        project.train_until("step  40/").kill()
+        project.train_until("step  40/", warm=True).kill()
         project.close()
+        assert survivors(project) == []
         project.processes.clear()
         return project
 
@@ -440,10 +441,9 @@ def test_a_compiled_run_is_exact_and_near_the_eager_one(prepared, masked):
     assert prepared.stage("train", *overrides).returncode == 0
     eager, runs = outputs(prepared), []
     losses = [json.loads(prepared.read("metrics/train.json"))["train_loss"]]
-    overrides = [word for change in (*overrides, "train.compile=true") for word in ("-S", change)]
     for _ in range(2):
         prepared.forget_runs()
-        result = prepared.run("python", "-m", "stages.train", *overrides)
+        result = prepared.stage("train", *overrides, "train.compile=true")
         assert result.returncode == 0, result.stderr
         runs.append(outputs(prepared))
     losses.append(json.loads(prepared.read("metrics/train.json"))["train_loss"])
@@ -557,9 +557,9 @@ def test_evaluation_reports_the_validation_split_beside_its_baselines(prepared):
     first = {name: prepared.read(f"metrics/{name}") for name in ("eval.json", "samples.md")}
     prepared.prepare("evaluate")
     assert first == {name: prepared.read(f"metrics/{name}") for name in first}
-    generated = prepared.run("python", "-m", "lm.generate", "--prompt", "def ", "--device", "cpu")
-    assert generated.returncode == 0, generated.stderr
-    assert generated.stdout.startswith("def ")
+    generated = prepared.warm("lm.generate", "--prompt", "def ", "--device", "cpu")
+    assert generated["status"] == 0, generated["err"]
+    assert generated["out"].startswith("def ")
 
 
 def test_the_tokenizer_learns_from_the_training_split_alone(prepared):

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.kill import dvc
+from tests.kill import dvc, survivors
 from tests.project import one_line
 
 
@@ -160,8 +160,9 @@ def test_what_does_not_belong_together_is_named(project):
 def test_a_damaged_checkpoint_of_an_unfinished_run_is_named_and_one_that_was_cut_is_no_fault(
     project,
 ):
-    project.train_until("step   40/", "train.max_steps=5000").kill()
+    project.train_until("step   40/", "train.max_steps=5000", warm=True).kill()
     project.processes[-1].wait()
+    assert survivors(project) == []
     unfinished = project.folder / ".dvc" / "tmp" / "lm-resume"
     newest = max(unfinished.glob("*/step-*.json")).with_suffix(".safetensors")
     flip(newest)
