@@ -211,7 +211,7 @@ def test_the_largest_micro_batch_that_fits_divides_the_batch(model_config, train
 
 def test_more_tokens_than_gain_anything_are_not_computed_at_once(capsys):
     """GPT-2's size on a GPU of 80 GB, where neither memory nor a validation decides."""
-    params = load_params(ROOT / "presets" / "gpt2-124m.yaml", [])
+    params = load_params(ROOT / "presets" / "gpt2-124m.yaml", ["train.compile=false"])
     config = read_section(TrainConfig, params, "train")
     model = read_section(ModelConfig, params, "model", vocab_size=50_257)
 
@@ -292,7 +292,7 @@ def test_a_resumed_run_keeps_its_micro_batches(run_settings, tmp_path, capsys):
 
 def test_compiling_is_decided_by_the_length_of_the_run(model_config, train_config, monkeypatch):
     monkeypatch.setattr(planning, "no_compiling", lambda device: None)
-    config = replace(train_config, compile="auto")
+    config = TrainSection(**vars(train_config) | {"compile": "auto"})
     assert compiling(model_config, config, CPU)[0] is False
     decided, why = compiling(model_config, replace(config, max_steps=2**30), CPU)
     assert decided

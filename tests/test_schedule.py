@@ -6,7 +6,7 @@ import pytest
 
 from lm.base.errors import InputError
 from lm.base.sections import read_section
-from lm.base.settings import TrainConfig
+from lm.base.settings import TrainSection
 from lm.train.schedule import (
     SCHEDULES,
     get_lr_constant_schedule,
@@ -55,4 +55,4 @@ def test_no_update_is_lost_and_the_last_has_the_lowest_rate(train_config, name):
 def test_a_name_that_is_not_in_the_registry_is_no_setting(smoke_params):
     smoke_params["train"]["schedule"] = "sgdr"
     with pytest.raises(InputError, match="schedule = sgdr: must be one of cosine, wsd, constant$"):
-        read_section(TrainConfig, smoke_params, "train")
+        read_section(TrainSection, smoke_params, "train")

@@ -289,9 +289,10 @@ class TrainSection(ScheduleConfig, OptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainSection):
-    """The section `train` with its dtype decided: see `make_plan` in lm/plan/plan.py."""
+    """The section `train` with dtype and compile decided: see `make_plan` in lm/plan/plan.py."""
 
     dtype: Annotated[Dtype, "of matrix products"]
+    compile: Annotated[bool, "`torch.compile`"]
 
 
 def share_of_batch(config: TrainSection, num_processes: int) -> int:

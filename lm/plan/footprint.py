@@ -69,7 +69,7 @@ def flops_per_token(
     sizes, T = parameters(model), model.context_length
     again = config.gradient_checkpointing
     pairs = float(T * T)  # of query and key that are multiplied: see causal_attention
-    if config.compile is True and device.type == "cpu" and not model.dropout:
+    if config.compile and device.type == "cpu" and not model.dropout:
         pairs = float(sum((end - start) * end for start, end in attention_blocks(T)))
     product = 2 * model.num_layers * model.d_model * pairs / T
     head = model.vocab_size * model.d_model
@@ -95,7 +95,7 @@ def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) 
     """
     N, C, F = micro_batch_size * model.context_length, model.d_model, model.d_ff
     dtype, activation = DTYPES[config.dtype], ACTIVATIONS[model.ffn]
-    a, casts = dtype.size_bytes, dtype.autocast and config.compile is not True
+    a, casts = dtype.size_bytes, dtype.autocast and not config.compile
     norms, last_norms = NORMS[model.norm, model.norm_position]
     kv_width = model.kv_heads * model.head_dim
     # a norm's output is input to a product; without norm that input is the residual stream itself
@@ -141,7 +141,7 @@ def _head(model: ModelConfig, config: TrainConfig, micro_batch_size: int) -> dic
     dtype, rows = DTYPES[config.dtype], rows_at_once(N, V)
     a = dtype.size_bytes
     chunks = -(-N // rows)
-    if config.compile is True and not PARALLEL[config.parallel].several:  # not blocks alone
+    if config.compile and not PARALLEL[config.parallel].several:  # not blocks alone
         copies = 2 * a  # the pointwise operations are one loop
     else:
         copies = a + 4 + 4 + a * (chunks > 1) + 4 * dtype.autocast
@@ -226,7 +226,7 @@ def peak_memory(
     through_a_block = N * (8.0 * model.d_model + ACTIVATIONS[model.ffn].matrices * model.d_ff * a)
     head = _head(model, config, micro_batch_size)
     # the memory of a CUDA graph serves nothing else
-    graph = config.compile is True and device.type == "cuda" and not config.gradient_checkpointing
+    graph = config.compile and device.type == "cuda" and not config.gradient_checkpointing
     graph &= not PARALLEL[config.parallel].several
     by_graph = graph * (sum(kept.values()) + sum(head.values()))
     moments: list[dict[str, float]] = [
@@ -262,7 +262,7 @@ def peak_memory(
             parts["checkpoint's copy"] = weights + state
         parts["heap, lost between"] = (HEAP - 1) * sum(parts.values())
         parts["interpreter and torch"] = base_bytes + KERNEL_BYTES
-        if config.compile is True:
+        if config.compile:
             parts["compiler"] = COMPILER_BYTES
         elif config.gradient_checkpointing or PARALLEL[config.parallel].several:
             parts["compiler"] = IMPORTED_COMPILER_BYTES

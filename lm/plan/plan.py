@@ -112,21 +112,22 @@ def choose_dtype(
     return "bfloat16", f"this {device.type} multiplies it natively"
 
 
-def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+def compiling(model: ModelConfig, asked: TrainSection, device: torch.device) -> tuple[bool, str]:
     """Return whether to compile, and why: by settings, kind of device and threads alone.
 
     A clock must not decide: it would give other bits at another time. Nor must the number of
     processes: a run may go on with another one.
     """
-    if config.compile != "auto":
-        return config.compile, f"train.compile is {str(config.compile).lower()}"
+    if asked.compile != "auto":
+        return asked.compile, f"train.compile is {str(asked.compile).lower()}"
     if device.type not in RATES:
         return False, f"torch.compile is not tried on {device.type}"
     if reason := no_compiling(device):
         return False, f"{reason} to compile"
+    config = _decided(model, asked, device, compiles=False)
     native = multiplies_natively(device, config.dtype)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    plan = Plan(model, dataclasses.replace(config, compile=False), device, config.batch_size, 0)
+    plan = Plan(model, config, device, config.batch_size, 0)
     saved_s = plan.flops / nominal_rate(config, device) * (NATIVE_SAVING if native else SAVING)
     # with one thread half of the work could be shared by several
     cost_s = (COMPILING_S + COMPILING_LAYER_S * model.num_layers) * (2 / 3 + 2 / 3 / threads)
@@ -137,6 +138,13 @@ def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> 
         f"it would save about {duration(saved_s)} and cost about {duration(cost_s)}, "
         f"{'at least' if repays else 'not'} {REPAYS:g} times as much"
     )
+
+
+def _decided(
+    model: ModelConfig, asked: TrainSection, device: torch.device, compiles: bool
+) -> TrainConfig:
+    dtype, _ = choose_dtype(model, asked, device)
+    return TrainConfig(**vars(asked) | {"dtype": dtype, "compile": compiles})
 
 
 def nominal_rate(config: TrainConfig, device: torch.device) -> float:
@@ -155,10 +163,8 @@ def make_plan(
     Raises InputError if this number of processes cannot share the batch.
     """
     base = resident_memory_bytes()
-    dtype, _ = choose_dtype(model, asked, device)
-    config = TrainConfig(**vars(asked) | {"dtype": dtype})
-    compiles, _ = compiling(model, config, device)
-    config = dataclasses.replace(config, compile=compiles)
+    compiles, _ = compiling(model, asked, device)
+    config = _decided(model, asked, device, compiles)
     free = free_memory_of_one(device, num_processes)
     micro_batch_size = largest_micro_batch(model, config, device, free, num_processes)
     return Plan(model, config, device, micro_batch_size, base, num_processes)

@@ -47,8 +47,7 @@ def announce(plan: Plan, asked: TrainSection) -> None:
         say(f"Plan: {dtype}: {why}")
     if asked.compile == "auto":
         done = "compiled" if plan.config.compile else "not compiled"
-        decided = dataclasses.replace(plan.config, compile="auto")
-        say(f"Plan: {done}: {compiling(plan.model, decided, plan.device)[1]}")
+        say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
     most = largest_micro_batch(plan.model, plan.config, plan.device, None, processes)
     if plan.micro_batch_size < most:
         say(

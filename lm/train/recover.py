@@ -50,7 +50,7 @@ def lower_micro_batch_size(state: TrainState, config: TrainConfig) -> None:
     state.micro_batch_size = fewer
     state.optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
-        if config.compile is True:
+        if config.compile:
             torch.compiler.reset()  # a CUDA graph keeps the memory of the larger micro-batch
         torch.cuda.empty_cache()
     say(

@@ -48,7 +48,7 @@ def new_state(
     if initialise is not None:
         initialise(model)
     mode = PARALLEL[config.parallel]
-    if config.compile is True and mode.several:
+    if config.compile and mode.several:
         for layer in model.layers:  # one compilation serves them all
             layer.forward = compiled(layer.forward, device)
     if mode.sharded:

@@ -152,11 +152,11 @@ def make_gradients(
     match config.parallel:
         case "none":
             cuda_graph = False
-            if config.compile is True and config.gradient_checkpointing:
+            if config.compile and config.gradient_checkpointing:
                 # together, forward and backward would keep what checkpointing drops; so large a
                 # model is not limited by launches
                 forward = compiled(forward, device)
-            elif config.compile is True:
+            elif config.compile:
                 cuda_graph = device.type == "cuda"
                 backward = compiled(backward, device, cuda_graph)
             return OneProcess(model, backward, tree, overwrites=cuda_graph)
