@@ -45,6 +45,7 @@ from lm.plan import plan as planning
 from lm.plan import timing
 from lm.plan.__main__ import main
 from lm.plan.footprint import (
+    _optimizer,
     activations,
     communication,
     flops_per_token,
@@ -64,6 +65,7 @@ from lm.plan.plan import (
 )
 from lm.plan.timing import announce, calibrate
 from lm.train.loop import train
+from lm.train.optim import OPTIMIZERS, WholeMatrices
 from lm.train.parallel import Replicated, Sharded
 from lm.train.state import new_state
 from tests import test_run
@@ -179,6 +181,27 @@ def test_a_third_choice_is_an_error_and_not_planned_as_the_second(model_config, 
     if name not in ("ffn", "dtype"):  # of which what is sent does not depend
         with pytest.raises((KeyError, AssertionError)):
             communication(model_config, train_config, 2, 1)
+
+
+def test_an_optimizer_is_planned_by_the_numbers_of_its_own_entry(
+    model_config, train_config, monkeypatch
+):
+    numbers = {"kept": 4, "stacked": 10, "exchanged": 8, "sent": 6}
+    double = WholeMatrices(**{name: 2 * number for name, number in numbers.items()})
+    for name, whole in (("twice", double), ("without", None)):
+        kind = replace(OPTIMIZERS["muon"], whole_matrices=whole)
+        monkeypatch.setitem(OPTIMIZERS, name, kind)
+
+    def needs(optimizer, parallel):
+        config = replace(train_config, parallel=parallel, optimizer=optimizer)
+        sent = communication(model_config, config, 2, 1).get(f"all-to-all of {optimizer}", 0)
+        state, scratch = _optimizer(model_config, config, 2)
+        return state, scratch, sent
+
+    for parallel in ("none", "fsdp"):
+        state, scratch, sent = needs("muon", parallel)
+        assert needs("twice", parallel) == (state, 2 * scratch, 2 * sent)
+        assert needs("without", parallel) == (state, 0, 0)
 
 
 def test_gradient_checkpointing_and_smaller_micro_batches_are_planned_smaller(

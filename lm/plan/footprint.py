@@ -168,14 +168,14 @@ def _optimizer(model: ModelConfig, config: TrainConfig, shares: int) -> tuple[fl
     matrices = sizes["attention"] + sizes["feed-forward"]
     others = sum(sizes.values()) - matrices
     state = 4 * (optimizer.matrix_numbers * matrices + optimizer.other_numbers * others) / shares
-    if not optimizer.whole_matrices:
+    whole = optimizer.whole_matrices
+    if whole is None:
         return state, 0
-    # every matrix's direction; the largest stack of equal ones in float32, and thrice in bfloat16
-    scratch = 4.0 * matrices + 10 * max(sizes["attention"], sizes["feed-forward"])
-    if PARALLEL[config.parallel].sharded:  # a whole matrix at a time, what is sent and received
+    if PARALLEL[config.parallel].sharded:
         largest = max(rows * columns for rows, columns in _shapes(model))
-        scratch = 4 * matrices / shares + (10 + 4 + 4) * largest
-    return state, scratch
+        return state, whole.kept * matrices / shares + (whole.stacked + whole.exchanged) * largest
+    at_once = max(sizes["attention"], sizes["feed-forward"])
+    return state, whole.kept * matrices + whole.stacked * at_once
 
 
 def _shapes(model: ModelConfig) -> Counter[tuple[int, int]]:
@@ -314,9 +314,9 @@ def communication(
     halves of that (Rajbhandari et al. 2020, section 7.2), less what the root keeps, for each
     micro-batch. All is float32, 4 bytes a number. Over a tree each process adds up a share of the
     gradients that an all-to-all has brought: as many bytes as a reduce-scatter, but under fsdp for
-    each micro-batch. Muon's matrices go to one process each, N of a shape at a time, and come back
-    as rows in bfloat16; where there are fewer, places stay empty but are sent. Norms of gradients,
-    losses and validations are left out.
+    each micro-batch. For an optimizer of whole matrices each matrix goes to one process and comes
+    back, N of a shape at a time; where fewer are left, empty places are sent too. Norms of
+    gradients, losses and validations are left out.
     """
     others = (num_processes - 1) / num_processes
     whole = others * 4.0 * sum(parameters(model).values())
@@ -336,10 +336,10 @@ def communication(
         "all-gather of weights": micro_batches * gathered,
         gradients: whole * (micro_batches if by_tree else 1),
     }
-    if OPTIMIZERS[config.optimizer].whole_matrices:
+    if (whole_matrices := OPTIMIZERS[config.optimizer].whole_matrices) is not None:
         numbers = sum(
             rows * columns * -(-count // num_processes)
             for (rows, columns), count in _shapes(model).items()
         )
-        sent[f"all-to-all of {config.optimizer}"] = others * (4.0 + 2.0) * numbers
+        sent[f"all-to-all of {config.optimizer}"] = others * whole_matrices.sent * numbers
     return sent

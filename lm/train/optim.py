@@ -253,19 +253,36 @@ def _adamw_groups(
     return [common | {"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class WholeMatrices:
+    """Memory and traffic of an update that computes with whole matrices, in bytes a weight."""
+
+    kept: int  # for every matrix in the blocks, until the update ends
+    stacked: int  # for the matrices computed together; under fsdp for one matrix
+    exchanged: int  # under fsdp for that matrix: its rows as they are sent and received
+    sent: int  # under fsdp for every matrix: to the process that computes it, and back
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerKind:
-    """All that depends on the choice of train.optimizer; lm/plan reads the sizes."""
+    """All that depends on the choice of train.optimizer; lm/plan reads the numbers."""
 
     make: Callable[[nn.Module, OptimizerConfig], AdamW]
     matrix_numbers: int  # float32 numbers of state for each weight of a matrix in a block
     other_numbers: int  # the same for each other weight
-    whole_matrices: bool  # an update computes with whole matrices: scratch, and traffic of fsdp
+    whole_matrices: WholeMatrices | None  # None: an update computes each weight by itself
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerKind(make_adamw, matrix_numbers=2, other_numbers=2, whole_matrices=False),
-    "muon": OptimizerKind(make_muon, matrix_numbers=1, other_numbers=2, whole_matrices=True),
+    "adamw": OptimizerKind(make=make_adamw, matrix_numbers=2, other_numbers=2, whole_matrices=None),
+    "muon": OptimizerKind(
+        make=make_muon,
+        matrix_numbers=1,
+        other_numbers=2,
+        # the mixed gradient in float32; its stack in float32 and three times in bfloat16; rows in
+        # float32, sent and received; directions come back in bfloat16
+        whole_matrices=WholeMatrices(kept=4, stacked=4 + 3 * 2, exchanged=4 + 4, sent=4 + 2),
+    ),
 }
 
 
