@@ -65,7 +65,7 @@ from lm.plan.plan import (
 )
 from lm.plan.timing import announce, calibrate
 from lm.train.loop import train
-from lm.train.optim import OPTIMIZERS, WholeMatrices
+from lm.train.optim import OPTIMIZERS
 from lm.train.parallel import Replicated, Sharded
 from lm.train.state import new_state
 from tests import test_run
@@ -186,11 +186,11 @@ def test_a_third_choice_is_an_error_and_not_planned_as_the_second(model_config, 
 def test_an_optimizer_is_planned_by_the_numbers_of_its_own_entry(
     model_config, train_config, monkeypatch
 ):
-    numbers = {"kept": 4, "stacked": 10, "exchanged": 8, "sent": 6}
-    double = WholeMatrices(**{name: 2 * number for name, number in numbers.items()})
-    for name, whole in (("twice", double), ("without", None)):
-        kind = replace(OPTIMIZERS["muon"], whole_matrices=whole)
-        monkeypatch.setitem(OPTIMIZERS, name, kind)
+    muon = OPTIMIZERS["muon"]
+    numbers = {name: getattr(muon, name) for name in ("kept", "stacked", "exchanged", "sent")}
+    for name, times in (("double", 2), ("none", 0)):
+        entry = replace(muon, **{key: times * number for key, number in numbers.items()})
+        monkeypatch.setitem(OPTIMIZERS, name, entry)
 
     def needs(optimizer, parallel):
         config = replace(train_config, parallel=parallel, optimizer=optimizer)
@@ -200,8 +200,8 @@ def test_an_optimizer_is_planned_by_the_numbers_of_its_own_entry(
 
     for parallel in ("none", "fsdp"):
         state, scratch, sent = needs("muon", parallel)
-        assert needs("twice", parallel) == (state, 2 * scratch, 2 * sent)
-        assert needs("without", parallel) == (state, 0, 0)
+        assert needs("double", parallel) == (state, 2 * scratch, 2 * sent)
+        assert needs("none", parallel) == (state, 0, 0)
 
 
 def test_gradient_checkpointing_and_smaller_micro_batches_are_planned_smaller(
@@ -280,8 +280,8 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     )
     told = capsys.readouterr().out.splitlines()
     assert told[-2:] == [
-        "Out of memory on cpu with micro-batch size 4: repeating step 1, from now on with 2",
-        "Out of memory on cpu with micro-batch size 2: repeating step 1, from now on with 1",
+        "Out of memory on cpu with micro-batch size 4: using 2 from now on, repeating step 1",
+        "Out of memory on cpu with micro-batch size 2: using 1 from now on, repeating step 1",
     ]
     with pytest.raises(
         EnvironmentFault, match=r"with micro-batch size 2; try train.micro_batch_size: 1 "

@@ -164,18 +164,15 @@ def batch_bytes(model: ModelConfig, config: TrainConfig, share: int) -> float:
 
 def _optimizer(model: ModelConfig, config: TrainConfig, shares: int) -> tuple[float, float]:
     """Return the bytes of (state, scratch of an update) of one of `shares`."""
-    sizes, optimizer = parameters(model), OPTIMIZERS[config.optimizer]
+    sizes, kind = parameters(model), OPTIMIZERS[config.optimizer]
     matrices = sizes["attention"] + sizes["feed-forward"]
     others = sum(sizes.values()) - matrices
-    state = 4 * (optimizer.matrix_numbers * matrices + optimizer.other_numbers * others) / shares
-    whole = optimizer.whole_matrices
-    if whole is None:
-        return state, 0
+    state = 4 * (kind.matrix_numbers * matrices + kind.other_numbers * others) / shares
     if PARALLEL[config.parallel].sharded:
         largest = max(rows * columns for rows, columns in _shapes(model))
-        return state, whole.kept * matrices / shares + (whole.stacked + whole.exchanged) * largest
-    at_once = max(sizes["attention"], sizes["feed-forward"])
-    return state, whole.kept * matrices + whole.stacked * at_once
+        return state, kind.kept * matrices / shares + (kind.stacked + kind.exchanged) * largest
+    stack = max(sizes["attention"], sizes["feed-forward"])
+    return state, kind.kept * matrices + kind.stacked * stack
 
 
 def _shapes(model: ModelConfig) -> Counter[tuple[int, int]]:
@@ -336,10 +333,10 @@ def communication(
         "all-gather of weights": micro_batches * gathered,
         gradients: whole * (micro_batches if by_tree else 1),
     }
-    if (whole_matrices := OPTIMIZERS[config.optimizer].whole_matrices) is not None:
+    if bytes_sent := OPTIMIZERS[config.optimizer].sent:
         numbers = sum(
             rows * columns * -(-count // num_processes)
             for (rows, columns), count in _shapes(model).items()
         )
-        sent[f"all-to-all of {config.optimizer}"] = others * whole_matrices.sent * numbers
+        sent[f"all-to-all of {config.optimizer}"] = others * bytes_sent * numbers
     return sent
