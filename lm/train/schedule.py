@@ -61,5 +61,5 @@ SCHEDULES = {  # the settings read its keys
 
 
 def learning_rate_fraction(update: int, config: ScheduleConfig) -> float:
-    """Return the share of the peak rate for an update, from 1: no update is lost at rate 0."""
+    """Return the share of the peak rate; updates count from 1, so that none has a rate of 0."""
     return SCHEDULES[config.schedule](update, config)
