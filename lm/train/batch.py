@@ -1,4 +1,4 @@
-"""Deal a batch to a loop written by hand; the loop of a run, in loop.py, deals its own."""
+"""Make a batch for a loop written by hand; the loop of a run, in loop.py, makes its own."""
 
 from typing import Any
 
