@@ -96,7 +96,7 @@ def interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> di
 def smoke_step() -> tuple[dict[str, Callable[[], object]], tuple[int, int]]:
     """Return a call that trains one step of the preset, on one thread; and its batches' shape."""
     torch.set_num_threads(1)
-    params = load_params(Path("presets/smoke.yaml"))
+    params = load_params(Path("presets/smoke.yaml"), ["train.compile=false"])
     config = replace(read_section(TrainConfig, params, "train"), max_steps=10**9)
     vocab_size = params["tokenizer"]["vocab_size"]
     model = read_section(ModelConfig, params, "model", vocab_size=vocab_size)

@@ -29,7 +29,7 @@ MADE_OF: dict[str, dict[str, str]] = {"inputs": {}, "code": {}, "environment": {
 
 
 def main() -> None:
-    params = load_params(Path("params.yaml"), ["train.dtype=float32"])
+    params = load_params(Path("params.yaml"), ["train.dtype=float32", "train.compile=false"])
     config = read_section(TrainConfig, params, "train")
     runtime = read_section(RuntimeConfig, params, "runtime")
     vocab_size = params["tokenizer"]["vocab_size"]

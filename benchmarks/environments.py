@@ -49,7 +49,8 @@ ROWS: list[tuple[str, dict[str, str], list[str], tuple[str, ...]]] = [
 
 def child(overrides: list[str]) -> None:
     """Train and print the hash of the weights and the last loss."""
-    params = load_params(Path("params.yaml"), ["train.dtype=float32", *overrides])
+    decided = ["train.dtype=float32", "train.compile=false"]
+    params = load_params(Path("params.yaml"), [*decided, *overrides])
     changes = {"max_steps": STEPS, "warmup_steps": 2}
     config = read_section(TrainConfig, {"train": params["train"] | changes}, "train")
     model = read_section(ModelConfig, params, "model", vocab_size=VOCABULARY)

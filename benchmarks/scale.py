@@ -48,10 +48,9 @@ class Run(NamedTuple):
 
 def models() -> dict[str, tuple[ModelConfig, TrainConfig]]:
     """Return shape and settings by name; the batch is one that was used for such a size."""
-    params = load_params(PRESET)
+    params = load_params(PRESET, ["train.compile=true"])
     gpt2 = read_section(ModelConfig, params, "model", vocab_size=50257)
     train = read_section(TrainConfig, params, "train")
-    train = dataclasses.replace(train, compile=True)
 
     def llama(batch_size: int, **sizes: Any) -> tuple[ModelConfig, TrainConfig]:
         shape = dataclasses.replace(gpt2, tie_embeddings=False, **sizes)

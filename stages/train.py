@@ -52,7 +52,7 @@ def train_stage(inputs: Inputs) -> None:
         made_of = {
             "inputs": {file.as_posix(): sha256 for file, sha256 in inputs.files.items()},
             "code": inputs.code,
-            "environment": environment(device, plan.config.compile is True),
+            "environment": environment(device, plan.config.compile),
         }
         agreed = {
             "model": asdict(plan.model),

@@ -344,7 +344,7 @@ def good(made_once):
     """A checkpoint of `trained`, and its settings: not to be changed."""
 
     def make(folder):
-        params = load_params(SMOKE)
+        params = load_params(SMOKE, ["train.compile=false"])
         params["model"] |= {"vocab_size": 96, "context_length": 16}
         config = read_section(ModelConfig, params, "model")
         settings = config, read_section(TrainConfig, params, "train")

@@ -13,7 +13,7 @@ from ruamel.yaml import YAMLError
 from lm.base.errors import InputError
 from lm.base.params import load_params, parse_yaml
 from lm.base.sections import read_section
-from lm.base.settings import TrainConfig
+from lm.base.settings import TrainSection
 from lm.model.transformer import ModelConfig
 from lm.prepare.sources import DataConfig, SourceConfig
 from tests.project import ROOT, SMOKE
@@ -35,7 +35,7 @@ def test_shipped_settings_are_complete(file):
 def test_an_unknown_key_names_the_nearest(smoke_params):
     smoke_params["train"]["warmup_step"] = 3
     with pytest.raises(InputError, match=r"unknown key train.warmup_step \(did you mean train.war"):
-        read_section(TrainConfig, smoke_params, "train")
+        read_section(TrainSection, smoke_params, "train")
     with pytest.raises(InputError, match=r"unknown key train.lrr \(did you mean train.lr\?\)"):
         load_params(SMOKE, ["train.lrr=1"])
     with pytest.raises(InputError, match="expected section.key=value"):
@@ -91,7 +91,7 @@ def test_a_mapping_of_settings_is_built_and_checked(smoke_params):
 def test_a_value_is_of_its_type_and_within_its_bounds(smoke_params, key, value, wrong):
     smoke_params["train"][key] = value
     with pytest.raises(InputError, match=re.escape(wrong)):
-        read_section(TrainConfig, smoke_params, "train")
+        read_section(TrainSection, smoke_params, "train")
 
 
 def test_a_missing_key_or_section_is_named(smoke_params):

@@ -249,7 +249,7 @@ def test_torchrun_with_settings_for_one_process_is_refused(shared):
     place = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2"}
     refused = shared[0].stage("train", "train.parallel=none", **place)
     assert refused.returncode == 2
-    assert "train.parallel = none is for one process, here are 2" in one_line(refused)
+    assert "train.parallel = none is for one process, but there are 2" in one_line(refused)
 
 
 def other_code(project):

@@ -27,11 +27,11 @@ from lm.model.validation import evaluate
 from lm.plan.footprint import communication, peak_memory
 from lm.runs.logbook import Logbook
 from lm.runs.saved_run import Identity
+from lm.train.accumulate import make_accumulator
 from lm.train.loop import train
 from lm.train.parallel import PairwiseSum, own_micro_batches, pairwise
 from lm.train.recover import lower_micro_batch_size
 from lm.train.state import new_state
-from lm.train.step import make_gradients
 from tests.ranks import together
 from tests.test_train import CPU, SPLIT
 
@@ -212,7 +212,7 @@ def test_a_mode_that_a_place_does_not_know_is_an_error_there(
         lambda: share_of_batch(config, 1),
         lambda: joined("pipeline", CPU, 1).__enter__(),
         lambda: new_state(model_config, config, CPU),
-        lambda: make_gradients(state.model, config, ALONE, None),
+        lambda: make_accumulator(state.model, config, ALONE, None),
         lambda: lower_micro_batch_size(state, config),
         lambda: Logbook(state, config, Identity({}, {}, {}, {}, {}, None)),
         lambda: peak_memory(model_config, config, CPU, 1, 0),

@@ -45,6 +45,7 @@ from lm.plan import plan as planning
 from lm.plan import timing
 from lm.plan.__main__ import main
 from lm.plan.footprint import (
+    _optimizer,
     activations,
     communication,
     flops_per_token,
@@ -64,6 +65,7 @@ from lm.plan.plan import (
 )
 from lm.plan.timing import announce, calibrate
 from lm.train.loop import train
+from lm.train.optim import OPTIMIZERS
 from lm.train.parallel import Replicated, Sharded
 from lm.train.state import new_state
 from tests import test_run
@@ -181,6 +183,27 @@ def test_a_third_choice_is_an_error_and_not_planned_as_the_second(model_config, 
             communication(model_config, train_config, 2, 1)
 
 
+def test_an_optimizer_is_planned_by_the_numbers_of_its_own_entry(
+    model_config, train_config, monkeypatch
+):
+    muon = OPTIMIZERS["muon"]
+    numbers = {name: getattr(muon, name) for name in ("kept", "stacked", "exchanged", "sent")}
+    for name, times in (("double", 2), ("none", 0)):
+        entry = replace(muon, **{key: times * number for key, number in numbers.items()})
+        monkeypatch.setitem(OPTIMIZERS, name, entry)
+
+    def needs(optimizer, parallel):
+        config = replace(train_config, parallel=parallel, optimizer=optimizer)
+        sent = communication(model_config, config, 2, 1).get(f"all-to-all of {optimizer}", 0)
+        state, scratch = _optimizer(model_config, config, 2)
+        return state, scratch, sent
+
+    for parallel in ("none", "fsdp"):
+        state, scratch, sent = needs("muon", parallel)
+        assert needs("double", parallel) == (state, 2 * scratch, 2 * sent)
+        assert needs("none", parallel) == (state, 0, 0)
+
+
 def test_gradient_checkpointing_and_smaller_micro_batches_are_planned_smaller(
     model_config, train_config
 ):
@@ -211,7 +234,7 @@ def test_the_largest_micro_batch_that_fits_divides_the_batch(model_config, train
 
 def test_more_tokens_than_gain_anything_are_not_computed_at_once(capsys):
     """GPT-2's size on a GPU of 80 GB, where neither memory nor a validation decides."""
-    params = load_params(ROOT / "presets" / "gpt2-124m.yaml", [])
+    params = load_params(ROOT / "presets" / "gpt2-124m.yaml", ["train.compile=false"])
     config = read_section(TrainConfig, params, "train")
     model = read_section(ModelConfig, params, "model", vocab_size=50_257)
 
@@ -257,8 +280,8 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     )
     told = capsys.readouterr().out.splitlines()
     assert told[-2:] == [
-        "Out of memory on cpu with micro-batch size 4: repeating step 1, from now on with 2",
-        "Out of memory on cpu with micro-batch size 2: repeating step 1, from now on with 1",
+        "Out of memory on cpu with micro-batch size 4: using 2 from now on, repeating step 1",
+        "Out of memory on cpu with micro-batch size 2: using 1 from now on, repeating step 1",
     ]
     with pytest.raises(
         EnvironmentFault, match=r"with micro-batch size 2; try train.micro_batch_size: 1 "
@@ -292,11 +315,11 @@ def test_a_resumed_run_keeps_its_micro_batches(run_settings, tmp_path, capsys):
 
 def test_compiling_is_decided_by_the_length_of_the_run(model_config, train_config, monkeypatch):
     monkeypatch.setattr(planning, "no_compiling", lambda device: None)
-    config = replace(train_config, compile="auto")
+    config = TrainSection(**vars(train_config) | {"compile": "auto"})
     assert compiling(model_config, config, CPU)[0] is False
     decided, why = compiling(model_config, replace(config, max_steps=2**30), CPU)
     assert decided
-    assert "at least 2 times as much" in why
+    assert "at least 2 times its cost" in why
     assert compiling(model_config, replace(config, compile=True), CPU)[0] is True
     assert compiling(model_config, config, torch.device("mps"))[0] is False
     monkeypatch.setattr(planning, "no_compiling", lambda device: "no C++ compiler found")

@@ -64,8 +64,12 @@ def test_there_is_one_process_for_each_gpu_that_they_can_share(
 @pytest.mark.parametrize(
     ("parallel", "device", "said"),
     [
-        ("none", "cpu", "train.parallel = none is for one process, here are 2; set ddp or fsdp"),
-        ("ddp", "cuda:1", "runtime.device = cuda:1 is for one process, here are 2; set cuda"),
+        (
+            "none",
+            "cpu",
+            "train.parallel = none is for one process, but there are 2; set ddp or fsdp",
+        ),
+        ("ddp", "cuda:1", "runtime.device = cuda:1 is for one process, but there are 2; set cuda"),
     ],
 )
 def test_settings_of_one_process_are_refused_to_several_by_one(monkeypatch, parallel, device, said):

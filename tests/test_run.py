@@ -322,7 +322,7 @@ def stopped(made_once):
     """A run that was stopped after its checkpoint of step 6: to be copied."""
 
     def make(folder):
-        params = load_params(SMOKE)
+        params = load_params(SMOKE, ["train.compile=false"])
         params["model"] |= {"vocab_size": 256, "context_length": 16}
         params["train"] |= {"max_steps": 12, "eval_interval": 6}
         params["runtime"]["checkpoint_interval"] = 4

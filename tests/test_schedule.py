@@ -1,12 +1,13 @@
 """Learning rates against values worked out by hand."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 
 from lm.base.errors import InputError
 from lm.base.sections import read_section
-from lm.base.settings import TrainConfig
+from lm.base.settings import NEED_DECAY_STEPS, TrainSection
 from lm.train.schedule import (
     SCHEDULES,
     get_lr_constant_schedule,
@@ -52,7 +53,20 @@ def test_no_update_is_lost_and_the_last_has_the_lowest_rate(train_config, name):
     assert rates[-1] == (1.0 if name == "constant" else pytest.approx(config.min_lr_ratio))
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_settings_require_decay_steps_of_the_schedules_that_use_them(train_config, name):
+    def rates(**changes):
+        config = replace(train_config, schedule=name, max_steps=10, warmup_steps=2, **changes)
+        return [learning_rate_fraction(update, config) for update in range(1, 11)]
+
+    needed = name in NEED_DECAY_STEPS
+    assert (rates(decay_steps=1) != rates(decay_steps=8)) == needed
+    for impossible in (0, 9):
+        with pytest.raises(InputError, match="train.decay_steps") if needed else nullcontext():
+            rates(decay_steps=impossible)
+
+
 def test_a_name_that_is_not_in_the_registry_is_no_setting(smoke_params):
     smoke_params["train"]["schedule"] = "sgdr"
     with pytest.raises(InputError, match="schedule = sgdr: must be one of cosine, wsd, constant$"):
-        read_section(TrainConfig, smoke_params, "train")
+        read_section(TrainSection, smoke_params, "train")

@@ -33,12 +33,13 @@ from lm.machine.gauges import free_memory_bytes
 from lm.model.kernels import cross_entropy
 from lm.plan.footprint import peak_memory
 from lm.runs.checkpoint import load_checkpoint, save_checkpoint
+from lm.train.accumulate import OneProcess
 from lm.train.batch import get_batch
 from lm.train.loop import train
 from lm.train.optim import AdamW, gradient_clipping
 from lm.train.schedule import get_lr_cosine_schedule
 from lm.train.state import new_state
-from lm.train.step import OneProcess, forward_backward, gradients_of, loss_of
+from lm.train.step import forward_backward, gradients_of, loss_of
 
 CPU = torch.device("cpu")
 SPLIT = Split("train", (np.arange(3000) * 7919 % 96).astype(np.uint16), 0, end_id=7)

@@ -179,7 +179,7 @@ def replay(steps: int, device: torch.device) -> str:
     config = read_section(TrainConfig, identity.parts(), "train", str(LAST))
     model_config = read_section(ModelConfig, identity.parts(), "model", str(LAST))
     make_deterministic(device, config.threads)
-    _require_same_bits(identity, environment(device, config.compile is True))
+    _require_same_bits(identity, environment(device, config.compile))
     require_settings(str(LAST), model_config, stored_weights(LAST))
 
     def initialise(model: TransformerLM) -> None:

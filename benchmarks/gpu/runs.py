@@ -13,7 +13,7 @@ import torch
 from lm.base.errors import Interrupted
 from lm.base.params import load_params
 from lm.base.sections import read_section
-from lm.base.settings import RuntimeConfig, TrainConfig
+from lm.base.settings import RuntimeConfig, TrainConfig, TrainSection
 from lm.data.splits import Split, Splits
 from lm.machine.device import environment
 from lm.machine.processes import ALONE, Processes
@@ -25,7 +25,7 @@ from lm.train.state import Record, new_state
 
 PRESETS = Path(__file__).parents[2] / "presets"
 Note = Callable[..., None]  # takes the name of a finding, and its figures
-Settings = tuple[ModelConfig, TrainConfig, RuntimeConfig]
+Settings = tuple[ModelConfig, TrainSection, RuntimeConfig]
 
 
 def settings(overrides: dict[str, Any], vocab_size: int, preset: str = "default") -> Settings:
@@ -34,12 +34,14 @@ def settings(overrides: dict[str, Any], vocab_size: int, preset: str = "default"
     params = load_params(PRESETS / f"{preset}.yaml", changes)
     return (
         read_section(ModelConfig, params, "model", vocab_size=vocab_size),
-        read_section(TrainConfig, params, "train"),
+        read_section(TrainSection, params, "train"),
         read_section(RuntimeConfig, params, "runtime"),
     )
 
 
-def small(changes: dict[str, Any], tiny: bool, steps: int) -> Settings:
+def small(
+    changes: dict[str, Any], tiny: bool, steps: int
+) -> tuple[ModelConfig, TrainConfig, RuntimeConfig]:
     """Return the settings of a model that trains in seconds: on a GPU, or if tiny anywhere."""
     sizes = {"d_model": 256, "d_ff": 688, "context_length": 256}
     if tiny:
@@ -49,7 +51,8 @@ def small(changes: dict[str, Any], tiny: bool, steps: int) -> Settings:
     given = {f"model.{key}": value for key, value in sizes.items()}
     given |= {f"train.{key}": value for key, value in train.items()}
     given |= {"runtime.checkpoint_interval": steps}
-    return settings(given | changes, 64 if tiny else 2048)
+    model, asked, runtime = settings(given | changes, 64 if tiny else 2048)
+    return model, TrainConfig(**vars(asked)), runtime
 
 
 def split_of(model: ModelConfig, count: int = 400_000) -> Split:
@@ -90,7 +93,7 @@ def train_as_the_stage_does(
     plan = make_plan(model, asked, device, processes.size)
     state = new_state(plan.model, plan.config, device, processes)
     state.micro_batch_size = plan.micro_batch_size
-    found = environment(device, plan.config.compile is True)
+    found = environment(device, plan.config.compile)
     made_of: dict[str, Any] = {"inputs": {}, "code": {}, "environment": found}
     run = WatchedRun(state, plan.config, runtime, made_of, folder, stop_after=stop_after)
     split = split or split_of(model)

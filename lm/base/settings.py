@@ -133,6 +133,10 @@ def _in_words(found: list[int]) -> str:
     return ", ".join(map(str, found[:24])) + ", ..." * (len(found) > 24)
 
 
+# of SCHEDULES in lm/train/schedule.py: settings import no code that they configure, see above
+NEED_DECAY_STEPS = ("wsd",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """The schedule's part of the section `train`."""
@@ -144,8 +148,12 @@ class ScheduleConfig:
     ]
     max_steps: Annotated[Count, "steps, each one update of the weights"]
     warmup_steps: Annotated[int, NOT_NEGATIVE, "steps in which the rates rise to their peak"]
-    decay_steps: Annotated[int, NOT_NEGATIVE, "wsd: steps of the linear decay at the end"]
-    min_lr_ratio: Annotated[float, UP_TO_ONE, "the last learning rate as a share of the peak"]
+    decay_steps: Annotated[
+        int, NOT_NEGATIVE, "wsd: steps of the linear decay at the end; others ignore it"
+    ]
+    min_lr_ratio: Annotated[
+        float, UP_TO_ONE, "the last learning rate as a share of the peak; constant ignores it"
+    ]
 
     def __post_init__(self) -> None:
         if self.warmup_steps > self.max_steps:
@@ -153,9 +161,11 @@ class ScheduleConfig:
                 f"train.warmup_steps = {self.warmup_steps} exceeds "
                 f"train.max_steps = {self.max_steps}"
             )
-        if self.schedule == "wsd" and self.decay_steps == 0:
-            raise InputError("train.decay_steps = 0: train.schedule = wsd needs >= 1")
-        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.max_steps:
+        if self.schedule not in NEED_DECAY_STEPS:
+            return
+        if self.decay_steps == 0:
+            raise InputError(f"train.decay_steps = 0: train.schedule = {self.schedule} needs >= 1")
+        if self.warmup_steps + self.decay_steps > self.max_steps:
             raise InputError(
                 f"train.warmup_steps + train.decay_steps = {self.warmup_steps + self.decay_steps} "
                 f"exceeds train.max_steps = {self.max_steps}"
@@ -296,9 +306,10 @@ class TrainSection(ScheduleConfig, OptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainSection):
-    """The section `train` with its dtype decided: see `make_plan` in lm/plan/plan.py."""
+    """The section `train` with dtype and compile decided: see `make_plan` in lm/plan/plan.py."""
 
     dtype: Annotated[Dtype, "of matrix products"]
+    compile: Annotated[bool, "`torch.compile`"]
 
 
 def share_of_batch(config: TrainSection, num_processes: int) -> int:

@@ -1,4 +1,4 @@
-"""What torch.distributed names differently from version to version, found by feature."""
+"""Names of torch.distributed that differ between versions of torch, found by feature."""
 
 import inspect
 from typing import Any

@@ -40,13 +40,13 @@ _SWITCHES = (
 )
 # mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD; their numbers are glibc's interface
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
-# where users set the allocator of a GPU themselves; else its segments grow: a fixed one that held a
-# micro-batch has holes that no validation fits into
+# by which users set the allocator of a GPU; without them its segments grow, since a fixed one that
+# held a micro-batch leaves holes into which no validation fits
 _ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 _COMPILERS = ("c++", "g++", "clang++")
 _C_COMPILERS = ("gcc", "clang")  # triton/runtime/build.py: CC, or else one of these
 CompilerOptions = dict[str, str | int | bool | Callable[..., Any]]
-# torch.compile: calls without Python between them, and recomputation left where it was put
+# torch.compile: no Python between kernels, and recomputation stays where checkpointing put it
 _CPU_COMPILER: CompilerOptions = {
     "cpp_wrapper": True,
     "cpp_wrapper_build_separate": True,
@@ -91,7 +91,7 @@ def describe(device: torch.device) -> str:
 
 
 def environment(device: torch.device, compiles: bool) -> dict[str, str]:
-    """Return what decides the bits of a computation beside code, settings and data."""
+    """Return what decides the bits of a computation, apart from code, settings and data."""
     found = {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "torch": torch.__version__,
@@ -110,8 +110,8 @@ def environment(device: torch.device, compiles: bool) -> dict[str, str]:
 def _cuda(device: torch.device) -> dict[str, str]:
     """Return what decides the bits of a GPU's work: hardware, driver, libraries, precision.
 
-    The CPU draws the first weights, whose bits depend on its vector instructions; not on its
-    maker, and nothing that a C++ compiler makes computes here.
+    The CPU draws the first weights: their bits depend on its vector instructions, not on its
+    maker. Its C++ compiler makes nothing that computes here.
     """
     major, minor = torch.cuda.get_device_capability(device)
     return {
@@ -124,7 +124,7 @@ def _cuda(device: torch.device) -> dict[str, str]:
 
 
 def _driver() -> str:
-    """Return the version of NVIDIA's driver, asked of NVML, which comes with it."""
+    """Return the version of NVIDIA's driver from NVML, which comes with it."""
     said = ctypes.create_string_buffer(96)
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
@@ -137,7 +137,7 @@ def _driver() -> str:
 
 
 def _cublas() -> str:
-    """Return the version of the cuBLAS that torch has loaded; no package need have brought it."""
+    """Return the version of the cuBLAS that torch has loaded, with or without a package."""
     try:
         library = ctypes.CDLL(f"libcublas.so.{str(torch.version.cuda).partition('.')[0]}")
     except OSError:
@@ -154,7 +154,7 @@ def _triton() -> str:
 
 
 def _processor() -> str:
-    """Return maker and matrix instructions of the CPU, by which libraries choose their kernels."""
+    """Return the CPU's maker and matrix instructions, by which libraries choose their kernels."""
     maker = platform.processor() or platform.machine()
     if sys.platform == "linux":
         maker = field_of("/proc/cpuinfo", "vendor_id") or maker
@@ -203,8 +203,8 @@ def _compiler() -> str:
 def prepare(device: torch.device, num_threads: int | None) -> None:
     """Set torch and the process up for training: deterministic, and keeping freed memory.
 
-    By default glibc maps each large tensor anew and the kernel clears its pages: on a CPU up to a
-    third of a step.
+    By default glibc maps each large tensor anew and the kernel clears its pages, which takes up to
+    a third of a step on a CPU.
     """
     make_deterministic(device, num_threads)
     if platform.libc_ver()[0] == "glibc":
@@ -218,7 +218,7 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
 
     For attention on CUDA that is FlashAttention, the memory-efficient kernel or plain formulas (see
     `lm.model.kernels.attention`), whose backward passes then add in one order.
-    On a CPU the number of threads decides how sums are cut into parts: null leaves it to torch.
+    On a CPU the number of threads decides how sums are cut into parts: None leaves it to torch.
     Raises EnvironmentFault if OpenMP gives fewer threads than it promises: oneDNN then leaves
     parts of a product unwritten.
     """
@@ -229,8 +229,8 @@ def make_deterministic(device: torch.device, num_threads: int | None) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matmul
         torch.backends.cudnn.benchmark = False
-        # preferred on an H100 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), but its
-        # backward pass has no order (attention_backward.cu)
+        # torch prefers it on an H100 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), but
+        # its backward pass adds in no fixed order (attention_backward.cu)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         for rows, inner, columns in _CUT_DIFFERENTLY:
@@ -263,7 +263,7 @@ def compiled(function: Function, device: torch.device, cuda_graph: bool = False)
     """Compile a function. Raises EnvironmentFault, now or when it is called, if that fails.
 
     With `cuda_graph`, for CUDA alone, one launch runs all kernels of a part that Inductor can
-    capture, and each call overwrites the tensors that the last one returned.
+    capture, and each call overwrites the tensors that the call before returned.
     """
     otherwise = "or set train.compile: false"
     if reason := no_compiling(device) or no_loading(device):
@@ -306,7 +306,7 @@ def no_compiling(device: torch.device) -> str | None:
         if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
             return "triton finds no Python.h; install Python's headers (python3-dev)"
     if device.type == "cpu" and " " in torch.__file__:
-        # it hands its own path to the linker without quotes
+        # torch hands its own path to the linker without quotes
         return (
             f"torch.compile fails where torch's path has a space ({Path(torch.__file__).parent}); "
             "move the project"
@@ -349,7 +349,7 @@ def no_loading(device: torch.device) -> str | None:
 
 
 class Stopwatch:
-    """The seconds that a device has worked; a GPU is asked only when it is done."""
+    """Add up the seconds that a device works; a GPU's are read only when it is done."""
 
     def __init__(self, device: torch.device):
         self.on_gpu, self.seconds = device.type == "cuda", 0.0
@@ -357,7 +357,7 @@ class Stopwatch:
 
     @contextmanager
     def lap(self) -> Iterator[None]:
-        """Add the time of what is done within."""
+        """Add the time that the device takes in this context."""
         if self.on_gpu:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -370,7 +370,7 @@ class Stopwatch:
             self.seconds += time.perf_counter() - began
 
     def take(self) -> float:
-        """Return the seconds since the last call; a GPU must be waited for before."""
+        """Return the seconds since the last call. Before it, wait for a GPU to finish."""
         laps, self.laps = self.laps, []
         seconds = self.seconds + sum(start.elapsed_time(end) / 1000 for start, end in laps)
         self.seconds = 0.0

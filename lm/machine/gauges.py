@@ -15,7 +15,7 @@ from lm.base.errors import EnvironmentFault
 from lm.base.settings import Dtype
 from lm.machine.device import field_of
 
-SURELY = 1.2  # times what is free: a plan is within a tenth or two
+SURELY = 1.2  # times the free memory does not fit: a plan is off by a tenth or two
 # FLOP/s of dense products by the vendors' data sheets: bfloat16 or float16, TF32, float32. NVIDIA
 # H100 Tensor Core GPU (SXM, PCIe), H200 Tensor Core GPU, A100 Tensor Core GPU data sheets; Ada GPU
 # architecture white paper, appendix A (with sums in float32). Sparsity, which doubles them, is off.
@@ -30,7 +30,10 @@ _DATA_SHEETS = {
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: by torch on a GPU, by the process on a CPU."""
+    """Return the most memory held so far: by torch on CUDA, by the process elsewhere.
+
+    On MPS torch records no peak: what the GPU holds may be missing.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(FileNotFoundError):  # on Linux, where ru_maxrss begins with what the parent held
@@ -101,8 +104,8 @@ def require_memory(
 
 
 def matmul_flops_per_second(device: torch.device, dtype: Dtype) -> float:
-    """Measure the rate of a large matrix product: the peak where no data sheet is known."""
-    size = 8192 if device.type == "cuda" else 1024
+    """Measure the rate of a large matrix product, used as the peak without a data sheet."""
+    size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
     synchronise = torch.get_device_module(device).synchronize
     seconds = []

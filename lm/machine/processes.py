@@ -37,7 +37,7 @@ from lm.base.settings import PARALLEL, RuntimeConfig
 from lm.machine.collectives import all_gather_single
 
 FAULTS = (InputError, EnvironmentFault, Busy, OSError)
-GRACE_S = 20.0  # for the others to notice, too; torch's launcher kills after 30
+GRACE_S = 20.0  # for the other ranks to notice; torch's launcher kills them after 30
 Result = TypeVar("Result")
 
 
@@ -64,7 +64,7 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this rank prints and writes."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -138,7 +138,7 @@ class Processes:
             self.store.set(f"at/{self.rank}", str(step))
 
     def lost(self, reason: str) -> EnvironmentFault | SystemExit:
-        """Return the error to leave with after a connection broke: a fault on one rank alone.
+        """Return the error to leave with after a lost connection: a fault on one rank alone.
 
         Each rank that notices records it in the store and disconnects, so that the next notices.
         The store is the launcher's; without a launcher it is rank 0's and ends with rank 0.
@@ -153,7 +153,7 @@ class Processes:
             while time.monotonic() < end and len(left) < self.size - 1:
                 time.sleep(0.05)
                 left = self._ranks_that("leaves")
-            time.sleep(1)  # the last, too, may be alive
+            time.sleep(1)  # the last one may be alive, too
             if self.store.check(["reported"]):
                 return quiet
             left = self._ranks_that("leaves")
@@ -227,7 +227,7 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
         alone, remedy = f"train.parallel = {parallel}", "ddp or fsdp"
         if several:
             alone, remedy = f"runtime.device = {device}", "cuda"
-        raise InputError(f"{alone} is for one process, here are {size}; set {remedy}")
+        raise InputError(f"{alone} is for one process, but there are {size}; set {remedy}")
     if not several:
         yield ALONE
         return
@@ -260,7 +260,7 @@ def joined(parallel: str, device: torch.device, timeout_s: int) -> Iterator[Proc
 
 
 def number_of_processes(runtime: RuntimeConfig, parallel: str, device: torch.device) -> int:
-    """Return how many processes train on this machine: for "auto" one for each GPU they may use."""
+    """Return the number of processes that train on this machine; "auto": one for each GPU."""
     if runtime.num_processes != "auto":
         return runtime.num_processes
     several = PARALLEL[parallel].several and str(device) == "cuda"
@@ -278,7 +278,7 @@ _of_groups: set[int] = set()  # the inodes of the sockets that torch opened for 
 
 
 def _sockets() -> dict[int, int]:
-    """Return the file descriptors of all sockets of this process, by inode."""
+    """Return the file descriptors of this process's sockets, by inode."""
     found = {}
     for file in Path("/dev/fd").iterdir():
         with suppress(OSError):  # closed meanwhile
@@ -291,17 +291,17 @@ def _sockets() -> dict[int, int]:
 
 @contextmanager
 def _recording_sockets() -> Iterator[None]:
-    """Record the sockets that torch opens in this context: a tracker has others of its own."""
+    """Record the sockets that torch opens in this context; others are not ours to break."""
     before = set(_sockets())
     yield
     _of_groups.update(_sockets().keys() - before)
 
 
 def _break_connections() -> None:
-    """End the connections between the processes, so that those that wait for this one notice.
+    """End the connections between the processes, so that those waiting for this one notice.
 
-    Torch closes them only once nothing refers to their group, but a model does, and the traceback
-    of an error. The connections to the store stay, and those of a GPU are left to NCCL.
+    Torch closes them only when nothing refers to their group, but a model and the traceback of an
+    error do. The connections to the store stay, and those of a GPU are left to NCCL.
     """
     if dist.get_backend() != "gloo":
         return
@@ -320,8 +320,8 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
         local_rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local_rank >= found:
             raise EnvironmentFault(
-                f"rank {rank}: number {local_rank + 1} on a host that has {found} GPUs; start one "
-                "process for each"
+                f"rank {rank}: process {local_rank + 1} of a host that has "
+                f"{console.count(found, 'GPU')}; start one process for each GPU"
             )
         if str(device) == "cuda":
             device = torch.device("cuda", local_rank)
@@ -342,7 +342,7 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
                 device_id=None if device.type == "cpu" else device,  # else NCCL guesses
             )
         processes = Processes(rank, size, store, timeout)
-        processes.gather(None)  # one that leaves while others still connect would look lost
+        processes.gather(None)  # a rank that left while others still connect would look lost
         return processes
     except (dist.DistError, RuntimeError, ValueError) as error:
         with suppress(dist.DistError):
@@ -355,9 +355,9 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Pro
 
 
 def _agree_on_a_name(store: Store, rank: int, size: int, timeout: timedelta) -> str:
-    """Return a name that only the processes of this very start know.
+    """Return a name that only the processes of this start know.
 
-    A launcher keeps its store over restarts, with what ended processes have left in it, and hosts
+    A launcher keeps its store over restarts, with entries of processes that have ended, and hosts
     count restarts differently. So rank 0 invites under a new name and the others answer with names
     of their own. A rank that is not on the list of answers waits for the next invitation.
     """

@@ -29,7 +29,7 @@ from lm.plan.timing import announce, calibrate
 def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
     """Return the size of the tokenizer that the settings describe, or of the tokens in data/.
 
-    Tokens are asked only about a kind whose size no setting gives: they may be of other settings.
+    The tokens may be of other settings: read them only for a kind whose size no setting gives.
     """
     tokenizer = params.get("tokenizer", {})
     if tokenizer.get("kind") == "bytes":
@@ -38,7 +38,7 @@ def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
         return int(tokenizer["vocab_size"])
     manifest = TOKENS / MANIFEST
     if not manifest.is_file():
-        raise InputError(f"{manifest}: no such file; the vocabulary is known from the stage tokens")
+        raise InputError(f"{manifest}: no such file, which gives vocab_size; run dvc repro tokens")
     return int(read_manifest(TOKENS)["vocab_size"])
 
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--params", type=Path, default=PARAMS, metavar="FILE", help="a preset")
     add_overrides(parser)
     add("--price", type=float, metavar="EUR_PER_HOUR", help="of all machines")
-    add("--bandwidth", type=float, metavar="GB_PER_S", help="that each of several processes sends")
+    add("--bandwidth", type=float, metavar="GB_PER_S", help="sent by each of several processes")
     add("--check", action="store_true", help="check every setting, and run nothing")
     options = parser.parse_args(arguments)
     with one_line_errors():

@@ -5,8 +5,8 @@
     peak_memory                     bytes by part at the fullest moment of a step
     communication                   bytes that a process sends for an update, by part
 
-Letters in shapes as in lm.model.transformer, and N = B T tokens at once. A choice that stands in
-no table or match here is an error.
+Letters in shapes as in lm.model.transformer, and N = B T, the tokens of a micro-batch. A choice
+that stands in no table or match here is an error.
 """
 
 import math
@@ -23,16 +23,16 @@ from lm.train.optim import OPTIMIZERS
 # Fitted to processes on a CPU: `python -m benchmarks.plan` measures each again and prints planned
 # beside measured bytes, as each run does in metrics/performance.json. Where they stop fitting,
 # `pytest tests/test_plan.py -k within_a_tenth` fails.
-HEAP = 1.45  # the heap's size, in bytes alive at once: glibc leaves holes too small for its blocks
-HOLES = 0.55  # of a block that is computed again: its input stays behind
-# of a block whose weights come and go, with gloo: -8 to +18 % over ten shapes; a tree over several
-# micro-batches takes 40 % more than planned (docs/LOG.md, "The plan")
+HEAP = 1.45  # the heap's size, in bytes in use: glibc leaves holes too small for later blocks
+HOLES = 0.55  # lost, of the bytes of a block that is computed again: its input stays behind
+# lost, of the weights of a block, which come and go, with gloo: -8 to +18 % over ten shapes; a tree
+# over several micro-batches takes 40 % more than planned (docs/LOG.md, "The plan")
 GATHERED_HOLES = 2.0
 KERNEL_BYTES = 20e6  # of torch's libraries once they have been used
 COMPILER_BYTES = 120e6  # of torch's compiler once it has been used
 IMPORTED_COMPILER_BYTES = 75e6  # the same only imported, as parts of torch do
 
-NORMS = {  # by norm and norm_position: of each block, behind the last block
+NORMS = {  # by norm and norm_position: norms in each block, norms behind the last block
     ("rmsnorm", "pre"): (2, 1),
     ("rmsnorm", "post"): (2, 0),
     ("none", "pre"): (0, 0),
@@ -58,18 +58,18 @@ def flops_per_token(
 ) -> dict[str, tuple[float, float]]:
     """Return (forward, backward) FLOPs of the matrix products, by part; all else is left out.
 
-    2 for each weight forward and 4 backward; gradient checkpointing adds the blocks' forward pass
-    to the backward one. The head makes its gradients with the loss: 2 and 4 all the same.
+    Each weight takes 2 forward and 4 backward; gradient checkpointing adds the blocks' forward pass
+    to the backward one. The head makes its gradients with the loss: still 2 and 4.
     Attention multiplies twice forward and, where the scores were not kept but are computed again,
     five times backward, else four. Queries see all T keys; compiled on a CPU, blocks of them see
     the keys up to their end. Kernels that skip what causality hides (CUDA; a CPU beyond 512 keys)
     compute less than is counted. TransformerLM.flops_per_token, from which MFU is computed, is the
-    field's convention instead: always T keys, four products backward, nothing twice.
+    field's convention instead: always T keys, four products backward, nothing computed twice.
     """
     sizes, T = parameters(model), model.context_length
     again = config.gradient_checkpointing
     pairs = float(T * T)  # of query and key that are multiplied: see causal_attention
-    if config.compile is True and device.type == "cpu" and not model.dropout:
+    if config.compile and device.type == "cpu" and not model.dropout:
         pairs = float(sum((end - start) * end for start, end in attention_blocks(T)))
     product = 2 * model.num_layers * model.d_model * pairs / T
     head = model.vocab_size * model.d_model
@@ -88,14 +88,14 @@ def flops_per_token(
 def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) -> dict[str, float]:
     """Return the bytes that the forward pass has kept for the backward pass at the head, by part.
 
-    Autograd keeps of a norm its input and one number a row; of a product its input, once for each
-    matrix where autocast copies it for each; of attention queries, keys, values (repeated for each
-    head), result and one number a query, or with dropout the weights three times; of SwiGLU both
+    Autograd keeps for a norm its input and one number a row; for a product its input, once for each
+    matrix where autocast copies it for each; for attention queries, keys, values (repeated for each
+    head), result and one number a query, or with dropout the weights three times; for SwiGLU both
     sides and their product.
     """
     N, C, F = micro_batch_size * model.context_length, model.d_model, model.d_ff
     dtype, activation = DTYPES[config.dtype], ACTIVATIONS[model.ffn]
-    a, casts = dtype.size_bytes, dtype.autocast and config.compile is not True
+    a, casts = dtype.size_bytes, dtype.autocast and not config.compile
     norms, last_norms = NORMS[model.norm, model.norm_position]
     kv_width = model.kv_heads * model.head_dim
     # a norm's output is input to a product; without norm that input is the residual stream itself
@@ -134,14 +134,14 @@ def activations(model: ModelConfig, config: TrainConfig, micro_batch_size: int) 
 def _head(model: ModelConfig, config: TrainConfig, micro_batch_size: int) -> dict[str, float]:
     """Return the bytes at the fullest moment of linear_cross_entropy: at its last exponentials.
 
-    Eager: the logits, their distance from the largest, its exponential, and the exponential of
-    the chunk before; the gradients by the features and, of each chunk, by the weights.
+    Uncompiled these are the logits, their distance from the largest, its exponential, and the
+    exponential of the chunk before; the gradients by the features and, for each chunk, the weights.
     """
     N, C, V = micro_batch_size * model.context_length, model.d_model, model.vocab_size
     dtype, rows = DTYPES[config.dtype], rows_at_once(N, V)
     a = dtype.size_bytes
     chunks = -(-N // rows)
-    if config.compile is True and not PARALLEL[config.parallel].several:  # not blocks alone
+    if config.compile and not PARALLEL[config.parallel].several:  # not blocks alone
         copies = 2 * a  # the pointwise operations are one loop
     else:
         copies = a + 4 + 4 + a * (chunks > 1) + 4 * dtype.autocast
@@ -164,18 +164,15 @@ def batch_bytes(model: ModelConfig, config: TrainConfig, share: int) -> float:
 
 def _optimizer(model: ModelConfig, config: TrainConfig, shares: int) -> tuple[float, float]:
     """Return the bytes of (state, scratch of an update) of one of `shares`."""
-    sizes, optimizer = parameters(model), OPTIMIZERS[config.optimizer]
+    sizes, kind = parameters(model), OPTIMIZERS[config.optimizer]
     matrices = sizes["attention"] + sizes["feed-forward"]
     others = sum(sizes.values()) - matrices
-    state = 4 * (optimizer.matrix_numbers * matrices + optimizer.other_numbers * others) / shares
-    if not optimizer.whole_matrices:
-        return state, 0
-    # every matrix's direction; the largest stack of equal ones in float32, and thrice in bfloat16
-    scratch = 4.0 * matrices + 10 * max(sizes["attention"], sizes["feed-forward"])
-    if PARALLEL[config.parallel].sharded:  # a whole matrix at a time, what is sent and received
+    state = 4 * (kind.matrix_numbers * matrices + kind.other_numbers * others) / shares
+    if PARALLEL[config.parallel].sharded:
         largest = max(rows * columns for rows, columns in _shapes(model))
-        scratch = 4 * matrices / shares + (10 + 4 + 4) * largest
-    return state, scratch
+        return state, kind.kept * matrices / shares + (kind.stacked + kind.exchanged) * largest
+    stack = max(sizes["attention"], sizes["feed-forward"])
+    return state, kind.kept * matrices + kind.stacked * stack
 
 
 def _shapes(model: ModelConfig) -> Counter[tuple[int, int]]:
@@ -205,8 +202,8 @@ def peak_memory(
 
     Under fsdp each process holds a share of weights and optimizer state, and, one after the other,
     whole blocks: see _root_and_block. In the end the first process also puts the state together, in
-    the memory of its host. Rows that do not divide are not shared evenly: with few rows to a
-    process the first ones hold up to a row of each matrix more.
+    the memory of its host. Rows are not always shared evenly: the first processes may hold one row
+    of each matrix more, which is left out here.
     """
     N, a = micro_batch_size * model.context_length, DTYPES[config.dtype].size_bytes
     on_cpu, fsdp = device.type == "cpu", PARALLEL[config.parallel].sharded
@@ -226,7 +223,7 @@ def peak_memory(
     through_a_block = N * (8.0 * model.d_model + ACTIVATIONS[model.ffn].matrices * model.d_ff * a)
     head = _head(model, config, micro_batch_size)
     # the memory of a CUDA graph serves nothing else
-    graph = config.compile is True and device.type == "cuda" and not config.gradient_checkpointing
+    graph = config.compile and device.type == "cuda" and not config.gradient_checkpointing
     graph &= not PARALLEL[config.parallel].several
     by_graph = graph * (sum(kept.values()) + sum(head.values()))
     moments: list[dict[str, float]] = [
@@ -262,7 +259,7 @@ def peak_memory(
             parts["checkpoint's copy"] = weights + state
         parts["heap, lost between"] = (HEAP - 1) * sum(parts.values())
         parts["interpreter and torch"] = base_bytes + KERNEL_BYTES
-        if config.compile is True:
+        if config.compile:
             parts["compiler"] = COMPILER_BYTES
         elif config.gradient_checkpointing or PARALLEL[config.parallel].several:
             parts["compiler"] = IMPORTED_COMPILER_BYTES
@@ -308,15 +305,15 @@ def communication(
 ) -> dict[str, float]:
     """Return the bytes that a process sends for an update, by part; it receives as many.
 
-    Of B bytes a ring sends (N - 1) / N B in a reduce-scatter or an all-gather, and twice that in an
-    all-reduce, which is both; less is not possible (Patarasuk and Yuan 2009). So DDP sends
+    For B bytes a ring sends (N - 1) / N B in a reduce-scatter or an all-gather, and twice that in
+    an all-reduce, which is both; less is not possible (Patarasuk and Yuan 2009). So DDP sends
     2 (N - 1) / N B; gathering each block in the forward and the backward pass makes it three
     halves of that (Rajbhandari et al. 2020, section 7.2), less what the root keeps, for each
     micro-batch. All is float32, 4 bytes a number. Over a tree each process adds up a share of the
     gradients that an all-to-all has brought: as many bytes as a reduce-scatter, but under fsdp for
-    each micro-batch. Muon's matrices go to one process each, N of a shape at a time, and come back
-    as rows in bfloat16; where there are fewer, places stay empty but are sent. Norms of gradients,
-    losses and validations are left out.
+    each micro-batch. For an optimizer of whole matrices each matrix goes to one process and comes
+    back, N of a shape at a time; where fewer are left, empty places are sent too. Norms of
+    gradients, losses and validations are left out.
     """
     others = (num_processes - 1) / num_processes
     whole = others * 4.0 * sum(parameters(model).values())
@@ -336,10 +333,10 @@ def communication(
         "all-gather of weights": micro_batches * gathered,
         gradients: whole * (micro_batches if by_tree else 1),
     }
-    if OPTIMIZERS[config.optimizer].whole_matrices:
+    if bytes_sent := OPTIMIZERS[config.optimizer].sent:
         numbers = sum(
             rows * columns * -(-count // num_processes)
             for (rows, columns), count in _shapes(model).items()
         )
-        sent[f"all-to-all of {config.optimizer}"] = others * (4.0 + 2.0) * numbers
+        sent[f"all-to-all of {config.optimizer}"] = others * bytes_sent * numbers
     return sent

@@ -11,9 +11,9 @@ from lm.plan.timing import seconds_for
 def table(
     plan: Plan, step_s: float | None, price: float | None, bandwidth: float | None = None
 ) -> str:
-    """Return the plan as a page of Markdown tables; without the seconds of a step without times.
+    """Return the plan as a page of Markdown tables; without `step_s`, seconds a step, no times.
 
-    `price` is that of all processes for an hour; each sends `bandwidth` bytes per second.
+    `price` is in EUR an hour for all processes; `bandwidth` in bytes per second for each.
     """
     config, alone = plan.config, plan.num_processes == 1
     sizes, by_part = parameters(plan.model), flops_per_token(plan.model, config, plan.device)

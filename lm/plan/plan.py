@@ -1,4 +1,4 @@
-"""Decide before running what a training leaves open, and whether it fits.
+"""Decide, before a training, what its settings leave open and whether it fits.
 
     settings -> parameters, FLOPs per token, memory by moment -> micro-batch size, compile or not
 
@@ -23,18 +23,17 @@ from lm.machine.gauges import SURELY, free_memory_bytes, require_memory, residen
 from lm.plan.footprint import batch_bytes, communication, flops_per_token, parameters, peak_memory
 
 LOWER = "model.d_model, model.d_ff, model.context_length or tokenizer.vocab_size"
-MARGIN = 0.9  # of the free memory may be planned with
-# By `python -m benchmarks.throughput`, rounded: FLOP/s of a thread or a device, and of a thread of
-# a CPU that multiplies in bfloat16 natively; the share of a step that compiling saves with native
-# products and with others; the seconds to compile a model and each layer, with two threads
-RATES = {"cpu": 50e9, "cuda": 1e14}
-NATIVE_RATE = 120e9
-NATIVE_SAVING, SAVING = 0.5, 0.25
-COMPILING_S, COMPILING_LAYER_S = 6.0, 6.0
-NARROW = 128  # d_model from which on a CPU gains by bfloat16 uncompiled: even at 64, a loss at 32
-# Of a micro-batch that memory decides. With more, products run no faster (of 768 columns, 65,536
-# rows are 12 rounds of a large GPU's tiles) and sending hides no better: each gathered weight, 4
-# bytes, then multiplies and is multiplied for 65,536 tokens
+MARGIN = 0.9  # the share of free memory that a plan may use
+# By `python -m benchmarks.throughput`, rounded; nobody has measured MPS, which has no entry: it is
+# planned with the rate of a CPU's thread, so a calibration measures fewer windows than it could
+RATES = {"cpu": 50e9, "cuda": 1e14}  # FLOP/s of a CPU's thread, of a GPU
+NATIVE_RATE = 120e9  # of a CPU's thread that multiplies in bfloat16 natively
+NATIVE_SAVING, SAVING = 0.5, 0.25  # of a step by compiling, with native products and with others
+COMPILING_S, COMPILING_LAYER_S = 6.0, 6.0  # of a model and of each layer, with two threads
+NARROW = 128  # d_model from which a CPU gains by bfloat16, uncompiled: at 64 nothing, at 32 a loss
+# Of a micro-batch whose size the plan decides. With more tokens, products run no faster (of 768
+# columns, 65,536 rows are 12 rounds of a large GPU's tiles) and sending hides no better: each
+# gathered weight, 4 bytes, is already used for 65,536 tokens
 MOST_TOKENS = 1 << 16
 REPAYS = 2.0  # times its cost is what compiling must save: a nominal rate is no measurement
 
@@ -112,31 +111,39 @@ def choose_dtype(
     return "bfloat16", f"this {device.type} multiplies it natively"
 
 
-def compiling(model: ModelConfig, config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+def compiling(model: ModelConfig, asked: TrainSection, device: torch.device) -> tuple[bool, str]:
     """Return whether to compile, and why: by settings, kind of device and threads alone.
 
     A clock must not decide: it would give other bits at another time. Nor must the number of
     processes: a run may go on with another one.
     """
-    if config.compile != "auto":
-        return config.compile, f"train.compile is {str(config.compile).lower()}"
+    if asked.compile != "auto":
+        return asked.compile, f"train.compile is {str(asked.compile).lower()}"
     if device.type not in RATES:
         return False, f"torch.compile is not tried on {device.type}"
     if reason := no_compiling(device):
         return False, f"{reason} to compile"
+    config = _decided(model, asked, device, compiles=False)
     native = multiplies_natively(device, config.dtype)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    plan = Plan(model, dataclasses.replace(config, compile=False), device, config.batch_size, 0)
+    plan = Plan(model, config, device, config.batch_size, 0)
     saved_s = plan.flops / nominal_rate(config, device) * (NATIVE_SAVING if native else SAVING)
-    # with one thread half of the work could be shared by several
+    # of one thread's work half can be shared among several
     cost_s = (COMPILING_S + COMPILING_LAYER_S * model.num_layers) * (2 / 3 + 2 / 3 / threads)
     repays = saved_s >= REPAYS * cost_s
     if repays and (reason := no_loading(device)):
         return False, f"{reason} to compile"
     return repays, (
-        f"it would save about {duration(saved_s)} and cost about {duration(cost_s)}, "
-        f"{'at least' if repays else 'not'} {REPAYS:g} times as much"
+        f"it would save about {duration(saved_s)}, {'at least' if repays else 'less than'} "
+        f"{REPAYS:g} times its cost of about {duration(cost_s)}"
     )
+
+
+def _decided(
+    model: ModelConfig, asked: TrainSection, device: torch.device, compiles: bool
+) -> TrainConfig:
+    dtype, _ = choose_dtype(model, asked, device)
+    return TrainConfig(**vars(asked) | {"dtype": dtype, "compile": compiles})
 
 
 def nominal_rate(config: TrainConfig, device: torch.device) -> float:
@@ -155,10 +162,8 @@ def make_plan(
     Raises InputError if this number of processes cannot share the batch.
     """
     base = resident_memory_bytes()
-    dtype, _ = choose_dtype(model, asked, device)
-    config = TrainConfig(**vars(asked) | {"dtype": dtype})
-    compiles, _ = compiling(model, config, device)
-    config = dataclasses.replace(config, compile=compiles)
+    compiles, _ = compiling(model, asked, device)
+    config = _decided(model, asked, device, compiles)
     free = free_memory_of_one(device, num_processes)
     micro_batch_size = largest_micro_batch(model, config, device, free, num_processes)
     return Plan(model, config, device, micro_batch_size, base, num_processes)
@@ -176,7 +181,7 @@ def require_room(plan: Plan) -> None:
     Call before making the model: one of a million layers takes long to fail.
     """
     free, needed = free_memory_of_one(plan.device, plan.num_processes), needed_memory(plan)
-    if free is not None and needed > SURELY * free:  # what fits takes a moment
+    if free is not None and needed > SURELY * free:  # finding what fits takes a moment
         fits = _first_that_fits(plan, free)
         remedy = f"{fits} would fit" if fits else f"not even one layer would fit: lower {LOWER}"
         require_memory(_takes(plan), needed, free, remedy)
@@ -185,8 +190,7 @@ def require_room(plan: Plan) -> None:
 def require_room_for_processes(num_processes: int) -> None:
     """Raise EnvironmentFault if the processes surely do not fit. Call before starting one."""
     require_memory(
-        f"runtime.num_processes = {num_processes}: without a model each takes as much as this one, "
-        f"together",
+        f"runtime.num_processes = {num_processes}: even without a model they take",
         float(num_processes * resident_memory_bytes()),
         free_memory_bytes(torch.device("cpu")),
         "use fewer",
@@ -198,7 +202,7 @@ def explain_out_of_memory(plan: Plan) -> Iterator[None]:
     """Where memory runs out in this context, raise an error with the plan and what to try."""
     try:
         yield
-    except (MemoryError, OSError, RuntimeError) as error:  # an OSError of a mapping
+    except (MemoryError, OSError, RuntimeError) as error:  # OSError: of a memory mapping
         if not is_out_of_memory(error):
             raise
         needed = needed_memory(plan)
@@ -236,7 +240,7 @@ def _first_that_fits(plan: Plan, free: float) -> str | None:
         *(({"micro_batch_size": 1}, {"num_layers": n}) for n in halves(plan.model.num_layers)),
     ]
     for train, model in changes:
-        with suppress(InputError):  # a tree's leaves cannot be cut anyhow
+        with suppress(InputError):  # a tree does not allow every micro-batch size
             other = dataclasses.replace(
                 plan,
                 model=dataclasses.replace(plan.model, **model),

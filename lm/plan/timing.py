@@ -47,8 +47,7 @@ def announce(plan: Plan, asked: TrainSection) -> None:
         say(f"Plan: {dtype}: {why}")
     if asked.compile == "auto":
         done = "compiled" if plan.config.compile else "not compiled"
-        decided = dataclasses.replace(plan.config, compile="auto")
-        say(f"Plan: {done}: {compiling(plan.model, decided, plan.device)[1]}")
+        say(f"Plan: {done}: {compiling(plan.model, asked, plan.device)[1]}")
     most = largest_micro_batch(plan.model, plan.config, plan.device, None, processes)
     if plan.micro_batch_size < most:
         say(
@@ -100,22 +99,25 @@ def seconds_for(plan: Plan, steps: int, step_s: float) -> float:
 def calibrate(plan: Plan) -> float | None:
     """Measure the seconds of a step: two steps after a warm-up, with random tokens and a new state.
 
-    Where a step would take long, it measures a part of the windows and scales up. For several
-    processes one process computes its share of the windows with the whole model, alone. Torch's
-    random generators are left as they were. Return None if the whole model does not fit here, or
-    a single window would take minutes: such a plan is for another machine.
+    Where a step would take long, measure a part of the windows and scale up. For several processes
+    one process computes its share of the windows with the whole model, alone. On a GPU the timed
+    steps run ahead, as in a training. Torch's random generators are left as they were. Return None
+    if the whole model does not fit here, or a single window would take minutes: such a plan is for
+    another machine.
     """
     flops = plan.flops / plan.config.max_steps / plan.num_processes
     share_s = flops / nominal_rate(plan.config, plan.device)
     measured = max(1, min(plan.share, int(plan.share * CALIBRATION_S / share_s)))
     on_gpu = plan.device.type == "cuda"
+    # a CUDA graph is recorded at the second step; after a slow step the next would not run ahead
+    warm_ups = 3 if on_gpu else 1
     config = dataclasses.replace(
         plan.config,
         batch_size=measured,
         micro_batch_size=None,
         parallel="none",
         reduction="sum",
-        max_steps=TIMED_STEPS + on_gpu,  # a CUDA graph is recorded at the second step
+        max_steps=warm_ups + 2,
         warmup_steps=0,
         schedule="constant",
         on_nonfinite="skip",
@@ -131,6 +133,7 @@ def calibrate(plan: Plan) -> float | None:
     with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
         state = new_state(plan.model, config, plan.device)
         state.micro_batch_size = micro_batch_size
-        steps = train(state, Split("random", tokens, 0, end_id=0), config)
+        split = Split("random", tokens, 0, end_id=0)
+        steps = train(state, split, config, pause=lambda step: step <= warm_ups)
         seconds = [record["step_s"] for record in steps]
-    return statistics.mean(seconds[1 + on_gpu :]) * plan.share / measured
+    return statistics.mean(seconds[warm_ups:]) * plan.share / measured

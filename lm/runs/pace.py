@@ -72,7 +72,7 @@ class Pace:
             "mfu_is_of": f"{'data_sheet' if promised else 'matmul'}_flops_per_second",
             "mfu": round(mfu, 4),
             "micro_batch_size": state.micro_batch_size,
-            "compiled": config.compile is True,
+            "compiled": config.compile,
         }
         if num_devices > 1:
             measured["forward_seconds_median_by_rank"] = [

@@ -1,10 +1,10 @@
-"""Launch steps on a GPU before the host has read the figures of the last ones.
+"""Launch steps on a GPU before the host has read the losses and norms of earlier ones.
 
-A host that waits for loss and norm after each step leaves the GPU idle meanwhile. Here the device
-decides by itself: once a loss or norm is not finite, the latch `nonfinite` makes every update leave
-parameters and optimizer as they are. The host reads the figures of a step some steps later. If they
-are not finite, nothing has moved since: the state goes back to that step, which then runs as any
-other does, so that it is explained, skipped or repeated.
+A host that waits for them after each step leaves the GPU idle. Here the device decides by itself:
+once a loss or norm is not finite, it sets `nonfinite`, and from then on updates leave parameters
+and optimizer as they are. The host reads loss and norm some steps later. If one is not finite, the
+state goes back to the step before, since nothing has changed. `train_step` then computes that step
+as any other, to explain, skip or repeat it.
 """
 
 import math
@@ -16,27 +16,27 @@ from torch import Tensor
 
 from lm.base.settings import TrainConfig
 from lm.model.transformer import Ids
-from lm.train.parallel import BatchGradients
+from lm.train.parallel import GradientAccumulator
 from lm.train.state import Record, TrainState
 from lm.train.step import clipped_norm, forward_backward, mean_loss
 
-AHEAD = 3  # steps that may be launched and not read: with one the GPU would wait for the host
-SLOW_S = 0.5  # for longer steps that is nothing, and a signal should not wait for more of them
+AHEAD = 3  # steps launched but not yet read, at most: with one the GPU would wait for the host
+SLOW_S = 0.5  # longer steps are launched one by one: a wait is no loss, and a signal acts sooner
 
 
 @dataclass
 class _Launched:
     step: int
     micro_batch_size: int
-    figures: Tensor  # losses of its micro-batches and gradient norm, on the host once `read`
-    read: torch.cuda.Event | None  # None on a CPU, where nothing is late
+    figures: Tensor  # losses of its micro-batches, gradient norm; on the host after `read`
+    read: torch.cuda.Event | None  # None on a CPU, where they are there at once
 
 
 class StepsAhead:
-    """The steps that were launched and whose figures the host has not read."""
+    """The steps that are launched and whose figures the host has not read yet."""
 
-    def __init__(self, state: TrainState, config: TrainConfig, gradients: BatchGradients):
-        self.state, self.config, self.gradients = state, config, gradients
+    def __init__(self, state: TrainState, config: TrainConfig, accumulator: GradientAccumulator):
+        self.state, self.config, self.accumulator = state, config, accumulator
         self.launched: deque[_Launched] = deque()
         self.step_s = 0.0  # of the last step
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=state.model.head.device)
@@ -50,7 +50,7 @@ class StepsAhead:
     def launch(self, x: Ids, y: Ids) -> None:
         """Launch the next step and the copy of its figures to the host; wait for nothing."""
         state = self.state
-        losses = forward_backward(state, self.config, x, y, self.gradients)
+        losses = forward_backward(state, self.config, x, y, self.accumulator)
         figures = torch.cat([losses, clipped_norm(state, self.config)[None]])
         self.nonfinite |= ~figures.isfinite().all()
         state.optimizer.found_inf = self.nonfinite.float()
@@ -64,9 +64,9 @@ class StepsAhead:
         self.launched.append(_Launched(state.step, state.micro_batch_size, on_host, read))
 
     def take(self) -> Record | None:
-        """Wait for the oldest step and return its record.
+        """Wait for the oldest launched step and return its record.
 
-        Return None if its loss or norm is not finite: the state is then the one before it.
+        Return None if its loss or norm is not finite: the state is then the one before that step.
         """
         oldest = self.launched.popleft()
         if oldest.read is not None:

@@ -1,4 +1,4 @@
-"""A batch for a loop written by hand; the loop of a run deals its own, in loop.py."""
+"""Make a batch for a loop written by hand; the loop of a run, in loop.py, makes its own."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ def get_batch(
     step: int = 0,
     sampling: WindowOrder = "random",
 ) -> tuple[Ids, Ids]:
-    """Return windows of a 1-D array of token ids, and the same one token later, on the device.
+    """Return windows (B, T) of a 1-D array of ids and the same one token later, on the device.
 
-    With a seed, a pure function of (seed, step); without one, the seed is drawn from torch's
+    With a seed they are a function of (seed, step); without one, a seed is drawn from torch's
     global generator. Raises InputError if the dataset is shorter than one window.
     """
     if seed is None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lm.base.console import few
 from lm.base.errors import Diverged
 from lm.machine.sharded_tensors import local
-from lm.train.parallel import BatchGradients
+from lm.train.parallel import GradientAccumulator
 from lm.train.state import TrainState
 
 
@@ -18,7 +18,7 @@ def diagnose_nonfinite(
     losses: NDArray[np.float32],
     loss: float,
     grad_norm: float,
-    gradients: BatchGradients,
+    accumulator: GradientAccumulator,
     forward_backward: Callable[[], object],
 ) -> Diverged:
     """Compute the gradients again, since clipping has changed them; return an error with the cause.
@@ -26,22 +26,24 @@ def diagnose_nonfinite(
     `losses` (N, n) are of the n micro-batches of each of the N processes.
     """
     state.scaler.update()
-    gradients.watching, gradients.nonfinite = True, False
+    accumulator.watching, accumulator.nonfinite = True, False
     forward_backward()
-    gradients.watching = False
+    accumulator.watching = False
     state.scaler.update()
     name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
     return Diverged(
-        f"{name} is {value} at step {state.step + 1}{_first_ranks(state, losses, gradients)}; "
+        f"{name} is {value} at step {state.step + 1}{_first_ranks(state, losses, accumulator)}; "
         f"{_nonfinite_gradients(state)}"
     )
 
 
-def _first_ranks(state: TrainState, losses: NDArray[np.float32], gradients: BatchGradients) -> str:
+def _first_ranks(
+    state: TrainState, losses: NDArray[np.float32], accumulator: GradientAccumulator
+) -> str:
     """Name the ranks, if there are several, whose own losses or gradients were not finite."""
     if state.processes.size == 1:
         return ""
-    nonfinite = np.array(state.processes.gather(gradients.nonfinite))
+    nonfinite = np.array(state.processes.gather(accumulator.nonfinite))
     ranks = np.flatnonzero(nonfinite | ~np.isfinite(losses).all(axis=1))
     return f", first on rank {', '.join(map(str, ranks))}" if len(ranks) else ""
 

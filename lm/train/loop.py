@@ -13,12 +13,13 @@ from lm.data.splits import Split, Splits
 from lm.machine.device import to_device
 from lm.model.transformer import Ids
 from lm.model.validation import evaluate, loss_nats
+from lm.train.accumulate import make_accumulator
 from lm.train.ahead import StepsAhead
-from lm.train.parallel import BatchGradients
+from lm.train.parallel import GradientAccumulator
 from lm.train.recover import skip_step
 from lm.train.schedule import learning_rate_fraction
 from lm.train.state import Record, TrainState
-from lm.train.step import make_gradients, own_numbers, train_step
+from lm.train.step import own_numbers, train_step
 
 
 @runtime_checkable
@@ -62,35 +63,35 @@ def train(
 ) -> Iterator[Record]:
     """Train up to config.max_steps; yield a record after each step.
 
-    Where `pause(step)` is true, the state is that of the record: evaluate, save or stop there.
-    Elsewhere it may be some steps ahead, if state.runs_ahead. A step whose loss or gradient norm is
-    not finite raises Diverged, or is skipped: parameters and optimizer stay as they are, and its
-    record says why under "skipped".
+    Where `pause(step)` is true, the state is the one after that step: evaluate, save or stop there.
+    Elsewhere it may be some steps ahead of the record, if state.runs_ahead. A step whose loss or
+    gradient norm is not finite raises Diverged, or is skipped: parameters and optimizer stay as
+    they are, and its record says why under "skipped".
     """
-    gradients = make_gradients(state.model, config, state.processes, split.end_id)
-    ahead, start = StepsAhead(state, config, gradients), 0.0
+    accumulator = make_accumulator(state.model, config, state.processes, split.end_id)
+    ahead, start = StepsAhead(state, config, accumulator), 0.0
     while state.step < config.max_steps or ahead.launched:
-        if not ahead.launched:  # else the device has worked on since the last record
+        if not ahead.launched:  # else the device went on since the last record
             start = time.perf_counter()
         record = None
         if state.runs_ahead:
             while ahead.room and not (ahead.launched and pause(state.step)):
-                ahead.launch(*_deal(state, split, config, gradients))
+                ahead.launch(*_deal(state, split, config, accumulator))
             record = ahead.take()
         if record is None:
-            record = _step(state, split, config, gradients)
+            record = _step(state, split, config, accumulator)
         now = time.perf_counter()
         ahead.step_s, start = now - start, now
         yield record | {
             "learning_rate": learning_rate_fraction(record["step"], config) * config.lr,
             "tokens": record["step"] * config.tokens_per_step(state.model.config),
             "step_s": ahead.step_s,
-            "forward_s": gradients.forward.take(),
+            "forward_s": accumulator.forward_time.take(),
         }
 
 
 def _deal(
-    state: TrainState, split: Split, config: TrainConfig, gradients: BatchGradients
+    state: TrainState, split: Split, config: TrainConfig, accumulator: GradientAccumulator
 ) -> tuple[Ids, Ids]:
     """Begin the next step: set its learning rate, return this process's windows of its batch."""
     state.processes.begin_step(state.step + 1)
@@ -98,19 +99,19 @@ def _deal(
     fraction = learning_rate_fraction(state.step + 1, config)
     for group in state.optimizer.param_groups:
         group["lr"] = fraction * group["initial_lr"]
-    own = _own_windows(state, config, gradients)
+    own = _own_windows(state, config, accumulator)
     x, y = split.batch(state.step, *_drawing(state, config), own)
     device = state.model.head.device
     return to_device(x, device), to_device(y, device)
 
 
 def _step(
-    state: TrainState, split: Split, config: TrainConfig, gradients: BatchGradients
+    state: TrainState, split: Split, config: TrainConfig, accumulator: GradientAccumulator
 ) -> Record:
     """Do the next step, or skip it; see `train`."""
-    x, y = _deal(state, split, config, gradients)
+    x, y = _deal(state, split, config, accumulator)
     try:
-        record = train_step(state, config, x, y, gradients)
+        record = train_step(state, config, x, y, accumulator)
         state.skipped_in_a_row = 0
     except Diverged as error:
         starts = split.starts(state.step, *_drawing(state, config))
@@ -120,20 +121,20 @@ def _step(
 
 
 def _drawing(state: TrainState, config: TrainConfig) -> tuple[int, int, int, WindowOrder]:
-    """Return what decides, beside the step, which windows are in a batch."""
+    """Return the settings that decide, with the step, which windows are in a batch."""
     return config.batch_size, state.model.config.context_length, config.seed, config.sampling
 
 
 def _own_windows(
-    state: TrainState, config: TrainConfig, gradients: BatchGradients
+    state: TrainState, config: TrainConfig, accumulator: GradientAccumulator
 ) -> NDArray[np.int64]:
     """Return the windows of a batch that this process computes, micro-batch by micro-batch."""
-    numbers, size = np.array(own_numbers(state, config, gradients)), state.micro_batch_size
+    numbers, size = np.array(own_numbers(state, config, accumulator)), state.micro_batch_size
     return (numbers[:, None] * size + np.arange(size)).ravel()
 
 
 def validation_loss(state: TrainState, valid: Split, config: TrainConfig) -> float:
-    """Return the loss, in nats, on the batches that every validation of the run looks at."""
+    """Return the loss, in nats, on the batches that every validation of the run uses."""
     size = state.micro_batch_size
     dtype, most = config.dtype, config.eval_batches * config.batch_size // size
     sums = evaluate(

@@ -1,9 +1,9 @@
 """Optimizers, chosen by name, and gradient clipping.
 
-To add one: a subclass of AdamW with its own `state_names` and `_update`, a function that makes its
-groups, each with an "initial_lr", and an entry of OPTIMIZERS. While `found_inf` is 1, `_update`
-must change nothing (ahead.py); under fsdp it sees the rows of each parameter that this process
-holds.
+To add one, write a subclass of AdamW with its own `state_names` and `_update`, a function that
+makes its parameter groups, each with an "initial_lr", and an entry of OPTIMIZERS. While `found_inf`
+is 1, `_update` must change nothing (ahead.py). Under fsdp it sees only the rows of each parameter
+that this process holds.
 """
 
 from collections.abc import Callable, Iterable
@@ -41,7 +41,7 @@ class AdamW(Optimizer):
     number once. `fused=False` runs one tensor operation after the other.
     """
 
-    # torch's guards around these keep its compiler out, and import it: 1.5 s at every start
+    # torch wraps these to keep its compiler out; the wrapper imports it: 1.5 s at every start
     add_param_group = unwrap(Optimizer.add_param_group)
     state_dict = unwrap(Optimizer.state_dict)
     load_state_dict = unwrap(Optimizer.load_state_dict)
@@ -62,10 +62,10 @@ class AdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"fused": fused})
 
-    found_inf: Tensor | None = None  # on the device; 1: `step` leaves everything as it is
+    found_inf: Tensor | None = None  # scalar on the device; if it is 1, `step` changes nothing
 
     def state_names(self, group: dict[str, Any]) -> set[str]:
-        """Return the entries of a parameter's state: scalar "step", others shaped like it."""
+        """Return the names in a parameter's state: a scalar "step", others of its shape."""
         return {"step", "exp_avg", "exp_avg_sq"}
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class Muon(AdamW):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             gradients = [local(p.grad) for p in some if p.grad is not None]
             buffers = [local(self.state[p]["momentum_buffer"]) for p in some]
-            if self.found_inf is not None:  # then stays as it is: m + (1 - momentum) (m - m)
+            if self.found_inf is not None:  # keep m: m + (1 - momentum) (m - m)
                 nonfinite = self.found_inf.bool()
                 gradients = [
                     torch.where(nonfinite, *pair) for pair in zip(buffers, gradients, strict=True)
@@ -151,7 +151,7 @@ class Muon(AdamW):
                 rows = [local(p) for p in some]
                 decay = 1 - lr * group["weight_decay"]
                 directions = [steps[p].to(p.dtype) for p in some]
-                if self.found_inf is not None:  # then 1 theta - 0
+                if self.found_inf is not None:  # keep theta: 1 theta - 0
                     nonfinite = self.found_inf.bool()
                     decay = torch.where(nonfinite, 1.0, decay)
                     directions = [torch.where(nonfinite, 0.0, d) for d in directions]
@@ -160,13 +160,13 @@ class Muon(AdamW):
 
 
 def _at_once(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """Return which are updated together: on CUDA all, by one launch; else each, in the cache."""
+    """Group what is updated together: on CUDA all, in one launch; else one by one, in cache."""
     together = bool(parameters) and parameters[0].is_cuda
     return [parameters] if together else [[p] for p in parameters]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Return nearly the nearest orthogonal matrices (N, R, C), by five Newton-Schulz steps."""
+    """Approximate the orthogonal matrix nearest to each of (N, R, C): five Newton-Schulz steps."""
     a, b, c = _NEWTON_SCHULZ
     x = matrices.bfloat16()
     if transposed := x.shape[1] > x.shape[2]:
@@ -255,17 +255,26 @@ def _adamw_groups(
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """All that depends on the choice of train.optimizer; lm/plan reads the sizes."""
+    """All that depends on the choice of train.optimizer; lm/plan reads the numbers."""
 
     make: Callable[[nn.Module, OptimizerConfig], AdamW]
     matrix_numbers: int  # float32 numbers of state for each weight of a matrix in a block
     other_numbers: int  # the same for each other weight
-    whole_matrices: bool  # an update computes with whole matrices: scratch, and traffic of fsdp
+    # bytes for each weight of a matrix, where an update computes with whole matrices, else 0:
+    kept: int  # for every matrix in the blocks, until the update ends
+    stacked: int  # for the matrices computed together; under fsdp for one matrix
+    exchanged: int  # under fsdp for that matrix: its rows as they are sent and received
+    sent: int  # under fsdp for every matrix: to the process that computes it, and back
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerKind(make_adamw, matrix_numbers=2, other_numbers=2, whole_matrices=False),
-    "muon": OptimizerKind(make_muon, matrix_numbers=1, other_numbers=2, whole_matrices=True),
+    "adamw": OptimizerKind(
+        make_adamw, matrix_numbers=2, other_numbers=2, kept=0, stacked=0, exchanged=0, sent=0
+    ),
+    # gradients and a stack of them in float32, three more stacks and the directions in bfloat16
+    "muon": OptimizerKind(
+        make_muon, matrix_numbers=1, other_numbers=2, kept=4, stacked=10, exchanged=8, sent=6
+    ),
 }
 
 
@@ -274,8 +283,9 @@ def gradient_clipping(
 ) -> Tensor:
     """Scale all gradients by min(1, max / (norm + 1e-6)), norm being their joint L2 norm.
 
-    Parameters without gradient are skipped. Return the norm before clipping, a scalar. `by_rows`
-    adds the squares row by row in float64: the norm is then the same for any number of processes.
+    Parameters without gradient are skipped. Return the norm before clipping, a scalar. With
+    `by_rows` squares are added row by row in float64, so that the norm is the same for any number
+    of processes.
     """
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -284,6 +294,6 @@ def gradient_clipping(
     else:
         norm = nn.utils.get_total_norm(gradients)
     # on a GPU always, since reading the norm would wait for it; a factor of 1 changes no bit
-    if norm.is_cuda or not norm + 1e-6 <= max_l2_norm:  # also nan: it must reach the gradients
+    if norm.is_cuda or not norm + 1e-6 <= max_l2_norm:  # true for nan: it must reach the gradients
         nn.utils.clip_grads_with_norm_(parameters, max_l2_norm, norm)
     return norm

@@ -1,8 +1,8 @@
-"""The gradients of a batch that several processes share.
+"""Accumulate the gradients of a batch that several processes share.
 
-    micro-batches of this process -> BatchGradients -> every .grad, summed over the whole batch
+    micro-batches of this process -> GradientAccumulator -> .grad of the whole batch
 
-    none   OneProcess, in step.py
+    none   OneProcess, in accumulate.py
     ddp    Replicated: every process holds the whole model (torch's DistributedDataParallel)
     fsdp   Sharded: every process keeps some rows of each parameter (torch's fully_shard, FSDP2)
 
@@ -28,12 +28,12 @@ from lm.model.transformer import TransformerLM
 LossOf = Callable[[TransformerLM, Tensor, Tensor], Tensor]  # model, x, y -> loss
 
 
-class BatchGradients:
-    """The gradients of a batch, added up micro-batch by micro-batch."""
+class GradientAccumulator:
+    """Add up the gradients of a batch, micro-batch by micro-batch."""
 
     def __init__(self, model: TransformerLM, tree: bool) -> None:
         self.model, self.tree, self.sums = model, tree, PairwiseSum()
-        self.forward = Stopwatch(model.head.device)  # shows which of several processes is slow
+        self.forward_time = Stopwatch(model.head.device)  # shows which process is slow
         self.watching, self.nonfinite = False, False
         self.alternating = False  # processes take micro-batches in turn
 
@@ -80,10 +80,10 @@ def pairwise(terms: Tensor) -> Tensor:
 
 
 def own_micro_batches(count: int, processes: Processes, alternating: bool) -> range:
-    """Return which micro-batches, of `count` in a batch, this process computes, by number.
+    """Return the numbers of the micro-batches, of `count` in a batch, that this process computes.
 
-    They are neighbours, so that a process can add up its own. With `alternating` they are every
-    N-th, so that the processes compute neighbours at the same time.
+    They are neighbours, so that a process can add up its own. With `alternating` it takes every
+    N-th, so that the N processes compute neighbours at the same time.
     """
     if alternating:
         return range(processes.rank, count, processes.size)
@@ -92,7 +92,7 @@ def own_micro_batches(count: int, processes: Processes, alternating: bool) -> ra
 
 
 class _Loss(nn.Module):
-    """A module whose forward pass returns the loss, as DistributedDataParallel wants it."""
+    """A module whose forward pass returns the loss, as DistributedDataParallel needs it."""
 
     def __init__(self, model: TransformerLM, loss_of: LossOf):
         super().__init__()
@@ -102,7 +102,7 @@ class _Loss(nn.Module):
         return self.loss_of(self.model, x, y)
 
 
-class Replicated(BatchGradients):
+class Replicated(GradientAccumulator):
     """The whole model in every process; the last backward pass reduces the gradients."""
 
     def __init__(self, model: TransformerLM, loss_of: LossOf, processes: Processes, tree: bool):
@@ -113,13 +113,13 @@ class Replicated(BatchGradients):
             _Loss(model, loss_of), gradient_as_bucket_view=True, **collectives.BUFFERS_STAY
         )
         self.ddp.register_comm_hook(None, self._reduced)
-        self.laid_out = tree or processes.size <= 2  # a + b needs no order
+        self.laid_out = tree or processes.size <= 2  # two terms have one order
 
     def _lay_out(self, x: Tensor, y: Tensor) -> None:
         """Run a backward pass and drop its gradients: DDP rebuilds its buckets after the first one.
 
-        A ring adds in an order that depends on a number's place in its bucket: without this, the
-        first step of a resumed run would add in another order than an uninterrupted one.
+        A ring adds in an order that depends on a number's place in its bucket. Without this, the
+        first step of a resumed run would add in another order than an uninterrupted run.
         """
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             self.ddp(x, y).backward()
@@ -127,14 +127,14 @@ class Replicated(BatchGradients):
         self.laid_out = True
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
-        """See BatchGradients."""
+        """See GradientAccumulator."""
         if not self.laid_out:
             self._lay_out(x, y)
         if last:
             sums = self.sums.take()
             self.before = [dict(zip(self.parameters, part, strict=True)) for part in sums]
         with nullcontext() if last else self.ddp.no_sync():
-            with self.forward.lap():
+            with self.forward_time.lap():
                 loss = self.ddp(x, y)
             (loss * weight).backward()
         self.before = []
@@ -168,7 +168,7 @@ class Replicated(BatchGradients):
         return done
 
 
-class Sharded(BatchGradients):
+class Sharded(GradientAccumulator):
     """Some rows of each parameter in every process, as `shard` has cut the model."""
 
     def __init__(self, model: TransformerLM, loss_of: LossOf, tree: bool):
@@ -183,10 +183,10 @@ class Sharded(BatchGradients):
             fsdp.set_gradient_divide_factor(1.0)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
-        """See BatchGradients."""
+        """See GradientAccumulator."""
         fsdp: Any = self.model
         fsdp.set_requires_gradient_sync(last or self.tree)
-        with self.forward.lap():
+        with self.forward_time.lap():
             loss = self.loss_of(self.model, x, y)
         (loss * weight).backward()
         if self.tree:
@@ -201,8 +201,8 @@ class Sharded(BatchGradients):
 class _ReduceScatter:
     """FSDP's reduce-scatter, or one over a tree."""
 
-    def __init__(self, gradients: BatchGradients):
-        self.gradients = gradients
+    def __init__(self, accumulator: GradientAccumulator):
+        self.accumulator = accumulator
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -215,8 +215,8 @@ class _ReduceScatter:
         op: Any,
         async_op: bool = False,
     ) -> Any:
-        self.gradients.watch(input_tensor)
-        if not self.gradients.tree:
+        self.accumulator.watch(input_tensor)
+        if not self.accumulator.tree:
             return collectives.reduce_scatter_single(
                 output_tensor, input_tensor, op=op, group=group, async_op=async_op
             )
@@ -243,7 +243,7 @@ def _taken(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def shard(model: TransformerLM, device: torch.device) -> None:
-    """Cut each parameter into rows of each process; a block is gathered whole when it is used."""
+    """Share out the rows of each parameter; a block's are gathered while it is used."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = mesh_of(dist.group.WORLD, device.type)

@@ -50,19 +50,19 @@ def lower_micro_batch_size(state: TrainState, config: TrainConfig) -> None:
     state.micro_batch_size = fewer
     state.optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
-        if config.compile is True:
+        if config.compile:
             torch.compiler.reset()  # a CUDA graph keeps the memory of the larger micro-batch
         torch.cuda.empty_cache()
     say(
-        f"Out of memory on {device} with micro-batch size {before}: repeating step "
-        f"{state.step + 1}, from now on with {fewer}"
+        f"Out of memory on {device} with micro-batch size {before}: using {fewer} from now on, "
+        f"repeating step {state.step + 1}"
     )
 
 
 def skip_step(state: TrainState, config: TrainConfig, reason: str) -> Record:
     """Count a step without updating anything, and return its record.
 
-    Raises Diverged if train.on_nonfinite forbids skipping or too many steps in a row were skipped.
+    Raises Diverged if train.on_nonfinite is stop, or train.max_skipped_steps in a row were skipped.
     """
     remedy = "lower train.lr, raise train.warmup_steps or set train.dtype: float32"
     match config.on_nonfinite:

@@ -49,7 +49,7 @@ def get_lr_constant_schedule(it: int, max_learning_rate: float, warmup_iters: in
     return min(1.0, it / warmup_iters) * max_learning_rate if warmup_iters else max_learning_rate
 
 
-SCHEDULES = {  # the settings read its keys
+SCHEDULES = {  # the settings read its keys, and know which use decay_steps: NEED_DECAY_STEPS
     "cosine": lambda it, config: get_lr_cosine_schedule(
         it, 1.0, config.min_lr_ratio, config.warmup_steps, config.max_steps
     ),
@@ -61,5 +61,5 @@ SCHEDULES = {  # the settings read its keys
 
 
 def learning_rate_fraction(update: int, config: ScheduleConfig) -> float:
-    """Return the share of the peak rate for an update, from 1: no update is lost at rate 0."""
+    """Return the share of the peak rate; updates count from 1, so that none has a rate of 0."""
     return SCHEDULES[config.schedule](update, config)
