@@ -21,7 +21,9 @@ from importlib.util import find_spec
 
 from jaxtyping import install_import_hook
 
-if find_spec("beartype"):  # requirements-train.txt does without
+if not find_spec("beartype"):  # requirements-train.txt does without
+    os.environ["LM_SHAPE_CHECKS"] = "0"
+if os.environ.setdefault("LM_SHAPE_CHECKS", "1") != "0":
     import tests.typecheck  # noqa: F401 - the hook finds it by name
 
     install_import_hook("lm", "tests.typecheck.checked")

@@ -26,8 +26,8 @@ from lm.base.console import count, say
 from lm.base.errors import EnvironmentFault, InputError, one_line_errors
 from lm.base.files import sha256_file
 from lm.base.paths import BEST, LAST, MODEL, PRETRAINED, TOKENIZER, TOKENS
-from lm.base.sections import read_section
-from lm.base.settings import TrainConfig
+from lm.base.sections import brief, read_section
+from lm.base.settings import DEVICE, TrainConfig
 from lm.data.splits import open_tokens
 from lm.data.tokenizer import load_tokenizer
 from lm.machine.device import choose_device, environment, make_deterministic
@@ -138,12 +138,12 @@ def checkpoint_faults() -> Iterator[str]:
         yield f"{MODEL / 'model.safetensors'}: its weights differ from those in {source}"
 
 
-def unfinished_faults(unfinished: Path) -> Iterator[str]:
+def unfinished_faults(runs_root: Path) -> Iterator[str]:
     """Yield the checkpoints of unfinished runs that are damaged.
 
     A file without a manifest is no checkpoint: a kill leaves such files, and a save in progress.
     """
-    for folder in sorted(filter(Path.is_dir, unfinished.glob("*"))):
+    for folder in sorted(filter(Path.is_dir, runs_root.glob("*"))):
         for path, fault in kept_checkpoints(folder):
             if fault is not None and path.with_suffix(".json").exists():
                 yield f"{fault}; the run will resume from an earlier checkpoint"
@@ -257,9 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.verify", description=__doc__)
     parser.add_argument("--replay", type=int, metavar="N", help="train N steps again and compare")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--device", default="auto", help=DEVICE.text)
     options = parser.parse_args(arguments)
     with one_line_errors():
+        if not DEVICE.holds(options.device):
+            raise InputError(f"--device {brief(options.device)}: {DEVICE.text}")
         if options.replay is not None and options.replay < 1:
             raise InputError("--replay: must be >= 1")
         if not LOCK.is_file():

@@ -73,7 +73,7 @@ def choose_device(name: str) -> torch.device:
     if name not in available + numbers:
         raise EnvironmentFault(
             f"device {name}: not available (this torch {torch.__version__} has: "
-            f"{', '.join(numbers + available)}); set runtime.device: auto"
+            f"{', '.join(numbers + available)}); use one of these, or auto"
         )
     if name in numbers:
         torch.cuda.set_device(name)
