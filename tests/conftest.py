@@ -103,8 +103,8 @@ def model_config(smoke_params) -> ModelConfig:
 
 @pytest.fixture
 def train_config(smoke_params) -> TrainConfig:
-    smoke_params["train"]["compile"] = False  # as the plan decides
-    return read_section(TrainConfig, smoke_params, "train")
+    decided = smoke_params["train"] | {"compile": False}  # as the plan decides
+    return read_section(TrainConfig, {"train": decided}, "train")
 
 
 @pytest.fixture

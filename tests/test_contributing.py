@@ -1,5 +1,6 @@
 """What others need who use, cite or change the project: one version, a true citation, a picture."""
 
+import os
 import re
 import shutil
 import struct
@@ -69,7 +70,7 @@ def page(tmp_path):
 
 @needs_browser
 def test_the_picture_is_the_top_of_the_report(page):
-    done = picture(page, PATH="/usr/bin:/bin", HOME=str(page))
+    done = picture(page, PATH=os.environ["PATH"], HOME=str(page))
     assert done.returncode == 0, done.stderr
     assert size_of((page / "docs" / "report.png").read_bytes()) == (1200, 1040)
 

@@ -196,7 +196,7 @@ def test_a_temporary_experiment_leaves_the_workspace_alone_until_it_is_applied(f
     git(finished, "checkout", "HEAD", "--", "lm/train/schedule.py")
     # it took back what was committed since, too
     assert "team" not in dvc(finished, "remote", "list")
-    assert heal(finished).endswith("by: git checkout HEAD -- .dvc/config\n")
+    assert heal(finished).endswith("run: git checkout HEAD -- .dvc/config\n")
     git(finished, "checkout", "HEAD", "--", ".")
     dvc(finished, "checkout")
     assert "team" in dvc(finished, "remote", "list")

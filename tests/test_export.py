@@ -342,7 +342,10 @@ def their_folder(tokenizer, tmp_path_factory):
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM, Qwen3For"),
         ({"head_dim": 16}, "head_dim = 16: only hidden_size / num_attention_heads = 32 / 4"),
         ({"vocab_size": 200}, "vocab_size = 200, the tokenizer has 300 tokens; copy it to data/"),
-        ({"max_position_embeddings": 8}, "context_length = 16, but the model was trained on"),
+        (
+            {"max_position_embeddings": 8},
+            "context_length = 16, but the model was trained on at most 8 positions",
+        ),
         ({"num_hidden_layers": "two"}, "num_hidden_layers = two; expected an integer"),
         ({"num_hidden_layers": 2_000_000}, "model.num_layers = 2, expected 2000000"),
         ({"rope_parameters": [1]}, r"rope_parameters = \[1\], expected dict"),
@@ -407,7 +410,10 @@ def spoil(folder, name):
         ("pickle", r"no model.safetensors; .bin and .pt files run code"),
         ("shard elsewhere", "index.json: ../b is not in this folder"),
         ("torn", "model.safetensors: not a safetensors file"),
-        ("other tokenizer", "not the tokenizer of data/tokenizer; copy it to data/tokenizers/"),
+        (
+            "other tokenizer",
+            "not the tokenizer of data/tokenizer; copy it to data/tokenizers/small",
+        ),
         ("no config", "config.json: no such file; a model folder of Hugging Face has one"),
         ("missing", "no weight model.norm.weight in its safetensors files"),
         ("surplus", "model.layers.0.mlp.router.weight: no such weight in a model of these"),

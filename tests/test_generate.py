@@ -17,7 +17,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lm.base.errors import InputError
 from lm.base.files import write_json
 from lm.base.migrations import ADDED
-from lm.base.settings import DEVICE, DTYPES, EvaluateConfig
+from lm.base.settings import DEVICE, EvaluateConfig
 from lm.data.tokenizer import byte_tokenizer
 from lm.evaluate.samples import draw_samples
 from lm.generate.command import main
@@ -334,8 +334,8 @@ def test_the_command_line_takes_the_dtype_that_the_device_multiplies_natively(fo
     assert printed[0] == printed[1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_command_line_takes_every_dtype(folder, dtype, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_line_takes_every_dtype_wide_enough(folder, dtype, capsys):
     run(folder, "--prompt", "a", "--max-new-tokens", "3", "--temperature", "0", "--dtype", dtype)
     assert capsys.readouterr().out == "abcd\n"
 
@@ -399,11 +399,11 @@ def test_the_coldest_temperatures_take_the_most_probable_token(model, temperatur
         (["--max-new-tokens", "0"], "--max-new-tokens 0: must be in [1, 9223372036854775807]"),
         (["--max-new-tokens", "9" * 20], f"{'9' * 20}: must be in [1, 9223372036854775807]"),
         (["--max-new-tokens", "9" * 5000], "--max-new-tokens: invalid int value"),
-        (["--temperature", "-1"], "--temperature -1.0: must be >= 0"),
+        (["--temperature", "-1"], "--temperature -1.0: must be >= 0 and finite"),
         (["--top-k", "0"], "--top-k 0: must be >= 1"),
         (["--top-p", "0"], "--top-p 0.0: must be in (0, 1]"),
         (["--top-p", "nan"], "--top-p nan: must be in (0, 1]"),
-        (["--temperature", "nan"], "--temperature nan: must be >= 0"),
+        (["--temperature", "nan"], "--temperature nan: must be >= 0 and finite"),
         (["--num-samples", "0"], "--num-samples 0: must be >= 1"),
         (["--stop", ""], "--stop ['']: no stop text may be empty"),
         (["--stop", "\udcff"], "--stop: byte 0xff at offset 0 is not UTF-8"),

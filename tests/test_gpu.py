@@ -52,8 +52,8 @@ VARIANTS = {
     "documents masked": {"intra_document_masking": True},
 }
 pytestmark = [
-    pytest.mark.cuda,  # torch's compiler instantiates functions of autograd
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's compiler, within torch
 ]
 compiles = pytest.mark.skipif(
     os.environ["LM_SHAPE_CHECKS"] != "0",

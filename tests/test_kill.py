@@ -156,11 +156,11 @@ def test_a_killed_repro_of_two_processes_goes_on_where_it_was(
 @pytest.mark.parametrize("number", [pytest.param(TERM, marks=pytest.mark.soak), KILL])
 def test_a_repro_killed_at_its_worst_moments_goes_on(project, undisturbed, moment, number):
     published = project.folder / "models/checkpoints/best.safetensors"
-    unfinished = project.folder / ".dvc/tmp/lm-resume"
+    runs_root = project.folder / ".dvc/tmp/lm-resume"
     condition = {
         "publishing": published.exists,
         "before the first step": "Model has",
-        "saving": lambda: any(unfinished.glob("*/step-00000040.safetensors*")),
+        "saving": lambda: any(runs_root.glob("*/step-00000040.safetensors*")),
     }[moment]
     code, before = killed(project, TRAIN, condition, "group", number)
     assert code != 0

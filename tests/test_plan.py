@@ -187,7 +187,10 @@ def test_an_optimizer_is_planned_by_the_numbers_of_its_own_entry(
     model_config, train_config, monkeypatch
 ):
     muon = OPTIMIZERS["muon"]
-    numbers = {name: getattr(muon, name) for name in ("kept", "stacked", "exchanged", "sent")}
+    numbers = {
+        name: getattr(muon, name)
+        for name in (f"{part}_bytes" for part in ("kept", "stacked", "exchanged", "sent"))
+    }
     for name, times in (("double", 2), ("none", 0)):
         entry = replace(muon, **{key: times * number for key, number in numbers.items()})
         monkeypatch.setitem(OPTIMIZERS, name, entry)
@@ -679,7 +682,7 @@ def test_processes_divide_the_time_and_a_network_may_take_it_back(model_config, 
     plan = Plan(model_config, config, CPU, 2, 0, 4)
     page = table(plan, 0.5, None, bandwidth=sum(plan.communication.values()))
     assert "memory of each of 4 processes, ddp, float32, micro-batch size 2" in page
-    assert "Sending takes 1.000 s an update" in page
+    assert "Sending takes 1.000 s a step" in page
     assert "0.500 s a step: 1:4" in page  # as long as sending takes, and a validation
     assert plan.flops == replace(plan, num_processes=1).flops
     assert "not timed" in table(plan, None, None)

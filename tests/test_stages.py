@@ -63,11 +63,11 @@ def killed(long_run, made_once, tmp_path):
 
 def newest_checkpoint(project):
     """The newest that was committed: a kill can leave one without its manifest."""
-    (folder,) = resume_directories(project)
+    (folder,) = run_folders(project)
     return max(folder.glob("step-*.json")).with_suffix(".safetensors")
 
 
-def resume_directories(project):
+def run_folders(project):
     return list((project.folder / ".dvc" / "tmp" / "lm-resume").glob("*"))
 
 
@@ -89,7 +89,7 @@ def test_training_tells_what_it_does_in_order(prepared):
     assert lines[7].startswith("step 10: validation loss ")
     assert lines[-1].startswith("Final loss ")
     assert "models/model" in lines[-1]
-    (finished,) = resume_directories(prepared)  # stays until DVC has recorded the outputs
+    (finished,) = run_folders(prepared)  # stays until DVC has recorded the outputs
     first = outputs(prepared)
     again = prepared.stage("train")
     assert f"Resumed at step 20; it is finished: delete .dvc/tmp/lm-resume/{finished.name}" in (
@@ -98,7 +98,7 @@ def test_training_tells_what_it_does_in_order(prepared):
     assert "step  5/20" not in again.stdout
     assert outputs(prepared) == first
     prepared.prepare("evaluate")
-    assert not resume_directories(prepared)
+    assert not run_folders(prepared)
     metrics = json.loads(prepared.read("metrics/train.json"))
     assert metrics["step"] == 20
     assert metrics["tokens"] == 20 * 4 * 64
@@ -246,7 +246,7 @@ def test_nothing_of_a_run_is_reused_after_a_change_and_it_says_why(killed, chang
     assert int(line[1]) >= 30
     assert line[2].startswith(differing)
     assert line[2] == differing or "data/" in differing
-    assert len(resume_directories(project)) == 2
+    assert len(run_folders(project)) == 2
     assert "Resumed" not in result.stdout
 
 
@@ -259,7 +259,7 @@ def test_nothing_of_a_run_is_reused_with_another_number_of_threads(killed):
             assert re.search(r"environment.device cpu \(1 thread, .*\) -> cpu \(2 threads, ", line)
         if line.startswith("step "):
             break
-    assert len(resume_directories(project)) == 2
+    assert len(run_folders(project)) == 2
 
 
 def test_a_change_of_runtime_goes_on(killed):
@@ -320,11 +320,11 @@ def test_a_run_is_continued_from_a_checkpoint_with_more_steps(prepared):
 
 def test_a_checkpoint_of_another_run_in_the_folder_is_not_resumed(killed):
     project, _ = killed
-    (killed_run,) = resume_directories(project)
+    (killed_run,) = run_folders(project)
     project.set("train.seed", 2)
     project.prepare("train")
     straight = outputs(project)
-    (other,) = set(resume_directories(project)) - {killed_run}
+    (other,) = set(run_folders(project)) - {killed_run}
     for file in other.glob("step-*"):
         file.unlink()
     for file in killed_run.glob("step-*"):
@@ -338,7 +338,7 @@ def test_a_checkpoint_of_another_run_in_the_folder_is_not_resumed(killed):
 
 def test_a_run_whose_best_checkpoint_is_damaged_begins_anew(killed):
     project, straight = killed
-    (folder,) = resume_directories(project)
+    (folder,) = run_folders(project)
     checkpoints = [path.with_suffix(".safetensors") for path in folder.glob("step-*.json")]
     bests = set()
     for checkpoint in checkpoints:

@@ -163,8 +163,8 @@ def test_a_damaged_checkpoint_of_an_unfinished_run_is_named_and_one_that_was_cut
     project.train_until("step   40/", "train.max_steps=5000", warm=True).kill()
     project.processes[-1].wait()
     assert survivors(project) == []
-    unfinished = project.folder / ".dvc" / "tmp" / "lm-resume"
-    newest = max(unfinished.glob("*/step-*.json")).with_suffix(".safetensors")
+    runs_root = project.folder / ".dvc" / "tmp" / "lm-resume"
+    newest = max(runs_root.glob("*/step-*.json")).with_suffix(".safetensors")
     flip(newest)
     out, _ = verify(project, code=2)
     assert f"fault: {newest.relative_to(project.folder)}: content differs" in out

@@ -11,6 +11,7 @@ A strike is real: a signal that the process sends itself, or a limit of the oper
 before the operation number `at` that changes a file in the project (an audit event of Python).
 """
 
+import atexit
 import fcntl
 import functools
 import gc
@@ -55,6 +56,7 @@ def lifeline(path: str) -> socket.socket:
             while not Path(path).exists():
                 time.sleep(0.05)
         connection.connect(path)
+        atexit.register(connection.close)
         return connection
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 RAW, CORPUS = Path("data/raw"), Path("data/corpus.json")  # the default text, and its manifest
-LICENSES = Path(
-    "data/licenses.txt"
-)  # of the default text: a line for each, an empty one, the texts
+# licences of the default text: a line for each, an empty line, their texts
+LICENSES = Path("data/licenses.txt")
 TOKENIZER, TOKENS = Path("data/tokenizer"), Path("data/tokens")
 METRICS, MODELS = Path("metrics"), Path("models")
 MODEL, HUGGINGFACE = MODELS / "model", MODELS / "huggingface"

@@ -40,12 +40,12 @@ def license_of(requirement: str) -> tuple[str, str]:
     text = "\n".join(data.decode(errors="replace") for _, data in _files(requirement, wanted))
     metadata = distribution(requirement.partition("==")[0].strip()).metadata
     stated = metadata.get_all("License-Expression") or metadata.get_all("License")
-    name = stated[0].partition("\n")[0] if stated else "see its text"
-    return name, text or "The package has no text of it.\n"
+    name = stated[0].partition("\n")[0].strip() if stated else ""
+    return name or "see its text", text or "The package has no text of it.\n"
 
 
 def _files(requirement: str, wanted: Callable[[PackagePath], bool]) -> Iterator[tuple[str, bytes]]:
-    """Return path and content of each wanted file of a package, sorted and checked."""
+    """Yield path and content of each wanted file of a package, sorted and checked."""
     name, pinned, version = (part.strip() for part in requirement.partition("=="))
     if not (name and pinned):
         raise InputError(f"corpus.packages: {requirement} pins no version; write name==version")

@@ -2,7 +2,7 @@
 
     config.json  model.safetensors  generation_config.json      a stock Llama or Qwen3, float32
     tokenizer.json  tokenizer_config.json                       ids as in training
-    README.md  loss.svg  provenance.json                        the model card
+    README.md  loss.svg  provenance.json  TEXT_LICENSES.txt     the model card
 
 Before anything is written, the logits are compared with those of `transformers`, if installed.
 """

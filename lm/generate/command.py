@@ -16,11 +16,13 @@ from lm.machine.device import choose_device, native_dtype
 from lm.model.model_folder import load_model
 
 STDIN = Path("-")
+# features are kept in the dtype too, and may overflow float16
+WIDE = [name for name, kind in DTYPES.items() if not kind.scaled]
 BOUNDS = {
     "max_new_tokens": Bound(lambda x: 1 <= x <= sys.maxsize, f"must be in [1, {sys.maxsize}]"),
     "num_samples": AT_LEAST_ONE,
     "stop": Bound(all, "no stop text may be empty"),
-    "temperature": Bound(lambda x: 0 <= x < math.inf, "must be >= 0"),
+    "temperature": Bound(lambda x: 0 <= x < math.inf, "must be >= 0 and finite"),
     "top_k": AT_LEAST_ONE,
     "top_p": ABOVE_ZERO_UP_TO_ONE,
     "device": DEVICE,
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         default="float32",
-        choices=["auto", *DTYPES],
+        choices=["auto", *WIDE],
         help="auto: bfloat16 where the device multiplies it natively",
     )
     return parser

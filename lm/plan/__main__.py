@@ -38,7 +38,7 @@ def _vocab_size(params: dict[str, dict[str, Any]]) -> int:
         return int(tokenizer["vocab_size"])
     manifest = TOKENS / MANIFEST
     if not manifest.is_file():
-        raise InputError(f"{manifest}: no such file, which gives vocab_size; run dvc repro tokens")
+        raise InputError(f"{manifest}: no such file, needed for vocab_size; run `dvc repro tokens`")
     return int(read_manifest(TOKENS)["vocab_size"])
 
 
@@ -46,10 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m lm.plan", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--params", type=Path, default=PARAMS, metavar="FILE", help="a preset")
+    add(
+        "--params",
+        type=Path,
+        default=PARAMS,
+        metavar="FILE",
+        help="settings to plan, such as a preset",
+    )
     add_overrides(parser)
-    add("--price", type=float, metavar="EUR_PER_HOUR", help="of all machines")
-    add("--bandwidth", type=float, metavar="GB_PER_S", help="sent by each of several processes")
+    add("--price", type=float, metavar="EUR_PER_HOUR", help="price of all machines together")
+    add("--bandwidth", type=float, metavar="GB_PER_S", help="what each process can send")
     add("--check", action="store_true", help="check every setting, and run nothing")
     options = parser.parse_args(arguments)
     with one_line_errors():

@@ -3,7 +3,7 @@
     parameters, flops_per_token     numbers and products by part of the model
     activations                     bytes that the backward pass needs, by part
     peak_memory                     bytes by part at the fullest moment of a step
-    communication                   bytes that a process sends for an update, by part
+    communication                   bytes that a process sends in a step, by part
 
 Letters in shapes as in lm.model.transformer, and N = B T, the tokens of a micro-batch. A choice
 that stands in no table or match here is an error.
@@ -158,7 +158,7 @@ def _validation_logits(count: int, vocab_size: int) -> float:
 
 
 def batch_bytes(model: ModelConfig, config: TrainConfig, share: int) -> float:
-    """Return the bytes of a process's token ids for an update, x and y, and of drawing windows."""
+    """Return the bytes of a process's token ids in a step, x and y, and of drawing windows."""
     return 16.0 * share * model.context_length + 50.0 * config.batch_size
 
 
@@ -170,9 +170,11 @@ def _optimizer(model: ModelConfig, config: TrainConfig, shares: int) -> tuple[fl
     state = 4 * (kind.matrix_numbers * matrices + kind.other_numbers * others) / shares
     if PARALLEL[config.parallel].sharded:
         largest = max(rows * columns for rows, columns in _shapes(model))
-        return state, kind.kept * matrices / shares + (kind.stacked + kind.exchanged) * largest
+        return state, kind.kept_bytes * matrices / shares + (
+            kind.stacked_bytes + kind.exchanged_bytes
+        ) * largest
     stack = max(sizes["attention"], sizes["feed-forward"])
-    return state, kind.kept * matrices + kind.stacked * stack
+    return state, kind.kept_bytes * matrices + kind.stacked_bytes * stack
 
 
 def _shapes(model: ModelConfig) -> Counter[tuple[int, int]]:
@@ -303,7 +305,7 @@ def _gradients(
 def communication(
     model: ModelConfig, config: TrainConfig, num_processes: int, micro_batches: int
 ) -> dict[str, float]:
-    """Return the bytes that a process sends for an update, by part; it receives as many.
+    """Return the bytes that a process sends in a step, by part; it receives as many.
 
     For B bytes a ring sends (N - 1) / N B in a reduce-scatter or an all-gather, and twice that in
     an all-reduce, which is both; less is not possible (Patarasuk and Yuan 2009). So DDP sends
@@ -333,7 +335,7 @@ def communication(
         "all-gather of weights": micro_batches * gathered,
         gradients: whole * (micro_batches if by_tree else 1),
     }
-    if bytes_sent := OPTIMIZERS[config.optimizer].sent:
+    if bytes_sent := OPTIMIZERS[config.optimizer].sent_bytes:
         numbers = sum(
             rows * columns * -(-count // num_processes)
             for (rows, columns), count in _shapes(model).items()

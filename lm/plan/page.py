@@ -35,13 +35,13 @@ def table(
         f"| all | {forward:,.0f} | {backward:,.0f} |",
         "",
         *_megabytes(title, plan.memory),
-        *([] if alone else _megabytes("a process sends for an update", plan.communication)),
+        *([] if alone else _megabytes("a process sends in a step", plan.communication)),
         f"With train.gradient_checkpointing: {str(checkpointing).lower()} {instead / 1e6:,.1f} MB",
     ]
     steps, sending_s = f"{count(config.max_steps, 'step')}, {plan.flops:.3e} FLOP", 0.0
     if bandwidth is not None:
         sending_s = sum(plan.communication.values()) / bandwidth
-        lines += [f"Sending takes {sending_s:.3f} s an update at {bandwidth / 1e9:g} GB/s"]
+        lines += [f"Sending takes {sending_s:.3f} s a step at {bandwidth / 1e9:g} GB/s"]
     if step_s is None:
         return "\n".join([*lines, f"{steps}; not timed: a step is too large for this machine"])
     # computing and sending overlap, but for the first and the last part of a model

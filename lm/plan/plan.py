@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def communication(self) -> dict[str, float]:
-        """Bytes that a process sends for an update, by part."""
+        """Bytes that a process sends in a step, by part."""
         micro_batches = self.share // self.micro_batch_size
         return communication(self.model, self.config, self.num_processes, micro_batches)
 

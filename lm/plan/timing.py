@@ -97,13 +97,13 @@ def seconds_for(plan: Plan, steps: int, step_s: float) -> float:
 
 
 def calibrate(plan: Plan) -> float | None:
-    """Measure the seconds of a step: two steps after a warm-up, with random tokens and a new state.
+    """Measure the seconds of a step: two steps after a warm-up, on random tokens from a new state.
 
     Where a step would take long, measure a part of the windows and scale up. For several processes
     one process computes its share of the windows with the whole model, alone. On a GPU the timed
-    steps run ahead, as in a training. Torch's random generators are left as they were. Return None
-    if the whole model does not fit here, or a single window would take minutes: such a plan is for
-    another machine.
+    steps run ahead, as a training in one process does. Torch's random generators are left as they
+    were. Return None if the whole model does not fit here, or a single window would take minutes:
+    such a plan is for another machine.
     """
     flops = plan.flops / plan.config.max_steps / plan.num_processes
     share_s = flops / nominal_rate(plan.config, plan.device)

@@ -101,7 +101,9 @@ def foreign_tokenizer(file: Path, texts: Iterable[str], end_token: str = END_TOK
     if trial.returncode != 0:
         *_, last = trial.stderr.decode("utf-8", "replace").strip().split("\n")
         if not last.startswith("error: "):
-            raise InputError(f"{file}: crashed in a trial ({last}); choose another tokenizer")
+            raise InputError(
+                f"{file}: crashed in a trial ({last or trial.returncode}); choose another tokenizer"
+            )
         raise InputError(last.removeprefix("error: "))
     return open_tokenizer_json(file, end_token)
 

@@ -106,6 +106,8 @@ class Served:
         rows = [prompt for prompt in prompts for _ in range(request.n)]
         usage.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         with self.holding_the_model(has_left) as check:
+            if self.model.head.is_cuda:  # each thread has a current device of its own
+                torch.cuda.set_device(self.model.head.device)
             reason: Reason | None = None if request.max_tokens else "length"
             for index, row in enumerate(rows if request.echo else []):
                 check()

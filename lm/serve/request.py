@@ -3,6 +3,7 @@
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, NamedTuple
 
+from lm.base.console import count
 from lm.base.errors import InputError
 from lm.base.sections import ABOVE_ZERO_UP_TO_ONE, NOT_EMPTY, SEED, Bound, Count, read_section
 from lm.data.tokenizer import Tokenizer
@@ -100,8 +101,8 @@ def read_prompts(request: Request, tokenizer: Tokenizer, context_length: int) ->
     items = given if several else [given]
     if len(items) * request.n > MAX_COMPLETIONS:
         raise InputError(
-            f"request.n = {request.n}: with {len(items)} prompts more than {MAX_COMPLETIONS} "
-            "completions; ask for fewer"
+            f"request.n = {request.n} for {count(len(items), 'prompt')}: expected at most "
+            f"{MAX_COMPLETIONS} completions; ask for fewer"
         )
     prompts = [_read_prompt(item, tokenizer) for item in items]
     longest = max(len(prompt.ids) for prompt in prompts)

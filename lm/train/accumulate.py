@@ -28,7 +28,7 @@ class OneProcess(GradientAccumulator):
     def add(self, x: Tensor, y: Tensor, weight: Tensor, last: bool) -> Tensor:
         """See GradientAccumulator."""
         loss, gradients = self.backward(self.model, x, y, weight)
-        if self.overwrites and not last:  # those of the last are read in this step alone
+        if self.overwrites and not last:  # the last ones are read before the next call
             loss = loss.clone()
             if self.tree or self.parameters[0].grad is None:  # later ones are added at once
                 gradients = tuple(gradient.clone() for gradient in gradients)

@@ -260,20 +260,32 @@ class OptimizerKind:
     make: Callable[[nn.Module, OptimizerConfig], AdamW]
     matrix_numbers: int  # float32 numbers of state for each weight of a matrix in a block
     other_numbers: int  # the same for each other weight
-    # bytes for each weight of a matrix, where an update computes with whole matrices, else 0:
-    kept: int  # for every matrix in the blocks, until the update ends
-    stacked: int  # for the matrices computed together; under fsdp for one matrix
-    exchanged: int  # under fsdp for that matrix: its rows as they are sent and received
-    sent: int  # under fsdp for every matrix: to the process that computes it, and back
+    # for each weight of a matrix, where an update computes with whole matrices, else 0:
+    kept_bytes: int  # for every matrix in the blocks, until the update ends
+    stacked_bytes: int  # for the matrices computed together; under fsdp for one matrix
+    exchanged_bytes: int  # under fsdp for that matrix: its rows as they are sent and received
+    sent_bytes: int  # under fsdp for every matrix: to the process that computes it, and back
 
 
 OPTIMIZERS = {
     "adamw": OptimizerKind(
-        make_adamw, matrix_numbers=2, other_numbers=2, kept=0, stacked=0, exchanged=0, sent=0
+        make_adamw,
+        matrix_numbers=2,
+        other_numbers=2,
+        kept_bytes=0,
+        stacked_bytes=0,
+        exchanged_bytes=0,
+        sent_bytes=0,
     ),
     # gradients and a stack of them in float32, three more stacks and the directions in bfloat16
     "muon": OptimizerKind(
-        make_muon, matrix_numbers=1, other_numbers=2, kept=4, stacked=10, exchanged=8, sent=6
+        make_muon,
+        matrix_numbers=1,
+        other_numbers=2,
+        kept_bytes=4,
+        stacked_bytes=10,
+        exchanged_bytes=8,
+        sent_bytes=6,
     ),
 }
 

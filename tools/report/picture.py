@@ -31,7 +31,9 @@ def screenshot(page: Path) -> bytes:
         command = [browser, "--headless", "--hide-scrollbars", f"--user-data-dir={scratch}/user",
                    f"--window-size={SIZE}", f"--screenshot={shot}"]  # fmt: skip
         command += ["--no-sandbox"] if os.geteuid() == 0 else []  # it refuses to start for root
-        done = subprocess.run([*command, page.resolve().as_uri()], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, page.resolve().as_uri()], capture_output=True, text=True, timeout=60
+        )
         if not shot.is_file():
             raise EnvironmentFault(f"{browser} wrote no picture: {done.stderr[-200:].strip()}")
         return shot.read_bytes()

@@ -45,7 +45,10 @@ def draw(revisions: list[str]) -> list[Path]:
         )
         clocks = {revision: clock(repo, revision) for revision in revisions}
     for revision in sorted({revision for each in found for revision in each.source_errors}):
-        say(f"{revision}: some results are missing; run `dvc pull` or `dvc repro` to get them")
+        say(
+            f"{revision}: some results are missing; if the run has ended, `dvc pull` or "
+            "`dvc repro` gets them"
+        )
     plots = [each.renderer for each in found if each.renderer.datapoints]
     if not plots:
         raise InputError(f"no curves of {', '.join(revisions)}; run `dvc repro`")
