@@ -25,6 +25,7 @@ from tools.repository import commit_of, opened
 
 SEED, CODE, TEXT = "train.seed", "code", "text"
 WHICH = "a commit, with its experiments, or an experiment by name; default: HEAD"
+RETRIED_S = 60.0  # on a busy machine a worker takes long to make the folder of a task
 RESULTS = {  # the columns of the table, and where they come from
     "loss_nats": "metrics/eval.json",
     "bits_per_byte": "metrics/eval.json",
@@ -70,13 +71,16 @@ def _rows(repo: Any, revisions: list[str], hide_workspace: bool) -> list[tuple[s
     if repo.scm.no_commits:
         raise InputError("git has no commit, and an experiment starts from one; run: git commit")
     names = {commit_of(repo, revision): revision for revision in revisions}
-    for _ in range(20):
-        with suppress(OSError, NotDvcRepoError, SCMError, InnerSCMError, ParseError):
+    until_s = time.monotonic() + RETRIED_S
+    while True:
+        try:
             bases = repo.experiments.show(revs=revisions, hide_workspace=hide_workspace)
             break
+        except (OSError, NotDvcRepoError, SCMError, InnerSCMError, ParseError) as error:
+            if time.monotonic() > until_s:
+                said = " ".join(str(error).split()) or type(error).__name__
+                raise EnvironmentFault(f"`dvc exp show` fails: {said}") from None
         time.sleep(0.5)
-    else:
-        raise EnvironmentFault("`dvc exp show` fails; run it to see why")
     rows = []
     for base in bases:
         short = base.rev if base.rev == "workspace" else base.rev[:7]
