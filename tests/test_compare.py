@@ -268,6 +268,7 @@ def test_the_report_says_what_the_numbers_allow():
     assert rows["0.03"][4].startswith("no difference shown: +0.0333 (95% CI -")
     assert re.fullmatch(r"about \d+|> 200", rows["0.03"][5])
     assert rows["0.04"] == ["1", "2.5000", "", "", "one seed: nothing can be said", ""]
+    assert "Compared by paired t over shared seeds (2 comparisons)." in text
     assert "over 3 pairs of settings" in text
     assert "winner's curse" in text
     assert "train.lr=0.04 is lower than the best, with one seed" in text

@@ -185,8 +185,13 @@ class OptimizerConfig:
     beta1: Annotated[float, BELOW_ONE, "decay rate of AdamW's first moment"]
     beta2: Annotated[float, BELOW_ONE, "decay rate of AdamW's second moment"]
     eps: Annotated[float, POSITIVE, "epsilon of AdamW"]
-    weight_decay: Annotated[float, NOT_NEGATIVE, "decoupled weight decay; never on norms"]
-    decay_embeddings: Annotated[bool, "apply weight decay to the embedding too"]
+    weight_decay: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "decoupled weight decay of the blocks' matrices and the head, scaled by their learning "
+        "rate (of Muon's matrices: muon_lr); never of norms",
+    ]
+    decay_embeddings: Annotated[bool, "decay the embedding too, and a head that is tied to it"]
     muon_lr: Annotated[float, POSITIVE, "peak learning rate of Muon"]
     muon_momentum: Annotated[float, BELOW_ONE, "momentum of Muon"]
 
@@ -225,10 +230,10 @@ class TrainSection(ScheduleConfig, OptimizerConfig):
     batch_size: Annotated[Count, "windows per step"]
     micro_batch_size: Annotated[
         Count | None,
-        "windows per forward and backward pass; must divide batch_size; fewer need less memory and "
-        "give the same result up to rounding (dropout draws other masks); null: as many as fit "
-        "into memory, at most 65,536 tokens, halved if memory runs out (with ddp and fsdp an error "
-        "then says what to set)",
+        "windows per forward and backward pass; must divide batch_size. Fewer windows need less "
+        "memory; the result is the same up to rounding (dropout draws other masks). null: as many "
+        "as fit into memory, at most 65,536 tokens; halved if memory runs out, except with ddp and "
+        "fsdp, where the run stops and says what to set",
     ]
     parallel: Annotated[
         Literal["none", "ddp", "fsdp"],

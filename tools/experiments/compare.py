@@ -207,8 +207,9 @@ def conclusions(rows: list[ComparedSetting], names: list[str]) -> list[str]:
     if not compared:
         return ["Nothing can be compared: it takes two settings with two seeds each."]
     n, pairs = decimals(rows), sum(d.paired for d in compared)
-    how = [f"paired t over shared seeds ({pairs})"] if pairs else []
-    how += [f"Welch's t ({len(compared) - pairs})"] if pairs < len(compared) else []
+    others = len(compared) - pairs
+    how = [f"paired t over shared seeds ({count(pairs, 'comparison')})"] if pairs else []
+    how += [f"Welch's t ({count(others, 'comparison')})"] if others else []
     margins = sorted({f"{d.margin:.{n}f}" for d in compared}, key=float)
     smallest = " to ".join(dict.fromkeys((margins[0], margins[-1])))
     (best,) = (row for row in rows if row.is_best)
