@@ -54,6 +54,7 @@ VARIANTS = {
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's compiler, within torch
+    pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),  # with Python 3.13.0
 ]
 compiles = pytest.mark.skipif(
     os.environ["LM_SHAPE_CHECKS"] != "0",
